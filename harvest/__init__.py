@@ -1,0 +1,1 @@
+"""text → tokens → hidden states → shards."""

@@ -1,0 +1,213 @@
+"""One Zarr v3 array that is one raw file: any zarr reads it, and so does np.memmap.
+
+    <name>/zarr.json   ordinary Zarr v3 array metadata: one shard, inner chunks of `chunk_rows` whole rows,
+                       codec "bytes" only, index at the end
+    <name>/c/0/0       (or c/0 for one dimension)
+        rows           little-endian, C order, n rounded up to whole inner chunks, padded with the fill value
+        index          per inner chunk: uint64 offset, uint64 length, little-endian
+        crc32c         uint32 of the index
+
+So `np.memmap(file, dtype, "r", shape=shape)` is the array. The metadata is zarr's own; the payload is written
+here, because zarr's sharded writer reaches a third of the disk's rate on it (benchmarks/RESULTS.md).
+With `compress` zarr writes the payload as well, and the file is no longer raw.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Callable
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+CHUNK_ROWS = 256
+_INDEX_ENTRY = struct.Struct("<QQ")
+_EMPTY_CHUNK = (2**64 - 1, 2**64 - 1)     # what a Zarr shard index says of a chunk that was never written
+
+
+class BadArray(Exception):
+    """The array at a path is missing, truncated or altered; the message says how, without the path."""
+
+
+def padded_rows(rows: int, chunk_rows: int) -> int:
+    """`rows` rounded up to whole inner chunks; at least one."""
+    return max(1, -(-rows // chunk_rows)) * chunk_rows
+
+
+def file_bytes(shape: tuple[int, ...], dtype: npt.DTypeLike, chunk_rows: int = CHUNK_ROWS) -> int:
+    """Size in bytes of the one data file of an uncompressed array."""
+    rows = padded_rows(shape[0], chunk_rows)
+    return rows * prod(shape[1:]) * np.dtype(dtype).itemsize + len(_index(shape, dtype, chunk_rows))
+
+
+def _index(shape: tuple[int, ...], dtype: npt.DTypeLike, chunk_rows: int) -> bytes:
+    chunk_bytes = chunk_rows * prod(shape[1:]) * np.dtype(dtype).itemsize
+    chunks = padded_rows(shape[0], chunk_rows) // chunk_rows
+    index = b"".join(_INDEX_ENTRY.pack(i * chunk_bytes, chunk_bytes) for i in range(chunks))
+    return index + struct.pack("<I", google_crc32c.value(index))
+
+
+def data_file(folder: Path, ndim: int) -> Path:
+    """The file that holds the rows of the array in `folder`."""
+    return folder.joinpath("c", *["0"] * ndim)
+
+
+class ArrayWriter:
+    """Writes rows one after another; the number of rows need not be known before `close`.
+
+    Nothing of it is a Zarr array until `close`, which pads, writes index and metadata, and fsyncs.
+    """
+
+    def __init__(self, folder: Path, row_shape: tuple[int, ...], dtype: npt.DTypeLike, chunk_rows: int = CHUNK_ROWS):
+        self.folder = folder
+        self.row_shape = row_shape
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        self.chunk_rows = chunk_rows
+        self.rows = 0
+        path = data_file(folder, 1 + len(row_shape))
+        path.parent.mkdir(parents=True)
+        self._file = path.open("wb", buffering=0)
+
+    def write(self, rows: Array, wrote: Callable[[int], None] | None = None) -> None:
+        """Append rows [n, *row_shape]; `wrote` is told the bytes of each piece as it leaves."""
+        assert rows.shape[1:] == self.row_shape, (rows.shape, self.row_shape)
+        view = memoryview(np.ascontiguousarray(rows, self.dtype)).cast("B")
+        while view:     # a raw write may take less than it is given
+            n = self._file.write(view[: 1 << 26])
+            view = view[n:]
+            if wrote is not None:
+                wrote(n)
+        self.rows += len(rows)
+
+    def close(self) -> None:
+        shape = (self.rows, *self.row_shape)
+        padding = padded_rows(self.rows, self.chunk_rows) - self.rows
+        fill = np.full((padding, *self.row_shape), _fill_value(self.dtype), self.dtype)
+        self._file.write(fill.tobytes() + _index(shape, self.dtype, self.chunk_rows))
+        os.fsync(self._file.fileno())
+        self._file.close()
+        _write_metadata(self.folder, shape, self.dtype, self.chunk_rows, compress=False)
+
+    def abandon(self) -> None:
+        """Close the file without making an array of it."""
+        self._file.close()
+
+
+def write_array(folder: Path, array: Array, *, chunk_rows: int = CHUNK_ROWS, compress: bool = False) -> None:
+    """Write `array` whole and fsync it. compress: zstd through zarr; the file is then no memmap.
+
+    Raises OSError where the disk does not take it.
+    """
+    if compress:
+        zarr_array = _write_metadata(folder, array.shape, array.dtype, chunk_rows, compress=True)
+        zarr_array[:] = array
+        _fsync(data_file(folder, array.ndim))
+        return
+    writer = ArrayWriter(folder, array.shape[1:], array.dtype, chunk_rows)
+    try:
+        writer.write(array)
+        writer.close()
+    finally:
+        writer.abandon()
+
+
+def _write_metadata(folder: Path, shape: tuple[int, ...], dtype: Any, chunk_rows: int, *, compress: bool) -> Any:
+    import zarr
+
+    array = zarr.create_array(
+        str(folder),
+        shape=shape,
+        dtype=dtype,
+        shards=(padded_rows(shape[0], chunk_rows), *shape[1:]),
+        chunks=(chunk_rows, *shape[1:]),
+        filters=None,
+        compressors=zarr.codecs.ZstdCodec(level=3) if compress else None,
+        fill_value=_fill_value(dtype),
+        # zarr would otherwise leave out an all-zero chunk, and everything after it would shift.
+        config={"write_empty_chunks": True},
+        overwrite=False,
+    )
+    _fsync(folder / "zarr.json")
+    return array
+
+
+def _fill_value(dtype: Any) -> float | int:
+    return float("nan") if np.dtype(dtype).kind == "f" else 0
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_folders(folder: Path) -> None:
+    """fsync `folder` and every folder below it, so that the names in them survive a power cut."""
+    for path, _, _ in os.walk(folder):
+        _fsync(Path(path))
+
+
+def check_array(folder: Path, shape: tuple[int, ...], dtype: npt.DTypeLike, *, compress: bool = False) -> None:
+    """Size, index and its checksum are what `shape` says. Reads a few kilobytes. Raises BadArray.
+
+    zarr 3.1 reads a missing or cut chunk as the fill value without a word, so this comes before any read.
+    """
+    chunk_rows = _chunk_rows(folder, shape)
+    path = data_file(folder, len(shape))
+    expected = _index(shape, dtype, chunk_rows)
+    try:
+        size = path.stat().st_size
+        if not compress and size != (wanted := file_bytes(shape, dtype, chunk_rows)):
+            raise BadArray(f"{size:,} bytes where {wanted:,} belong")
+        with path.open("rb") as file:
+            file.seek(max(0, size - len(expected)))
+            index = file.read()
+    except FileNotFoundError:
+        raise BadArray("data file missing") from None
+    if compress:
+        _check_compressed_index(index, len(expected), size)
+    elif index != expected:
+        raise BadArray("chunk index altered")
+
+
+def _check_compressed_index(index: bytes, expected_bytes: int, file_size: int) -> None:
+    if len(index) != expected_bytes or struct.pack("<I", google_crc32c.value(index[:-4])) != index[-4:]:
+        raise BadArray("chunk index altered or cut")
+    for offset, length in _INDEX_ENTRY.iter_unpack(index[:-4]):
+        if (offset, length) == _EMPTY_CHUNK:
+            raise BadArray("a chunk was never written")
+        if offset + length > file_size - expected_bytes:
+            raise BadArray("a chunk lies outside the file")
+
+
+def _chunk_rows(folder: Path, shape: tuple[int, ...]) -> int:
+    try:
+        metadata = json.loads((folder / "zarr.json").read_bytes())
+        if tuple(metadata["shape"]) != shape:
+            raise BadArray(f"shape {metadata['shape']} where {list(shape)} belongs")
+        return int(metadata["codecs"][0]["configuration"]["chunk_shape"][0])
+    except FileNotFoundError:
+        raise BadArray("zarr.json missing") from None
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise BadArray(f"zarr.json unreadable: {error!r}") from None
+
+
+def map_array(folder: Path, shape: tuple[int, ...], dtype: npt.DTypeLike, *, compress: bool = False) -> Array:
+    """The array [*shape], memory-mapped read-only; decompressed into memory where it is compressed."""
+    if compress:
+        import zarr
+
+        return np.asarray(zarr.open_array(str(folder), mode="r")[:])
+    if shape[0] == 0:
+        return np.empty(shape, dtype)
+    return np.memmap(data_file(folder, len(shape)), np.dtype(dtype).newbyteorder("<"), "r", shape=shape)

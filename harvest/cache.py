@@ -1,0 +1,468 @@
+"""The cache on disk: its manifest, its writer, its reader, its proof. Knows nothing of language models.
+
+    shards/
+      zarr.json             a Zarr v3 group; its attributes are the Manifest
+      tokens/               int32 [S, T]: the whole packed corpus
+      document_starts/      int64 [documents]: flat positions in tokens at which documents begin
+      shard-00000/          a group: rows 0 … s-1 of tokens; its attributes are a ShardRecord
+        token_ids/          int32 [s, T], natural order
+        order/              int32 [n]: stored row r is flat position order[r] of token_ids
+        layer_04/ …         float16 [n, D]: one array a layer, rows in that same order
+
+Every array is one raw file (routesae.harvest.arrays). A folder named shard-NNNNN is whole or does not exist: it
+is written under a dot-name, fsynced and renamed. `order` is one seeded permutation of the shard's kept
+positions, so that a trainer gets shuffled rows out of contiguous reads.
+
+Dimension letters: S rows of tokens, T context, s rows of a shard, n kept positions of a shard, D width.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from routesae.harvest import arrays
+from routesae.harvest.tokens import Ids, kept_positions
+from routesae.reporting import WrongInput
+
+FORMAT_VERSION = 1
+VAL_FRACTION = 0.05     # the last rows of tokens: never trained on, read by analyze
+DTYPES = {"float16": "<f2", "float32": "<f4"}
+_HASH_PIECE_BYTES = 1 << 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a cache holds and how it was made: the attributes of its root group."""
+
+    format_version: int = FORMAT_VERSION
+    model: str
+    """Hub id, path or "demo", as given to harvest."""
+    revision: str | None
+    """Commit of the model on the hub; None for a local one."""
+    config_hash: str
+    tokenizer_hash: str
+    lm_dtype: str
+    """Precision the LM ran in: float32, bfloat16 or float16."""
+    model_layers: int
+    """Decoder blocks of the whole model."""
+    layers: tuple[int, ...]
+    """Harvested layers, ascending; layer ℓ is the output of the ℓ-th decoder block, from 1."""
+    width: int
+    """D, numbers a hidden state."""
+    context: int
+    """T, tokens a row."""
+    rows: int
+    """S, rows of tokens."""
+    shard_rows: int
+    """Rows of tokens a shard."""
+    kept_tokens: int
+    """Positions harvested, over all shards."""
+    tokens_hash: str
+    """xxh3-64 of the array tokens."""
+    dtype: str
+    overflow: str
+    compress: str
+    seed: int
+    corpus: str
+    split: str
+    text_field: str
+    min_chars: int
+    corpus_fingerprint: str
+    documents: int
+    documents_short: int
+    documents_malformed: int
+    tokens_asked: int
+    special_ids: tuple[int, ...]
+    keep_special: bool
+    skip_positions: int
+    versions: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        if self.format_version != FORMAT_VERSION:
+            raise WrongInput(
+                f"cache format {self.format_version} is not format {FORMAT_VERSION}, the one this routesae reads"
+            )
+        for name in ("model_layers", "width", "context", "rows", "shard_rows"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise WrongInput(f"the cache's manifest says {name} = {value!r}; it must be a whole number above 0")
+        if self.dtype not in DTYPES:
+            raise WrongInput(f"the cache's manifest says dtype = {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
+        ascending = list(self.layers) == sorted(set(self.layers))
+        if not self.layers or not ascending or self.layers[0] < 1 or self.layers[-1] > self.model_layers:
+            raise WrongInput(f"the cache's manifest says layers = {self.layers}, of a model of {self.model_layers}")
+
+    @property
+    def shard_count(self) -> int:
+        return -(-self.rows // self.shard_rows)
+
+    @property
+    def train_rows(self) -> int:
+        """Rows 0 … train_rows-1 are for training; the rest, the last 5 % (at least one of two), are held out."""
+        return self.rows - (-int(-self.rows * VAL_FRACTION // 1) if self.rows > 1 else 0)
+
+    @property
+    def dropped_ids(self) -> tuple[int, ...]:
+        """Token ids whose positions were not harvested."""
+        return () if self.keep_special else self.special_ids
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of hidden state a kept token, over all layers, uncompressed."""
+        return len(self.layers) * self.width * np.dtype(DTYPES[self.dtype]).itemsize
+
+    def shard_range(self, index: int) -> tuple[int, int]:
+        """First row of tokens in shard `index`, and the one after its last."""
+        return index * self.shard_rows, min((index + 1) * self.shard_rows, self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Raises WrongInput where a field is unknown, missing or impossible."""
+        names = {field.name for field in fields(cls)}
+        if wrong := sorted(names ^ set(data)):
+            raise WrongInput(f"not the manifest of a routesae cache: {', '.join(wrong[:5])} unknown or missing")
+        try:
+            return cls(**{**data, "layers": tuple(data["layers"]), "special_ids": tuple(data["special_ids"])})
+        except TypeError as error:
+            raise WrongInput(f"not the manifest of a routesae cache: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerStatistics:
+    """Over one shard's kept values of one layer, in float32, before the cast to the cache's dtype."""
+
+    mean: float
+    mean_square: float
+    max_abs: float
+    clipped: int
+    """Values cut to the dtype's largest (`--overflow clip`)."""
+    non_finite: int = 0
+    """NaN or infinite values; a run that meets one stops, so a shard that has one was not written here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardRecord:
+    """The attributes of a shard's group."""
+
+    index: int
+    rows: tuple[int, int]
+    """First row of tokens, and the one after the last."""
+    kept: int
+    """n, positions kept."""
+    weights_hash: str
+    """Of the LM that wrote it (routesae.harvest.lm.weights_hash)."""
+    batch_sequences: int
+    """Rows a forward pass: part of the rounding, so recorded, but no reason to refuse a resume."""
+    statistics: Mapping[str, LayerStatistics]
+    hashes: Mapping[str, str]
+    """xxh3-64 of each array's values, by array name."""
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Raises KeyError or TypeError where `data` is not such a record."""
+        statistics = {layer: LayerStatistics(**values) for layer, values in data["statistics"].items()}
+        return cls(**{**data, "rows": tuple(data["rows"]), "statistics": statistics})
+
+
+def shard_name(index: int) -> str:
+    return f"shard-{index:05d}"
+
+
+def layer_name(layer: int) -> str:
+    return f"layer_{layer:02d}"
+
+
+def array_hash(array: arrays.Array) -> str:
+    """xxh3-64 over the little-endian bytes of `array`, read in pieces so that a memmap stays one."""
+    hasher = xxhash.xxh3_64()
+    rows = max(1, _HASH_PIECE_BYTES // max(1, array[:1].nbytes))
+    for start in range(0, len(array), rows):
+        hasher.update(np.ascontiguousarray(array[start : start + rows]).data.cast("B"))
+    return hasher.hexdigest()
+
+
+def shard_order(token_ids_sT: Ids, manifest: Manifest, index: int) -> npt.NDArray[np.int32]:
+    """int32 [n]: the seeded permutation of the shard's kept flat positions in which its rows are stored."""
+    generator = np.random.Generator(np.random.PCG64([manifest.seed, index]))
+    return generator.permutation(_kept_flat(token_ids_sT, manifest))
+
+
+def _kept_flat(token_ids_sT: Ids, manifest: Manifest) -> npt.NDArray[np.int32]:
+    kept = kept_positions(token_ids_sT, dropped_ids=manifest.dropped_ids, skip_positions=manifest.skip_positions)
+    return np.flatnonzero(kept).astype(np.int32)
+
+
+# --------------------------------------------------------------------------------------------------- writing
+
+
+def begin_cache(path: Path, manifest: Manifest, prepared: Path) -> None:
+    """Make `path` a cache: move the arrays below `prepared` into it, then write the manifest, last."""
+    import zarr
+
+    for array in sorted(prepared.iterdir()):
+        target = path / array.name
+        if target.exists():
+            shutil.rmtree(target)
+        array.rename(target)
+    prepared.rmdir()
+    arrays.fsync_folders(path)
+    staging = path / ".manifest"
+    zarr.open_group(str(staging), mode="w", zarr_format=3, attributes=_plain(manifest.to_dict())).store.close()
+    (staging / "zarr.json").rename(path / "zarr.json")
+    staging.rmdir()
+    arrays.fsync_folders(path)
+
+
+def write_shard(
+    path: Path,
+    manifest: Manifest,
+    token_ids_sT: Ids,
+    order: npt.NDArray[np.int32],
+    hidden: Iterable[tuple[int, arrays.Array]],
+    record: Callable[[Mapping[str, str]], ShardRecord],
+    index: int,
+) -> ShardRecord:
+    """Write one shard and commit it by a rename; a kill at any moment leaves a whole shard or none.
+
+    hidden: (layer, [n, D] in the cache's dtype, rows in `order`), each taken when it is its turn.
+    record: makes the shard's attributes once the hashes are known.
+    """
+    import zarr
+
+    partial = path / f".{shard_name(index)}.partial"
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir()
+    hashes = {}
+    whole = max(1, len(order))      # order is read at once, so it is one chunk
+    for name, array, chunk_rows in (
+        ("token_ids", token_ids_sT, len(token_ids_sT)),
+        ("order", order, whole),
+    ):
+        arrays.write_array(partial / name, array, chunk_rows=chunk_rows)
+        hashes[name] = array_hash(array)
+    for layer, hidden_nD in hidden:
+        name = layer_name(layer)
+        arrays.write_array(partial / name, hidden_nD, compress=manifest.compress != "none")
+        hashes[name] = array_hash(hidden_nD)
+    written = record(hashes)
+    # The group's own zarr.json comes last: until then no zarr reader takes the dot-folder for a group.
+    zarr.open_group(str(partial), mode="a", zarr_format=3, attributes=_plain(asdict(written))).store.close()
+    arrays.fsync_folders(partial)
+    partial.rename(path / shard_name(index))
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return written
+
+
+def remove_partial_shards(path: Path) -> None:
+    """Delete what a killed run left under dot-names."""
+    for partial in path.glob(".shard-*.partial"):
+        shutil.rmtree(partial)
+
+
+def _plain(data: dict[str, Any]) -> dict[str, Any]:
+    plain: dict[str, Any] = json.loads(json.dumps(data))
+    return plain
+
+
+# --------------------------------------------------------------------------------------------------- reading
+
+
+class Shard:
+    """One shard on disk. Arrays are checked (size, index) before the first read of each.
+
+    Raises BadArray (routesae.harvest.arrays) from every read where the file is not what the record says.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, record: ShardRecord):
+        self.path = path
+        self.manifest = manifest
+        self.record = record
+        self._checked: set[str] = set()
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def _array(self, name: str) -> tuple[Path, tuple[int, ...], str, bool]:
+        first, after = self.record.rows
+        n = self.record.kept
+        if name == "token_ids":
+            return self.path / name, (after - first, self.manifest.context), "<i4", False
+        if name == "order":
+            return self.path / name, (n,), "<i4", False
+        compress = self.manifest.compress != "none"
+        return self.path / name, (n, self.manifest.width), DTYPES[self.manifest.dtype], compress
+
+    def check(self, name: str) -> None:
+        """Size, index and metadata of array `name`; remembered, so only the first call reads."""
+        if name not in self._checked:
+            folder, shape, dtype, compress = self._array(name)
+            arrays.check_array(folder, shape, dtype, compress=compress)
+            self._checked.add(name)
+
+    def read(self, name: str) -> arrays.Array:
+        """Array `name` whole: memory-mapped, or decompressed where the cache is compressed."""
+        self.check(name)
+        folder, shape, dtype, compress = self._array(name)
+        return arrays.map_array(folder, shape, dtype, compress=compress)
+
+    def layer_file(self, layer: int) -> Path:
+        """The raw file of a layer, rows from byte 0; only where the cache is not compressed."""
+        self.check(layer_name(layer))
+        return arrays.data_file(self.path / layer_name(layer), 2)
+
+    def positions(self, first_row: int, after_row: int) -> npt.NDArray[np.int64] | None:
+        """Stored rows whose token stands in rows [first_row, after_row) of tokens; None where all do."""
+        first, after = self.record.rows
+        if first_row <= first and after <= after_row:
+            return None
+        row = self.read("order") // self.manifest.context + first
+        return np.flatnonzero((first_row <= row) & (row < after_row))
+
+
+class Cache:
+    """A cache opened for reading. Shards are looked at when they are asked for.
+
+    Raises WrongInput where `path` is not a cache.
+    """
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        attributes = _group_attributes(self.path)
+        if attributes is None:
+            raise WrongInput(
+                f"{path} is not a cache folder (no readable zarr.json); make one with routesae harvest --out {path}"
+            )
+        self.manifest = Manifest.from_dict(attributes)
+
+    def has_shard(self, index: int) -> bool:
+        return (self.path / shard_name(index)).is_dir()
+
+    def missing(self) -> list[int]:
+        """Indices of the shards that are not there yet."""
+        return [i for i in range(self.manifest.shard_count) if not self.has_shard(i)]
+
+    def require_whole(self) -> None:
+        """Raises WrongInput where shards are missing."""
+        if missing := self.missing():
+            raise WrongInput(
+                f"{self.path} lacks {len(missing)} of its {self.manifest.shard_count} shards (first "
+                f"{shard_name(missing[0])}); run the same routesae harvest again and it writes just those"
+            )
+
+    def shard(self, index: int) -> Shard:
+        """Raises BadArray where the shard's record is missing or not one."""
+        path = self.path / shard_name(index)
+        attributes = _group_attributes(path)
+        if attributes is None:
+            raise arrays.BadArray("zarr.json missing or unreadable")
+        try:
+            record = ShardRecord.from_dict(attributes)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise arrays.BadArray(f"its attributes are not a shard record: {error!r}") from error
+        if record.index != index or record.rows != self.manifest.shard_range(index):
+            raise arrays.BadArray(f"its record is of shard {record.index}, rows {record.rows}")
+        return Shard(path, self.manifest, record)
+
+    def shards(self) -> Iterator[Shard]:
+        """Every shard that is there, in order. Raises WrongInput naming the first that is damaged."""
+        for index in range(self.manifest.shard_count):
+            if self.has_shard(index):
+                try:
+                    yield self.shard(index)
+                except arrays.BadArray as bad:
+                    raise damaged(self.path / shard_name(index), bad) from bad
+
+    def tokens(self) -> Ids:
+        """int32 [S, T], memory-mapped."""
+        return self._root_array("tokens", (self.manifest.rows, self.manifest.context), "<i4")
+
+    def document_starts(self) -> npt.NDArray[np.int64]:
+        """int64 [documents]: flat positions in tokens at which documents begin, ascending."""
+        attributes = json.loads((self.path / "document_starts" / "zarr.json").read_bytes())
+        return self._root_array("document_starts", (int(attributes["shape"][0]),), "<i8")
+
+    def _root_array(self, name: str, shape: tuple[int, ...], dtype: str) -> arrays.Array:
+        try:
+            arrays.check_array(self.path / name, shape, dtype)
+        except arrays.BadArray as bad:
+            raise damaged(self.path / name, bad) from bad
+        return arrays.map_array(self.path / name, shape, dtype)
+
+
+def damaged(path: Path, bad: arrays.BadArray) -> WrongInput:
+    """What to tell a user whose cache has a bad array at `path`."""
+    return WrongInput(
+        f"{path} is damaged: {bad}. `routesae cache verify` lists every bad shard; delete them and run the same "
+        "routesae harvest again"
+    )
+
+
+def _group_attributes(folder: Path) -> dict[str, Any] | None:
+    """The attributes of the Zarr group in `folder`; None where there is none.
+
+    Plain JSON rather than zarr: a cache of 3,000 shards opens in the time of 3,000 small reads.
+    """
+    try:
+        metadata = json.loads((folder / "zarr.json").read_bytes())
+        attributes = metadata["attributes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    is_group = metadata.get("node_type") == "group" and isinstance(attributes, dict)
+    return attributes if is_group else None
+
+
+# -------------------------------------------------------------------------------------------------- verifying
+
+
+def verify_tokens(cache: Cache) -> list[str]:
+    """What is wrong with the array tokens, a line each."""
+    try:
+        same = array_hash(cache.tokens()) == cache.manifest.tokens_hash
+    except WrongInput as bad:
+        return [str(bad)]
+    return [] if same else ["tokens: checksum differs from the one recorded"]
+
+
+def verify_shard(cache: Cache, index: int) -> list[str]:
+    """Everything wrong with one shard, a line each: sizes, indexes, checksums, order, tokens."""
+    name = shard_name(index)
+    try:
+        shard = cache.shard(index)
+    except arrays.BadArray as bad:
+        return [f"{name}: {bad}"]
+    problems = []
+    for array in ("token_ids", "order", *(layer_name(layer) for layer in cache.manifest.layers)):
+        try:
+            values = shard.read(array)
+            if array_hash(values) != shard.record.hashes.get(array):
+                problems.append(f"{name}/{array}: checksum differs from the one recorded")
+        except (arrays.BadArray, OSError, ValueError, RuntimeError) as bad:
+            problems.append(f"{name}/{array}: {bad}")
+    if problems:
+        return problems
+    token_ids_sT = shard.read("token_ids")
+    first, after = shard.record.rows
+    if not np.array_equal(token_ids_sT, cache.tokens()[first:after]):
+        problems.append(f"{name}/token_ids: not rows {first} to {after - 1} of tokens")
+    if not np.array_equal(np.sort(shard.read("order")), _kept_flat(token_ids_sT, cache.manifest)):
+        problems.append(f"{name}/order: not a permutation of the kept positions")
+    return problems

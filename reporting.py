@@ -1,0 +1,36 @@
+"""What the rooms tell the command line: what went wrong, and how far a long run has come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+
+class WrongInput(ValueError):
+    """What the user gave cannot be used: one line with the value, the limit and the remedy. Exit code 2."""
+
+
+class FailedRun(RuntimeError):
+    """A run that began correctly could not finish: one line with the cause and the remedy. Exit code 1."""
+
+
+class Progress(NamedTuple):
+    """How far a stage has come.
+
+    stage: what is being done, for a person ("harvest", "train topk").
+    done, total: counted in `unit`; total is None while nobody can know it.
+    facts: further numbers worth showing beside the bar, already formatted.
+    """
+
+    stage: str
+    done: int
+    total: int | None
+    unit: str
+    facts: Mapping[str, str]
+
+
+Report = Callable[[Progress], None]
+
+
+def silent(progress: Progress) -> None:
+    """A Report that shows nothing."""

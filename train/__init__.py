@@ -1,0 +1,1 @@
+"""shards → shuffled batches → SAE → checkpoint."""
