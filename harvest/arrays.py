@@ -109,7 +109,7 @@ def write_array(folder: Path, array: Array, *, chunk_rows: int = CHUNK_ROWS, com
     if compress:
         zarr_array = _write_metadata(folder, array.shape, array.dtype, chunk_rows, compress=True)
         zarr_array[:] = array
-        _fsync(data_file(folder, array.ndim))
+        fsync(data_file(folder, array.ndim))
         return
     writer = ArrayWriter(folder, array.shape[1:], array.dtype, chunk_rows)
     try:
@@ -135,7 +135,7 @@ def _write_metadata(folder: Path, shape: tuple[int, ...], dtype: Any, chunk_rows
         config={"write_empty_chunks": True},
         overwrite=False,
     )
-    _fsync(folder / "zarr.json")
+    fsync(folder / "zarr.json")
     return array
 
 
@@ -143,7 +143,8 @@ def _fill_value(dtype: Any) -> float | int:
     return float("nan") if np.dtype(dtype).kind == "f" else 0
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Have a file's bytes, or a folder's names, reach the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -151,10 +152,12 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def fsync_folders(folder: Path) -> None:
-    """fsync `folder` and every folder below it, so that the names in them survive a power cut."""
-    for path, _, _ in os.walk(folder):
-        _fsync(Path(path))
+def fsync_tree(folder: Path) -> None:
+    """fsync `folder`, and every file and folder below it, so that they survive a power cut."""
+    for path, _, files in os.walk(folder):
+        for name in files:
+            fsync(Path(path, name))
+        fsync(Path(path))
 
 
 def check_array(folder: Path, shape: tuple[int, ...], dtype: npt.DTypeLike, *, compress: bool = False) -> None:

@@ -19,7 +19,6 @@ Dimension letters: S rows of tokens, T context, s rows of a shard, n kept positi
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -218,12 +217,12 @@ def begin_cache(path: Path, manifest: Manifest, prepared: Path) -> None:
             shutil.rmtree(target)
         array.rename(target)
     prepared.rmdir()
-    arrays.fsync_folders(path)
+    arrays.fsync_tree(path)
     staging = path / ".manifest"
     zarr.open_group(str(staging), mode="w", zarr_format=3, attributes=_plain(manifest.to_dict())).store.close()
     (staging / "zarr.json").rename(path / "zarr.json")
     staging.rmdir()
-    arrays.fsync_folders(path)
+    arrays.fsync(path)
 
 
 def write_shard(
@@ -261,13 +260,9 @@ def write_shard(
     written = record(hashes)
     # The group's own zarr.json comes last: until then no zarr reader takes the dot-folder for a group.
     zarr.open_group(str(partial), mode="a", zarr_format=3, attributes=_plain(asdict(written))).store.close()
-    arrays.fsync_folders(partial)
+    arrays.fsync_tree(partial)
     partial.rename(path / shard_name(index))
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    arrays.fsync(path)
     return written
 
 
@@ -323,6 +318,13 @@ class Shard:
         self.check(name)
         folder, shape, dtype, compress = self._array(name)
         return arrays.map_array(folder, shape, dtype, compress=compress)
+
+    def read_rows(self, layer: int, first: int, after: int) -> arrays.Array:
+        """Stored rows first … after-1 of a layer [after-first, D], decompressed; for compressed caches."""
+        import zarr
+
+        self.check(layer_name(layer))
+        return np.asarray(zarr.open_array(str(self.path / layer_name(layer)), mode="r")[first:after])
 
     def layer_file(self, layer: int) -> Path:
         """The raw file of a layer, rows from byte 0; only where the cache is not compressed."""

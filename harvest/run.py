@@ -32,6 +32,7 @@ from routesae.harvest.cache import (
     begin_cache,
     remove_partial_shards,
 )
+from routesae.harvest.device import pick_device, pick_lm_dtype
 from routesae.harvest.texts import TextCounts, read_documents
 from routesae.harvest.tokens import Fingerprint, framing, kept_positions, pack, tokenize, tokenizer_hash
 from routesae.reporting import Progress, Report, WrongInput, silent
@@ -105,8 +106,8 @@ def harvest(settings: HarvestSettings, report: Report = silent) -> Cache:
 
     Raises WrongInput for a corpus, model or folder that cannot be used, FailedRun where a run cannot finish.
     """
-    device = lm.pick_device(settings.device)
-    lm_dtype = lm.pick_lm_dtype(settings.lm_dtype, device)
+    device = pick_device(settings.device)
+    lm_dtype = pick_lm_dtype(settings.lm_dtype, device)
     path = Path(settings.out)
     config = lm.load_config(settings.model)
     if (path / "zarr.json").exists():
