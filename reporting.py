@@ -34,3 +34,12 @@ Report = Callable[[Progress], None]
 
 def silent(progress: Progress) -> None:
     """A Report that shows nothing."""
+
+
+def human_bytes(n: float) -> str:
+    """1.2 GB and the like, in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if n < 1000 or unit == "TB":
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1000
+    raise AssertionError

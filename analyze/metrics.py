@@ -12,7 +12,7 @@ Dimension letters: B rows, T context, D width, C positions of a chunk, V vocabul
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -30,8 +30,8 @@ from routesae.harvest.tokens import Ids
 from routesae.reporting import FailedRun, Progress, Report, silent
 from routesae.train.saes import SAE
 
-CHUNK_POSITIONS = 256   # positions whose logits exist at a time: 50 MB each pass at SmolLM2's 49,152 tokens
-NO_NEXT_TOKEN = -100    # the last position of a row, left out of the cross-entropy
+CHUNK_POSITIONS = 256  # positions whose logits exist at a time: 50 MB each pass at SmolLM2's 49,152 tokens
+NO_NEXT_TOKEN = -100  # the last position of a row, left out of the cross-entropy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +91,8 @@ def score_with_lm(
     """
     for sae in saes.values():
         replacement.require_spliceable(sae)
-    kl: Counter[Pass] = Counter()
-    ce: Counter[Pass] = Counter()
+    kl: dict[Pass, float] = defaultdict(float)
+    ce: dict[Pass, float] = defaultdict(float)
     rows, context = token_ids_ST.shape
     for start in range(0, rows, batch_sequences):
         batch = slice(start, min(start + batch_sequences, rows))
@@ -149,8 +149,8 @@ def _compare(
     next_ids = torch.roll(token_ids_BT, -1, dims=1)
     next_ids[:, -1] = NO_NEXT_TOKEN
     next_ids_N = next_ids.flatten()
-    kl: Counter[Pass] = Counter()
-    ce: Counter[Pass] = Counter()
+    kl: dict[Pass, float] = defaultdict(float)
+    ce: dict[Pass, float] = defaultdict(float)
     for start in range(0, len(next_ids_N), CHUNK_POSITIONS):
         chunk = slice(start, start + CHUNK_POSITIONS)
         clean_CV = torch.log_softmax(logits(lm, flat[CLEAN][chunk]), dim=1)

@@ -36,7 +36,7 @@ CACHE_METRICS: dict[str, Callable[[CacheScores], dict[str, Any]]] = {
 }
 LM_METRICS: dict[str, Callable[[LMScores], dict[str, Any]]] = {
     "KLDiv": lambda scores: {"KLDiv": scores.kl_div, "KLDiv_seq": scores.kl_div_seq},
-    "DeltaCE": lambda scores: {"DeltaCE": scores.delta_ce, "CE": scores.ce_clean},
+    "DeltaCE": lambda scores: {"DeltaCE": scores.delta_ce, "CE_clean": scores.ce_clean},
     "Recovered": lambda scores: {"Recovered": scores.recovered},
 }
 METRICS = (*CACHE_METRICS, *LM_METRICS)
@@ -96,7 +96,10 @@ def analyze(settings: AnalyzeSettings, report: Report = silent) -> dict[str, Any
         "cache": {"path": str(cache.path.resolve()), **cache.manifest.to_dict()},
         "rows_scored": [first, after],
         "tokens_scored": (after - first) * cache.manifest.context,
-        "saes": [{"sae": name, "folder": str(folder), **row} for folder, (name, row) in zip(folders, rows.items(), strict=True)],
+        "saes": [
+            {"sae": name, "folder": str(folder), **row}
+            for folder, (name, row) in zip(folders, rows.items(), strict=True)
+        ],
     }
 
 
@@ -136,7 +139,7 @@ def _lm_scores(
     from routesae.analyze.replacement import require_spliceable
 
     for sae in saes.values():
-        require_spliceable(sae)     # before the LM takes its time to load
+        require_spliceable(sae)  # before the LM takes its time to load
     manifest = cache.manifest
     lm = load_harvested_lm(cache, settings.model or manifest.model, settings.device, settings.lm_dtype)
     token_ids_ST = cache.tokens()[slice(*rows)]

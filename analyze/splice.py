@@ -48,9 +48,7 @@ def clean_pass(lm: LanguageModel, token_ids_BT: Tensor, layers: Sequence[int]) -
 
 
 @torch.inference_mode()
-def spliced_pass(
-    lm: LanguageModel, token_ids_BT: Tensor, clean: CleanPass, edits: Mapping[int, Edit]
-) -> Tensor:
+def spliced_pass(lm: LanguageModel, token_ids_BT: Tensor, clean: CleanPass, edits: Mapping[int, Edit]) -> Tensor:
     """final_BTD with edits[ℓ] applied to the output of each layer ℓ as it comes in this pass.
 
     clean: of the same rows, with the first edited layer among its hidden states.
@@ -87,7 +85,7 @@ def _starting_at(lm: LanguageModel, layer: int, hidden_BTD: Tensor, *, in_tuple:
         return (hidden_BTD,) if in_tuple else hidden_BTD
 
     with ExitStack() as stack:
-        for block in lm.blocks[:layer]:     # each but the last is given, and gives on, what nobody will read
+        for block in lm.blocks[:layer]:  # each but the last is given, and gives on, what nobody will read
             stack.enter_context(_forward_replaced(block, start))
         yield
 

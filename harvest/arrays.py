@@ -30,7 +30,7 @@ Array = npt.NDArray[Any]
 
 CHUNK_ROWS = 256
 _INDEX_ENTRY = struct.Struct("<QQ")
-_EMPTY_CHUNK = (2**64 - 1, 2**64 - 1)     # what a Zarr shard index says of a chunk that was never written
+_EMPTY_CHUNK = (2**64 - 1, 2**64 - 1)  # what a Zarr shard index says of a chunk that was never written
 
 
 class BadArray(Exception):
@@ -79,8 +79,8 @@ class ArrayWriter:
     def write(self, rows: Array, wrote: Callable[[int], None] | None = None) -> None:
         """Append rows [n, *row_shape]; `wrote` is told the bytes of each piece as it leaves."""
         assert rows.shape[1:] == self.row_shape, (rows.shape, self.row_shape)
-        view = memoryview(np.ascontiguousarray(rows, self.dtype)).cast("B")
-        while view:     # a raw write may take less than it is given
+        view = np.ascontiguousarray(rows, self.dtype).data.cast("B")
+        while view:  # a raw write may take less than it is given
             n = self._file.write(view[: 1 << 26])
             view = view[n:]
             if wrote is not None:
@@ -121,6 +121,7 @@ def write_array(folder: Path, array: Array, *, chunk_rows: int = CHUNK_ROWS, com
 
 def _write_metadata(folder: Path, shape: tuple[int, ...], dtype: Any, chunk_rows: int, *, compress: bool) -> Any:
     import zarr
+    from zarr.codecs import ZstdCodec
 
     array = zarr.create_array(
         str(folder),
@@ -129,7 +130,7 @@ def _write_metadata(folder: Path, shape: tuple[int, ...], dtype: Any, chunk_rows
         shards=(padded_rows(shape[0], chunk_rows), *shape[1:]),
         chunks=(chunk_rows, *shape[1:]),
         filters=None,
-        compressors=zarr.codecs.ZstdCodec(level=3) if compress else None,
+        compressors=ZstdCodec(level=3) if compress else None,
         fill_value=_fill_value(dtype),
         # zarr would otherwise leave out an all-zero chunk, and everything after it would shift.
         config={"write_empty_chunks": True},

@@ -41,7 +41,7 @@ class ShardBuffer:
         # stored row of each flat position; -1 where it is not kept
         self._stored_row = torch.full((token_ids_sT.size,), -1, dtype=torch.int64)
         self._stored_row[torch.from_numpy(self.order).long()] = torch.arange(len(self.order))
-        self._filled = torch.cuda.Event() if device.type == "cuda" else None
+        self._filled: torch.cuda.Event | None = None
 
     def fill(self, model: LanguageModel, batch_sequences: int, step: Callable[[int], None]) -> None:
         """Run the LM over the shard's rows, `batch_sequences` at a time; `step` is told the rows of each."""
@@ -58,8 +58,8 @@ class ShardBuffer:
             with capturing(model, layers, take):
                 run_until(model, _to_device(token_ids_BT, model.device), layers[-1])
             step(len(token_ids_BT))
-        if self._filled is not None:
-            self._filled.record()
+        if model.device.type == "cuda":
+            self._filled = torch.cuda.current_stream(model.device).record_event()
 
     def _store(self, at: int, kept_mD: Tensor, stored_m: Tensor) -> None:
         clip = self.manifest.overflow == "clip"
@@ -101,7 +101,7 @@ class ShardBuffer:
         """On CUDA, a stream that waits for this shard's filling only, not for the next one's."""
         if self._filled is None:
             return nullcontext()
-        stream = torch.cuda.Stream(self.hidden_LnD.device)
+        stream = torch.cuda.Stream(self.hidden_LnD.device)  # type: ignore[no-untyped-call]
         stream.wait_event(self._filled)
         return torch.cuda.stream(stream)
 
@@ -156,7 +156,7 @@ class RunningSums:
         # float32: a square overflows fp16, and bf16 keeps three digits of a sum
         norm = torch.linalg.vector_norm(x_mD, dtype=torch.float32)
         self._sums += torch.stack([x_mD.sum(dtype=torch.float32), norm.square(), over.float()]).double()
-        low, high = torch.aminmax(x_mD)     # NaN comes through
+        low, high = torch.aminmax(x_mD)  # NaN comes through
         self._extremes = torch.maximum(self._extremes, torch.stack([-low, high]).float())
 
     def finish(self) -> LayerStatistics:

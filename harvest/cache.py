@@ -1,4 +1,4 @@
-"""The cache on disk: its manifest, its writer, its reader, its proof. Knows nothing of language models.
+"""The cache on disk: its manifest, its writer, its reader. Knows nothing of language models.
 
     shards/
       zarr.json             a Zarr v3 group; its attributes are the Manifest
@@ -34,7 +34,7 @@ from routesae.harvest.tokens import Ids, kept_positions
 from routesae.reporting import WrongInput
 
 FORMAT_VERSION = 1
-VAL_FRACTION = 0.05     # the last rows of tokens: never trained on, read by analyze
+VAL_FRACTION = 0.05  # the last rows of tokens: never trained on, read by analyze
 DTYPES = {"float16": "<f2", "float32": "<f4"}
 _HASH_PIECE_BYTES = 1 << 24
 
@@ -96,7 +96,9 @@ class Manifest:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise WrongInput(f"the cache's manifest says {name} = {value!r}; it must be a whole number above 0")
         if self.dtype not in DTYPES:
-            raise WrongInput(f"the cache's manifest says dtype = {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
+            raise WrongInput(
+                f"the cache's manifest says dtype = {self.dtype!r}; it must be one of {', '.join(DTYPES)}"
+            )
         ascending = list(self.layers) == sorted(set(self.layers))
         if not self.layers or not ascending or self.layers[0] < 1 or self.layers[-1] > self.model_layers:
             raise WrongInput(f"the cache's manifest says layers = {self.layers}, of a model of {self.model_layers}")
@@ -196,10 +198,11 @@ def array_hash(array: arrays.Array) -> str:
 def shard_order(token_ids_sT: Ids, manifest: Manifest, index: int) -> npt.NDArray[np.int32]:
     """int32 [n]: the seeded permutation of the shard's kept flat positions in which its rows are stored."""
     generator = np.random.Generator(np.random.PCG64([manifest.seed, index]))
-    return generator.permutation(_kept_flat(token_ids_sT, manifest))
+    return generator.permutation(kept_flat(token_ids_sT, manifest))
 
 
-def _kept_flat(token_ids_sT: Ids, manifest: Manifest) -> npt.NDArray[np.int32]:
+def kept_flat(token_ids_sT: Ids, manifest: Manifest) -> npt.NDArray[np.int32]:
+    """int32 [n]: the shard's kept flat positions, ascending."""
     kept = kept_positions(token_ids_sT, dropped_ids=manifest.dropped_ids, skip_positions=manifest.skip_positions)
     return np.flatnonzero(kept).astype(np.int32)
 
@@ -246,7 +249,7 @@ def write_shard(
         shutil.rmtree(partial)
     partial.mkdir()
     hashes = {}
-    whole = max(1, len(order))      # order is read at once, so it is one chunk
+    whole = max(1, len(order))  # order is read at once, so it is one chunk
     for name, array, chunk_rows in (
         ("token_ids", token_ids_sT, len(token_ids_sT)),
         ("order", order, whole),
@@ -430,41 +433,3 @@ def _group_attributes(folder: Path) -> dict[str, Any] | None:
         return None
     is_group = metadata.get("node_type") == "group" and isinstance(attributes, dict)
     return attributes if is_group else None
-
-
-# -------------------------------------------------------------------------------------------------- verifying
-
-
-def verify_tokens(cache: Cache) -> list[str]:
-    """What is wrong with the array tokens, a line each."""
-    try:
-        same = array_hash(cache.tokens()) == cache.manifest.tokens_hash
-    except WrongInput as bad:
-        return [str(bad)]
-    return [] if same else ["tokens: checksum differs from the one recorded"]
-
-
-def verify_shard(cache: Cache, index: int) -> list[str]:
-    """Everything wrong with one shard, a line each: sizes, indexes, checksums, order, tokens."""
-    name = shard_name(index)
-    try:
-        shard = cache.shard(index)
-    except arrays.BadArray as bad:
-        return [f"{name}: {bad}"]
-    problems = []
-    for array in ("token_ids", "order", *(layer_name(layer) for layer in cache.manifest.layers)):
-        try:
-            values = shard.read(array)
-            if array_hash(values) != shard.record.hashes.get(array):
-                problems.append(f"{name}/{array}: checksum differs from the one recorded")
-        except (arrays.BadArray, OSError, ValueError, RuntimeError) as bad:
-            problems.append(f"{name}/{array}: {bad}")
-    if problems:
-        return problems
-    token_ids_sT = shard.read("token_ids")
-    first, after = shard.record.rows
-    if not np.array_equal(token_ids_sT, cache.tokens()[first:after]):
-        problems.append(f"{name}/token_ids: not rows {first} to {after - 1} of tokens")
-    if not np.array_equal(np.sort(shard.read("order")), _kept_flat(token_ids_sT, cache.manifest)):
-        problems.append(f"{name}/order: not a permutation of the kept positions")
-    return problems

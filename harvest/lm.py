@@ -30,8 +30,15 @@ from routesae.reporting import WrongInput
 log = logging.getLogger(__name__)
 
 # Keys of a config that say how a model was stored or run, not which model it is.
-_INCIDENTAL_CONFIG = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "architectures")
-_PROBED_VALUES = 64     # of every parameter, for weights_hash
+_INCIDENTAL_CONFIG = (
+    "transformers_version",
+    "_name_or_path",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+    "architectures",
+)
+_PROBED_VALUES = 64  # of every parameter, for weights_hash
 
 
 @dataclass(frozen=True)
@@ -105,7 +112,7 @@ def find_blocks(model: Any, name: str) -> nn.ModuleList:
     raise WrongInput(f"{name} ({type(model).__name__}) has no list of {depth} decoder blocks to take outputs from")
 
 
-class _Stop(Exception):  # noqa: N818 - not an error: it ends a forward pass after the last wanted block
+class _Stop(Exception):
     pass
 
 
@@ -168,7 +175,7 @@ def _explained(model: str) -> Iterator[None]:
     """Turn what transformers raises for a model it cannot have into one line with the remedy."""
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()     # "Loading weights" flickers by; downloads keep their bars
+    transformers_logging.disable_progress_bar()  # "Loading weights" flickers by; downloads keep their bars
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -222,7 +229,7 @@ def converted_gguf(gguf: Path) -> Path:
     try:
         _convert_gguf(gguf, partial)
         partial.chmod(0o755)
-        if not folder.is_dir():     # another process may have been faster
+        if not folder.is_dir():  # another process may have been faster
             partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,84 +19,25 @@ from typing import Any
 import numpy as np
 
 from routesae import __version__
-from routesae.harvest import arrays, lm
+from routesae.harvest import lm
 from routesae.harvest.buffer import ShardBuffer
 from routesae.harvest.cache import (
     DTYPES,
     Cache,
     Manifest,
     ShardRecord,
-    array_hash,
     begin_cache,
     remove_partial_shards,
 )
+from routesae.harvest.corpus import write_tokens
 from routesae.harvest.device import pick_device, pick_lm_dtype
-from routesae.harvest.texts import TextCounts, read_documents
-from routesae.harvest.tokens import Fingerprint, framing, kept_positions, pack, tokenize, tokenizer_hash
-from routesae.reporting import Progress, Report, WrongInput, silent
+from routesae.harvest.settings import HarvestSettings, parse_layers
+from routesae.harvest.tokens import tokenizer_hash
+from routesae.reporting import Progress, Report, WrongInput, human_bytes, silent
 
 log = logging.getLogger(__name__)
 
-DISK_RESERVE = 1.01     # indexes, metadata and the file system's own rounding
-PACK_ROWS = 1024        # rows of tokens a write
-
-
-@dataclass(frozen=True, kw_only=True)
-class HarvestSettings:
-    """What `routesae harvest` was asked for. Raises WrongInput where a value is impossible."""
-
-    model: str = "meta-llama/Llama-3.2-1B"
-    data: str = "Skylion007/openwebtext"
-    split: str = "train"
-    text_field: str = "text"
-    min_chars: int = 100
-    layers: str | None = None
-    """"4-12" or "4,8,12"; None for n//4 … 3n//4."""
-    tokens: int = 10_000_000
-    context: int = 512
-    shard_tokens: int = 65_536
-    batch_sequences: int | None = None
-    """Rows a forward pass; None for 8 on a CPU and 32 on CUDA."""
-    dtype: str = "float16"
-    overflow: str = "error"
-    compress: str = "none"
-    skip_positions: int = 1
-    keep_special: bool = False
-    seed: int = 0
-    device: str = "auto"
-    lm_dtype: str = "auto"
-    out: str = "shards"
-
-    def __post_init__(self) -> None:
-        for name, least in (("tokens", 1), ("context", 2), ("shard_tokens", 1), ("min_chars", 0), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise WrongInput(f"--{name.replace('_', '-')} {getattr(self, name)} is below {least}")
-        if self.batch_sequences is not None and self.batch_sequences < 1:
-            raise WrongInput(f"--batch-sequences {self.batch_sequences} is below 1")
-        if not 0 <= self.skip_positions < self.context:
-            raise WrongInput(f"--skip-positions {self.skip_positions} leaves nothing of --context {self.context}")
-        for name, known in (("dtype", DTYPES), ("overflow", ("error", "clip")), ("compress", ("none", "zstd"))):
-            if getattr(self, name) not in known:
-                raise WrongInput(f"--{name} {getattr(self, name)!r} is none of {', '.join(known)}")
-        if self.tokens < self.context:
-            raise WrongInput(f"--tokens {self.tokens} is less than one row of --context {self.context}")
-
-
-def parse_layers(layers: str | None, depth: int) -> tuple[int, ...]:
-    """"4-12", "4,8,12" or "4-6,12" as ascending layers of a model of `depth` blocks; None: n//4 … 3n//4."""
-    if layers is None:
-        return tuple(range(max(1, depth // 4), 3 * depth // 4 + 1))
-    wanted: set[int] = set()
-    for part in layers.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise WrongInput(f"--layers {layers!r} is not a list such as 4-12 or 4,8,12")
-        wanted.update(range(int(first), int(last if dash else first) + 1) if int(first) <= depth else [int(first)])
-        if dash and int(last) < int(first):
-            raise WrongInput(f"--layers {layers!r}: {part.strip()} runs backwards")
-    if min(wanted) < 1 or max(wanted) > depth:
-        raise WrongInput(f"--layers {layers!r}: the model has layers 1 to {depth}")
-    return tuple(sorted(wanted))
+DISK_RESERVE = 1.01  # indexes, metadata and the file system's own rounding
 
 
 def harvest(settings: HarvestSettings, report: Report = silent) -> Cache:
@@ -119,8 +58,11 @@ def harvest(settings: HarvestSettings, report: Report = silent) -> Cache:
     missing = cache.missing()
     if missing:
         if len(missing) < cache.manifest.shard_count:
-            log.info("%d of %d shards are there already", cache.manifest.shard_count - len(missing),
-                     cache.manifest.shard_count)
+            log.info(
+                "%d of %d shards are there already",
+                cache.manifest.shard_count - len(missing),
+                cache.manifest.shard_count,
+            )
             _require_disk(path, _bytes_of(cache.manifest, len(missing)), settings)
         model = lm.load_lm(settings.model, device=device, lm_dtype=lm_dtype, revision=cache.manifest.revision)
         model = lm.cut_after(model, cache.manifest.layers[-1])
@@ -145,8 +87,14 @@ def prepare(settings: HarvestSettings, config: Any, lm_dtype: str, report: Repor
     token_bytes = len(layers) * width * np.dtype(DTYPES[settings.dtype]).itemsize
     log.info(
         "%d layers (%d to %d) x %d x %s: %s a token, up to %s for %s tokens",
-        len(layers), layers[0], layers[-1], width, settings.dtype,
-        human_bytes(token_bytes), human_bytes(token_bytes * settings.tokens), f"{settings.tokens:,}",
+        len(layers),
+        layers[0],
+        layers[-1],
+        width,
+        settings.dtype,
+        human_bytes(token_bytes),
+        human_bytes(token_bytes * settings.tokens),
+        f"{settings.tokens:,}",
     )
     tokenizer = lm.load_tokenizer(settings.model)
     prepared = path / ".tokens.partial"
@@ -154,7 +102,7 @@ def prepare(settings: HarvestSettings, config: Any, lm_dtype: str, report: Repor
     made_folder = not path.exists()
     prepared.mkdir(parents=True)
     try:
-        facts = _write_tokens(prepared, settings, tokenizer, report)
+        facts = write_tokens(prepared, settings, tokenizer, report)
         manifest = Manifest(
             model=settings.model,
             revision=getattr(config, "_commit_hash", None),
@@ -204,87 +152,15 @@ def _refuse_other_settings(manifest: Manifest, settings: HarvestSettings, config
         "lm_dtype": lm_dtype,
         **_shared_settings(settings),
     }
-    differing = [f"{name} is {getattr(manifest, name)}, not {value}"
-                 for name, value in asked.items() if getattr(manifest, name) != value]
+    differing = [
+        f"{name} is {getattr(manifest, name)}, not {value}"
+        for name, value in asked.items()
+        if getattr(manifest, name) != value
+    ]
     if differing:
         raise WrongInput(
             f"{settings.out} was begun with other settings: {'; '.join(differing)}. "
             "Give the settings it was begun with, or another --out"
-        )
-
-
-def _write_tokens(folder: Path, settings: HarvestSettings, tokenizer: Any, report: Report) -> dict[str, Any]:
-    """Write tokens/ and document_starts/ below `folder`; returns the manifest's fields about them."""
-    counts, fingerprint, frame = TextCounts(), Fingerprint(), framing(tokenizer)
-    documents = read_documents(
-        settings.data,
-        text_field=settings.text_field,
-        split=settings.split,
-        min_chars=settings.min_chars,
-        seed=settings.seed,
-        counts=counts,
-    )
-    pieces = (ids for _, ids in tokenize(fingerprint.passing(documents), tokenizer, frame))
-    dropped = () if settings.keep_special else frame.special_ids
-    rows_wanted = settings.tokens // settings.context
-    starts: list[int] = []
-    kept = rows = 0
-    writer = arrays.ArrayWriter(folder / "tokens", (settings.context,), "<i4")
-    try:
-        for block in _blocks(pack(pieces, context=settings.context, row_start=frame.row_start), rows_wanted):
-            for row in block:
-                starts += [rows * settings.context + start for start in row.document_starts]
-                rows += 1
-            token_ids_BT = np.stack([row.token_ids_T for row in block])
-            kept += int(kept_positions(
-                token_ids_BT, dropped_ids=dropped, skip_positions=settings.skip_positions).sum())
-            writer.write(token_ids_BT)
-            report(Progress("tokenise", rows * settings.context, settings.tokens, "tokens",
-                            {"documents": f"{counts.documents:,}"}))
-        if rows < rows_wanted:
-            counts.check_malformed()
-        _require_rows(rows, counts, settings)
-        writer.close()
-    finally:
-        writer.abandon()
-    if rows < rows_wanted:
-        log.warning("%s holds %s tokens, not the %s asked for; all of them are used",
-                    settings.data, f"{rows * settings.context:,}", f"{settings.tokens:,}")
-    arrays.write_array(folder / "document_starts", np.array(starts, "<i8"), chunk_rows=max(1, len(starts)))
-    return {
-        "rows": rows,
-        "kept_tokens": kept,
-        "tokens_hash": array_hash(arrays.map_array(folder / "tokens", (rows, settings.context), "<i4")),
-        "special_ids": frame.special_ids,
-        "corpus_fingerprint": fingerprint.hexdigest(),
-        "documents": len(starts),
-        "documents_short": counts.short,
-        "documents_malformed": len(counts.malformed),
-    }
-
-
-def _blocks(rows: Iterator[Any], wanted: int) -> Iterator[list[Any]]:
-    """Lists of up to PACK_ROWS rows, `wanted` rows in all, reading no document more than they need."""
-    while wanted > 0:
-        block = []
-        for row in rows:
-            block.append(row)
-            if len(block) == min(PACK_ROWS, wanted):
-                break
-        if not block:
-            return
-        wanted -= len(block)
-        yield block
-
-
-def _require_rows(rows: int, counts: TextCounts, settings: HarvestSettings) -> None:
-    if counts.documents == 0:
-        short = f"; {counts.short} were shorter than --min-chars {settings.min_chars}" if counts.short else ""
-        raise WrongInput(f"corpus {settings.data} has no document to use{short}")
-    if rows == 0:
-        raise WrongInput(
-            f"corpus {settings.data} is too small for one row of {settings.context} tokens; "
-            "give a smaller --context or more text"
         )
 
 
@@ -300,15 +176,6 @@ def _require_disk(path: Path, needed: int, settings: HarvestSettings) -> None:
             f"the shards need {human_bytes(needed)}, but {path} has {human_bytes(free)} free; "
             f"ask for fewer than {settings.tokens:,} --tokens, fewer --layers, or another --out"
         )
-
-
-def human_bytes(n: float) -> str:
-    """1.2 GB and the like, in powers of 1000."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if n < 1000 or unit == "TB":
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1000
-    raise AssertionError
 
 
 # --------------------------------------------------------------------------------------------- tokens → shards
@@ -338,7 +205,7 @@ def harvest_shards(
             first, after = manifest.shard_range(index)
             buffer = ShardBuffer(np.array(tokens[first:after]), manifest, index, model.device)
             buffer.fill(model, batch, step)
-            if pending:     # at most one shard being written while one is filled
+            if pending:  # at most one shard being written while one is filled
                 pending.pop().result()
             pending.append(writer.submit(buffer.commit, cache, weights, batch))
         for last in pending:

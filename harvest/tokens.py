@@ -23,7 +23,7 @@ import xxhash
 from routesae.harvest.texts import Document
 
 Ids = npt.NDArray[np.int32]
-DOCUMENTS_A_CALL = 256      # enough for the tokenizer's threads, little enough to hold in memory
+DOCUMENTS_A_CALL = 256  # enough for the tokenizer's threads, little enough to hold in memory
 
 
 class Framing(NamedTuple):
@@ -127,5 +127,9 @@ class Fingerprint:
 def tokenizer_hash(tokenizer: Any) -> str:
     """sha256 over the vocabulary, the special ids and the ids of a probe text (merges, normaliser)."""
     probe = "The naïve café’s 3,141 routes — straße, 東京, 🙂\n\tdef f(x): return x ** 2  # <b>"
-    facts = [sorted(tokenizer.get_vocab().items()), sorted(tokenizer.all_special_ids), tokenizer(probe)["input_ids"]]
+    facts = [
+        sorted(tokenizer.get_vocab().items()),
+        sorted(tokenizer.all_special_ids),
+        tokenizer(probe)["input_ids"],
+    ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

@@ -27,8 +27,8 @@ from routesae.harvest.cache import DTYPES, Cache, Shard, damaged, layer_name
 from routesae.reporting import FailedRun, WrongInput
 
 BLOCK_ROWS = arrays.CHUNK_ROWS
-ADVISE_BATCHES = 2      # batches ahead of the copy that the kernel is told of
-STAGING_BATCHES = 3     # one with the trainer, one ready, one being filled
+ADVISE_BATCHES = 2  # batches ahead of the copy that the kernel is told of
+STAGING_BATCHES = 3  # one with the trainer, one ready, one being filled
 
 
 class Block(NamedTuple):
@@ -58,7 +58,7 @@ class Selection:
             )
         cache.require_whole()
         self.shards: list[Shard] = []
-        self.rows: list[npt.NDArray[np.int64] | None] = []     # None: all of the shard's rows, in order
+        self.rows: list[npt.NDArray[np.int64] | None] = []  # None: all of the shard's rows, in order
         for shard in cache.shards():
             first, after = shard.record.rows
             if after <= first_row or after_row <= first:
@@ -153,7 +153,11 @@ def _map_rows(shard: Shard, layer: int, first: int, after: int) -> arrays.Array:
     dtype, width = np.dtype(DTYPES[shard.manifest.dtype]), shard.manifest.width
     # Mapped anew for every block: a mapping kept open would hold its pages in this process's memory.
     return np.memmap(
-        shard.layer_file(layer), dtype, "r", offset=first * width * dtype.itemsize, shape=(after - first, width)
+        shard.layer_file(layer),
+        dtype,
+        "r",
+        offset=first * width * dtype.itemsize,
+        shape=(after - first, width),
     )
 
 
@@ -169,10 +173,8 @@ def advise(selection: Selection, plan: Plan) -> None:
             try:
                 descriptor = os.open(selection.shards[block.shard].layer_file(layer), os.O_RDONLY)
             except (OSError, arrays.BadArray):
-                continue    # the copy meets the same fault and names it
-            os.posix_fadvise(
-                descriptor, first * row_bytes, (after - first) * row_bytes, os.POSIX_FADV_WILLNEED
-            )
+                continue  # the copy meets the same fault and names it
+            os.posix_fadvise(descriptor, first * row_bytes, (after - first) * row_bytes, os.POSIX_FADV_WILLNEED)
             os.close(descriptor)
 
 
@@ -221,7 +223,7 @@ def _running(fill: Callable[[], None], free: queue.Queue[Tensor | None]) -> Iter
     try:
         yield
     finally:
-        free.put(None)      # wakes a thread that waits for a staging buffer, and ends it
+        free.put(None)  # wakes a thread that waits for a staging buffer, and ends it
         thread.join()
 
 
@@ -237,12 +239,12 @@ def _advised(selection: Selection, plans: Iterator[Plan]) -> Iterator[Plan]:
 
 
 def _on_device(staged: Iterator[Tensor], device: torch.device) -> Iterator[Tensor]:
-    stream = torch.cuda.Stream(device)
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     copied: tuple[Tensor, torch.cuda.Event] | None = None
     for staging_LND in staged:
         with torch.cuda.stream(stream):
             hidden_LND = staging_LND.to(device, non_blocking=True)
-            event = torch.cuda.Event()
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
         if copied is not None:
             yield _arrived(*copied)

@@ -57,7 +57,7 @@ def _sae_lens_config(recipe: Recipe, source: Mapping[str, Any]) -> dict[str, Any
         "dtype": "float32",
         "device": "cpu",
         "apply_b_dec_to_input": True,
-        "normalize_activations": "layer_norm",      # SAELens' word for normalisation per token
+        "normalize_activations": "layer_norm",  # SAELens' word for normalisation per token
         "rescale_acts_by_decoder_norm": False,
         "reshape_activations": "none",
         "metadata": {

@@ -81,7 +81,9 @@ def score_on_cache(sae: SAE, cache: Cache, first_row: int, after_row: int, repor
         l0=int(active_F.sum()) / tokens,
         dead=float((active_F == 0).double().mean()),
         density_F=(active_F.double() / tokens).cpu(),
-        layer_shares=dict(zip(sae.recipe.layers, (routed_L / tokens).tolist(), strict=True)) if routed_L.any() else None,
+        layer_shares=dict(zip(sae.recipe.layers, (routed_L / tokens).tolist(), strict=True))
+        if routed_L.any()
+        else None,
         routing_entropy=entropy(routed_L / tokens) if routed_L.any() else None,
     )
 

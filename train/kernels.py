@@ -69,7 +69,7 @@ class ByLatent(NamedTuple):
 def group_by_latent(indices_NK: Tensor, latents: int) -> ByLatent:
     """Sort the pairs once; both weight gradients use it. Stable, so that a run is repeatable bit for bit."""
     flat_M = indices_NK.flatten()
-    sorted_M, pairs_M = torch.sort(flat_M.to(torch.int32), stable=True)
+    pairs_M = torch.argsort(flat_M.to(torch.int32), stable=True)
     counts_F = torch.bincount(flat_M, minlength=latents)
     offsets_F = torch.cumsum(counts_F, 0) - counts_F
     return ByLatent(torch.div(pairs_M, indices_NK.shape[1], rounding_mode="floor"), pairs_M, offsets_F)
@@ -136,7 +136,9 @@ def sparse_autoencode(
 
     The gradient is written by hand; `dense_autoencode` is what it must equal.
     """
-    reconstruction_ND, values_NK, indices_NK = _SparseAutoencode.apply(x_ND, W_enc_FD, b_enc_F, W_dec_FD, b_dec_D, k)
+    reconstruction_ND, values_NK, indices_NK = _SparseAutoencode.apply(  # type: ignore[no-untyped-call]
+        x_ND, W_enc_FD, b_enc_F, W_dec_FD, b_dec_D, k
+    )
     return reconstruction_ND, Latents(values_NK, indices_NK)
 
 

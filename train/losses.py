@@ -10,8 +10,8 @@ from torch import Tensor
 
 from routesae.train.kernels import sparse_autoencode
 
-AUXK_WEIGHT = 1 / 32    # 2406.04093, appendix A.2
-_TINY = 1e-8            # keeps a token whose input or residual is exactly zero out of 0/0
+AUXK_WEIGHT = 1 / 32  # 2406.04093, appendix A.2
+_TINY = 1e-8  # keeps a token whose input or residual is exactly zero out of 0/0
 
 
 def squared_error_shares(x_ND: Tensor, reconstruction_ND: Tensor) -> Tensor:

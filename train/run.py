@@ -33,7 +33,7 @@ from routesae.train.schedule import lr_factor
 
 log = logging.getLogger(__name__)
 
-INITIAL_SAMPLE_TOKENS = 8192    # what b_dec's geometric median is taken over
+INITIAL_SAMPLE_TOKENS = 8192  # what b_dec's geometric median is taken over
 DEAD_AFTER_TOKENS = 10_000_000  # 2406.04093, appendix A.2
 
 
@@ -73,12 +73,23 @@ class TrainSettings:
             raise WrongInput(f"--sae {self.sae!r} is none of {', '.join(SAES)}")
         if self.layer is not None and self.sae not in SINGLE_LAYER:
             raise WrongInput(f"--layer {self.layer} is for {', '.join(SINGLE_LAYER)}; {self.sae} reads every layer")
-        for name in ("latents", "expansion", "k", "batch_tokens", "epochs", "tokens", "dead_after_tokens", "log_every_steps"):
+        for name in (
+            "latents",
+            "expansion",
+            "k",
+            "batch_tokens",
+            "epochs",
+            "tokens",
+            "dead_after_tokens",
+            "log_every_steps",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise WrongInput(f"--{name.replace('_', '-')} {value} is below 1")
         if self.epochs is not None and self.tokens is not None:
-            raise WrongInput(f"--epochs {self.epochs} and --tokens {self.tokens} both say how long to train; give one")
+            raise WrongInput(
+                f"--epochs {self.epochs} and --tokens {self.tokens} both say how long to train; give one"
+            )
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise WrongInput(f"--lr {self.lr} is not above 0")
         if self.seed < 0:
@@ -196,7 +207,7 @@ def fit(sae: SAE, selection: Selection, settings: TrainSettings, metrics: TextIO
         loss.backward()  # type: ignore[no-untyped-call]
         sae.project_gradient()
         adam.step()
-        lr = schedule.get_last_lr()[0]
+        lr = float(schedule.get_last_lr()[0])
         schedule.step()
         sae.normalise_decoder()
         active_F = active_counts(out.latents.values_NK, out.latents.indices_NK, sae.recipe.latents) > 0
@@ -228,5 +239,3 @@ def _initial_sample(selection: Selection, settings: TrainSettings, device: torch
     sample_LND = next(loader).clone()
     loader.close()  # type: ignore[attr-defined]
     return sample_LND
-
-

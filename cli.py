@@ -1,0 +1,308 @@
+"""The command line: parse, call a room, print. Nothing else in the package prints."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from routesae import __version__
+from routesae.reporting import FailedRun, Progress, WrongInput
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+log = logging.getLogger("routesae")
+LOG_LINE_SECONDS = 10.0  # between progress lines where there is no terminal
+T = TypeVar("T")
+
+
+class Count(click.ParamType[int]):
+    """A number of things: 200000, 200k, 10M, 1.5B."""
+
+    name = "count"
+    suffixes = {"k": 10**3, "m": 10**6, "b": 10**9}  # noqa: RUF012
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        number, factor = value.strip().replace("_", "").lower(), 1
+        if number and number[-1] in self.suffixes:
+            number, factor = number[:-1], self.suffixes[number[-1]]
+        try:
+            count = float(number) * factor
+            if count == int(count):
+                return int(count)
+        except (ValueError, OverflowError):
+            pass
+        return self.fail(f"{value!r} is not a whole number such as 200000, 200k or 10M", param, ctx)
+
+
+COUNT = Count()
+
+
+class Commands(click.Group):
+    """Turns what the rooms raise into one line and an exit code: 2 wrong input, 1 failed run, 130 Ctrl-C."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except WrongInput as error:
+            self._end(error, 2)
+        except (FailedRun, OSError) as error:
+            self._end(error, 1)
+        except KeyboardInterrupt:
+            self._end("stopped; the same command goes on where harvest stood, and starts a training run again", 130)
+
+    def _end(self, message: object, code: int) -> None:
+        click.echo(f"routesae: {message}", err=True)
+        sys.exit(code)
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[Progress], None]]:
+    """A bar with rate and time left on a terminal; a log line every ten seconds elsewhere."""
+    bars: dict[str, tqdm[Any]] = {}
+    last_line = time.monotonic()
+
+    def bar(now: Progress) -> None:
+        from tqdm import tqdm
+
+        if now.stage not in bars:
+            for other in bars.values():
+                other.close()
+            scale = now.unit == "tokens"
+            bars[now.stage] = tqdm(total=now.total, unit=f" {now.unit}", unit_scale=scale, desc=now.stage)
+        bars[now.stage].set_postfix(now.facts, refresh=False)
+        bars[now.stage].update(now.done - bars[now.stage].n)
+
+    def line(now: Progress) -> None:
+        nonlocal last_line
+        if time.monotonic() - last_line >= LOG_LINE_SECONDS or now.done == now.total:
+            last_line = time.monotonic()
+            facts = ", ".join(f"{name} {value}" for name, value in now.facts.items())
+            log.info(
+                "%s: %s of %s %s%s",
+                now.stage,
+                f"{now.done:,}",
+                f"{now.total:,}",
+                now.unit,
+                f", {facts}" * bool(facts),
+            )
+
+    try:
+        yield bar if sys.stderr.isatty() else line
+    finally:
+        for open_bar in bars.values():
+            open_bar.close()
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows of named values for a person; numbers to four digits, absent ones as a dash."""
+    from tabulate import tabulate
+
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [[_cell(row.get(name)) for name in names] for row in rows]
+    return tabulate(cells, headers=names, disable_numparse=True, stralign="right")
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, dict):  # shares of layers: the largest three
+        top = sorted(value.items(), key=lambda item: -item[1])[:3]
+        return ", ".join(f"{key}: {share:.0%}" for key, share in top)
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+@click.group(cls=Commands, context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+@click.option("--quiet", is_flag=True, help="Only warnings, errors and results.")
+def main(quiet: bool) -> None:
+    """Sparse autoencoders over the middle layers of language models, the model paid for once.
+
+    \b
+    routesae harvest                       run the LM once, write its hidden states to shards/
+    routesae train --cache shards/         train an SAE on them, no LM in sight
+    routesae analyze --metric KLDiv        score every SAE under saes/
+    """
+    level = logging.WARNING if quiet else logging.INFO
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("routesae").setLevel(level)
+
+
+@main.command(epilog="Example: routesae harvest --model demo --data demo --tokens 200k --context 256")
+@click.option("--model", default="meta-llama/Llama-3.2-1B", help="Hub id, local folder, .gguf file, or demo.")
+@click.option(
+    "--data",
+    default="Skylion007/openwebtext",
+    help="A .txt, .jsonl, .jsonl.gz, .jsonl.zst or .parquet file, a folder of them, a hub dataset id, or demo.",
+)
+@click.option("--split", default="train", help="Split of a hub dataset.")
+@click.option("--text-field", default="text", help="Field or column that holds a document's text.")
+@click.option("--min-chars", default=100, help="Shorter documents are skipped, in characters.")
+@click.option(
+    "--layers", metavar="LIST", help='Layers to keep, such as "4-12" or "4,8,12".  [default: n//4 to 3n//4]'
+)
+@click.option("--tokens", type=COUNT, default="10M", help="Tokens of the corpus to run, such as 200k or 10M.")
+@click.option("--context", default=512, help="Tokens a row, that is, a sequence of the LM.")
+@click.option("--shard-tokens", type=COUNT, default=65_536, help="Tokens a shard; two shards are held in memory.")
+@click.option("--batch-sequences", type=int, help="Rows a forward pass.  [default: 8 on a CPU, 32 on CUDA]")
+@click.option("--dtype", default="float16", metavar="float16|float32", help="Of the hidden states on disk.")
+@click.option(
+    "--overflow",
+    default="error",
+    metavar="error|clip",
+    help="What to do with a value that dtype cannot hold.",
+)
+@click.option(
+    "--compress",
+    default="none",
+    metavar="none|zstd",
+    help="zstd saves 8 % of the disk and is slow to train from.",
+)
+@click.option("--skip-positions", default=1, help="Positions at the start of each row not kept (the attention sink).")
+@click.option("--keep-special", is_flag=True, help="Keep the positions of special tokens too.")
+@click.option("--seed", default=0, help="Of the shuffle.")
+@click.option("--device", default="auto", metavar="auto|cpu|cuda[:i]", help="Where the LM runs.")
+@click.option(
+    "--lm-dtype",
+    default="auto",
+    metavar="auto|float32|bfloat16|float16",
+    help="Precision of the LM; auto is bfloat16 on CUDA and float32 on a CPU.",
+)
+@click.option("--out", default="shards", type=click.Path(), help="Folder of the cache.")
+def harvest(**options: Any) -> None:
+    """Run the LM once over a corpus and write its middle layers' hidden states as Zarr shards.
+
+    The same command goes on where a stopped one stood.
+    """
+    from routesae.harvest.run import harvest as run
+    from routesae.harvest.settings import HarvestSettings
+
+    with progress() as report:
+        cache = run(HarvestSettings(**options), report)
+    manifest = cache.manifest
+    click.echo(
+        f"{cache.path}: {manifest.kept_tokens:,} tokens x {len(manifest.layers)} layers x {manifest.width} "
+        f"in {manifest.shard_count} shards"
+    )
+
+
+@main.command(epilog="Example: routesae train --cache shards/ --sae topk --layer 12 --k 32 --epochs 2")
+@click.option("--cache", default="shards", type=click.Path(), help="Folder that harvest wrote.")
+@click.option("--sae", default="routesae", metavar="NAME", help="Variant: routesae or topk.")
+@click.option("--layer", type=int, help="Layer a topk reads.  [default: the middle one of the cache]")
+@click.option("--latents", type=COUNT, help="Size of the dictionary.  [default: expansion x width]")
+@click.option("--expansion", default=8, help="Size of the dictionary in widths, where --latents is not given.")
+@click.option("--k", default=64, help="Latents active a token.")
+@click.option("--routing", default="hard", metavar="hard|soft", help="routesae: one layer a token, or all weighted.")
+@click.option("--aggregate", default="sum", metavar="sum|mean", help="routesae: what of the layers the router sees.")
+@click.option("--lr", default=5e-4, help="Peak learning rate of Adam.")
+@click.option("--batch-tokens", type=COUNT, default=4096, help="Tokens a step.")
+@click.option("--epochs", type=int, help="Passes over the training tokens.  [default: 1]")
+@click.option("--tokens", type=COUNT, help="Training tokens in all, instead of --epochs.")
+@click.option(
+    "--dead-after-tokens",
+    type=COUNT,
+    help="Tokens without activity that make a latent dead.  [default: 10M, or a quarter of a shorter run]",
+)
+@click.option("--log-every-steps", default=10, help="Steps between lines of metrics.jsonl.")
+@click.option("--seed", default=0, help="Of weights and batch order.")
+@click.option("--device", default="auto", metavar="auto|cpu|cuda[:i]", help="Where to train.")
+@click.option("--name", help="Folder of the SAE under --out.  [default: from variant, layer, latents and k]")
+@click.option("--out", default="saes", type=click.Path(), help="Folder of SAE folders.")
+@click.option("--overwrite", is_flag=True, help="Replace an SAE of the same name.")
+def train(**options: Any) -> None:
+    """Train an SAE on a cache. No LM is loaded."""
+    from routesae.train.run import TrainSettings
+    from routesae.train.run import train as run
+
+    with progress() as report:
+        result = run(TrainSettings(**options), report)
+    if result.held_out is None:
+        click.echo(f"{result.folder}: no held-out rows to score it on")
+    else:
+        scores = result.held_out
+        click.echo(
+            f"{result.folder}: held-out NormMSE {scores.norm_mse:.4f}, L0 {scores.l0:.1f} on {scores.tokens:,} tokens"
+        )
+
+
+@main.command(epilog="Example: routesae analyze --metric KLDiv --metric Recovered --tokens 20k --json scores.json")
+@click.option(
+    "--metric",
+    "metrics",
+    multiple=True,
+    metavar="NAME",
+    help="NormMSE, FVU, L0, Dead or Routing, from the cache alone; KLDiv, DeltaCE or Recovered, with the LM. "
+    "May be given several times.  [default: those of the cache]",
+)
+@click.option(
+    "--sae",
+    "saes",
+    multiple=True,
+    type=click.Path(),
+    help="SAE folder; may be given several times.  [default: all under --out]",
+)
+@click.option("--out", default="saes", type=click.Path(), help="Folder of SAE folders.")
+@click.option("--cache", default="shards", type=click.Path(), help="Folder that harvest wrote.")
+@click.option("--tokens", type=COUNT, help="Held-out tokens to score on.  [default: all]")
+@click.option("--batch-sequences", default=8, help="Rows a forward pass of the LM.")
+@click.option("--model", help="Where the LM is, if not where the cache says.")
+@click.option("--device", default="auto", metavar="auto|cpu|cuda[:i]", help="Where SAEs and LM run.")
+@click.option("--lm-dtype", default="auto", metavar="auto|float32|bfloat16|float16", help="Precision of the LM.")
+@click.option("--json", "json_file", type=click.Path(), help="Write the results to this file too, for programs.")
+def analyze(json_file: str | None, **options: Any) -> None:
+    """Score SAEs on the held-out rows of a cache."""
+    from routesae.analyze.run import AnalyzeSettings
+    from routesae.analyze.run import analyze as run
+
+    if not options["metrics"]:
+        del options["metrics"]  # the settings' own default
+    with progress() as report:
+        results = run(AnalyzeSettings(**options), report)
+    if json_file is not None:
+        Path(json_file).write_text(json.dumps(results, indent=2) + "\n")
+    click.echo(table([{key: value for key, value in row.items() if key != "folder"} for row in results["saes"]]))
+    click.echo(f"on {results['tokens_scored']:,} held-out tokens")
+
+
+@main.group()
+def cache() -> None:
+    """Look at a cache, or prove it whole."""
+
+
+@cache.command(epilog="Example: routesae cache info shards/")
+@click.argument("path", type=click.Path())
+def info(path: str) -> None:
+    """Manifest, shards present and missing, bytes, statistics a layer."""
+    from routesae.harvest.inspect import describe
+
+    found = describe(path)
+    for name, value in found.facts.items():
+        click.echo(f"{name:22} {value}")
+    click.echo()
+    click.echo(table(found.layers))
+
+
+@cache.command(epilog="Example: routesae cache verify shards/")
+@click.argument("path", type=click.Path())
+def verify(path: str) -> None:
+    """Check sizes, indexes and checksums of every shard; exit code 1 and a line for each that is bad."""
+    from routesae.harvest.inspect import verify as run
+
+    with progress() as report:
+        problems = run(path, report)
+    for problem in problems:
+        click.echo(problem)
+    if problems:
+        raise FailedRun(f"{path}: {len(problems)} problems; delete the shards named and run the same harvest again")
+    click.echo(f"{path}: every shard is whole")

@@ -1,0 +1,94 @@
+"""A tiny random Llama, a tokenizer trained here, a corpus and caches made with them: what most tests start from."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from routesae.harvest.cache import Cache
+from routesae.harvest.run import harvest
+from routesae.harvest.settings import HarvestSettings
+
+WORDS = "the a router layer token hidden state latent dictionary sparse model block reads writes shard row".split()
+WIDTH, DEPTH, CONTEXT = 32, 6, 16
+
+
+def sentences(count: int, seed: int = 0) -> list[str]:
+    """Documents of 30 to 90 random words, all longer than 100 characters."""
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=rng.randint(30, 90))) + "." for _ in range(count)]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random Llama of 6 blocks, width 32, and a byte-level BPE tokenizer with a BOS and an EOS."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(sentences(50), trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(fast),
+        hidden_size=WIDTH,
+        intermediate_size=64,
+        num_hidden_layers=DEPTH,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=0,
+        eos_token_id=1,
+        initializer_range=0.3,  # large enough that blocks matter to the loss
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A .jsonl file of 120 documents."""
+    path = tmp_path_factory.mktemp("corpus") / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in sentences(120)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_settings(tiny_model: Path, tiny_corpus: Path) -> Callable[..., HarvestSettings]:
+    """Settings of a small harvest: 4 shards of 2,048 tokens and a shorter fifth, layers 2 to 5 of 6."""
+
+    def settings(**changes: Any) -> HarvestSettings:
+        defaults: dict[str, Any] = {
+            "model": str(tiny_model),
+            "data": str(tiny_corpus),
+            "tokens": 9000,
+            "context": CONTEXT,
+            "shard_tokens": 2048,
+            "layers": "2-5",
+            "device": "cpu",
+        }
+        return HarvestSettings(**{**defaults, **changes})
+
+    return settings
+
+
+@pytest.fixture(scope="session")
+def tiny_cache(tiny_settings: Callable[..., HarvestSettings], tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    """A finished cache; tests must not change it (copy its folder first)."""
+    return harvest(tiny_settings(out=str(tmp_path_factory.mktemp("cache") / "shards")))
