@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
-SAE_FLAGS := --cache $(DEMO)/shards --out $(DEMO)/saes --latents 4608 --k 64 --epochs 4 --lr 1e-3
+SAE_FLAGS := --cache $(DEMO)/shards --out $(DEMO)/saes --latents 4608 --k 64 --epochs 4 --lr 2e-3
 
 .PHONY: demo test clean
 

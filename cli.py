@@ -97,8 +97,14 @@ def progress() -> Iterator[Callable[[Progress], None]]:
                 f", {facts}" * bool(facts),
             )
 
+    if not sys.stderr.isatty():
+        yield line
+        return
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
     try:
-        yield bar if sys.stderr.isatty() else line
+        with logging_redirect_tqdm():
+            yield bar
     finally:
         for open_bar in bars.values():
             open_bar.close()
@@ -119,7 +125,9 @@ def _cell(value: Any) -> str:
     if isinstance(value, dict):  # shares of layers: the largest three
         top = sorted(value.items(), key=lambda item: -item[1])[:3]
         return ", ".join(f"{key}: {share:.0%}" for key, share in top)
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.4f}" if abs(value) < 100 else f"{value:,.1f}"
+    return str(value)
 
 
 @click.group(cls=Commands, context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
@@ -136,6 +144,8 @@ def main(quiet: bool) -> None:
     level = logging.WARNING if quiet else logging.INFO
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("routesae").setLevel(level)
+    for retrying in ("huggingface_hub", "httpx", "httpcore"):  # the last failure is reported, once, as an error
+        logging.getLogger(retrying).setLevel(logging.ERROR)
 
 
 @main.command(epilog="Example: routesae harvest --model demo --data demo --tokens 200k --context 256")
@@ -180,9 +190,10 @@ def main(quiet: bool) -> None:
 )
 @click.option("--out", default="shards", type=click.Path(), help="Folder of the cache.")
 def harvest(**options: Any) -> None:
-    """Run the LM once over a corpus and write its middle layers' hidden states as Zarr shards.
+    """Run the LM once over a corpus and write shards.
 
-    The same command goes on where a stopped one stood.
+    A shard holds the hidden states of the model's middle layers as fp16 Zarr arrays, one a layer. The same
+    command goes on where a stopped one stood.
     """
     from routesae.harvest.run import harvest as run
     from routesae.harvest.settings import HarvestSettings

@@ -50,6 +50,7 @@ class StepLog:
         self.tokens_done += self.tokens
         if not math.isfinite(loss):
             raise FailedRun(f"the loss is {loss} by step {step} of {self.total_steps}; lower --lr {self.peak_lr}")
+        tokens_per_second = self.tokens / (time.perf_counter() - self.began)
         line: dict[str, Any] = {
             "step": step,
             "tokens": self.tokens_done,
@@ -58,7 +59,7 @@ class StepLog:
             "l0": l0,
             "dead": float(dead),
             "lr": lr,
-            "tokens_per_second": self.tokens / (time.perf_counter() - self.began),
+            "tokens_per_second": tokens_per_second,
         }
         facts = {"NormMSE": f"{error:.4f}", "L0": f"{l0:.1f}", "dead": f"{float(dead):.1%}"}
         if self.routed_L.any():
@@ -67,6 +68,7 @@ class StepLog:
             line["routing_entropy"] = entropy(shares_L)
             top = int(shares_L.argmax())
             facts["top layer"] = f"{self.sae.recipe.layers[top]}: {float(shares_L[top]):.0%}"
+        facts["tokens/s"] = f"{tokens_per_second:,.0f}"
         self.metrics.write(json.dumps(line) + "\n")
         self.metrics.flush()
         self.report(Progress(f"train {self.sae.recipe.sae}", step, self.total_steps, "steps", facts))
