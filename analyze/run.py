@@ -77,8 +77,11 @@ def analyze(settings: AnalyzeSettings, report: Report = silent) -> dict[str, Any
     device = pick_device(settings.device)
     folders = [Path(sae) for sae in settings.saes] or find_saes(Path(settings.out))
     saes = {_name(folder, folders): load_sae(folder, device) for folder in folders}
-    for sae in saes.values():
-        require_fit(sae, cache)
+    for folder, sae in zip(folders, saes.values(), strict=True):
+        try:
+            require_fit(sae, cache)
+        except WrongInput as misfit:
+            raise WrongInput(f"{folder}: {misfit}") from misfit
     first, after = held_out_rows(cache, settings.tokens)
     rows: dict[str, dict[str, Any]] = {name: _identity(sae) for name, sae in saes.items()}
     if wanted := [metric for metric in settings.metrics if metric in CACHE_METRICS]:
@@ -138,15 +141,24 @@ def _lm_scores(
     from routesae.analyze.metrics import score_with_lm
     from routesae.analyze.replacement import require_spliceable
 
-    for sae in saes.values():
-        require_spliceable(sae)  # before the LM takes its time to load
+    spliceable = {}
+    for name, sae in saes.items():
+        try:
+            require_spliceable(sae)
+            spliceable[name] = sae
+        except WrongInput as refusal:
+            if len(saes) == 1:
+                raise
+            log.warning("%s: left out of the LM's metrics: %s", name, refusal)
+    if not spliceable:
+        raise WrongInput(f"none of {', '.join(saes)} can be spliced into the LM; train one with --routing hard")
     manifest = cache.manifest
     lm = load_harvested_lm(cache, settings.model or manifest.model, settings.device, settings.lm_dtype)
     token_ids_ST = cache.tokens()[slice(*rows)]
     kept_ST = kept_positions(token_ids_ST, dropped_ids=manifest.dropped_ids, skip_positions=manifest.skip_positions)
     return score_with_lm(
         lm,
-        saes,
+        spliceable,
         token_ids_ST,
         kept_ST,
         batch_sequences=settings.batch_sequences,
@@ -161,15 +173,12 @@ def load_harvested_lm(cache: Cache, model: str, device: str, lm_dtype: str) -> L
     from routesae.harvest.tokens import tokenizer_hash
 
     manifest = cache.manifest
-    _require_same("config", lm.config_hash(lm.load_config(model)), manifest.config_hash, model, manifest)
-    _require_same("tokenizer", tokenizer_hash(lm.load_tokenizer(model)), manifest.tokenizer_hash, model, manifest)
+    revision = manifest.revision if model == manifest.model else None
+    config, tokenizer = lm.load_config(model, revision), lm.load_tokenizer(model, revision)
+    _require_same("config", lm.config_hash(config), manifest.config_hash, model, manifest)
+    _require_same("tokenizer", tokenizer_hash(tokenizer), manifest.tokenizer_hash, model, manifest)
     picked = pick_device(device)
-    loaded = lm.load_lm(
-        model,
-        device=picked,
-        lm_dtype=pick_lm_dtype(lm_dtype, picked),
-        revision=manifest.revision if model == manifest.model else None,
-    )
+    loaded = lm.load_lm(model, revision, device=picked, lm_dtype=pick_lm_dtype(lm_dtype, picked))
     for shard in cache.shards():
         weights = lm.weights_hash(loaded, manifest.layers[-1])
         _require_same("weights", weights, shard.record.weights_hash, model, manifest)

@@ -8,7 +8,7 @@
         crc32c         uint32 of the index
 
 So `np.memmap(file, dtype, "r", shape=shape)` is the array. The metadata is zarr's own; the payload is written
-here, because zarr's sharded writer reaches a third of the disk's rate on it (benchmarks/RESULTS.md).
+here, at the file system's rate, which zarr's sharded writer does not reach.
 With `compress` zarr writes the payload as well, and the file is no longer raw.
 """
 

@@ -222,6 +222,7 @@ def begin_cache(path: Path, manifest: Manifest, prepared: Path) -> None:
     prepared.rmdir()
     arrays.fsync_tree(path)
     staging = path / ".manifest"
+    shutil.rmtree(staging, ignore_errors=True)
     zarr.open_group(str(staging), mode="w", zarr_format=3, attributes=_plain(manifest.to_dict())).store.close()
     (staging / "zarr.json").rename(path / "zarr.json")
     staging.rmdir()

@@ -54,26 +54,29 @@ class LanguageModel:
     device: torch.device
 
 
-def load_config(model: str) -> Any:
-    """The transformers config of a hub id, folder, .gguf file or "demo"; downloads no weights."""
+def load_config(model: str, revision: str | None = None) -> Any:
+    """The transformers config of a hub id, folder, .gguf file or "demo"; downloads no weights.
+
+    revision: a commit of the hub; None for the newest.
+    """
     from transformers import AutoConfig
 
     with _explained(model):
-        config = AutoConfig.from_pretrained(_source(model))
+        config = AutoConfig.from_pretrained(_source(model), revision=revision or "main")
     if getattr(config, "is_encoder_decoder", False):
         raise WrongInput(f"{model} is an encoder–decoder; routesae needs a decoder-only causal LM")
     return config
 
 
-def load_tokenizer(model: str) -> Any:
+def load_tokenizer(model: str, revision: str | None = None) -> Any:
     """The tokenizer of a hub id, folder, .gguf file or "demo"."""
     from transformers import AutoTokenizer
 
     with _explained(model):
-        return AutoTokenizer.from_pretrained(_source(model))
+        return AutoTokenizer.from_pretrained(_source(model), revision=revision or "main")
 
 
-def load_lm(model: str, *, device: torch.device, lm_dtype: str, revision: str | None = None) -> LanguageModel:
+def load_lm(model: str, revision: str | None = None, *, device: torch.device, lm_dtype: str) -> LanguageModel:
     """The whole causal LM on `device`. Raises WrongInput where it cannot be had or has no list of blocks."""
     from transformers import AutoModelForCausalLM
 

@@ -37,6 +37,8 @@ from routesae.reporting import Progress, Report, WrongInput, human_bytes, silent
 
 log = logging.getLogger(__name__)
 
+# What a run killed before it wrote the manifest can leave: no cache yet, but no stranger's folder either.
+UNCOMMITTED = (".tokens.partial", ".manifest", "tokens", "document_starts")
 DISK_RESERVE = 1.01  # indexes, metadata and the file system's own rounding
 
 
@@ -64,7 +66,7 @@ def harvest(settings: HarvestSettings, report: Report = silent) -> Cache:
                 cache.manifest.shard_count,
             )
             _require_disk(path, _bytes_of(cache.manifest, len(missing)), settings)
-        model = lm.load_lm(settings.model, device=device, lm_dtype=lm_dtype, revision=cache.manifest.revision)
+        model = lm.load_lm(settings.model, cache.manifest.revision, device=device, lm_dtype=lm_dtype)
         model = lm.cut_after(model, cache.manifest.layers[-1])
         harvest_shards(cache, model, missing, settings, report)
     return cache
@@ -76,7 +78,7 @@ def harvest(settings: HarvestSettings, report: Report = silent) -> Cache:
 def prepare(settings: HarvestSettings, config: Any, lm_dtype: str, report: Report) -> Cache:
     """Tokenise and pack the corpus, and begin the cache with it and the manifest."""
     path = Path(settings.out)
-    if path.exists() and (not path.is_dir() or any(p.name != ".tokens.partial" for p in path.iterdir())):
+    if path.exists() and (not path.is_dir() or any(p.name not in UNCOMMITTED for p in path.iterdir())):
         raise WrongInput(f"--out {path} exists and is not a routesae cache; give a new folder")
     depth = lm.model_layers(config)
     layers = parse_layers(settings.layers, depth)
@@ -96,7 +98,8 @@ def prepare(settings: HarvestSettings, config: Any, lm_dtype: str, report: Repor
         human_bytes(token_bytes * settings.tokens),
         f"{settings.tokens:,}",
     )
-    tokenizer = lm.load_tokenizer(settings.model)
+    revision = getattr(config, "_commit_hash", None)
+    tokenizer = lm.load_tokenizer(settings.model, revision)
     prepared = path / ".tokens.partial"
     shutil.rmtree(prepared, ignore_errors=True)
     made_folder = not path.exists()
@@ -105,7 +108,7 @@ def prepare(settings: HarvestSettings, config: Any, lm_dtype: str, report: Repor
         facts = write_tokens(prepared, settings, tokenizer, report)
         manifest = Manifest(
             model=settings.model,
-            revision=getattr(config, "_commit_hash", None),
+            revision=revision,
             config_hash=lm.config_hash(config),
             tokenizer_hash=tokenizer_hash(tokenizer),
             lm_dtype=lm_dtype,

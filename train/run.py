@@ -33,6 +33,7 @@ from routesae.train.schedule import lr_factor
 
 log = logging.getLogger(__name__)
 
+DEFAULT_EXPANSION = 8
 INITIAL_SAMPLE_TOKENS = 8192  # what b_dec's geometric median is taken over
 DEAD_AFTER_TOKENS = 10_000_000  # 2406.04093, appendix A.2
 
@@ -46,11 +47,14 @@ class TrainSettings:
     layer: int | None = None
     """The one layer a single-layer SAE reads; None for the middle one of the cache."""
     latents: int | None = None
-    """Size of the dictionary; None for expansion × width."""
-    expansion: int = 8
+    """Size of the dictionary; None for expansion times the width."""
+    expansion: int | None = None
+    """Size of the dictionary in widths, instead of latents; None for 8."""
     k: int = 64
-    routing: str = "hard"
-    aggregate: str = "sum"
+    routing: str | None = None
+    """routesae only: "hard" (None) or "soft"."""
+    aggregate: str | None = None
+    """routesae only, what of the layers the router sees: their "sum" (None) or "mean"."""
     lr: float = 5e-4
     """Adam's peak learning rate."""
     batch_tokens: int = 4096
@@ -73,6 +77,13 @@ class TrainSettings:
             raise WrongInput(f"--sae {self.sae!r} is none of {', '.join(SAES)}")
         if self.layer is not None and self.sae not in SINGLE_LAYER:
             raise WrongInput(f"--layer {self.layer} is for {', '.join(SINGLE_LAYER)}; {self.sae} reads every layer")
+        for name in ("routing", "aggregate"):
+            if getattr(self, name) is not None and self.sae != "routesae":
+                raise WrongInput(f"--{name} {getattr(self, name)} is for routesae; {self.sae} has no router")
+        if self.latents is not None and self.expansion is not None:
+            raise WrongInput(
+                f"--latents {self.latents} and --expansion {self.expansion} both say how large the SAE is; give one"
+            )
         for name in (
             "latents",
             "expansion",
@@ -137,10 +148,10 @@ def make_recipe(settings: TrainSettings, cache: Cache) -> Recipe:
         sae=settings.sae,
         layers=layers,
         width=manifest.width,
-        latents=settings.latents or settings.expansion * manifest.width,
+        latents=settings.latents or (settings.expansion or DEFAULT_EXPANSION) * manifest.width,
         k=settings.k,
-        routing=settings.routing,
-        aggregate=settings.aggregate,
+        routing=settings.routing or "hard",
+        aggregate=settings.aggregate or "sum",
     )
 
 
