@@ -185,7 +185,7 @@ def main(quiet: bool) -> None:
 @click.option(
     "--lm-dtype",
     default="auto",
-    metavar="auto|float32|bfloat16|float16",
+    metavar="auto|float32|bfloat16",
     help="Precision of the LM; auto is bfloat16 on CUDA and float32 on a CPU.",
 )
 @click.option("--out", default="shards", type=click.Path(), help="Folder of the cache.")
@@ -269,7 +269,7 @@ def train(**options: Any) -> None:
 @click.option("--batch-sequences", default=8, help="Rows a forward pass of the LM.")
 @click.option("--model", help="Where the LM is, if not where the cache says.")
 @click.option("--device", default="auto", metavar="auto|cpu|cuda[:i]", help="Where SAEs and LM run.")
-@click.option("--lm-dtype", default="auto", metavar="auto|float32|bfloat16|float16", help="Precision of the LM.")
+@click.option("--lm-dtype", default="auto", metavar="auto|float32|bfloat16", help="Precision of the LM.")
 @click.option("--json", "json_file", type=click.Path(), help="Write the results to this file too, for programs.")
 def analyze(json_file: str | None, **options: Any) -> None:
     """Score SAEs on the held-out rows of a cache."""

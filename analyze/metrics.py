@@ -119,7 +119,7 @@ def score_with_lm(
 
 def _site(name: str, sae: SAE) -> str:
     """Where an SAE is spliced: SAEs of one layer share it, a router has its own."""
-    return f"layer {sae.recipe.layers[0]}" if len(sae.recipe.layers) == 1 else name
+    return f"layer {sae.recipe.layers[0]}" if len(sae.recipe.layers) == 1 else f"routes of {name}"
 
 
 def _final_states(

@@ -75,7 +75,7 @@ def analyze(settings: AnalyzeSettings, report: Report = silent) -> dict[str, Any
     """
     cache = Cache(settings.cache)
     device = pick_device(settings.device)
-    folders = [Path(sae) for sae in settings.saes] or find_saes(Path(settings.out))
+    folders = list(dict.fromkeys(map(Path, settings.saes))) or find_saes(Path(settings.out))
     saes = {_name(folder, folders): load_sae(folder, device) for folder in folders}
     for folder, sae in zip(folders, saes.values(), strict=True):
         try:

@@ -41,7 +41,7 @@ def clean_pass(lm: LanguageModel, token_ids_BT: Tensor, layers: Sequence[int]) -
     handle = lm.blocks[0].register_forward_hook(lambda block, inputs, out: outputs.append(isinstance(out, tuple)))
     try:
         with capturing(lm, layers, hidden.__setitem__):
-            final_BTD = lm.model.base_model(input_ids=token_ids_BT, use_cache=False)[0]
+            final_BTD = lm.body(input_ids=token_ids_BT, use_cache=False)[0]
     finally:
         handle.remove()
     return CleanPass(final_BTD, hidden, outputs[0])
@@ -51,8 +51,11 @@ def clean_pass(lm: LanguageModel, token_ids_BT: Tensor, layers: Sequence[int]) -
 def spliced_pass(lm: LanguageModel, token_ids_BT: Tensor, clean: CleanPass, edits: Mapping[int, Edit]) -> Tensor:
     """final_BTD with edits[ℓ] applied to the output of each layer ℓ as it comes in this pass.
 
-    clean: of the same rows, with the first edited layer among its hidden states.
+    clean: of the same rows, with the first edited layer among its hidden states. Without an edit its final
+    states are the answer.
     """
+    if not edits:
+        return clean.final_BTD
     first = min(edits)
     start_BTD = edits[first](clean.hidden[first])
     with ExitStack() as stack:
@@ -61,7 +64,7 @@ def spliced_pass(lm: LanguageModel, token_ids_BT: Tensor, clean: CleanPass, edit
             if layer != first:
                 handle = lm.blocks[layer - 1].register_forward_hook(_editing(edit))
                 stack.callback(handle.remove)
-        final_BTD = lm.model.base_model(input_ids=token_ids_BT, use_cache=False)[0]
+        final_BTD = lm.body(input_ids=token_ids_BT, use_cache=False)[0]
     assert isinstance(final_BTD, Tensor)
     return final_BTD
 
@@ -100,6 +103,19 @@ def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterato
         del module.__dict__["forward"]
 
 
+class _BodyOutput:
+    """Stands for what an LM's body puts out: final states, and None for every optional part of an output."""
+
+    def __init__(self, final_1CD: Tensor):
+        self.last_hidden_state = final_1CD
+
+    def __getitem__(self, at: int | slice) -> Any:
+        return (self.last_hidden_state,)[at]
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
 @torch.inference_mode()
 def logits(lm: LanguageModel, final_CD: Tensor) -> Tensor:
     """float32 [C, V] of positions whose final hidden states are given, by the LM's own head.
@@ -108,12 +124,10 @@ def logits(lm: LanguageModel, final_CD: Tensor) -> Tensor:
     the model does to its logits (soft-capping, scaling) is done.
     """
 
-    def given(*args: Any, **kwargs: Any) -> Any:
-        from transformers.modeling_outputs import BaseModelOutputWithPast
-
-        return BaseModelOutputWithPast(last_hidden_state=final_CD[None])
+    def given(*args: Any, **kwargs: Any) -> _BodyOutput:
+        return _BodyOutput(final_CD[None])
 
     placeholder = torch.zeros(1, len(final_CD), dtype=torch.int64, device=final_CD.device)
-    with _forward_replaced(lm.model.base_model, given):
+    with _forward_replaced(lm.body, given):
         out: Tensor = lm.model(input_ids=placeholder, use_cache=False).logits[0].float()
     return out

@@ -79,7 +79,7 @@ class ArrayWriter:
     def write(self, rows: Array, wrote: Callable[[int], None] | None = None) -> None:
         """Append rows [n, *row_shape]; `wrote` is told the bytes of each piece as it leaves."""
         assert rows.shape[1:] == self.row_shape, (rows.shape, self.row_shape)
-        view = np.ascontiguousarray(rows, self.dtype).data.cast("B")
+        view = np.ascontiguousarray(rows, self.dtype).reshape(-1).view(np.uint8).data
         while view:  # a raw write may take less than it is given
             n = self._file.write(view[: 1 << 26])
             view = view[n:]
@@ -106,7 +106,7 @@ def write_array(folder: Path, array: Array, *, chunk_rows: int = CHUNK_ROWS, com
 
     Raises OSError where the disk does not take it.
     """
-    if compress:
+    if compress and len(array):  # of no rows zarr would write no file
         zarr_array = _write_metadata(folder, array.shape, array.dtype, chunk_rows, compress=True)
         zarr_array[:] = array
         fsync(data_file(folder, array.ndim))
@@ -209,9 +209,20 @@ def _chunk_rows(folder: Path, shape: tuple[int, ...]) -> int:
 def map_array(folder: Path, shape: tuple[int, ...], dtype: npt.DTypeLike, *, compress: bool = False) -> Array:
     """The array [*shape], memory-mapped read-only; decompressed into memory where it is compressed."""
     if compress:
-        import zarr
-
-        return np.asarray(zarr.open_array(str(folder), mode="r")[:])
+        return read_compressed(folder, 0, shape[0])
     if shape[0] == 0:
         return np.empty(shape, dtype)
     return np.memmap(data_file(folder, len(shape)), np.dtype(dtype).newbyteorder("<"), "r", shape=shape)
+
+
+def read_compressed(folder: Path, first: int, after: int) -> Array:
+    """Rows first … after-1 of a compressed array. Raises BadArray where they do not decompress."""
+    import zarr
+
+    try:
+        array: Any = zarr.open_array(str(folder), mode="r")
+        if not data_file(folder, array.ndim).exists():
+            raise BadArray("data file missing")  # zarr would read the fill value without a word
+        return np.asarray(array[first:after])
+    except (RuntimeError, ValueError) as error:  # what zarr's codecs raise
+        raise BadArray(f"a chunk does not decompress: {error}") from error

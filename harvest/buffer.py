@@ -64,8 +64,8 @@ class ShardBuffer:
     def _store(self, at: int, kept_mD: Tensor, stored_m: Tensor) -> None:
         clip = self.manifest.overflow == "clip"
         self.sums[at].add(kept_mD, self.limit if clip else None)
-        if clip:
-            kept_mD = kept_mD.clamp(-self.limit, self.limit)
+        if clip:  # in float32: bfloat16 would round the limit itself to a value beyond it
+            kept_mD = kept_mD.float().clamp_(-self.limit, self.limit)
         self.hidden_LnD[at].index_copy_(0, stored_m, kept_mD.to(self.hidden_LnD.dtype))
 
     def commit(self, cache: Cache, weights_hash: str, batch_sequences: int) -> ShardRecord:
@@ -120,7 +120,8 @@ class ShardBuffer:
         overflows = found.max_abs > self.limit and self.manifest.overflow == "error"
         if np.isfinite(found.max_abs) and not overflows:
             return
-        bad_n = ~self.hidden_LnD[at].isfinite().all(dim=1)
+        # What did not fit is now infinite or, rounded or clipped, the largest number that does.
+        bad_n = ~(self.hidden_LnD[at].abs() < self.limit).all(dim=1)
         flat = int(self.order[int(torch.nonzero(bad_n)[0])])
         row, position = divmod(flat, self.manifest.context)
         row += self.manifest.shard_range(self.index)[0]

@@ -36,6 +36,8 @@ from routesae.reporting import WrongInput
 FORMAT_VERSION = 1
 VAL_FRACTION = 0.05  # the last rows of tokens: never trained on, read by analyze
 DTYPES = {"float16": "<f2", "float32": "<f4"}
+OVERFLOWS = ("error", "clip")
+COMPRESSIONS = ("none", "zstd")
 _HASH_PIECE_BYTES = 1 << 24
 
 
@@ -51,7 +53,7 @@ class Manifest:
     config_hash: str
     tokenizer_hash: str
     lm_dtype: str
-    """Precision the LM ran in: float32, bfloat16 or float16."""
+    """Precision the LM ran in: float32 or bfloat16."""
     model_layers: int
     """Decoder blocks of the whole model."""
     layers: tuple[int, ...]
@@ -95,10 +97,11 @@ class Manifest:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise WrongInput(f"the cache's manifest says {name} = {value!r}; it must be a whole number above 0")
-        if self.dtype not in DTYPES:
-            raise WrongInput(
-                f"the cache's manifest says dtype = {self.dtype!r}; it must be one of {', '.join(DTYPES)}"
-            )
+        for name, known in (("dtype", DTYPES), ("overflow", OVERFLOWS), ("compress", COMPRESSIONS)):
+            if getattr(self, name) not in known:
+                raise WrongInput(
+                    f"the cache's manifest says {name} = {getattr(self, name)!r}; not one of {', '.join(known)}"
+                )
         ascending = list(self.layers) == sorted(set(self.layers))
         if not self.layers or not ascending or self.layers[0] < 1 or self.layers[-1] > self.model_layers:
             raise WrongInput(f"the cache's manifest says layers = {self.layers}, of a model of {self.model_layers}")
@@ -210,23 +213,34 @@ def kept_flat(token_ids_sT: Ids, manifest: Manifest) -> npt.NDArray[np.int32]:
 # --------------------------------------------------------------------------------------------------- writing
 
 
+STAGED_MANIFEST, STAGED_TOKENS = ".manifest", ".tokens.partial"
+
+
 def begin_cache(path: Path, manifest: Manifest, prepared: Path) -> None:
-    """Make `path` a cache: move the arrays below `prepared` into it, then write the manifest, last."""
+    """Make `path` a cache: move the arrays below `prepared` into it, then the manifest, last.
+
+    The manifest is staged first, so that what a kill leaves behind can be told from a stranger's folder.
+    """
     import zarr
 
-    for array in sorted(prepared.iterdir()):
-        target = path / array.name
-        if target.exists():
-            shutil.rmtree(target)
-        array.rename(target)
-    prepared.rmdir()
-    arrays.fsync_tree(path)
-    staging = path / ".manifest"
+    staging = path / STAGED_MANIFEST
     shutil.rmtree(staging, ignore_errors=True)
     zarr.open_group(str(staging), mode="w", zarr_format=3, attributes=_plain(manifest.to_dict())).store.close()
+    for array in sorted(prepared.iterdir()):
+        shutil.rmtree(path / array.name, ignore_errors=True)
+        array.rename(path / array.name)
+    prepared.rmdir()
+    arrays.fsync_tree(path)
     (staging / "zarr.json").rename(path / "zarr.json")
     staging.rmdir()
     arrays.fsync(path)
+
+
+def is_uncommitted(path: Path) -> bool:
+    """Whether the folder holds nothing but what a run killed before its manifest was in place can leave."""
+    names = {entry.name for entry in path.iterdir()}
+    moved = {"tokens", "document_starts"} if STAGED_MANIFEST in names else set[str]()
+    return names <= {STAGED_MANIFEST, STAGED_TOKENS} | moved
 
 
 def write_shard(
@@ -325,10 +339,8 @@ class Shard:
 
     def read_rows(self, layer: int, first: int, after: int) -> arrays.Array:
         """Stored rows first … after-1 of a layer [after-first, D], decompressed; for compressed caches."""
-        import zarr
-
         self.check(layer_name(layer))
-        return np.asarray(zarr.open_array(str(self.path / layer_name(layer)), mode="r")[first:after])
+        return arrays.read_compressed(self.path / layer_name(layer), first, after)
 
     def layer_file(self, layer: int) -> Path:
         """The raw file of a layer, rows from byte 0; only where the cache is not compressed."""
@@ -403,8 +415,7 @@ class Cache:
 
     def document_starts(self) -> npt.NDArray[np.int64]:
         """int64 [documents]: flat positions in tokens at which documents begin, ascending."""
-        attributes = json.loads((self.path / "document_starts" / "zarr.json").read_bytes())
-        return self._root_array("document_starts", (int(attributes["shape"][0]),), "<i8")
+        return self._root_array("document_starts", (self.manifest.documents,), "<i8")
 
     def _root_array(self, name: str, shape: tuple[int, ...], dtype: str) -> arrays.Array:
         try:

@@ -60,8 +60,7 @@ def write_tokens(folder: Path, settings: HarvestSettings, tokenizer: Any, report
                     {"documents": f"{counts.documents:,}"},
                 )
             )
-        if rows < rows_wanted:
-            counts.check_malformed()
+        counts.check_malformed()
         _require_rows(rows, counts, settings)
         writer.close()
     finally:

@@ -6,7 +6,7 @@ import torch
 
 from routesae.reporting import WrongInput
 
-LM_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LM_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def pick_device(device: str) -> torch.device:

@@ -53,6 +53,12 @@ class LanguageModel:
     width: int
     device: torch.device
 
+    @property
+    def body(self) -> Any:
+        """The model without its head: token ids in, final hidden states out; what the model's own forward calls."""
+        decoder = self.model.get_decoder()
+        return self.model.base_model if decoder is None or decoder is self.model else decoder
+
 
 def load_config(model: str, revision: str | None = None) -> Any:
     """The transformers config of a hub id, folder, .gguf file or "demo"; downloads no weights.
@@ -62,7 +68,7 @@ def load_config(model: str, revision: str | None = None) -> Any:
     from transformers import AutoConfig
 
     with _explained(model):
-        config = AutoConfig.from_pretrained(_source(model), revision=revision or "main")
+        config = AutoConfig.from_pretrained(_source(model), revision=revision or "main", trust_remote_code=False)
     if getattr(config, "is_encoder_decoder", False):
         raise WrongInput(f"{model} is an encoder–decoder; routesae needs a decoder-only causal LM")
     return config
@@ -73,7 +79,7 @@ def load_tokenizer(model: str, revision: str | None = None) -> Any:
     from transformers import AutoTokenizer
 
     with _explained(model):
-        return AutoTokenizer.from_pretrained(_source(model), revision=revision or "main")
+        return AutoTokenizer.from_pretrained(_source(model), revision=revision or "main", trust_remote_code=False)
 
 
 def load_lm(model: str, revision: str | None = None, *, device: torch.device, lm_dtype: str) -> LanguageModel:
@@ -82,7 +88,7 @@ def load_lm(model: str, revision: str | None = None, *, device: torch.device, lm
 
     with _explained(model):
         loaded = AutoModelForCausalLM.from_pretrained(
-            _source(model), dtype=LM_DTYPES[lm_dtype], revision=revision or "main"
+            _source(model), dtype=LM_DTYPES[lm_dtype], revision=revision or "main", trust_remote_code=False
         )
     blocks = find_blocks(loaded, model)
     loaded.eval().requires_grad_(False).to(device)
@@ -91,7 +97,7 @@ def load_lm(model: str, revision: str | None = None, *, device: torch.device, lm
 
 def cut_after(lm: LanguageModel, layer: int) -> LanguageModel:
     """The same LM with blocks 1 … `layer` only and no head; what is cut off is freed."""
-    base = lm.model.base_model
+    base = lm.body
     blocks = nn.ModuleList(lm.blocks[:layer])
     for module in base.modules():
         for name, child in module.named_children():
@@ -106,12 +112,16 @@ def model_layers(config: Any) -> int:
 
 
 def find_blocks(model: Any, name: str) -> nn.ModuleList:
-    """The list of decoder blocks: the shallowest ModuleList as long as the config says the model is deep."""
+    """The list of decoder blocks: the one shallowest ModuleList as long as the config says the model is deep.
+
+    Raises WrongInput where there is none.
+    """
     depth = model_layers(model.config)
-    found = [(path.count("."), m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList)]
-    for _, module in sorted(found, key=lambda item: item[0]):
-        if len(module) == depth:
-            return module
+    lists = {path: m for path, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth}
+    level = min((path.count(".") for path in lists), default=0)
+    found = [module for path, module in lists.items() if path.count(".") == level]
+    if len(found) == 1:  # several side by side hold parts of blocks: all attentions, all norms …
+        return found[0]
     raise WrongInput(f"{name} ({type(model).__name__}) has no list of {depth} decoder blocks to take outputs from")
 
 
@@ -176,12 +186,13 @@ def weights_hash(lm: LanguageModel, layers: int) -> str:
 @contextmanager
 def _explained(model: str) -> Iterator[None]:
     """Turn what transformers raises for a model it cannot have into one line with the remedy."""
+    from safetensors import SafetensorError
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # "Loading weights" flickers by; downloads keep their bars
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         if isinstance(error, WrongInput):
             raise
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

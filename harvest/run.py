@@ -23,10 +23,12 @@ from routesae.harvest import lm
 from routesae.harvest.buffer import ShardBuffer
 from routesae.harvest.cache import (
     DTYPES,
+    STAGED_TOKENS,
     Cache,
     Manifest,
     ShardRecord,
     begin_cache,
+    is_uncommitted,
     remove_partial_shards,
 )
 from routesae.harvest.corpus import write_tokens
@@ -37,8 +39,6 @@ from routesae.reporting import Progress, Report, WrongInput, human_bytes, silent
 
 log = logging.getLogger(__name__)
 
-# What a run killed before it wrote the manifest can leave: no cache yet, but no stranger's folder either.
-UNCOMMITTED = (".tokens.partial", ".manifest", "tokens", "document_starts")
 DISK_RESERVE = 1.01  # indexes, metadata and the file system's own rounding
 
 
@@ -51,7 +51,8 @@ def harvest(settings: HarvestSettings, report: Report = silent) -> Cache:
     lm_dtype = pick_lm_dtype(settings.lm_dtype, device)
     path = Path(settings.out)
     config = lm.load_config(settings.model)
-    if (path / "zarr.json").exists():
+    resumed = (path / "zarr.json").exists()
+    if resumed:
         cache = Cache(path)
         _refuse_other_settings(cache.manifest, settings, config, lm_dtype)
     else:
@@ -59,12 +60,9 @@ def harvest(settings: HarvestSettings, report: Report = silent) -> Cache:
     remove_partial_shards(path)
     missing = cache.missing()
     if missing:
-        if len(missing) < cache.manifest.shard_count:
-            log.info(
-                "%d of %d shards are there already",
-                cache.manifest.shard_count - len(missing),
-                cache.manifest.shard_count,
-            )
+        if resumed:
+            present = cache.manifest.shard_count - len(missing)
+            log.info("%d of %d shards are there already", present, cache.manifest.shard_count)
             _require_disk(path, _bytes_of(cache.manifest, len(missing)), settings)
         model = lm.load_lm(settings.model, cache.manifest.revision, device=device, lm_dtype=lm_dtype)
         model = lm.cut_after(model, cache.manifest.layers[-1])
@@ -78,7 +76,7 @@ def harvest(settings: HarvestSettings, report: Report = silent) -> Cache:
 def prepare(settings: HarvestSettings, config: Any, lm_dtype: str, report: Report) -> Cache:
     """Tokenise and pack the corpus, and begin the cache with it and the manifest."""
     path = Path(settings.out)
-    if path.exists() and (not path.is_dir() or any(p.name not in UNCOMMITTED for p in path.iterdir())):
+    if path.exists() and not (path.is_dir() and is_uncommitted(path)):
         raise WrongInput(f"--out {path} exists and is not a routesae cache; give a new folder")
     depth = lm.model_layers(config)
     layers = parse_layers(settings.layers, depth)
@@ -100,7 +98,7 @@ def prepare(settings: HarvestSettings, config: Any, lm_dtype: str, report: Repor
     )
     revision = getattr(config, "_commit_hash", None)
     tokenizer = lm.load_tokenizer(settings.model, revision)
-    prepared = path / ".tokens.partial"
+    prepared = path / STAGED_TOKENS
     shutil.rmtree(prepared, ignore_errors=True)
     made_folder = not path.exists()
     prepared.mkdir(parents=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from routesae.harvest.cache import DTYPES
+from routesae.harvest.cache import COMPRESSIONS, DTYPES, OVERFLOWS
 from routesae.reporting import WrongInput
 
 
@@ -50,8 +50,8 @@ class HarvestSettings:
             raise WrongInput(f"--skip-positions {self.skip_positions} leaves nothing of --context {self.context}")
         for name, known in (
             ("dtype", DTYPES),
-            ("overflow", ("error", "clip")),
-            ("compress", ("none", "zstd")),
+            ("overflow", OVERFLOWS),
+            ("compress", COMPRESSIONS),
         ):
             if getattr(self, name) not in known:
                 raise WrongInput(f"--{name} {getattr(self, name)!r} is none of {', '.join(known)}")
@@ -62,7 +62,7 @@ class HarvestSettings:
 def parse_layers(layers: str | None, depth: int) -> tuple[int, ...]:
     """ "4-12", "4,8,12" or "4-6,12" as ascending layers of a model of `depth` blocks; None: n//4 … 3n//4."""
     if layers is None:
-        return tuple(range(max(1, depth // 4), 3 * depth // 4 + 1))
+        return tuple(range(max(1, depth // 4), max(1, 3 * depth // 4) + 1))
     wanted: set[int] = set()
     for part in layers.split(","):
         first, dash, last = part.strip().partition("-")

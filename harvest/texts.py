@@ -17,6 +17,7 @@ import io
 import json
 import logging
 import random
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,12 +77,23 @@ def read_documents(
         counts.entries += 1
         if not isinstance(text, str):
             counts.note_malformed(origin, str(text))
+        elif not _is_unicode(text):
+            counts.note_malformed(origin, "holds a lone surrogate, which is no character")
         elif len(text) < min_chars:
             counts.short += 1
         else:
             counts.documents += 1
             yield Document(text, origin)
     counts.check_malformed()
+
+
+def _is_unicode(text: str) -> bool:
+    """False for what JSON's \\ud800 can smuggle in and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class _Malformed:
@@ -150,7 +162,7 @@ def _jsonl_entries(path: Path, text_field: str) -> Iterator[_Entry]:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield f"{path}:{number}", _text_of_line(line, text_field)
-    except (EOFError, OSError) as broken:  # a truncated or damaged archive
+    except (EOFError, OSError, zlib.error) as broken:  # a truncated or damaged archive
         raise FailedRun(f"{path} cannot be read to its end: {broken}; fetch or write the file again") from broken
 
 
@@ -159,7 +171,7 @@ def _text_of_line(line: bytes, text_field: str) -> str | _Malformed:
         entry: Any = json.loads(line)
     except UnicodeDecodeError as error:
         return _Malformed(f"not UTF-8 at byte {error.start}")
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: not JSON, or a number of 5,000 digits
         return _Malformed(f"not JSON: {error}")
     if not isinstance(entry, dict):
         return _Malformed(f"a JSON {type(entry).__name__}, not an object")
@@ -189,13 +201,17 @@ def _parquet_entries(path: Path, text_field: str) -> Iterator[_Entry]:
                 f"{path} has no column {text_field!r}; --text-field is one of {', '.join(file.schema_arrow.names)}"
             )
         row = 0
-        for batch in file.iter_batches(batch_size=1024, columns=[text_field]):
-            for value in batch.column(0).to_pylist():
-                row += 1
-                yield (
-                    f"{path}:{row}",
-                    value if isinstance(value, str) else _Malformed(f"not text: {value!r}"[:200]),
-                )
+        try:
+            for batch in file.iter_batches(batch_size=1024, columns=[text_field]):
+                for value in batch.column(0).to_pylist():
+                    row += 1
+                    yield f"{path}:{row}", value if isinstance(value, str) else _not_text(value)
+        except OSError as broken:
+            raise FailedRun(f"{path} cannot be read past row {row}: {broken}; fetch it again") from broken
+
+
+def _not_text(value: object) -> _Malformed:
+    return _Malformed(f"not text: {value!r}"[:200])
 
 
 def _hub_entries(dataset_id: str, text_field: str, split: str) -> Iterator[_Entry]:
@@ -215,10 +231,7 @@ def _hub_entries(dataset_id: str, text_field: str, split: str) -> Iterator[_Entr
                 raise WrongInput(
                     f"dataset {dataset_id} has no field {text_field!r}; --text-field is one of {', '.join(row)}"
                 )
-            yield (
-                f"{dataset_id}:{number}",
-                value if isinstance(value, str) else _Malformed(f"not text: {value!r}"[:200]),
-            )
+            yield f"{dataset_id}:{number}", value if isinstance(value, str) else _not_text(value)
     except (OSError, ValueError, RuntimeError) as error:
         if isinstance(error, WrongInput):
             raise

@@ -115,7 +115,7 @@ class Fingerprint:
     def passing(self, documents: Iterable[Document]) -> Iterator[Document]:
         """The same documents, each hashed as it goes by."""
         for document in documents:
-            text = document.text.encode("utf-8", "surrogatepass")
+            text = document.text.encode()
             self._hash.update(len(text).to_bytes(8, "little"))
             self._hash.update(text)
             yield document

@@ -15,7 +15,7 @@ from routesae.harvest.cache import Cache
 from routesae.harvest.run import harvest
 from routesae.harvest.settings import HarvestSettings
 
-WORDS = "the a router layer token hidden state latent dictionary sparse model block reads writes shard row".split()
+WORDS = ["the", "a", "router", "layer", "token", "hidden", "state", "latent", "dictionary", "sparse", "model", "block", "reads", "writes", "shard", "row"]
 WIDTH, DEPTH, CONTEXT = 32, 6, 16
 
 

@@ -1,0 +1,289 @@
+"""The stage analyze, end to end: what it scores, what it loads for that, and which LM it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from routesae import __version__
+from routesae.analyze.run import CACHE_METRICS, LM_METRICS, AnalyzeSettings, analyze
+from routesae.harvest.cache import Cache
+from routesae.reporting import WrongInput
+from routesae.train.run import TrainSettings, train
+
+SMALL: dict[str, Any] = {"latents": 64, "k": 8, "batch_tokens": 1024, "lr": 1e-3, "device": "cpu"}
+HEAVY = {"transformers", "datasets", "openai"}
+
+
+@pytest.fixture(scope="module")
+def saes(tiny_cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a topk of layer 3 and a hard routesae."""
+    out = tmp_path_factory.mktemp("saes")
+    train(TrainSettings(cache=str(tiny_cache.path), sae="topk", layer=3, name="topk", out=str(out), **SMALL))
+    train(TrainSettings(cache=str(tiny_cache.path), name="routesae", out=str(out), **SMALL))
+    return out
+
+
+def scores(cache: Cache, *metrics: str, **changes: Any) -> dict[str, Any]:
+    chosen: dict[str, Any] = {"metrics": metrics} if metrics else {}
+    return analyze(AnalyzeSettings(cache=str(cache.path), device="cpu", **{**chosen, **changes}))
+
+
+def held_out_tokens(cache: Cache) -> tuple[Tensor, Tensor]:
+    """int64 [S, T] of the last 5 % of rows, and the bool [S, T] of what is neither special nor first."""
+    rows = cache.manifest.rows
+    first = rows - math.ceil(rows * 0.05)
+    ids_ST = torch.from_numpy(np.array(cache.tokens()[first:])).long()
+    kept_ST = (ids_ST != 0) & (ids_ST != 1)
+    kept_ST[:, 0] = False
+    return ids_ST, kept_ST
+
+
+def topk_by_hand(folder: Path, hidden_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """The normalised input and its reconstruction, in the LM's scale, from the weights on disk."""
+    weights = load_file(folder / "sae_weights.safetensors")
+    mean_N1, std_N1 = hidden_ND.mean(1, keepdim=True), hidden_ND.std(1, keepdim=True) + 1e-6
+    x_ND = (hidden_ND - mean_N1) / std_N1
+    z_NF = (x_ND - weights["b_dec"]) @ weights["W_enc"] + weights["b_enc"]
+    kth_N1 = z_NF.sort(1, descending=True).values[:, 7:8]
+    f_NF = torch.where(z_NF >= kth_N1, z_NF.clamp(min=0), 0)
+    return x_ND, (f_NF @ weights["W_dec"] + weights["b_dec"]) * std_N1 + mean_N1
+
+
+# ------------------------------------------------------------------------------------------------ what it scores
+
+
+def test_default_metrics_are_those_of_the_cache() -> None:
+    assert AnalyzeSettings().metrics == ("NormMSE", "FVU", "L0", "Dead", "Routing") == tuple(CACHE_METRICS)
+    assert tuple(LM_METRICS) == ("KLDiv", "DeltaCE", "Recovered")
+
+
+def test_every_sae_under_out_gets_one_row(tiny_cache: Cache, saes: Path) -> None:
+    rows = scores(tiny_cache, "NormMSE", "L0", out=str(saes))["saes"]
+    assert [(row["sae"], row["variant"], row["layers"]) for row in rows] == [
+        ("routesae", "routesae", "2-5"),
+        ("topk", "topk", "3"),
+    ]
+    assert [row["folder"] for row in rows] == [str(saes / "routesae"), str(saes / "topk")]
+
+
+def test_half_written_saes_are_not_scored(tiny_cache: Cache, saes: Path, tmp_path: Path) -> None:
+    shutil.copytree(saes / "topk", tmp_path / "topk")
+    shutil.copytree(saes / "topk", tmp_path / ".other.partial")
+    assert [row["sae"] for row in scores(tiny_cache, "L0", out=str(tmp_path))["saes"]] == ["topk"]
+
+
+def test_named_saes_are_scored_in_the_order_given(tiny_cache: Cache, saes: Path) -> None:
+    given = (str(saes / "topk"), str(saes / "routesae"))
+    rows = scores(tiny_cache, "NormMSE", saes=given)["saes"]
+    assert [row["sae"] for row in rows] == ["topk", "routesae"]
+    alone = [scores(tiny_cache, "NormMSE", saes=(folder,))["saes"][0]["NormMSE"] for folder in given]
+    assert [row["NormMSE"] for row in rows] == alone
+
+
+def test_saes_of_the_same_name_are_told_apart(tiny_cache: Cache, saes: Path, tmp_path: Path) -> None:
+    shutil.copytree(saes / "routesae", tmp_path / "topk")
+    rows = scores(tiny_cache, "NormMSE", saes=(str(saes / "topk"), str(tmp_path / "topk")))["saes"]
+    assert [(row["sae"], row["variant"]) for row in rows] == [
+        (str(saes / "topk"), "topk"),
+        (str(tmp_path / "topk"), "routesae"),
+    ]
+
+
+def test_an_sae_given_twice_is_no_crash(tiny_cache: Cache, saes: Path) -> None:
+    rows = scores(tiny_cache, "NormMSE", saes=(str(saes / "topk"), str(saes / "topk")))["saes"]
+    assert {row["folder"] for row in rows} == {str(saes / "topk")}
+
+
+def test_only_the_metrics_asked_for_are_reported(tiny_cache: Cache, saes: Path) -> None:
+    topk = str(saes / "topk")
+    identity = {"sae", "folder", "variant", "layers", "latents"}
+    assert set(scores(tiny_cache, "NormMSE", "L0", saes=(topk,))["saes"][0]) - identity == {"NormMSE", "L0"}
+    assert set(scores(tiny_cache, "KLDiv", saes=(topk,))["saes"][0]) - identity == {"KLDiv", "KLDiv_seq"}
+
+
+def test_norm_mse_is_the_mean_over_held_out_tokens(tiny_cache: Cache, saes: Path) -> None:
+    _, kept_ST = held_out_tokens(tiny_cache)
+    first = tiny_cache.manifest.rows - len(kept_ST)
+    hidden = []
+    for shard in tiny_cache.shards():
+        rows = np.asarray(shard.read("order")) // tiny_cache.manifest.context + shard.record.rows[0]
+        hidden.append(torch.from_numpy(np.asarray(shard.read("layer_03"))[rows >= first]).float())
+    hidden_ND = torch.cat(hidden)
+    assert len(hidden_ND) == int(kept_ST.sum())
+    x_ND, reconstruction_ND = topk_by_hand(saes / "topk", hidden_ND)
+    std_N1 = hidden_ND.std(1, keepdim=True) + 1e-6
+    errors_N = (((hidden_ND - reconstruction_ND) / std_N1) ** 2).sum(1) / (x_ND**2).sum(1)
+    found = scores(tiny_cache, "NormMSE", saes=(str(saes / "topk"),))["saes"][0]["NormMSE"]
+    assert found == pytest.approx(float(errors_N.mean()), abs=1e-5)
+
+
+def test_kl_div_is_that_of_hooks_on_the_whole_model(tiny_cache: Cache, saes: Path, tiny_model: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    ids_ST, kept_ST = held_out_tokens(tiny_cache)
+
+    def splice(module: Any, inputs: Any, hidden_STD: Tensor) -> Tensor:
+        changed_STD = hidden_STD.clone()
+        changed_STD[kept_ST] = topk_by_hand(saes / "topk", hidden_STD[kept_ST])[1]
+        return changed_STD
+
+    with torch.no_grad():
+        p_STV = torch.log_softmax(model(ids_ST).logits.double(), 2)
+        handle = model.model.layers[2].register_forward_hook(splice)
+        q_STV = torch.log_softmax(model(ids_ST).logits.double(), 2)
+        handle.remove()
+    expected = float((p_STV.exp() * (p_STV - q_STV)).sum(2).mean())
+    row = scores(tiny_cache, "KLDiv", saes=(str(saes / "topk"),))["saes"][0]
+    assert row["KLDiv"] == pytest.approx(expected, abs=1e-4)
+    assert row["KLDiv_seq"] == pytest.approx(expected * tiny_cache.manifest.context, rel=1e-4)
+
+
+def test_held_out_rows_are_scored_by_default(tiny_cache: Cache, saes: Path) -> None:
+    result = scores(tiny_cache, "NormMSE", out=str(saes))
+    rows, held_out = tiny_cache.manifest.rows, len(held_out_tokens(tiny_cache)[0])
+    assert result["rows_scored"] == [rows - held_out, rows]
+    assert result["tokens_scored"] == held_out * tiny_cache.manifest.context
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [(1, 1), (16, 1), (47, 2), (48, 3), (10**9, None)])
+def test_tokens_bounds_the_rows_scored(tiny_cache: Cache, saes: Path, tokens: int, rows: int | None) -> None:
+    result = scores(tiny_cache, "L0", out=str(saes), tokens=tokens)
+    every = len(held_out_tokens(tiny_cache)[0])
+    first, after = result["rows_scored"]
+    assert (first, after - first) == (tiny_cache.manifest.rows - every, rows or every)
+
+
+def test_fewer_tokens_bound_the_lm_metrics_too(tiny_cache: Cache, saes: Path) -> None:
+    from routesae.reporting import Progress
+
+    seen: list[Progress] = []
+    analyze(
+        AnalyzeSettings(
+            cache=str(tiny_cache.path), saes=(str(saes / "topk"),), metrics=("KLDiv",), tokens=48, device="cpu"
+        ),
+        seen.append,
+    )
+    assert [(progress.done, progress.total) for progress in seen] == [(48, 48)]
+
+
+def test_result_says_what_it_was_computed_from(tiny_cache: Cache, saes: Path) -> None:
+    result = json.loads(json.dumps(scores(tiny_cache, "NormMSE", "Routing", out=str(saes), tokens=64)))
+    assert result["routesae"] == __version__
+    assert result["settings"]["metrics"] == ["NormMSE", "Routing"]
+    assert result["settings"]["tokens"] == 64
+    assert result["cache"]["path"] == str(tiny_cache.path.resolve())
+    assert result["cache"]["model"] == tiny_cache.manifest.model
+    assert result["cache"]["corpus_fingerprint"] == tiny_cache.manifest.corpus_fingerprint
+    shares = result["saes"][0]["Shares"]
+    assert set(shares) == {"2", "3", "4", "5"}
+    assert sum(shares.values()) == pytest.approx(1)
+    assert result["saes"][1]["Shares"] is None
+
+
+def test_soft_routing_is_scored_on_the_cache_and_refused_for_the_lm(tiny_cache: Cache, tmp_path: Path) -> None:
+    settings = TrainSettings(cache=str(tiny_cache.path), routing="soft", name="soft", out=str(tmp_path), **SMALL)
+    train(settings)
+    row = scores(tiny_cache, "NormMSE", out=str(tmp_path))["saes"][0]
+    assert 0 < row["NormMSE"] < 1.5
+    for metric in LM_METRICS:
+        with pytest.raises(WrongInput, match="soft routing"):
+            scores(tiny_cache, metric, out=str(tmp_path))
+
+
+def test_a_soft_routesae_does_not_keep_the_others_from_the_lm(
+    tiny_cache: Cache, saes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = TrainSettings(cache=str(tiny_cache.path), routing="soft", name="soft", out=str(tmp_path), **SMALL)
+    given = (str(train(settings).folder), str(saes / "topk"))
+    soft, topk = scores(tiny_cache, "L0", "KLDiv", saes=given)["saes"]
+    assert "KLDiv" not in soft
+    assert "L0" in soft
+    assert topk["KLDiv"] == scores(tiny_cache, "KLDiv", saes=given[1:])["saes"][0]["KLDiv"]
+    assert any("soft" in record.message for record in caplog.records if record.levelname == "WARNING")
+
+
+# ------------------------------------------------------------------------------------------------- which LM
+
+
+def test_the_same_model_elsewhere_is_taken(tiny_cache: Cache, saes: Path, tiny_model: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(tiny_model, tmp_path / "moved")
+    topk = (str(saes / "topk"),)
+    there = scores(tiny_cache, "KLDiv", saes=topk, model=str(moved))["saes"][0]["KLDiv"]
+    assert there == scores(tiny_cache, "KLDiv", saes=topk)["saes"][0]["KLDiv"]
+
+
+@pytest.mark.parametrize("differing", ["config", "tokenizer", "weights"])
+def test_a_different_model_is_refused_naming_what_differs(
+    tiny_cache: Cache, saes: Path, tiny_model: Path, tmp_path: Path, differing: str
+) -> None:
+    other = shutil.copytree(tiny_model, tmp_path / "other")
+    {"config": _other_config, "tokenizer": _other_tokenizer, "weights": _fine_tuned}[differing](other)
+    with pytest.raises(WrongInput, match=rf"not the one .* harvested from: its {differing} differ") as refused:
+        scores(tiny_cache, "KLDiv", saes=(str(saes / "topk"),), model=str(other))
+    assert str(other) in str(refused.value)
+    assert str(tiny_model) in str(refused.value)
+
+
+def _other_config(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["rms_norm_eps"] = 1e-3
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def _other_tokenizer(folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["zebra"])
+    tokenizer.save_pretrained(folder)
+
+
+def _fine_tuned(folder: Path) -> None:
+    """One step of gradient descent, as a fine-tune would take it."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = torch.arange(2, 34)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    model.save_pretrained(folder)
+
+
+# ------------------------------------------------------------------------------------------------ what it loads
+
+
+def imported_by(*arguments: str, cwd: Path) -> set[str]:
+    """Top-level packages that `routesae …` imports, by python -X importtime in a process of its own."""
+    command = [sys.executable, "-X", "importtime", "-m", "routesae", *arguments]
+    run = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr[-2000:]
+    return {name.partition(".")[0] for name in re.findall(r"^import time:.*\| +(\S+)$", run.stderr, re.MULTILINE)}
+
+
+def test_metrics_of_the_cache_import_no_language_model_library(tiny_cache: Cache, saes: Path, tmp_path: Path) -> None:
+    metrics = [argument for metric in CACHE_METRICS for argument in ("--metric", metric)]
+    imported = imported_by("analyze", *metrics, "--cache", str(tiny_cache.path), "--out", str(saes), cwd=tmp_path)
+    assert {"routesae", "torch"} <= imported  # or the parse proves nothing
+    assert imported & HEAVY == set()
+
+
+def test_train_imports_no_language_model_library(tiny_cache: Cache, tmp_path: Path) -> None:
+    small = ["--latents", "64", "--k", "8", "--device", "cpu"]
+    imported = imported_by("train", "--cache", str(tiny_cache.path), *small, cwd=tmp_path)
+    assert {"routesae", "torch"} <= imported
+    assert imported & HEAVY == set()
+    assert (tmp_path / "saes" / "routesae_hard_64_k8" / "cfg.json").exists()
