@@ -8,8 +8,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 
@@ -21,26 +22,26 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("routesae")
 LOG_LINE_SECONDS = 10.0  # between progress lines where there is no terminal
-T = TypeVar("T")
 
 
 class Count(click.ParamType[int]):
     """A number of things: 200000, 200k, 10M, 1.5B."""
 
     name = "count"
-    suffixes = {"k": 10**3, "m": 10**6, "b": 10**9}  # noqa: RUF012
+    suffixes: ClassVar = {"k": 10**3, "m": 10**6, "b": 10**9}
+    limit = 10**15
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
-        number, factor = value.strip().replace("_", "").lower(), 1
+        number, factor = value.strip().lower(), 1
         if number and number[-1] in self.suffixes:
             number, factor = number[:-1], self.suffixes[number[-1]]
         try:
-            count = float(number) * factor
-            if count == int(count):
+            count = Decimal(number) * factor  # exact: as a float 16.1k is no whole number
+            if count == int(count) and abs(count) <= self.limit:
                 return int(count)
-        except (ValueError, OverflowError):
+        except (InvalidOperation, OverflowError, ValueError):
             pass
         return self.fail(f"{value!r} is not a whole number such as 200000, 200k or 10M", param, ctx)
 
@@ -276,6 +277,8 @@ def analyze(json_file: str | None, **options: Any) -> None:
     from routesae.analyze.run import AnalyzeSettings
     from routesae.analyze.run import analyze as run
 
+    if json_file is not None and not Path(json_file).absolute().parent.is_dir():
+        raise WrongInput(f"--json {json_file}: there is no folder {Path(json_file).parent} to write it to")
     if not options["metrics"]:
         del options["metrics"]  # the settings' own default
     with progress() as report:

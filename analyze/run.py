@@ -179,10 +179,8 @@ def load_harvested_lm(cache: Cache, model: str, device: str, lm_dtype: str) -> L
     _require_same("tokenizer", tokenizer_hash(tokenizer), manifest.tokenizer_hash, model, manifest)
     picked = pick_device(device)
     loaded = lm.load_lm(model, revision, device=picked, lm_dtype=pick_lm_dtype(lm_dtype, picked))
-    for shard in cache.shards():
-        weights = lm.weights_hash(loaded, manifest.layers[-1])
-        _require_same("weights", weights, shard.record.weights_hash, model, manifest)
-        break
+    recorded = next(cache.shards()).record.weights_hash
+    _require_same("weights", lm.weights_hash(loaded), recorded, model, manifest)
     return loaded
 
 
@@ -191,7 +189,7 @@ def _require_same(what: str, found: str, recorded: str, model: str, manifest: Ma
         import transformers
 
         raise WrongInput(
-            f"model {model!r} is not the one the cache was harvested from: its {what} differ (harvested from "
+            f"model {model!r} is not the one the cache was harvested from: its {what} differs (harvested from "
             f"{manifest.model!r} with transformers {manifest.versions.get('transformers')}, now "
             f"{transformers.__version__}); give that model with --model"
         )

@@ -173,13 +173,12 @@ def config_hash(config: Any) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def weights_hash(lm: LanguageModel, layers: int) -> str:
-    """sha256 over the first 64 values of every parameter of blocks 1 … `layers`, as bfloat16.
+def weights_hash(lm: LanguageModel) -> str:
+    """sha256 over the first 64 values of every parameter of the whole LM, as bfloat16.
 
     Tells a fine-tuned model from its base, which share a config; the same for every precision loaded.
     """
-    parameters = [p for block in lm.blocks[:layers] for p in block.parameters()]
-    probe = torch.cat([p.detach().flatten()[:_PROBED_VALUES].to(torch.bfloat16) for p in parameters])
+    probe = torch.cat([p.detach().flatten()[:_PROBED_VALUES].to(torch.bfloat16) for p in lm.model.parameters()])
     return hashlib.sha256(probe.view(torch.int16).cpu().numpy().tobytes()).hexdigest()
 
 

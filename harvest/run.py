@@ -65,8 +65,10 @@ def harvest(settings: HarvestSettings, report: Report = silent) -> Cache:
             log.info("%d of %d shards are there already", present, cache.manifest.shard_count)
             _require_disk(path, _bytes_of(cache.manifest, len(missing)), settings)
         model = lm.load_lm(settings.model, cache.manifest.revision, device=device, lm_dtype=lm_dtype)
+        weights = lm.weights_hash(model)
+        _refuse_other_weights(cache, weights, settings)
         model = lm.cut_after(model, cache.manifest.layers[-1])
-        harvest_shards(cache, model, missing, settings, report)
+        harvest_shards(cache, model, weights, missing, settings, report)
     return cache
 
 
@@ -183,12 +185,15 @@ def _require_disk(path: Path, needed: int, settings: HarvestSettings) -> None:
 
 
 def harvest_shards(
-    cache: Cache, model: lm.LanguageModel, missing: list[int], settings: HarvestSettings, report: Report
+    cache: Cache,
+    model: lm.LanguageModel,
+    weights: str,
+    missing: list[int],
+    settings: HarvestSettings,
+    report: Report,
 ) -> None:
     """Run the LM over the missing shards and write each; two buffers, so that writing hides beside the LM."""
     manifest = cache.manifest
-    weights = lm.weights_hash(model, manifest.layers[-1])
-    _refuse_other_weights(cache, weights, settings)
     batch = settings.batch_sequences or (32 if model.device.type == "cuda" else 8)
     tokens = cache.tokens()
     total = sum(last - first for first, last in map(manifest.shard_range, missing)) * manifest.context

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from routesae.harvest.cache import Cache
 from routesae.harvest.run import harvest
 from routesae.harvest.settings import HarvestSettings
 
-WORDS = ["the", "a", "router", "layer", "token", "hidden", "state", "latent", "dictionary", "sparse", "model", "block", "reads", "writes", "shard", "row"]
+WORDS = re.findall(
+    r"\w+", "the a router layer token hidden state latent dictionary sparse model block reads writes shard row"
+)
 WIDTH, DEPTH, CONTEXT = 32, 6, 16
 
 

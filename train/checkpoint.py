@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from routesae.reporting import WrongInput
-from routesae.train.saes import SAE, SAES, Recipe, RouteSAE, TopK
+from routesae.train.saes import SAE, SAES, SINGLE_LAYER, Recipe, RouteSAE, TopK
 
 SAE_LENS_VERSION = "6.0.0"  # of the layout written; SAELens refuses folders that name none
 WEIGHTS, CONFIG, ROUTER = "sae_weights.safetensors", "cfg.json", "router.safetensors"
@@ -75,16 +75,20 @@ def _sae_lens_config(recipe: Recipe, source: Mapping[str, Any]) -> dict[str, Any
 def load_sae(folder: Path, device: torch.device) -> SAE:
     """The SAE in `folder`, on `device`. Raises WrongInput naming the file that is missing, cut or not one."""
     recipe = read_recipe(folder)
-    # Built without memory: sizes that a stranger's cfg.json makes up must not be allocated before they are
-    # compared with the weights that are really there.
-    with torch.device("meta"):
-        sae = SAES[recipe.sae](recipe)
     state = _load(folder / WEIGHTS)
-    prefix = "shared." if isinstance(sae, RouteSAE) else ""
     names = {"W_enc": "W_enc_FD", "W_dec": "W_dec_FD", "b_enc": "b_enc_F", "b_dec": "b_dec_D"}
     if missing := sorted(set(names) - set(state)):
         raise WrongInput(f"{folder / WEIGHTS} holds no {', '.join(missing)}; train the SAE again or copy it whole")
-    state["W_enc"] = state["W_enc"].T.contiguous()
+    # Before anything is built: a stranger's cfg.json may make up any size, the weights are really there.
+    if state["W_dec"].shape != (recipe.latents, recipe.width):
+        raise WrongInput(
+            f"{folder}: W_dec is {list(state['W_dec'].shape)} where cfg.json says "
+            f"[{recipe.latents}, {recipe.width}]; the folder mixes two SAEs"
+        )
+    with torch.device("meta"):
+        sae = SAES[recipe.sae](recipe)
+    prefix = "shared." if isinstance(sae, RouteSAE) else ""
+    state["W_enc"] = state["W_enc"].mT.contiguous() if state["W_enc"].ndim == 2 else state["W_enc"]
     ours = {prefix + name: state[key] for key, name in names.items()}
     if isinstance(sae, RouteSAE):
         router = _load(folder / ROUTER)
@@ -117,12 +121,16 @@ def read_recipe(folder: Path) -> Recipe:
         data = config["metadata"]["routesae"]["recipe"]
         names = {field.name for field in fields(Recipe)}
         if wrong := sorted(names ^ set(data)):
-            raise WrongInput(f"{folder / CONFIG}: {', '.join(wrong)} unknown or missing in its recipe")
+            raise WrongInput(f"{', '.join(wrong)} unknown or missing in its recipe")
         recipe = Recipe(**{**data, "layers": tuple(data["layers"])})
+    except WrongInput as error:
+        raise WrongInput(f"{folder / CONFIG}: {error}") from error
     except (KeyError, TypeError) as error:
         raise WrongInput(f"{folder / CONFIG} does not describe a routesae SAE ({error!r})") from error
     if recipe.sae not in SAES:
         raise WrongInput(f"{folder / CONFIG}: SAE {recipe.sae!r} is none of {', '.join(SAES)}")
+    if recipe.sae in SINGLE_LAYER and len(recipe.layers) != 1:
+        raise WrongInput(f"{folder / CONFIG}: layers {recipe.layers}, but a {recipe.sae} reads one")
     return recipe
 
 

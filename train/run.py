@@ -23,9 +23,9 @@ from routesae import __version__
 from routesae.harvest.arrays import fsync, fsync_tree
 from routesae.harvest.cache import Cache
 from routesae.harvest.device import pick_device
-from routesae.reporting import Report, WrongInput, silent
+from routesae.reporting import FailedRun, Report, WrongInput, silent
 from routesae.train.batches import Plan, Selection, epoch_plans, load
-from routesae.train.checkpoint import save_sae
+from routesae.train.checkpoint import CONFIG, save_sae
 from routesae.train.evaluate import CacheScores, active_counts, score_on_cache
 from routesae.train.log import StepLog
 from routesae.train.saes import SAE, SAES, SINGLE_LAYER, Recipe
@@ -134,6 +134,8 @@ def train(settings: TrainSettings, report: Report = silent) -> TrainResult:
         with (partial / "metrics.jsonl").open("w") as metrics:
             fit(sae, selection, settings, metrics, report)
         held_out = _held_out(sae, cache, report)
+        if held_out is not None and not math.isfinite(held_out.norm_mse):
+            raise FailedRun(f"training ended with a NormMSE of {held_out.norm_mse}; lower --lr {settings.lr}")
         save_sae(partial, sae, _source(settings, cache, held_out))
     return TrainResult(folder, held_out)
 
@@ -166,6 +168,8 @@ def _committed_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
     """A hidden folder to write into that becomes `folder` when all went well, and is gone otherwise."""
     if folder.exists() and not overwrite:
         raise WrongInput(f"{folder} exists; give another --name, or --overwrite to replace it")
+    if folder.exists() and not (folder / CONFIG).is_file():
+        raise WrongInput(f"{folder} exists and is not an SAE, so it is not overwritten; give another --name")
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -205,7 +209,8 @@ def _source(settings: TrainSettings, cache: Cache, held_out: CacheScores | None)
 def fit(sae: SAE, selection: Selection, settings: TrainSettings, metrics: TextIO, report: Report = silent) -> None:
     """The training loop: one pass of this is one step."""
     total_steps, plans = planned(selection, settings)
-    dead_after = settings.dead_after_tokens or min(DEAD_AFTER_TOKENS, total_steps * settings.batch_tokens // 4)
+    run_tokens = total_steps * min(settings.batch_tokens, len(selection))
+    dead_after = settings.dead_after_tokens or min(DEAD_AFTER_TOKENS, run_tokens // 4)
     sae.initialise(_initial_sample(selection, settings, sae.device))
     adam = torch.optim.Adam(sae.parameters(), lr=settings.lr, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: lr_factor(step, total_steps))
