@@ -234,8 +234,8 @@ def harvest(**options: Any) -> None:
 @click.option("--overwrite", is_flag=True, help="Replace an SAE of the same name.")
 def train(**options: Any) -> None:
     """Train an SAE on a cache. No LM is loaded."""
-    from routesae.train.run import TrainSettings
     from routesae.train.run import train as run
+    from routesae.train.settings import TrainSettings
 
     with progress() as report:
         result = run(TrainSettings(**options), report)

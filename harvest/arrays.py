@@ -166,7 +166,7 @@ def check_array(folder: Path, shape: tuple[int, ...], dtype: npt.DTypeLike, *, c
 
     zarr 3.1 reads a missing or cut chunk as the fill value without a word, so this comes before any read.
     """
-    chunk_rows = _chunk_rows(folder, shape)
+    chunk_rows = _chunk_rows(folder, shape, np.dtype(dtype))
     path = data_file(folder, len(shape))
     expected = _index(shape, dtype, chunk_rows)
     try:
@@ -187,18 +187,20 @@ def check_array(folder: Path, shape: tuple[int, ...], dtype: npt.DTypeLike, *, c
 def _check_compressed_index(index: bytes, expected_bytes: int, file_size: int) -> None:
     if len(index) != expected_bytes or struct.pack("<I", google_crc32c.value(index[:-4])) != index[-4:]:
         raise BadArray("chunk index altered or cut")
-    for offset, length in _INDEX_ENTRY.iter_unpack(index[:-4]):
-        if (offset, length) == _EMPTY_CHUNK:
-            raise BadArray("a chunk was never written")
-        if offset + length > file_size - expected_bytes:
-            raise BadArray("a chunk lies outside the file")
+    chunks = list(_INDEX_ENTRY.iter_unpack(index[:-4]))
+    if _EMPTY_CHUNK in chunks:
+        raise BadArray("a chunk was never written")
+    if max(offset + length for offset, length in chunks) != file_size - expected_bytes:
+        raise BadArray("the chunks do not fill the file")
 
 
-def _chunk_rows(folder: Path, shape: tuple[int, ...]) -> int:
+def _chunk_rows(folder: Path, shape: tuple[int, ...], dtype: Any) -> int:
     try:
         metadata = json.loads((folder / "zarr.json").read_bytes())
         if tuple(metadata["shape"]) != shape:
             raise BadArray(f"shape {metadata['shape']} where {list(shape)} belongs")
+        if metadata["data_type"] != dtype.name:
+            raise BadArray(f"data type {metadata['data_type']} where {dtype.name} belongs")
         return int(metadata["codecs"][0]["configuration"]["chunk_shape"][0])
     except FileNotFoundError:
         raise BadArray("zarr.json missing") from None

@@ -421,7 +421,9 @@ class Cache:
         try:
             arrays.check_array(self.path / name, shape, dtype)
         except arrays.BadArray as bad:
-            raise damaged(self.path / name, bad) from bad
+            raise WrongInput(
+                f"{self.path / name} is damaged: {bad}. Without it the cache must be harvested anew"
+            ) from bad
         return arrays.map_array(self.path / name, shape, dtype)
 
 

@@ -39,6 +39,8 @@ from routesae.reporting import Progress, Report, WrongInput, human_bytes, silent
 
 log = logging.getLogger(__name__)
 
+# The manifest's fields that are flags by another name; shard_rows is --shard-tokens in rows of the context.
+FLAGS = {"corpus": "data", "tokens_asked": "tokens", "shard_rows": "shard-tokens, in rows,"}
 DISK_RESERVE = 1.01  # indexes, metadata and the file system's own rounding
 
 
@@ -156,7 +158,7 @@ def _refuse_other_settings(manifest: Manifest, settings: HarvestSettings, config
         **_shared_settings(settings),
     }
     differing = [
-        f"{name} is {getattr(manifest, name)}, not {value}"
+        f"{FLAGS.get(name, name)} is {getattr(manifest, name)}, not {value}"
         for name, value in asked.items()
         if getattr(manifest, name) != value
     ]

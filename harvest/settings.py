@@ -68,9 +68,10 @@ def parse_layers(layers: str | None, depth: int) -> tuple[int, ...]:
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise WrongInput(f"--layers {layers!r} is not a list such as 4-12 or 4,8,12")
-        wanted.update(range(int(first), int(last if dash else first) + 1) if int(first) <= depth else [int(first)])
-        if dash and int(last) < int(first):
+        low, high = int(first), int(last if dash else first)
+        if high < low:
             raise WrongInput(f"--layers {layers!r}: {part.strip()} runs backwards")
-    if min(wanted) < 1 or max(wanted) > depth:
-        raise WrongInput(f"--layers {layers!r}: the model has layers 1 to {depth}")
+        if low < 1 or high > depth:
+            raise WrongInput(f"--layers {layers!r}: the model has layers 1 to {depth}")
+        wanted.update(range(low, high + 1))
     return tuple(sorted(wanted))

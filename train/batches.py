@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -40,6 +40,7 @@ class Block(NamedTuple):
 
 
 Plan = list[Block]
+Batches = Generator[Tensor, None, None]
 
 
 class Selection:
@@ -178,16 +179,17 @@ def advise(selection: Selection, plan: Plan) -> None:
             os.close(descriptor)
 
 
-def load(selection: Selection, plans: Iterator[Plan], batch_tokens: int, device: torch.device) -> Iterator[Tensor]:
+def load(selection: Selection, plans: Iterator[Plan], batch_tokens: int, device: torch.device) -> Batches:
     """hidden_LND of every plan, in the cache's dtype, on `device`; valid until the next one is asked for.
 
+    Close it (contextlib.closing) where it is not read to its end, and its thread ends too.
     On CUDA the copy to the device is made from pinned memory on a stream of its own, one batch ahead.
     """
     staged = _staged(selection, plans, batch_tokens, pinned=device.type == "cuda")
     return _on_device(staged, device) if device.type == "cuda" else staged
 
 
-def _staged(selection: Selection, plans: Iterator[Plan], batch_tokens: int, *, pinned: bool) -> Iterator[Tensor]:
+def _staged(selection: Selection, plans: Iterator[Plan], batch_tokens: int, *, pinned: bool) -> Batches:
     manifest = selection.cache.manifest
     dtype = torch.float16 if manifest.dtype == "float16" else torch.float32
     shape = (len(selection.layers), batch_tokens, manifest.width)
@@ -238,7 +240,7 @@ def _advised(selection: Selection, plans: Iterator[Plan]) -> Iterator[Plan]:
     yield from ahead
 
 
-def _on_device(staged: Iterator[Tensor], device: torch.device) -> Iterator[Tensor]:
+def _on_device(staged: Batches, device: torch.device) -> Batches:
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     copied: tuple[Tensor, torch.cuda.Event] | None = None
     for staging_LND in staged:

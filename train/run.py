@@ -11,7 +11,7 @@ import logging
 import math
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -30,83 +30,13 @@ from routesae.train.evaluate import CacheScores, active_counts, score_on_cache
 from routesae.train.log import StepLog
 from routesae.train.saes import SAE, SAES, SINGLE_LAYER, Recipe
 from routesae.train.schedule import lr_factor
+from routesae.train.settings import TrainSettings
 
 log = logging.getLogger(__name__)
 
 DEFAULT_EXPANSION = 8
 INITIAL_SAMPLE_TOKENS = 8192  # what b_dec's geometric median is taken over
 DEAD_AFTER_TOKENS = 10_000_000  # 2406.04093, appendix A.2
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainSettings:
-    """What `routesae train` was asked for. Raises WrongInput where a value is impossible."""
-
-    cache: str = "shards"
-    sae: str = "routesae"
-    layer: int | None = None
-    """The one layer a single-layer SAE reads; None for the middle one of the cache."""
-    latents: int | None = None
-    """Size of the dictionary; None for expansion times the width."""
-    expansion: int | None = None
-    """Size of the dictionary in widths, instead of latents; None for 8."""
-    k: int = 64
-    routing: str | None = None
-    """routesae only: "hard" (None) or "soft"."""
-    aggregate: str | None = None
-    """routesae only, what of the layers the router sees: their "sum" (None) or "mean"."""
-    lr: float = 5e-4
-    """Adam's peak learning rate."""
-    batch_tokens: int = 4096
-    epochs: int | None = None
-    """Passes over the training tokens; None for one, or for what `tokens` asks."""
-    tokens: int | None = None
-    """Training tokens in all, over as many passes as that takes; instead of epochs."""
-    dead_after_tokens: int | None = None
-    """A latent not active for this many tokens is dead; None for 10 M, or a quarter of a shorter run."""
-    log_every_steps: int = 10
-    seed: int = 0
-    name: str | None = None
-    """Folder under `out`; None for one made of the SAE's name, layer, latents and k."""
-    out: str = "saes"
-    overwrite: bool = False
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        if self.sae not in SAES:
-            raise WrongInput(f"--sae {self.sae!r} is none of {', '.join(SAES)}")
-        if self.layer is not None and self.sae not in SINGLE_LAYER:
-            raise WrongInput(f"--layer {self.layer} is for {', '.join(SINGLE_LAYER)}; {self.sae} reads every layer")
-        for name in ("routing", "aggregate"):
-            if getattr(self, name) is not None and self.sae != "routesae":
-                raise WrongInput(f"--{name} {getattr(self, name)} is for routesae; {self.sae} has no router")
-        if self.latents is not None and self.expansion is not None:
-            raise WrongInput(
-                f"--latents {self.latents} and --expansion {self.expansion} both say how large the SAE is; give one"
-            )
-        for name in (
-            "latents",
-            "expansion",
-            "k",
-            "batch_tokens",
-            "epochs",
-            "tokens",
-            "dead_after_tokens",
-            "log_every_steps",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise WrongInput(f"--{name.replace('_', '-')} {value} is below 1")
-        if self.epochs is not None and self.tokens is not None:
-            raise WrongInput(
-                f"--epochs {self.epochs} and --tokens {self.tokens} both say how long to train; give one"
-            )
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise WrongInput(f"--lr {self.lr} is not above 0")
-        if self.seed < 0:
-            raise WrongInput(f"--seed {self.seed} is below 0")
-        if self.name is not None and (Path(self.name).name != self.name or self.name.startswith(".")):
-            raise WrongInput(f"--name {self.name!r} must be a plain folder name, not a path and not hidden")
 
 
 @dataclass(frozen=True)
@@ -170,18 +100,19 @@ def _committed_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
         raise WrongInput(f"{folder} exists; give another --name, or --overwrite to replace it")
     if folder.exists() and not (folder / CONFIG).is_file():
         raise WrongInput(f"{folder} exists and is not an SAE, so it is not overwritten; give another --name")
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial, replaced = (folder.with_name(f".{folder.name}.{what}") for what in ("partial", "replaced"))
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
         fsync_tree(partial)
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(replaced)
         partial.rename(folder)
         fsync(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _held_out(sae: SAE, cache: Cache, report: Report) -> CacheScores | None:
@@ -216,21 +147,22 @@ def fit(sae: SAE, selection: Selection, settings: TrainSettings, metrics: TextIO
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: lr_factor(step, total_steps))
     idle_tokens_F = torch.zeros(sae.recipe.latents, dtype=torch.int64, device=sae.device)
     log_lines = StepLog(sae, settings.lr, total_steps, metrics, report)
-    for step, hidden_LND in enumerate(load(selection, plans, settings.batch_tokens, sae.device), start=1):
-        out = sae(hidden_LND)
-        loss = sae.loss(out, idle_tokens_F >= dead_after)
-        adam.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        sae.project_gradient()
-        adam.step()
-        lr = float(schedule.get_last_lr()[0])
-        schedule.step()
-        sae.normalise_decoder()
-        active_F = active_counts(out.latents.values_NK, out.latents.indices_NK, sae.recipe.latents) > 0
-        idle_tokens_F = torch.where(active_F, 0, idle_tokens_F + hidden_LND.shape[1])
-        log_lines.add(out, loss)
-        if step % settings.log_every_steps == 0 or step == total_steps:
-            log_lines.write(step, lr, (idle_tokens_F >= dead_after).double().mean())
+    with closing(load(selection, plans, settings.batch_tokens, sae.device)) as batches:
+        for step, hidden_LND in enumerate(batches, start=1):
+            out = sae(hidden_LND)
+            loss = sae.loss(out, idle_tokens_F >= dead_after)
+            adam.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            sae.project_gradient()
+            adam.step()
+            lr = float(schedule.get_last_lr()[0])
+            schedule.step()
+            sae.normalise_decoder()
+            active_F = active_counts(out.latents.values_NK, out.latents.indices_NK, sae.recipe.latents) > 0
+            idle_tokens_F = torch.where(active_F, 0, idle_tokens_F + hidden_LND.shape[1])
+            log_lines.add(out, loss)
+            if step % settings.log_every_steps == 0 or step == total_steps:
+                log_lines.write(step, lr, (idle_tokens_F >= dead_after).double().mean())
 
 
 def planned(selection: Selection, settings: TrainSettings) -> tuple[int, Iterator[Plan]]:
@@ -251,7 +183,5 @@ def planned(selection: Selection, settings: TrainSettings) -> tuple[int, Iterato
 
 def _initial_sample(selection: Selection, settings: TrainSettings, device: torch.device) -> torch.Tensor:
     plans = epoch_plans(selection, seed=settings.seed, epoch=0, batch_tokens=INITIAL_SAMPLE_TOKENS)
-    loader = load(selection, islice(plans, 1), INITIAL_SAMPLE_TOKENS, device)
-    sample_LND = next(loader).clone()
-    loader.close()  # type: ignore[attr-defined]
-    return sample_LND
+    with closing(load(selection, islice(plans, 1), INITIAL_SAMPLE_TOKENS, device)) as batches:
+        return next(batches).clone()

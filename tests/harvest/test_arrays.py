@@ -246,7 +246,7 @@ def test_check_finds_another_shape(shape: tuple[int, ...], compress: bool, tmp_p
 
 def test_check_finds_another_width_of_number(tmp_path: Path) -> None:
     write_array(tmp_path / "a", example((20, 4), "<f2"))
-    with pytest.raises(BadArray, match="bytes"):
+    with pytest.raises(BadArray, match="data type"):
         check_array(tmp_path / "a", (20, 4), "<f4")
 
 
