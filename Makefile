@@ -8,7 +8,7 @@ SAE_FLAGS := --cache $(DEMO)/shards --out $(DEMO)/saes --latents 4608 --k 64 --e
 .PHONY: demo test clean
 
 demo: $(VENV)/installed
-	$(BIN)/routesae harvest --model demo --data demo --tokens 160k --context 256 --shard-tokens 16k --layers 7-22 \
+	$(BIN)/routesae harvest --model demo --data demo --tokens 140k --context 256 --shard-tokens 16k --layers 7-22 \
 		--out $(DEMO)/shards
 	test -d $(DEMO)/saes/topk || $(BIN)/routesae train $(SAE_FLAGS) --sae topk --layer 15 --name topk
 	test -d $(DEMO)/saes/routesae || $(BIN)/routesae train $(SAE_FLAGS) --sae routesae --name routesae
