@@ -71,6 +71,7 @@ class Commands(click.Group):
 def progress() -> Iterator[Callable[[Progress], None]]:
     """A bar with rate and time left on a terminal; a log line every ten seconds elsewhere."""
     bars: dict[str, tqdm[Any]] = {}
+    starts: dict[str, tuple[float, int]] = {}
     last_line = time.monotonic()
 
     def bar(now: Progress) -> None:
@@ -86,17 +87,17 @@ def progress() -> Iterator[Callable[[Progress], None]]:
 
     def line(now: Progress) -> None:
         nonlocal last_line
-        if time.monotonic() - last_line >= LOG_LINE_SECONDS or now.done == now.total:
-            last_line = time.monotonic()
-            facts = ", ".join(f"{name} {value}" for name, value in now.facts.items())
-            log.info(
-                "%s: %s of %s %s%s",
-                now.stage,
-                f"{now.done:,}",
-                f"{now.total:,}",
-                now.unit,
-                f", {facts}" * bool(facts),
-            )
+        began, done = starts.setdefault(now.stage, (time.monotonic(), now.done))
+        if time.monotonic() - last_line < LOG_LINE_SECONDS and now.done != now.total:
+            return
+        last_line = time.monotonic()
+        rate = (now.done - done) / max(last_line - began, 1e-9)
+        facts = dict(now.facts)
+        if rate:
+            facts |= {f"{now.unit}/s": f"{rate:,.0f}" if rate > 10 else f"{rate:.2f}"}
+            facts |= {"left": f"{(now.total - now.done) / rate:,.0f} s"}
+        shown = "".join(f", {name} {value}" for name, value in facts.items())
+        log.info("%s: %s of %s %s%s", now.stage, f"{now.done:,}", f"{now.total:,}", now.unit, shown)
 
     if not sys.stderr.isatty():
         yield line

@@ -18,13 +18,13 @@ class Progress(NamedTuple):
     """How far a stage has come.
 
     stage: what is being done, for a person ("harvest", "train topk").
-    done, total: counted in `unit`; total is None while nobody can know it.
+    done, total: counted in `unit`.
     facts: further numbers worth showing beside the bar, already formatted.
     """
 
     stage: str
     done: int
-    total: int | None
+    total: int
     unit: str
     facts: Mapping[str, str]
 
