@@ -7,6 +7,7 @@ Dimension letters: L layers, N tokens, D width, F latents.
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -63,17 +64,19 @@ def score_on_cache(sae: SAE, cache: Cache, first_row: int, after_row: int, repor
     active_F = torch.zeros(sae.recipe.latents, dtype=torch.int64, device=device)
     routed_L = torch.zeros(layers, dtype=torch.int64, device=device)
     done = 0
-    for hidden_LND in load(selection, cut_plans(iter(selection.blocks()), BATCH_TOKENS), BATCH_TOKENS, device):
-        out = sae(hidden_LND)
-        shares = shares + squared_error_shares(out.x_ND, out.reconstruction_ND).double().sum()
-        errors = errors + (out.x_ND - out.reconstruction_ND).square().sum().double()
-        squares = squares + out.x_ND.square().sum().double()
-        sum_D += out.x_ND.sum(0).double()
-        active_F += active_counts(out.latents.values_NK, out.latents.indices_NK, len(active_F))
-        if out.routing_NL is not None:
-            routed_L += torch.bincount(out.routing_NL.argmax(1), minlength=layers)
-        done += hidden_LND.shape[1]
-        report(Progress("score on cache", done, tokens, "tokens", {}))
+    plans = cut_plans(iter(selection.blocks()), BATCH_TOKENS)
+    with closing(load(selection, plans, BATCH_TOKENS, device)) as batches:
+        for hidden_LND in batches:
+            out = sae(hidden_LND)
+            shares = shares + squared_error_shares(out.x_ND, out.reconstruction_ND).double().sum()
+            errors = errors + (out.x_ND - out.reconstruction_ND).square().sum().double()
+            squares = squares + out.x_ND.square().sum().double()
+            sum_D += out.x_ND.sum(0).double()
+            active_F += active_counts(out.latents.values_NK, out.latents.indices_NK, len(active_F))
+            if out.routing_NL is not None:
+                routed_L += torch.bincount(out.routing_NL.argmax(1), minlength=layers)
+            done += hidden_LND.shape[1]
+            report(Progress("score on cache", done, tokens, "tokens", {}))
     return CacheScores(
         tokens=tokens,
         norm_mse=float(shares) / tokens,

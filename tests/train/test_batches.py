@@ -335,7 +335,7 @@ def test_a_shard_lost_while_training_stops_it_and_is_named(
     loader = load(selection, plans, 200, CPU)
     next(loader)
     damage(cache.path / "shard-00001")
-    with closing(loader), pytest.raises(FailedRun, match=r"shard-00001.*damaged"):  # type: ignore[type-var]
+    with closing(loader), pytest.raises(FailedRun, match=r"shard-00001.*damaged"):
         assert_no_nan(loader)
     assert loader_threads() == []
 
@@ -374,6 +374,17 @@ def test_the_loader_thread_ends_with_the_epoch_and_with_a_consumer_that_stops_ea
     del loader
     gc.collect()
     assert loader_threads() == []
+
+
+def test_a_batch_is_valid_until_the_next_is_asked_for(position_cache: Cache) -> None:
+    selection = training(position_cache)
+    loader = load(selection, epoch_plans(selection, seed=0, epoch=0, batch_tokens=100), 100, CPU)
+    hidden_LND = next(loader)
+    then_LND = hidden_LND.clone()
+    (thread,) = loader_threads()
+    thread.join(timeout=0.3)  # time enough to fill every buffer it may fill
+    assert torch.equal(hidden_LND, then_LND)
+    assert not torch.equal(next(loader), then_LND)
 
 
 def test_a_failure_of_the_plans_reaches_the_consumer(position_cache: Cache) -> None:

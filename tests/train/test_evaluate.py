@@ -35,9 +35,9 @@ def topk(cache: Cache, layer: int = 3, width: int | None = None) -> TopK:
     width = width or cache.manifest.width
     recipe = Recipe(sae="topk", layers=(layer,), width=width, latents=LATENTS, k=K)
     sae = TopK(recipe, torch.Generator().manual_seed(0))
-    with torch.no_grad():  # some latents never fire, and the ReLU cuts some of the top k
+    with torch.no_grad():  # some latents never fire, some once, and the ReLU cuts some of the top k
         sae.b_enc_F[:5] = -100
-        sae.b_enc_F[5:] = -1.5
+        sae.b_enc_F[5:] = torch.linspace(-4, -0.5, LATENTS - 5)
     return sae
 
 
@@ -128,6 +128,7 @@ def test_topk_scores_are_those_of_all_held_out_tokens_at_once(
     naive = naive_scores(sae, hidden_LND)
     assert naive.l0 < K - 0.5
     assert naive.dead >= 5 / LATENTS
+    assert 1 in np.rint(naive.density_F * tokens)  # rare, but not dead
     scores = score_on_cache(sae, tiny_cache, first, after)
     assert_scores_are(scores, naive, tokens)
     assert scores.layer_shares is None

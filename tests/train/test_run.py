@@ -21,9 +21,10 @@ from routesae.reporting import FailedRun, Progress, WrongInput
 from routesae.train.batches import Selection
 from routesae.train.checkpoint import find_saes, load_sae
 from routesae.train.evaluate import score_on_cache
-from routesae.train.run import TrainResult, TrainSettings, fit, planned, train
+from routesae.train.run import INITIAL_SAMPLE_TOKENS, TrainResult, fit, planned, train
 from routesae.train.saes import SAE, SAES, Forward, Recipe, TopK
 from routesae.train.schedule import lr_factor
+from routesae.train.settings import TrainSettings
 
 CPU = torch.device("cpu")
 EVERY_SAE: list[dict[str, Any]] = [
@@ -111,6 +112,36 @@ def test_two_runs_with_one_seed_give_the_same_bytes_and_another_seed_does_not(
     first = weights("a", 5)
     assert weights("b", 5) == first
     assert weights("c", 6) != first
+
+
+@pytest.mark.parametrize("variant", EVERY_SAE, ids=IDS)
+def test_the_seed_sets_the_initial_weights(settings: Settings, variant: dict[str, Any]) -> None:
+    # One step of all the tokens at next to no rate: the order of the batches has no part in it.
+    def weights(seed: int) -> dict[str, Tensor]:
+        chosen = settings(**variant, name=str(seed), seed=seed, lr=1e-12, batch_tokens=50_000)
+        return dict(load_sae(train(chosen).folder, CPU).named_parameters())
+
+    first, second = weights(5), weights(6)
+    for name in first:
+        if "b_" not in name:
+            assert (first[name] - second[name]).abs().mean() > 0.05, name
+
+
+def test_training_starts_with_the_decoder_bias_at_the_median_of_the_training_tokens(
+    tiny_cache: Cache, settings: Settings
+) -> None:
+    folder = train(settings(lr=1e-12, batch_tokens=50_000, layer=4)).folder
+    pieces = []
+    for shard in tiny_cache.shards():
+        row = shard.record.rows[0] + shard.read("order") // tiny_cache.manifest.context
+        pieces.append(torch.from_numpy(shard.read("layer_04")[row < tiny_cache.manifest.train_rows]).double())
+    h_ND = torch.cat(pieces)
+    assert len(h_ND) == training_tokens(tiny_cache) <= INITIAL_SAMPLE_TOKENS  # else only a sample is looked at
+    x_ND = (h_ND - h_ND.mean(1, keepdim=True)) / h_ND.std(1, keepdim=True)
+    b_dec_D = load_sae(folder, CPU).state_dict()["b_dec_D"].double()
+    pulls_ND = (x_ND - b_dec_D) / (x_ND - b_dec_D).norm(dim=1, keepdim=True)
+    assert pulls_ND.mean(0).norm() < 1e-3  # where the summed distance is least, the unit pulls cancel
+    assert b_dec_D.norm() > 0.01
 
 
 def test_two_runs_on_two_threads_give_the_same_bytes(settings: Settings) -> None:
