@@ -21,6 +21,8 @@ WORDS = re.findall(
 )
 WIDTH, DEPTH, CONTEXT = 32, 6, 16
 
+torch.set_num_threads(1)  # at these sizes a second thread costs more than it brings, most of all on a busy machine
+
 
 def sentences(count: int, seed: int = 0) -> list[str]:
     """Documents of 30 to 90 random words, all longer than 100 characters."""

@@ -192,7 +192,7 @@ def load(selection: Selection, plans: Iterator[Plan], batch_tokens: int, device:
 def _staged(selection: Selection, plans: Iterator[Plan], batch_tokens: int, *, pinned: bool) -> Batches:
     manifest = selection.cache.manifest
     dtype = torch.float16 if manifest.dtype == "float16" else torch.float32
-    shape = (len(selection.layers), batch_tokens, manifest.width)
+    shape = (len(selection.layers), min(batch_tokens, len(selection)), manifest.width)
     free: queue.Queue[Tensor | None] = queue.Queue()
     ready: queue.Queue[tuple[Tensor, int] | BaseException | None] = queue.Queue()
     for _ in range(STAGING_BATCHES):

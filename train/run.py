@@ -141,7 +141,7 @@ def fit(sae: SAE, selection: Selection, settings: TrainSettings, metrics: TextIO
     """The training loop: one pass of this is one step."""
     total_steps, plans = planned(selection, settings)
     run_tokens = total_steps * min(settings.batch_tokens, len(selection))
-    dead_after = settings.dead_after_tokens or min(DEAD_AFTER_TOKENS, run_tokens // 4)
+    dead_after = settings.dead_after_tokens or min(DEAD_AFTER_TOKENS, max(1, run_tokens // 4))
     sae.initialise(_initial_sample(selection, settings, sae.device))
     adam = torch.optim.Adam(sae.parameters(), lr=settings.lr, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: lr_factor(step, total_steps))

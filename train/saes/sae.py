@@ -42,7 +42,7 @@ class Recipe:
     def __post_init__(self) -> None:
         if not isinstance(self.sae, str):
             raise WrongInput(f"SAE {self.sae!r} is no name")
-        if not self.layers or not all(isinstance(layer, int) and layer >= 0 for layer in self.layers):
+        if not self.layers or not all(type(layer) is int and layer >= 0 for layer in self.layers):
             raise WrongInput(f"layers {self.layers!r} are not one or more whole numbers")
         for name in ("width", "latents", "k"):
             value = getattr(self, name)
