@@ -178,7 +178,7 @@ def main(quiet: bool) -> None:
     "--compress",
     default="none",
     metavar="none|zstd",
-    help="zstd saves 8 % of the disk and is slow to train from.",
+    help="zstd saves little of the disk and is slow to train from.",
 )
 @click.option("--skip-positions", default=1, help="Positions at the start of each row not kept (the attention sink).")
 @click.option("--keep-special", is_flag=True, help="Keep the positions of special tokens too.")

@@ -74,6 +74,7 @@ def analyze(settings: AnalyzeSettings, report: Report = silent) -> dict[str, Any
     Raises WrongInput where cache, SAEs, metrics and LM do not fit together.
     """
     cache = Cache(settings.cache)
+    cache.require_whole()
     device = pick_device(settings.device)
     folders = list(dict.fromkeys(map(Path, settings.saes))) or find_saes(Path(settings.out))
     saes = {_name(folder, folders): load_sae(folder, device) for folder in folders}
@@ -179,12 +180,11 @@ def load_harvested_lm(cache: Cache, model: str, device: str, lm_dtype: str) -> L
     _require_same("tokenizer", tokenizer_hash(tokenizer), manifest.tokenizer_hash, model, manifest)
     picked = pick_device(device)
     loaded = lm.load_lm(model, revision, device=picked, lm_dtype=pick_lm_dtype(lm_dtype, picked))
-    recorded = next(cache.shards()).record.weights_hash
-    _require_same("weights", lm.weights_hash(loaded), recorded, model, manifest)
+    _require_same("weights", lm.weights_hash(loaded), cache.weights_hash(), model, manifest)
     return loaded
 
 
-def _require_same(what: str, found: str, recorded: str, model: str, manifest: Manifest) -> None:
+def _require_same(what: str, found: str, recorded: str | None, model: str, manifest: Manifest) -> None:
     if found != recorded:
         import transformers
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Callable
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -76,15 +75,12 @@ class ArrayWriter:
         path.parent.mkdir(parents=True)
         self._file = path.open("wb", buffering=0)
 
-    def write(self, rows: Array, wrote: Callable[[int], None] | None = None) -> None:
-        """Append rows [n, *row_shape]; `wrote` is told the bytes of each piece as it leaves."""
+    def write(self, rows: Array) -> None:
+        """Append rows [n, *row_shape]."""
         assert rows.shape[1:] == self.row_shape, (rows.shape, self.row_shape)
         view = np.ascontiguousarray(rows, self.dtype).reshape(-1).view(np.uint8).data
         while view:  # a raw write may take less than it is given
-            n = self._file.write(view[: 1 << 26])
-            view = view[n:]
-            if wrote is not None:
-                wrote(n)
+            view = view[self._file.write(view) :]
         self.rows += len(rows)
 
     def close(self) -> None:

@@ -19,11 +19,10 @@ from torch import Tensor
 
 from routesae.harvest import arrays
 from routesae.harvest.cache import Cache, LayerStatistics, Manifest, ShardRecord, shard_order, write_shard
+from routesae.harvest.device import CACHE_DTYPES
 from routesae.harvest.lm import LanguageModel, capturing, run_until
 from routesae.harvest.tokens import Ids
 from routesae.reporting import FailedRun
-
-TORCH_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
 class ShardBuffer:
@@ -35,7 +34,7 @@ class ShardBuffer:
         self.index = index
         self.order = shard_order(token_ids_sT, manifest, index)
         shape = (len(manifest.layers), len(self.order), manifest.width)
-        self.hidden_LnD = torch.empty(shape, dtype=TORCH_DTYPES[manifest.dtype], device=device)
+        self.hidden_LnD = torch.empty(shape, dtype=CACHE_DTYPES[manifest.dtype], device=device)
         self.limit = torch.finfo(self.hidden_LnD.dtype).max
         self.sums = [RunningSums(device) for _ in manifest.layers]
         # stored row of each flat position; -1 where it is not kept

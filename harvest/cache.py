@@ -310,10 +310,6 @@ class Shard:
         self.record = record
         self._checked: set[str] = set()
 
-    @property
-    def name(self) -> str:
-        return self.path.name
-
     def _array(self, name: str) -> tuple[Path, tuple[int, ...], str, bool]:
         first, after = self.record.rows
         n = self.record.kept
@@ -378,6 +374,14 @@ class Cache:
         """Indices of the shards that are not there yet."""
         return [i for i in range(self.manifest.shard_count) if not self.has_shard(i)]
 
+    def require_layers(self, layers: Iterable[int]) -> None:
+        """Raises WrongInput where one of them was not harvested."""
+        if absent := sorted(set(layers) - set(self.manifest.layers)):
+            raise WrongInput(
+                f"layer {absent[0]} was not harvested; {self.path} holds layers "
+                f"{', '.join(map(str, self.manifest.layers))}"
+            )
+
     def require_whole(self) -> None:
         """Raises WrongInput where shards are missing."""
         if missing := self.missing():
@@ -385,6 +389,10 @@ class Cache:
                 f"{self.path} lacks {len(missing)} of its {self.manifest.shard_count} shards (first "
                 f"{shard_name(missing[0])}); run the same routesae harvest again and it writes just those"
             )
+
+    def weights_hash(self) -> str | None:
+        """Of the LM that wrote the shards, which all agree; None while there is no shard."""
+        return next((shard.record.weights_hash for shard in self.shards()), None)
 
     def shard(self, index: int) -> Shard:
         """Raises BadArray where the shard's record is missing or not one."""

@@ -1,4 +1,4 @@
-"""Which device, and which precision an LM runs in on it."""
+"""Which device, which precision an LM runs in on it, and torch's name of a cache's number type."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 
 from routesae.reporting import WrongInput
 
+CACHE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 LM_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 

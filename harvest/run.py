@@ -221,10 +221,8 @@ def harvest_shards(
 
 
 def _refuse_other_weights(cache: Cache, weights: str, settings: HarvestSettings) -> None:
-    for shard in cache.shards():
-        if shard.record.weights_hash != weights:
-            raise WrongInput(
-                f"{settings.out} was begun with other weights than {settings.model} has now; "
-                "give the model it was begun with, or another --out"
-            )
-        return
+    if cache.weights_hash() not in (None, weights):
+        raise WrongInput(
+            f"{settings.out} was begun with other weights than {settings.model} has now; "
+            "give the model it was begun with, or another --out"
+        )

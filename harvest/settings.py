@@ -60,7 +60,7 @@ class HarvestSettings:
 
 
 def parse_layers(layers: str | None, depth: int) -> tuple[int, ...]:
-    """ "4-12", "4,8,12" or "4-6,12" as ascending layers of a model of `depth` blocks; None: n//4 … 3n//4."""
+    """The list "4-12", "4,8,12" or "4-6,12" as ascending layers of a model of `depth` blocks; None: n//4 … 3n//4."""
     if layers is None:
         return tuple(range(max(1, depth // 4), max(1, 3 * depth // 4) + 1))
     wanted: set[int] = set()

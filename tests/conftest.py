@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,14 @@ WORDS = re.findall(
 )
 WIDTH, DEPTH, CONTEXT = 32, 6, 16
 
-torch.set_num_threads(1)  # at these sizes a second thread costs more than it brings, most of all on a busy machine
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors this small lose more to a second thread than they gain, many times over on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:

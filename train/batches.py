@@ -2,8 +2,8 @@
 
 A batch is made of blocks of up to 256 contiguous stored rows from many shards; since every shard was shuffled
 when it was written, no mixing buffer is needed. Each block is mapped, copied and unmapped, so that memory does
-not grow with the cache. A thread announces blocks to the kernel two batches ahead (page faults alone would read
-31 MB/s) and copies one batch ahead of the trainer.
+not grow with the cache. A thread announces blocks to the kernel two batches ahead (page faults alone
+leave the disk idle) and copies one batch ahead of the trainer.
 
 Dimension letters: N tokens a batch, L layers, D width.
 """
@@ -24,7 +24,8 @@ from torch import Tensor
 
 from routesae.harvest import arrays
 from routesae.harvest.cache import DTYPES, Cache, Shard, damaged, layer_name
-from routesae.reporting import FailedRun, WrongInput
+from routesae.harvest.device import CACHE_DTYPES
+from routesae.reporting import FailedRun
 
 BLOCK_ROWS = arrays.CHUNK_ROWS
 ADVISE_BATCHES = 2  # batches ahead of the copy that the kernel is told of
@@ -52,11 +53,7 @@ class Selection:
     def __init__(self, cache: Cache, first_row: int, after_row: int, layers: Sequence[int]):
         self.cache = cache
         self.layers = tuple(layers)
-        if absent := [layer for layer in layers if layer not in cache.manifest.layers]:
-            raise WrongInput(
-                f"layer {absent[0]} was not harvested; {cache.path} holds layers "
-                f"{', '.join(map(str, cache.manifest.layers))}"
-            )
+        cache.require_layers(layers)
         cache.require_whole()
         self.shards: list[Shard] = []
         self.rows: list[npt.NDArray[np.int64] | None] = []  # None: all of the shard's rows, in order
@@ -191,12 +188,11 @@ def load(selection: Selection, plans: Iterator[Plan], batch_tokens: int, device:
 
 def _staged(selection: Selection, plans: Iterator[Plan], batch_tokens: int, *, pinned: bool) -> Batches:
     manifest = selection.cache.manifest
-    dtype = torch.float16 if manifest.dtype == "float16" else torch.float32
     shape = (len(selection.layers), min(batch_tokens, len(selection)), manifest.width)
     free: queue.Queue[Tensor | None] = queue.Queue()
     ready: queue.Queue[tuple[Tensor, int] | BaseException | None] = queue.Queue()
     for _ in range(STAGING_BATCHES):
-        free.put(torch.empty(shape, dtype=dtype, pin_memory=pinned))
+        free.put(torch.empty(shape, dtype=CACHE_DTYPES[manifest.dtype], pin_memory=pinned))
 
     def fill() -> None:
         try:

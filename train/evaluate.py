@@ -108,8 +108,4 @@ def require_fit(sae: SAE, cache: Cache) -> None:
             f"the SAE's width {sae.recipe.width} is not the {cache.manifest.width} of {cache.path}; "
             "give the cache it was trained on"
         )
-    if absent := sorted(set(sae.recipe.layers) - set(cache.manifest.layers)):
-        raise WrongInput(
-            f"the SAE reads layer {absent[0]}, which {cache.path} does not hold; it has layers "
-            f"{', '.join(map(str, cache.manifest.layers))}"
-        )
+    cache.require_layers(sae.recipe.layers)

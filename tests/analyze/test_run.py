@@ -287,3 +287,13 @@ def test_train_imports_no_language_model_library(tiny_cache: Cache, tmp_path: Pa
     assert {"routesae", "torch"} <= imported
     assert imported & HEAVY == set()
     assert (tmp_path / "saes" / "routesae_hard_64_k8" / "cfg.json").exists()
+
+
+@pytest.mark.parametrize("metric", ["NormMSE", "KLDiv"])
+def test_a_cache_without_its_shards_is_refused_for_every_metric(
+    metric: str, tiny_cache: Cache, saes: Path, tmp_path: Path
+) -> None:
+    """KLDiv reads rows of tokens only; without a shard nothing would say which LM wrote them."""
+    shutil.copytree(tiny_cache.path, tmp_path / "shards", ignore=shutil.ignore_patterns("shard-*"))
+    with pytest.raises(WrongInput, match=r"lacks 5 of its 5 shards .*harvest again"):
+        scores(Cache(tmp_path / "shards"), metric, out=str(saes))

@@ -231,14 +231,14 @@ def test_a_batch_is_made_of_contiguous_blocks_from_many_shards(position_cache: C
     assert np.mean([len({block.shard for block in plan}) for plan in plans[:-1]]) > 3
     read = decoded(epoch(selection, 1024)[0][0])
     stored = {
-        shard.name: [int(p) + shard.record.rows[0] * 32 for p in shard.read("order")]
+        shard.path.name: [int(p) + shard.record.rows[0] * 32 for p in shard.read("order")]
         for shard in position_cache.shards()
     }
     at = 0
     for block in plans[0]:
         shard = selection.shards[block.shard]
         if shard.record.rows[1] <= position_cache.manifest.train_rows:  # blocks of the straddling one have gaps
-            assert read[at : at + block.after - block.first] == stored[shard.name][block.first : block.after]
+            assert read[at : at + block.after - block.first] == stored[shard.path.name][block.first : block.after]
         at += block.after - block.first
 
 

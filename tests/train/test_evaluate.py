@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,15 +19,6 @@ from routesae.train.saes import SAE, Recipe, RouteSAE, TopK
 
 LATENTS, K = 64, 6
 Doubles = npt.NDArray[np.float64]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Batches this small lose more to a second thread than they gain, many times over on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def topk(cache: Cache, layer: int = 3, width: int | None = None) -> TopK:
@@ -206,7 +196,7 @@ def test_an_sae_of_another_width_is_refused_with_both(tiny_cache: Cache) -> None
 
 
 def test_an_sae_of_a_layer_that_is_not_there_is_refused(tiny_cache: Cache) -> None:
-    with pytest.raises(WrongInput, match=r"reads layer 6, which .* does not hold; it has layers 2, 3, 4, 5"):
+    with pytest.raises(WrongInput, match=r"layer 6 was not harvested; .* holds layers 2, 3, 4, 5"):
         score_on_cache(topk(tiny_cache, layer=6), tiny_cache, 0, 10)
 
 
