@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import click
 
 from routesae import __version__
-from routesae.reporting import FailedRun, Progress, WrongInput
+from routesae.reporting import FailedRun, Progress, Stopped, WrongInput
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
 log = logging.getLogger("routesae")
+COMMANDLINE = click.core.ParameterSource.COMMANDLINE
 LOG_LINE_SECONDS = 10.0  # between progress lines where there is no terminal
 
 
@@ -57,10 +58,12 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except WrongInput as error:
             self._end(error, 2)
+        except Stopped as error:
+            self._end(error, error.code)
         except (FailedRun, OSError) as error:
             self._end(error, 1)
         except KeyboardInterrupt:
-            self._end("stopped; the same command goes on where harvest stood, and starts a training run again", 130)
+            self._end("stopped; the same command goes on where harvest stood, and train from its last checkpoint with --resume", 130)
 
     def _end(self, message: object, code: int) -> None:
         click.echo(f"routesae: {message}", err=True)
@@ -209,16 +212,48 @@ def harvest(**options: Any) -> None:
     )
 
 
-@main.command(epilog="Example: routesae train --cache shards/ --sae topk --layer 12 --k 32 --epochs 2")
+@main.command(epilog="Example: routesae train --cache shards/ --sae topk --sae jumprelu --layer 12 --k 32 --k 64")
+@click.option("--config", type=click.Path(), help="TOML file with the names of these flags; flags win.")
 @click.option("--cache", default="shards", type=click.Path(), help="Folder that harvest wrote.")
-@click.option("--sae", default="routesae", metavar="NAME", help="Variant: routesae or topk.")
-@click.option("--layer", type=int, help="Layer a topk reads.  [default: the middle one of the cache]")
+@click.option(
+    "--sae",
+    multiple=True,
+    metavar="NAME",
+    help="vanilla, gated, topk, batchtopk, jumprelu, matryoshka, routesae, crosscoder, mlsae or random. "
+    "This, --layer, --k and --sparsity may be given several times: all combinations train in one pass.  "
+    "[default: routesae]",
+)
+@click.option(
+    "--layer", type=int, multiple=True, help="Layer an SAE over one layer reads.  [default: the cache's middle one]"
+)
 @click.option("--latents", type=COUNT, help="Size of the dictionary.  [default: 8 x width]")
 @click.option("--expansion", type=int, help="Size of the dictionary in widths, instead of --latents.  [default: 8]")
-@click.option("--k", default=64, help="Latents active a token.")
+@click.option("--k", type=int, multiple=True, help="Active latents a token: exact, on average or aimed at.  [default: 64]")
+@click.option("--anneal-k-from", type=int, help="k at the start, falling to --k over the sparsity warm-up.")
+@click.option(
+    "--sparsity",
+    type=float,
+    multiple=True,
+    help="Penalty weight of vanilla, gated, jumprelu, crosscoder.  [default: steered until --k latents are active]",
+)
+@click.option("--sparsity-warmup", default=0.1, help="Share of the steps over which the penalty rises.")
+@click.option("--pre-act-loss", type=float, help="jumprelu: weight of what revives dead latents, such as 3e-6.")
+@click.option("--prefixes", metavar="LIST", help='matryoshka: nested sizes, "512,1024,4096".  [default: F/16 … F]')
+@click.option("--normalize", default="token", metavar="token|dataset|none", help="Of the hidden states, before the SAE.")
 @click.option("--routing", metavar="hard|soft", help="routesae: one layer a token, or all weighted.  [default: hard]")
 @click.option("--aggregate", metavar="sum|mean", help="routesae: what of the layers the router sees.  [default: sum]")
+@click.option("--routed", metavar="NAME", help="routesae: the variant its layers share.  [default: topk]")
+@click.option(
+    "--router",
+    metavar="NAME",
+    help="routesae: published, top2 or sampled; frozen or random as controls.  [default: published]",
+)
+@click.option("--balance", type=float, help="routesae: weight of the load-balancing term, such as 0.01.")
+@click.option(
+    "--recipe", default="routesae", metavar="routesae|published", help="Objective; published is that of the RouteSAE code."
+)
 @click.option("--lr", default=5e-4, help="Peak learning rate of Adam.")
+@click.option("--clip", type=float, help="Largest norm of the gradient.")
 @click.option("--batch-tokens", type=COUNT, default=4096, help="Tokens a step.")
 @click.option("--epochs", type=int, help="Passes over the training tokens.  [default: 1]")
 @click.option("--tokens", type=COUNT, help="Training tokens in all, instead of --epochs.")
@@ -227,26 +262,45 @@ def harvest(**options: Any) -> None:
     type=COUNT,
     help="Tokens without activity that make a latent dead.  [default: 10M, or a quarter of a shorter run]",
 )
+@click.option("--precision", default="auto", metavar="auto|float32|bfloat16", help="auto is bfloat16 on CUDA alone.")
+@click.option("--log", multiple=True, metavar="NAME", help="Beside metrics.jsonl: tensorboard, wandb, trackio.")
 @click.option("--log-every-steps", default=10, help="Steps between lines of metrics.jsonl.")
+@click.option("--checkpoint-every", default=1000, help="Steps between checkpoints.")
+@click.option("--resume", is_flag=True, help="Go on from the last checkpoint of the same command.")
 @click.option("--seed", default=0, help="Of weights and batch order.")
 @click.option("--device", default="auto", metavar="auto|cpu|cuda[:i]", help="Where to train.")
 @click.option("--name", help="Folder of the SAE under --out.  [default: from variant, layer, latents and k]")
 @click.option("--out", default="saes", type=click.Path(), help="Folder of SAE folders.")
 @click.option("--overwrite", is_flag=True, help="Replace an SAE of the same name.")
-def train(**options: Any) -> None:
-    """Train an SAE on a cache. No LM is loaded."""
+@click.pass_context
+def train(ctx: click.Context, config: str | None, **options: Any) -> None:
+    """Train SAEs on a cache, all in one pass. No LM is loaded."""
     from routesae.train.run import train as run
-    from routesae.train.settings import TrainSettings
+    from routesae.train.settings import settings_of
 
     with progress() as report:
-        result = run(TrainSettings(**options), report)
-    if result.held_out is None:
-        click.echo(f"{result.folder}: no held-out rows to score it on")
-    else:
-        scores = result.held_out
-        click.echo(
-            f"{result.folder}: held-out NormMSE {scores.norm_mse:.4f}, L0 {scores.l0:.1f} on {scores.tokens:,} tokens"
-        )
+        results = run(settings_of(given_options(ctx, options), config), report)
+    for result in results:
+        if result.held_out is None:
+            click.echo(f"{result.folder}: no held-out rows to score it on")
+        else:
+            scores = result.held_out
+            click.echo(
+                f"{result.folder}: held-out NormMSE {scores.norm_mse:.4f}, L0 {scores.l0:.1f} on {scores.tokens:,} tokens"
+            )
+
+
+def given_options(ctx: click.Context, options: dict[str, Any]) -> dict[str, Any]:
+    """Those that stand on the command line, under the names of the settings; defaults are the settings' own."""
+    given = {name: value for name, value in options.items() if ctx.get_parameter_source(name) is COMMANDLINE}
+    if "prefixes" in given:
+        try:
+            given["prefixes"] = [int(size) for size in given["prefixes"].split(",")]
+        except ValueError:
+            raise WrongInput(f"--prefixes {given['prefixes']!r} is no list such as 512,1024,4096") from None
+    if "checkpoint_every" in given:
+        given["checkpoint_every_steps"] = given.pop("checkpoint_every")
+    return given
 
 
 @main.command(epilog="Example: routesae analyze --metric KLDiv --metric Recovered --tokens 20k --json scores.json")

@@ -14,6 +14,14 @@ class FailedRun(RuntimeError):
     """A run that began correctly could not finish: one line with the cause and the remedy. Exit code 1."""
 
 
+class Stopped(RuntimeError):
+    """A run was asked to stop and has kept what it did. Its exit code: 130 after Ctrl-C, 0 after SIGTERM."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code
+
+
 class Progress(NamedTuple):
     """How far a stage has come.
 

@@ -28,7 +28,7 @@ from routesae.analyze.splice import clean_pass, logits, spliced_pass
 from routesae.harvest.lm import LanguageModel
 from routesae.harvest.tokens import Ids
 from routesae.reporting import FailedRun, Progress, Report, silent
-from routesae.train.saes import SAE
+from routesae.train.saes import SAE, RouteSAE
 
 CHUNK_POSITIONS = 256  # positions whose logits exist at a time: 50 MB each pass at SmolLM2's 49,152 tokens
 NO_NEXT_TOKEN = -100  # the last position of a row, left out of the cross-entropy
@@ -118,8 +118,10 @@ def score_with_lm(
 
 
 def _site(name: str, sae: SAE) -> str:
-    """Where an SAE is spliced: SAEs of one layer share it, a router has its own."""
-    return f"layer {sae.recipe.layers[0]}" if len(sae.recipe.layers) == 1 else f"routes of {name}"
+    """Where an SAE is spliced: SAEs of the same layers share it, a router has its own."""
+    if isinstance(sae, RouteSAE):
+        return f"routes of {name}"
+    return f"layers {replacement.spliced_layers(sae)}"
 
 
 def _final_states(
@@ -130,12 +132,10 @@ def _final_states(
     clean = clean_pass(lm, token_ids_BT, layers)
     finals = {CLEAN: clean.final_BTD}
     for name, sae in saes.items():
-        wanted = {Pass("spliced", name): replacement.by_sae(sae)}
-        if zero_ablation:
-            wanted[Pass("zero", _site(name, sae))] = replacement.by_zero
-        for key, reconstruct in wanted.items():
+        wanted = [Pass("spliced", name)] + [Pass("zero", _site(name, sae))] * zero_ablation
+        for key in wanted:
             if key not in finals:
-                edits = replacement.edits(sae, clean.hidden, kept_BT, reconstruct)
+                edits = replacement.edits(sae, clean.hidden, kept_BT, zero=key.kind == "zero")
                 finals[key] = spliced_pass(lm, token_ids_BT, clean, edits)
     return finals
 

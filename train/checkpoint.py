@@ -1,8 +1,9 @@
 """An SAE on disk: a folder that SAELens v6 opens as it is, with what SAELens cannot hold beside it.
 
-    sae_weights.safetensors   W_enc [D, F], W_dec [F, D], b_enc [F], b_dec [D], float32: the (shared) SAE
+    sae_weights.safetensors   W_enc [D, F], W_dec [F, D], b_dec [D] and [F]-shaped b_enc, threshold, b_gate …, float32
     cfg.json                  SAELens' configuration; ours is under metadata.routesae: the Recipe and its source
     router.safetensors        routesae only: router [L, D], one row a routed layer
+    crosscoder.safetensors    a crosscoder's weights instead: W_enc [L, D, F], W_dec [F, L, D], b_enc [F], b_dec [L, D]
 
 Never pickle. Dimension letters: D width, F latents, L layers.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,87 +22,36 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from routesae.reporting import WrongInput
-from routesae.train.saes import SAE, SAES, SINGLE_LAYER, Recipe, RouteSAE, TopK
+from routesae.train.lens import lens_config, recipe_of, tensors_of
+from routesae.train.saes import SAE, Recipe, build
+from routesae.train.saes.single import WEIGHTS
 
-SAE_LENS_VERSION = "6.0.0"  # of the layout written; SAELens refuses folders that name none
-WEIGHTS, CONFIG, ROUTER = "sae_weights.safetensors", "cfg.json", "router.safetensors"
+CONFIG = "cfg.json"
 
 
 def save_sae(folder: Path, sae: SAE, source: Mapping[str, Any]) -> None:
     """Write `sae` into the existing folder. source: what it was trained from, kept under metadata.routesae."""
-    shared = sae.shared if isinstance(sae, RouteSAE) else sae
-    assert isinstance(shared, TopK)
-    weights = {
-        "W_enc": shared.W_enc_FD.detach().T,
-        "W_dec": shared.W_dec_FD.detach(),
-        "b_enc": shared.b_enc_F.detach(),
-        "b_dec": shared.b_dec_D.detach(),
-    }
-    _save(folder / WEIGHTS, weights)
-    if isinstance(sae, RouteSAE):
-        _save(folder / ROUTER, {"router": sae.router_LD.detach()})
-    (folder / CONFIG).write_text(json.dumps(_sae_lens_config(sae.recipe, source), indent=2) + "\n")
-
-
-def _save(path: Path, tensors: dict[str, Tensor]) -> None:
-    save_file({name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()}, path)
-
-
-def _sae_lens_config(recipe: Recipe, source: Mapping[str, Any]) -> dict[str, Any]:
-    one_layer = recipe.layers[0] if len(recipe.layers) == 1 else None
-    return {
-        "architecture": "topk",
-        "d_in": recipe.width,
-        "d_sae": recipe.latents,
-        "k": recipe.k,
-        "dtype": "float32",
-        "device": "cpu",
-        "apply_b_dec_to_input": True,
-        "normalize_activations": "layer_norm",  # SAELens' word for normalisation per token
-        "rescale_acts_by_decoder_norm": False,
-        "reshape_activations": "none",
-        "metadata": {
-            "sae_lens_version": SAE_LENS_VERSION,
-            "sae_lens_training_version": SAE_LENS_VERSION,
-            "model_name": source.get("model"),
-            "hook_name": None if one_layer is None else f"blocks.{one_layer - 1}.hook_resid_post",
-            "context_size": source.get("context"),
-            "dataset_path": source.get("corpus"),
-            "routesae": {"recipe": asdict(recipe), "source": dict(source)},
-        },
-    }
+    for name, tensors in sae.files().items():
+        save_file({key: tensor.float().cpu().contiguous() for key, tensor in tensors.items()}, folder / name)
+    (folder / CONFIG).write_text(json.dumps(lens_config(sae, source), indent=2) + "\n")
 
 
 def load_sae(folder: Path, device: torch.device) -> SAE:
-    """The SAE in `folder`, on `device`. Raises WrongInput naming the file that is missing, cut or not one."""
+    """The SAE in `folder`, ours or SAELens', on `device`. Raises WrongInput naming what is missing, cut or not one."""
+    config = read_config(folder)
     recipe = read_recipe(folder)
-    state = _load(folder / WEIGHTS)
-    names = {"W_enc": "W_enc_FD", "W_dec": "W_dec_FD", "b_enc": "b_enc_F", "b_dec": "b_dec_D"}
-    if missing := sorted(set(names) - set(state)):
-        raise WrongInput(f"{folder / WEIGHTS} holds no {', '.join(missing)}; train the SAE again or copy it whole")
-    # Before anything is built: a stranger's cfg.json may make up any size, the weights are really there.
-    if state["W_dec"].shape != (recipe.latents, recipe.width):
-        raise WrongInput(
-            f"{folder}: W_dec is {list(state['W_dec'].shape)} where cfg.json says "
-            f"[{recipe.latents}, {recipe.width}]; the folder mixes two SAEs"
-        )
-    with torch.device("meta"):
-        sae = SAES[recipe.sae](recipe)
-    prefix = "shared." if isinstance(sae, RouteSAE) else ""
-    state["W_enc"] = state["W_enc"].mT.contiguous() if state["W_enc"].ndim == 2 else state["W_enc"]
-    ours = {prefix + name: state[key] for key, name in names.items()}
-    if isinstance(sae, RouteSAE):
-        router = _load(folder / ROUTER)
-        if "router" not in router:
-            raise WrongInput(f"{folder / ROUTER} holds no router; train the SAE again or copy it whole")
-        ours["router_LD"] = router["router"]
-    for name, parameter in sae.named_parameters():
-        if ours[name].shape != parameter.shape:
-            raise WrongInput(
-                f"{folder}: {name} is {list(ours[name].shape)} where cfg.json says {list(parameter.shape)}; "
-                "the folder mixes two SAEs"
-            )
-    sae.load_state_dict({name: tensor.float() for name, tensor in ours.items()}, assign=True)
+    try:
+        # Nothing is allocated by what a stranger's cfg.json says: only what the weights really hold.
+        with torch.device("meta"):
+            sae = build(recipe)
+        files = {name: _load(folder / name) for name in sae.files()}
+        if not _is_ours(config):
+            files[WEIGHTS] = tensors_of(config, files[WEIGHTS])
+        sae.load_files(files)
+    except KeyError as missing:
+        raise WrongInput(f"{folder / WEIGHTS} holds no {missing}; save the SAE again or copy it whole") from None
+    except WrongInput as error:
+        raise error if str(folder) in str(error) else WrongInput(f"{folder}: {error}") from error
     return sae.requires_grad_(False).eval().to(device)
 
 
@@ -118,20 +68,26 @@ def read_recipe(folder: Path) -> Recipe:
     """What the SAE in `folder` is built from. Raises WrongInput where cfg.json does not say."""
     config = read_config(folder)
     try:
+        if not _is_ours(config):
+            return recipe_of(config)
         data = config["metadata"]["routesae"]["recipe"]
-        names = {field.name for field in fields(Recipe)}
-        if wrong := sorted(names ^ set(data)):
+        known = {field.name for field in fields(Recipe)}
+        needed = {field.name for field in fields(Recipe) if field.default is MISSING}
+        if wrong := sorted((set(data) - known) | (needed - set(data))):
             raise WrongInput(f"{', '.join(wrong)} unknown or missing in its recipe")
-        recipe = Recipe(**{**data, "layers": tuple(data["layers"])})
+        recipe = Recipe(**{**data, "layers": tuple(data["layers"]), "prefixes": tuple(data.get("prefixes", ()))})
+        with torch.device("meta"):
+            build(recipe)
     except WrongInput as error:
         raise WrongInput(f"{folder / CONFIG}: {error}") from error
     except (KeyError, TypeError) as error:
         raise WrongInput(f"{folder / CONFIG} does not describe a routesae SAE ({error!r})") from error
-    if recipe.sae not in SAES:
-        raise WrongInput(f"{folder / CONFIG}: SAE {recipe.sae!r} is none of {', '.join(SAES)}")
-    if recipe.sae in SINGLE_LAYER and len(recipe.layers) != 1:
-        raise WrongInput(f"{folder / CONFIG}: layers {recipe.layers}, but a {recipe.sae} reads one")
     return recipe
+
+
+def _is_ours(config: Mapping[str, Any]) -> bool:
+    metadata = config.get("metadata")
+    return isinstance(metadata, dict) and "routesae" in metadata
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -1,55 +1,60 @@
-"""Steps in; a line of metrics.jsonl and of the progress bar every so often out.
+"""Steps in; a line of metrics.jsonl, of every tracker and of the progress bar every so often out.
 
-Dimension letters: N tokens a batch, L layers.
+Dimension letters: F latents, L layers.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import time
-from typing import Any, TextIO
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from routesae.reporting import FailedRun, Progress, Report
+from routesae.reporting import FailedRun
 from routesae.train.evaluate import entropy
 from routesae.train.losses import norm_mse
 from routesae.train.saes import SAE, Forward
+from routesae.train.trackers import Tracker
+
+METRICS = "metrics.jsonl"
 
 
 class StepLog:
-    """Sums over the steps since the last line of metrics.jsonl, and that line. Reads the device once a line."""
+    """Sums over the steps since the last line, and that line. Reads the device once a line."""
 
-    def __init__(self, sae: SAE, lr: float, total_steps: int, metrics: TextIO, report: Report):
-        self.sae, self.peak_lr, self.total_steps = sae, lr, total_steps
-        self.metrics, self.report = metrics, report
+    def __init__(self, sae: SAE, folder: Path, trackers: list[Tracker]):
+        self.sae, self.trackers = sae, trackers
+        self.file = (folder / METRICS).open("a")
         self.tokens_done = 0
-        self._clear()
-
-    def _clear(self) -> None:
+        self.lr = 0.0
         self.steps = self.tokens = 0
-        self.sums = torch.zeros(3, dtype=torch.float64, device=self.sae.device)
-        self.routed_L = torch.zeros(len(self.sae.recipe.layers), device=self.sae.device)
+        self.sums = torch.zeros(3, dtype=torch.float64, device=sae.device)  # loss, NormMSE, L0; each times tokens
+        self.routed_L = torch.zeros(len(sae.recipe.layers), dtype=torch.float64, device=sae.device)
         self.began = time.perf_counter()
 
     @torch.no_grad()
-    def add(self, out: Forward, loss: torch.Tensor) -> None:
-        n = len(out.x_ND)
-        error = norm_mse(out.x_ND, out.reconstruction_ND)
-        active = (out.latents.values_NK > 0).sum() / n
-        self.sums += torch.stack([loss.detach(), error, active]).double() * n
+    def add(self, out: Forward, loss: Tensor, counts_F: Tensor, tokens: int, lr: float) -> None:
+        """counts_F: on how many rows of `out` each latent was active. tokens: of the batch."""
+        error = norm_mse(out.x_ND, out.reconstruction_ND, out.weights_N)
+        l0 = counts_F.sum() / len(out.x_ND)
+        self.sums += torch.stack([loss.detach().double(), error.double(), l0.double()]) * tokens
         if out.routing_NL is not None:
             self.routed_L += torch.bincount(out.routing_NL.argmax(1), minlength=len(self.routed_L))
         self.steps += 1
-        self.tokens += n
+        self.tokens += tokens
+        self.lr = lr
 
-    def write(self, step: int, lr: float, dead: torch.Tensor) -> None:
-        """Raises FailedRun where the loss is no number any more."""
+    def write(self, step: int, dead: Tensor) -> dict[str, str]:
+        """The line; returns what of it a progress bar shows. Raises FailedRun where the loss is no number."""
         loss, error, l0 = (self.sums / self.tokens).tolist()
-        self.tokens_done += self.tokens
         if not math.isfinite(loss):
-            raise FailedRun(f"the loss is {loss} by step {step} of {self.total_steps}; lower --lr {self.peak_lr}")
+            raise FailedRun(f"the loss is {loss} by step {step}; lower --lr {self.lr:.3g}")
+        self.tokens_done += self.tokens
         tokens_per_second = self.tokens / (time.perf_counter() - self.began)
         line: dict[str, Any] = {
             "step": step,
@@ -58,7 +63,7 @@ class StepLog:
             "norm_mse": error,
             "l0": l0,
             "dead": float(dead),
-            "lr": lr,
+            "lr": self.lr,
             "tokens_per_second": tokens_per_second,
         }
         facts = {"NormMSE": f"{error:.4f}", "L0": f"{l0:.1f}", "dead": f"{float(dead):.1%}"}
@@ -69,7 +74,44 @@ class StepLog:
             top = int(shares_L.argmax())
             facts["top layer"] = f"{self.sae.recipe.layers[top]}: {float(shares_L[top]):.0%}"
         facts["tokens/s"] = f"{tokens_per_second:,.0f}"
-        self.metrics.write(json.dumps(line) + "\n")
-        self.metrics.flush()
-        self.report(Progress(f"train {self.sae.recipe.sae}", step, self.total_steps, "steps", facts))
-        self._clear()
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        for tracker in self.trackers:
+            tracker.log(step, line)
+        self.sums.zero_()
+        self.routed_L.zero_()
+        self.steps = self.tokens = 0
+        self.began = time.perf_counter()
+        return facts
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums since the last line, for a checkpoint."""
+        return {"log.sums": self.sums, "log.routed": self.routed_L}
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        self.sums.copy_(tensors["log.sums"])
+        self.routed_L.copy_(tensors["log.routed"])
+
+    def facts(self) -> dict[str, Any]:
+        """Where metrics.jsonl stands, so that a resumed run can cut what came after its checkpoint."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        return {
+            "metrics_bytes": self.file.tell(),
+            "tokens_done": self.tokens_done,
+            "log_steps": self.steps,
+            "log_tokens": self.tokens,
+        }
+
+    def load_facts(self, facts: dict[str, Any]) -> None:
+        """Raises FailedRun where metrics.jsonl has lost what the checkpoint knew of."""
+        size = self.file.seek(0, os.SEEK_END)
+        if size < facts["metrics_bytes"]:
+            raise FailedRun(f"{self.file.name} is {size} bytes, shorter than at its checkpoint; start again")
+        self.file.truncate(facts["metrics_bytes"])
+        self.tokens_done, self.steps, self.tokens = facts["tokens_done"], facts["log_steps"], facts["log_tokens"]
+
+    def close(self) -> None:
+        self.file.close()
+        for tracker in self.trackers:
+            tracker.close()

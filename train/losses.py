@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from routesae.train.kernels import sparse_autoencode
+from routesae.train.kernels import sparse_autoencode, topk_latents
 
 AUXK_WEIGHT = 1 / 32  # 2406.04093, appendix A.2
 _TINY = 1e-8  # keeps a token whose input or residual is exactly zero out of 0/0
@@ -19,9 +19,10 @@ def squared_error_shares(x_ND: Tensor, reconstruction_ND: Tensor) -> Tensor:
     return (x_ND - reconstruction_ND).square().sum(1) / (x_ND.square().sum(1) + _TINY)
 
 
-def norm_mse(x_ND: Tensor, reconstruction_ND: Tensor) -> Tensor:
-    """NormMSE: the mean over tokens of ‖x − x̂‖² / ‖x‖²."""
-    return squared_error_shares(x_ND, reconstruction_ND).mean()
+def norm_mse(x_ND: Tensor, reconstruction_ND: Tensor, weights_N: Tensor | None = None) -> Tensor:
+    """NormMSE: the mean over tokens of ‖x − x̂‖² / ‖x‖²; weighted where weights_N, which sum to 1, are given."""
+    shares_N = squared_error_shares(x_ND, reconstruction_ND)
+    return shares_N.mean() if weights_N is None else (weights_N * shares_N).sum()
 
 
 def auxk(
@@ -43,6 +44,7 @@ def auxk(
         return x_ND.new_zeros(())
     x_ND, b_dec_D = x_ND.detach(), b_dec_D.detach()
     residual_ND = x_ND - reconstruction_ND.detach()
-    k = min(x_ND.shape[1] // 2, len(dead))
-    with_bias_ND, _ = sparse_autoencode(x_ND, W_enc_FD[dead], b_enc_F[dead], W_dec_FD[dead], b_dec_D, k)
+    weights = (W_enc_FD[dead], b_enc_F[dead], W_dec_FD[dead], b_dec_D)
+    selected = topk_latents(x_ND, *weights[:2], b_dec_D, min(x_ND.shape[1] // 2, len(dead)))
+    with_bias_ND, _ = sparse_autoencode(x_ND, *weights, selected)
     return norm_mse(residual_ND, with_bias_ND - b_dec_D)

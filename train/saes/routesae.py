@@ -1,15 +1,14 @@
 """RouteSAE: a router picks the layer each token is read from; one shared SAE reconstructs it (2503.08200).
 
-    x̃^ℓ the normalised hidden state of layer ℓ
-    r = W_r · agg_ℓ(x̃^ℓ),  agg the sum or the mean over the layers
-    w = softmax(r)
-    hard:  ℓ* = argmax w,  x = w_ℓ* · x̃^ℓ*          soft:  x = Σ_ℓ w_ℓ x̃^ℓ
-    f, x̂ = the shared SAE on x;  the loss is the shared SAE's, with x the target
+    hard:  x = x^ℓ* (scaled by w_ℓ* with the published router)          soft:  x = Σ_ℓ w_ℓ x^ℓ
+    f, x̂ = the shared SAE on x, of any variant over one layer (--routed)
+    loss = the shared SAE's, with x the target, + the load-balancing term + what the router learns by
 
-The router's scale w_ℓ* is divided out again when the reconstruction goes back into the LM. In hard routing the
-router's only gradient runs through w_ℓ*, which NormMSE nearly cancels; so watch its shares and entropy.
+How w comes about and is learned: routesae.train.saes.routers. The scale is divided out again when the
+reconstruction goes back into the LM; the published code forgets to apply it there, so that its SAE then reads an
+input of another norm than it was trained on.
 
-Dimension letters: L layers, N tokens, D width, F latents, K active latents.
+Dimension letters: L layers, N tokens, D width, F latents, R rows: a token's reading of one layer.
 """
 
 from __future__ import annotations
@@ -19,82 +18,107 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from routesae.train.saes.normalise import normalise
+from routesae.train.losses import squared_error_shares
+from routesae.train.saes.routers import CONTROLS, balance_loss, hashed_layers, rows
 from routesae.train.saes.sae import SAE, Forward, Recipe
-from routesae.train.saes.topk import TopK
+from routesae.train.saes.single import SingleLayerSAE, checked
+
+ROUTER = "router.safetensors"
+BASELINE_RATE = 0.05  # of the running mean of each layer's loss, for the sampled router
 
 
 class Routes(NamedTuple):
-    """Where each token goes under hard routing: at_N, an index into the recipe's layers, and scale_N = w_ℓ*."""
+    """Where each token goes under hard routing: at_N, an index into the recipe's layers, and x's scale_N."""
 
     at_N: Tensor
     scale_N: Tensor
 
 
 class RouteSAE(SAE):
-    """A linear router over the layers in front of one shared TopK."""
+    """A linear router over the layers in front of one shared SAE."""
 
-    def __init__(self, recipe: Recipe, generator: torch.Generator | None = None):
+    def __init__(self, recipe: Recipe, shared: SingleLayerSAE, generator: torch.Generator | None = None):
         super().__init__(recipe)
-        self.shared = TopK(recipe, generator)
+        self.shared = shared
         bound = recipe.width**-0.5  # that of a linear layer, as in the published code
         router_LD = (torch.rand(len(recipe.layers), recipe.width, generator=generator) * 2 - 1) * bound
-        self.router_LD = nn.Parameter(router_LD)
+        self.router_LD = nn.Parameter(router_LD, requires_grad=recipe.router not in CONTROLS)
+        self.register_buffer("baseline_L", torch.zeros(len(recipe.layers)))
+        self.baseline_L: Tensor
 
-    def forward(self, hidden_LND: Tensor) -> Forward:
-        routing_NL = self.routing(hidden_LND)
-        x_ND = self._routed(hidden_LND, routing_NL)
-        return self.shared.autoencode(x_ND)._replace(routing_NL=routing_NL)
-
-    def loss(self, out: Forward, dead_F: Tensor) -> Tensor:
-        return self.shared.loss(out, dead_F)
-
-    def initialise(self, hidden_LND: Tensor) -> None:
-        with torch.no_grad():
-            self.shared.centre(self._routed(hidden_LND, self.routing(hidden_LND)))
-
-    def project_gradient(self) -> None:
-        self.shared.project_gradient()
-
-    def normalise_decoder(self) -> None:
-        self.shared.normalise_decoder()
-
-    def routing(self, hidden_LND: Tensor) -> Tensor:
-        """w_NL, the router's softmax over the layers."""
-        layers_ND = (normalise(hidden_ND).x_ND for hidden_ND in hidden_LND)
-        gathered_ND = next(layers_ND)
-        for x_ND in layers_ND:
-            gathered_ND.add_(x_ND)
-        if self.recipe.aggregate == "mean":
-            gathered_ND.div_(len(hidden_LND))
-        return torch.softmax(gathered_ND @ self.router_LD.T, dim=1)
-
-    def routes(self, routing_NL: Tensor) -> Routes:
-        """Hard routes of each token."""
-        scale_N, at_N = routing_NL.max(dim=1)
-        return Routes(at_N, scale_N)
-
-    def _routed(self, hidden_LND: Tensor, routing_NL: Tensor) -> Tensor:
+    def forward(self, x_LND: Tensor) -> Forward:
+        self.shared.k = self.k
+        w_NL = self.routing(x_LND)
         if self.recipe.routing == "soft":
-            return _Weighted.apply(hidden_LND, routing_NL)  # type: ignore[no-any-return, no-untyped-call]
-        at_N, scale_N = self.routes(routing_NL)
-        chosen_ND = hidden_LND[at_N, torch.arange(hidden_LND.shape[1], device=hidden_LND.device)]
-        return normalise(chosen_ND).x_ND * scale_N[:, None]
+            return self.shared.autoencode(_weighted(x_LND, w_NL))._replace(routing_NL=w_NL)
+        read = rows(self.recipe.router, w_NL, training=self.training)
+        x_RD = x_LND[read.at_R, read.token_R] * read.scale_R[:, None]
+        out = self.shared.autoencode(x_RD)._replace(weights_N=read.weights_R, routing_NL=w_NL)
+        if not self.training:
+            return out
+        terms = [] if out.auxiliary is None else [out.auxiliary]
+        if self.recipe.balance:
+            terms.append(self.recipe.balance * balance_loss(w_NL, read.at_R))
+        if self.recipe.router == "sampled":
+            terms.append(self._policy_loss(out, w_NL, read.at_R))
+        return out._replace(auxiliary=torch.stack(terms).sum()) if terms else out
+
+    def _policy_loss(self, out: Forward, w_NL: Tensor, at_N: Tensor) -> Tensor:
+        """Its gradient is that of the expected loss, less each layer's mean so that no layer wins by being easy."""
+        loss_N = squared_error_shares(out.x_ND, out.reconstruction_ND).detach()
+        advantage_N = loss_N - self.baseline_L[at_N]
+        with torch.no_grad():
+            counts_L = torch.bincount(at_N, minlength=len(self.baseline_L))
+            means_L = torch.bincount(at_N, weights=loss_N, minlength=len(counts_L)) / counts_L.clamp(min=1)
+            self.baseline_L += torch.where(counts_L > 0, BASELINE_RATE * (means_L - self.baseline_L), 0)
+        chosen_N = w_NL.gather(1, at_N[:, None]).squeeze(1)
+        return (advantage_N * chosen_N.clamp(min=1e-8).log()).mean()
+
+    def loss(self, out: Forward, dead_F: Tensor, sparsity_factor: float = 1.0) -> Tensor:
+        return self.shared.loss(out, dead_F, sparsity_factor)
+
+    @torch.no_grad()
+    def initialise(self, x_LND: Tensor) -> None:
+        w_NL = self.routing(x_LND)
+        if self.recipe.routing == "soft":
+            self.shared.centre(_weighted(x_LND, w_NL))
+        else:
+            routes = self.routes(x_LND)
+            self.shared.centre(x_LND[routes.at_N, torch.arange(len(w_NL))] * routes.scale_N[:, None])
+
+    def routing(self, x_LND: Tensor) -> Tensor:
+        """w_NL, the router's softmax over the layers."""
+        gathered_ND = x_LND.mean(0) if self.recipe.aggregate == "mean" else x_LND.sum(0)
+        r_NL = gathered_ND @ self.router_LD.T
+        if self.recipe.router == "random":
+            return nn.functional.one_hot(hashed_layers(r_NL), len(x_LND)).to(r_NL.dtype)
+        return torch.softmax(r_NL.float(), dim=1)
+
+    @torch.no_grad()
+    def routes(self, x_LND: Tensor) -> Routes:
+        """Where each token goes in use."""
+        read = rows(self.recipe.router, self.routing(x_LND), training=False)
+        return Routes(read.at_R, read.scale_R)
+
+    def decoders(self) -> list[nn.Parameter]:
+        return self.shared.decoders()
+
+    @torch.no_grad()
+    def fold_scale(self, scale: float) -> None:
+        self.shared.fold_scale(scale)
+        self.router_LD.mul_(scale)
+
+    def files(self) -> dict[str, dict[str, Tensor]]:
+        return {**self.shared.files(), ROUTER: {"router": self.router_LD.detach()}}
+
+    def load_files(self, files: dict[str, dict[str, Tensor]]) -> None:
+        self.shared.load_files(files)
+        shape = (len(self.recipe.layers), self.recipe.width)
+        router_LD = checked(files[ROUTER], {"router": shape}, ROUTER)["router"]
+        self.router_LD = nn.Parameter(router_LD, requires_grad=self.router_LD.requires_grad)
+        self.baseline_L = torch.zeros(len(router_LD))
 
 
-class _Weighted(torch.autograd.Function):
-    """Σ_ℓ w_ℓ x̃^ℓ; backward normalises each layer again instead of keeping [L, N, D] in float32."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, hidden_LND: Tensor, routing_NL: Tensor) -> Tensor:
-        ctx.save_for_backward(hidden_LND)
-        x_ND = torch.zeros(hidden_LND.shape[1:], device=hidden_LND.device)
-        for at, hidden_ND in enumerate(hidden_LND):
-            x_ND.addcmul_(normalise(hidden_ND).x_ND, routing_NL[:, at, None])
-        return x_ND
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[None, Tensor]:
-        (hidden_LND,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        products = [(normalise(hidden_ND).x_ND * grads[0]).sum(1) for hidden_ND in hidden_LND]
-        return None, torch.stack(products, dim=1)
+def _weighted(x_LND: Tensor, w_NL: Tensor) -> Tensor:
+    """Σ_ℓ w_ℓ x^ℓ."""
+    return torch.einsum("lnd,nl->nd", x_LND, w_NL)

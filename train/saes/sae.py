@@ -5,23 +5,26 @@ Dimension letters: L layers, N tokens, D width, F latents, K active latents.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from routesae.reporting import WrongInput
-from routesae.train.kernels import Latents
+from routesae.train.kernels import AnyLatents
+from routesae.train.saes.normalise import NORMALIZATIONS
 
 ROUTINGS = ("hard", "soft")
 AGGREGATES = ("sum", "mean")
+PUBLISHED_DECODER_STEPS = 10  # the published RouteSAE code's `steps`: how rarely it renormalises the decoder
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What an SAE is built from; with its weights, all that is needed to have it again.
+    """What an SAE is built from and its objective; with its weights, all that is needed to have it again.
 
     Raises WrongInput where the parts do not fit.
     """
@@ -35,9 +38,24 @@ class Recipe:
     latents: int
     """F, size of the dictionary."""
     k: int
-    """Latents active a token."""
+    """Active latents a token: exactly (topk), on average (batchtopk, matryoshka), aimed at (the others)."""
+    sparsity: float | None = None
+    """λ of the penalty; None for one that is steered until k latents are active."""
+    pre_act_loss: float = 0.0
+    """jumprelu: weight of what pulls dead latents' pre-activations up to their thresholds."""
+    prefixes: tuple[int, ...] = ()
+    """matryoshka: sizes of the nested dictionaries, the last one F."""
+    normalize: str = "token"
     routing: str = "hard"
     aggregate: str = "sum"
+    routed: str = "topk"
+    """routesae: the variant its layers share."""
+    router: str = "published"
+    """routesae: how the router learns (routesae.train.saes.routers.ROUTERS)."""
+    balance: float = 0.0
+    """routesae: weight of the load-balancing term."""
+    published: bool = False
+    """Train by the objective of the published RouteSAE code."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.sae, str):
@@ -52,57 +70,111 @@ class Recipe:
             raise WrongInput(
                 f"--k {self.k} is more than the SAE's {self.latents} latents; lower it or give more --latents"
             )
-        if self.routing not in ROUTINGS:
-            raise WrongInput(f"--routing {self.routing!r} is none of {', '.join(ROUTINGS)}")
-        if self.aggregate not in AGGREGATES:
-            raise WrongInput(f"--aggregate {self.aggregate!r} is none of {', '.join(AGGREGATES)}")
+        for name, values in (("normalize", NORMALIZATIONS), ("routing", ROUTINGS), ("aggregate", AGGREGATES)):
+            if getattr(self, name) not in values:
+                raise WrongInput(f"--{name} {getattr(self, name)!r} is none of {', '.join(values)}")
+        for name in ("sparsity", "pre_act_loss", "balance"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
+                raise WrongInput(f"--{name.replace('_', '-')} {value!r} is not a number of 0 or more")
+        sizes = self.prefixes
+        if sizes and not (
+            all(type(size) is int and size > 0 for size in sizes)
+            and list(sizes) == sorted(set(sizes))
+            and sizes[-1] == self.latents
+        ):
+            raise WrongInput(f"--prefixes {sizes} must rise and end with the SAE's {self.latents} latents")
 
 
 class Forward(NamedTuple):
     """One pass over N tokens.
 
-    x_ND: the SAE's own input, normalised (for routesae: routed and scaled), which is the target too.
-    reconstruction_ND: of x_ND. routing_NL: the router's softmax over the layers; None where there is no router.
+    x_ND: the SAE's own input, which is the target too: normalised, for routesae routed and scaled, for a crosscoder
+    the layers side by side [N, L·D], for mlsae every layer's rows [L·N, D]. reconstruction_ND: of x_ND.
+    penalty: what λ weighs; None where the variant has none. auxiliary: further terms of the objective.
+    weights_N: each row's weight in the mean, summing to 1; None where all count alike.
+    routing_NL: the router's softmax over the layers; None where there is no router.
     """
 
     x_ND: Tensor
     reconstruction_ND: Tensor
-    latents: Latents
+    latents: AnyLatents
+    penalty: Tensor | None = None
+    auxiliary: Tensor | None = None
+    weights_N: Tensor | None = None
     routing_NL: Tensor | None = None
 
 
 class SAE(nn.Module, ABC):
-    """A sparse autoencoder over hidden_LND: the hidden states of `recipe.layers`, in that order, any float dtype.
+    """A sparse autoencoder over x_LND: the normalised hidden states of `recipe.layers`, in that order, float32.
 
     A new variant is a file with a subclass and a line in routesae.train.saes.SAES.
+
+    one_layer: whether it reads one layer, chosen with --layer, or all that were harvested.
     """
+
+    one_layer: ClassVar[bool] = False
 
     def __init__(self, recipe: Recipe):
         super().__init__()
         self.recipe = recipe
+        self.k = recipe.k  # the trainer lowers it to recipe.k step by step where k is annealed
 
     @abstractmethod
-    def forward(self, hidden_LND: Tensor) -> Forward:
-        """Reconstruct, with gradients where they are enabled."""
+    def forward(self, x_LND: Tensor) -> Forward:
+        """Reconstruct, with gradients where they are enabled. What a variant learns from a batch beside gradients
+        (a threshold, λ) it learns here, in training mode only."""
 
     @abstractmethod
-    def loss(self, out: Forward, dead_F: Tensor) -> Tensor:
-        """The training objective of a pass; dead_F (bool) marks latents not active for `dead_after_tokens`."""
+    def loss(self, out: Forward, dead_F: Tensor, sparsity_factor: float = 1.0) -> Tensor:
+        """The training objective of a pass.
+
+        dead_F (bool) marks latents not active for `dead_after_tokens`; sparsity_factor, 0 to 1, warms λ up.
+        """
 
     @abstractmethod
-    def initialise(self, hidden_LND: Tensor) -> None:
-        """Set biases from a sample of the data."""
+    def initialise(self, x_LND: Tensor) -> None:
+        """Set what starts from the data, given a sample of it."""
 
     @abstractmethod
+    def decoders(self) -> list[nn.Parameter]:
+        """Decoder weights whose rows are kept at unit norm."""
+
+    @abstractmethod
+    def fold_scale(self, scale: float) -> None:
+        """Make an SAE of x = scale·h one of h: same latents, reconstructions divided by `scale`."""
+
+    @abstractmethod
+    def files(self) -> dict[str, dict[str, Tensor]]:
+        """What to store: {file name: {tensor name: tensor}}, the names and shapes those of DESIGN §5."""
+
+    @abstractmethod
+    def load_files(self, files: dict[str, dict[str, Tensor]]) -> None:
+        """The inverse. Raises WrongInput naming a tensor that is missing or of another shape."""
+
+    @torch.no_grad()
     def project_gradient(self) -> None:
         """After backward: take out of the decoder's gradient what would only change its rows' norms."""
+        if self.recipe.published:
+            return
+        for W_dec_FD in self.decoders():
+            grad_FD = W_dec_FD.grad
+            assert grad_FD is not None
+            grad_FD.sub_((grad_FD * W_dec_FD).sum(1, keepdim=True) * W_dec_FD)
 
-    @abstractmethod
-    def normalise_decoder(self) -> None:
-        """After an optimiser step: the decoder's rows back to unit norm."""
+    @torch.no_grad()
+    def normalise_decoder(self, step: int, *, last: bool = False) -> None:
+        """After optimiser step `step`, counted from 1: the decoder's rows back to unit norm.
 
-    def __call__(self, hidden_LND: Tensor) -> Forward:
-        out: Forward = super().__call__(hidden_LND)
+        The published code does so at every tenth step only, and after the last.
+        """
+        if self.recipe.published and (step - 1) % PUBLISHED_DECODER_STEPS and not last:
+            return
+        for W_dec_FD in self.decoders():
+            W_dec_FD.div_(torch.linalg.vector_norm(W_dec_FD, dim=1, keepdim=True))
+
+    def __call__(self, x_LND: Tensor) -> Forward:
+        out: Forward = super().__call__(x_LND)
         return out
 
     @property

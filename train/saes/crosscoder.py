@@ -1,0 +1,106 @@
+"""Crosscoder: one set of latents read from all layers at once and written back to each (Lindsey et al. 2024).
+
+    f = ReLU(Σ_ℓ W_e^ℓ x^ℓ + b_e)
+    x̂^ℓ = (W_d^ℓ)ᵀ f + b_d^ℓ
+    loss = Σ_ℓ ‖x^ℓ − x̂^ℓ‖² / Σ_ℓ ‖x^ℓ‖² + λ · mean over tokens of Σ_i f_i Σ_ℓ ‖d_i^ℓ‖
+
+The layers lie side by side, so both are one product of width L·D. Decoder norms are free, the penalty weighs them.
+With --recipe published: each layer's decoder rows at unit norm, no b_d, λ times the plain mean of f.
+
+Dimension letters: L layers, N tokens, D width, F latents, C = L·D.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from routesae.train.kernels import DenseLatents
+from routesae.train.losses import norm_mse
+from routesae.train.saes.normalise import geometric_median
+from routesae.train.saes.penalty import PenaltyWeight
+from routesae.train.saes.sae import PUBLISHED_DECODER_STEPS, SAE, Forward, Recipe
+from routesae.train.saes.single import checked
+
+CROSSCODER = "crosscoder.safetensors"
+
+
+class Crosscoder(SAE):
+    """W_enc_FC and W_dec_FC hold one latent a row, its layers side by side; on disk [L, D, F] and [F, L, D]."""
+
+    def __init__(self, recipe: Recipe, generator: torch.Generator | None = None):
+        super().__init__(recipe)
+        layers, f = len(recipe.layers), recipe.latents
+        W_FLD = torch.randn(f, layers, recipe.width, generator=generator)
+        # A unit row over all layers together, so that f starts at the scale of a single layer's SAE.
+        W_FC = nn.functional.normalize(W_FLD.flatten(1), dim=1)
+        self.W_enc_FC = nn.Parameter(W_FC)
+        self.W_dec_FC = nn.Parameter(W_FC.clone())  # encoderᵀ at the start
+        self.b_enc_F = nn.Parameter(torch.zeros(f))
+        self.b_dec_C = nn.Parameter(torch.zeros(layers * recipe.width), requires_grad=not recipe.published)
+        self.penalty = PenaltyWeight(recipe)
+
+    def forward(self, x_LND: Tensor) -> Forward:
+        x_NC = x_LND.transpose(0, 1).flatten(1)
+        f_NF = F.linear(x_NC, self.W_enc_FC, self.b_enc_F).relu()
+        if self.training:
+            self.penalty.steer((f_NF > 0).sum(1), self.k)
+        penalty = f_NF.mean() if self.recipe.published else (f_NF @ self._decoder_norms()).mean()
+        return Forward(x_NC, self.decode(f_NF), DenseLatents(f_NF), penalty)
+
+    def decode(self, f_NF: Tensor) -> Tensor:
+        """x̂_NC."""
+        return f_NF @ self.W_dec_FC + self.b_dec_C
+
+    def _decoder_norms(self) -> Tensor:
+        """[F]: Σ_ℓ ‖d_i^ℓ‖."""
+        return self._by_layer(self.W_dec_FC).norm(dim=2).sum(1)
+
+    def _by_layer(self, W_FC: Tensor) -> Tensor:
+        return W_FC.view(self.recipe.latents, len(self.recipe.layers), self.recipe.width)
+
+    def loss(self, out: Forward, dead_F: Tensor, sparsity_factor: float = 1.0) -> Tensor:
+        weight: Tensor | float = self.penalty(sparsity_factor)
+        assert out.penalty is not None
+        return norm_mse(out.x_ND, out.reconstruction_ND) + weight * out.penalty
+
+    @torch.no_grad()
+    def initialise(self, x_LND: Tensor) -> None:
+        if not self.recipe.published:
+            median_C = torch.cat([geometric_median(x_ND) for x_ND in x_LND])
+            self.b_dec_C.copy_(median_C)
+            self.b_enc_F.copy_(-(self.W_enc_FC @ median_C))  # f starts from x − b_d, as the other variants read it
+
+    def decoders(self) -> list[nn.Parameter]:
+        return []
+
+    @torch.no_grad()
+    def normalise_decoder(self, step: int, *, last: bool = False) -> None:
+        if self.recipe.published and ((step - 1) % PUBLISHED_DECODER_STEPS == 0 or last):
+            rows_FLD = self._by_layer(self.W_dec_FC)
+            rows_FLD.div_(rows_FLD.norm(dim=2, keepdim=True))
+
+    @torch.no_grad()
+    def fold_scale(self, scale: float) -> None:
+        self.W_enc_FC.mul_(scale)
+        self.W_dec_FC.div_(scale)
+        self.b_dec_C.div_(scale)
+
+    def files(self) -> dict[str, dict[str, Tensor]]:
+        tensors = {
+            "W_enc": self._by_layer(self.W_enc_FC).permute(1, 2, 0),
+            "W_dec": self._by_layer(self.W_dec_FC),
+            "b_enc": self.b_enc_F,
+            "b_dec": self.b_dec_C.view(len(self.recipe.layers), -1),
+        }
+        return {CROSSCODER: {name: tensor.detach() for name, tensor in tensors.items()}}
+
+    def load_files(self, files: dict[str, dict[str, Tensor]]) -> None:
+        layers, d, f = len(self.recipe.layers), self.recipe.width, self.recipe.latents
+        shapes = {"W_enc": (layers, d, f), "W_dec": (f, layers, d), "b_enc": (f,), "b_dec": (layers, d)}
+        tensors = checked(files[CROSSCODER], shapes, CROSSCODER)
+        self.W_enc_FC = nn.Parameter(tensors["W_enc"].permute(2, 0, 1).reshape(f, layers * d))
+        self.W_dec_FC = nn.Parameter(tensors["W_dec"].reshape(f, layers * d))
+        self.b_enc_F = nn.Parameter(tensors["b_enc"])
+        self.b_dec_C = nn.Parameter(tensors["b_dec"].flatten())

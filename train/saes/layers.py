@@ -1,0 +1,36 @@
+"""One TopK over every layer, each layer's hidden state a sample of its own.
+
+    mlsae    every token at every layer, L·N rows a batch (2409.04185)
+    random   every token at one layer, another at every batch: the control of the RouteSAE paper (2503.08200)
+
+Both score and splice as what they are, a dictionary for each of their layers. The published RouteSAE code takes an
+optimiser step a layer for its MLSAE; here the layers of a batch make one step.
+
+Dimension letters: L layers, N tokens, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from routesae.train.saes.sae import Forward
+from routesae.train.saes.topk import TopK
+
+
+class MLSAE(TopK):
+    one_layer = False
+
+    def forward(self, x_LND: Tensor) -> Forward:
+        return self.autoencode(x_LND.flatten(0, 1))
+
+    def initialise(self, x_LND: Tensor) -> None:
+        self.centre(x_LND.flatten(0, 1))
+
+
+class RandomLayer(MLSAE):
+    def forward(self, x_LND: Tensor) -> Forward:
+        if not self.training:
+            return super().forward(x_LND)
+        at = int(torch.randint(len(x_LND), ()))  # from the default generator, which the trainer seeds for every step
+        return self.autoencode(x_LND[at])

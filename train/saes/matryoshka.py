@@ -1,0 +1,57 @@
+"""Matryoshka: a BatchTopK whose first latents must do without the later ones (2503.17547).
+
+    f as in BatchTopK, over all F latents
+    x̂_m = W_decᵀ[:m] f[:m] + b_dec   for the nested sizes m_1 < … < F
+    loss = Σ_m NormMSE(x, x̂_m) + 1/32 · AuxK over the dead latents of the whole
+
+The sizes default to F/16, F/8, F/4, F/2, F.
+
+Dimension letters: N tokens, D width, F latents, K candidates a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from routesae.train.kernels import Latents
+from routesae.train.losses import norm_mse
+from routesae.train.saes.batchtopk import BatchTopK
+from routesae.train.saes.sae import Forward
+
+DEFAULT_FRACTIONS = (16, 8, 4, 2, 1)
+
+
+def default_prefixes(latents: int) -> tuple[int, ...]:
+    """F/16, F/8, F/4, F/2, F; fewer where F is small."""
+    return tuple(sorted({max(1, latents // part) for part in DEFAULT_FRACTIONS}))
+
+
+class Matryoshka(BatchTopK):
+    def autoencode(self, x_ND: Tensor) -> Forward:
+        out = super().autoencode(x_ND)
+        if not self.training:
+            return out
+        assert isinstance(out.latents, Latents)
+        inner = [norm_mse(x_ND, reconstruction_ND) for reconstruction_ND in self._prefixes(out.latents)]
+        return out._replace(auxiliary=sum(inner, x_ND.new_zeros(())))
+
+    def _prefixes(self, latents: Latents) -> Iterator[Tensor]:
+        """x̂_m of every size but F, each the last one and the latents that it has more."""
+        reconstruction_ND = self.b_dec_D
+        for first, after in pairwise((0, *self.recipe.prefixes[:-1])):
+            values_NK, indices_NK = latents
+            inside_NK = (indices_NK >= first) & (indices_NK < after) & (values_NK > 0)
+            counts_N = inside_NK.sum(1)
+            added_ND = F.embedding_bag(
+                indices_NK[inside_NK],
+                self.W_dec_FD,
+                counts_N.cumsum(0) - counts_N,
+                mode="sum",
+                per_sample_weights=values_NK[inside_NK],
+            )
+            reconstruction_ND = reconstruction_ND + added_ND
+            yield reconstruction_ND

@@ -1,0 +1,71 @@
+"""Routers: which layer each token is read from, and what the router learns by.
+
+    g = agg_ℓ(x^ℓ), the sum or the mean;   r = W_r g;   w = softmax(r) ∈ R^L;   ℓ* = argmax w      (2503.08200)
+
+    published  x = w_ℓ*·x^ℓ*. The router's only gradient runs through the scale w_ℓ*, which NormMSE nearly cancels:
+               input and target are scaled alike, and only the SAE's biases see it
+    top2       each token's loss is the mean of its two likeliest layers' losses, weighted by w over the two
+    sampled    ℓ ~ w in training; the policy gradient −(loss − its running mean in that layer)·∇log w_ℓ
+    frozen     control: the router keeps its first weights
+    random     control: a layer that depends on nothing that matters, a hash of the hidden state
+
+Only `published` scales x by w; the others read x^ℓ* as it is. A load-balancing term, --balance b, adds
+b·L·Σ_ℓ f_ℓ P_ℓ with f_ℓ the share of tokens at layer ℓ and P_ℓ the mean of w_ℓ (2101.03961, eq. 4).
+
+Dimension letters: L layers, N tokens, D width, R rows: a token's reading of one layer; usually one a token.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ROUTERS = ("published", "top2", "sampled", "frozen", "random")
+CONTROLS = ("frozen", "random")  # do not learn
+SCALED = ("published", "frozen")  # read w·x rather than x
+HASH_FACTOR = 997.0
+
+
+class Rows(NamedTuple):
+    """What the SAE reads: token_R and its layer at_R, an index into the recipe's layers.
+
+    scale_R: what x is multiplied by. weights_R: the rows' weights in the loss, summing to 1; None: all alike.
+    """
+
+    token_R: Tensor
+    at_R: Tensor
+    scale_R: Tensor
+    weights_R: Tensor | None = None
+
+
+def rows(router: str, w_NL: Tensor, *, training: bool) -> Rows:
+    """Where each token is read under hard routing; one row a token, the likeliest layer, unless training says else."""
+    token_N = torch.arange(len(w_NL), device=w_NL.device)
+    if training and router == "top2" and w_NL.shape[1] > 1:
+        top = w_NL.topk(2, dim=1)
+        share_N2 = top.values / top.values.sum(1, keepdim=True)
+        token_R = token_N.repeat_interleave(2)
+        ones_R = torch.ones_like(token_R, dtype=w_NL.dtype)
+        return Rows(token_R, top.indices.flatten(), ones_R, share_N2.flatten() / len(w_NL))
+    if training and router == "sampled":
+        # The largest of log w plus Gumbel noise is a draw from w.
+        noise_NL = -torch.empty_like(w_NL).exponential_().log()
+        at_N = (w_NL.detach().log() + noise_NL).argmax(1)
+    else:
+        at_N = w_NL.argmax(1)
+    scale_N = w_NL.gather(1, at_N[:, None]).squeeze(1)
+    return Rows(token_N, at_N, scale_N if router in SCALED else torch.ones_like(scale_N))
+
+
+def hashed_layers(r_NL: Tensor) -> Tensor:
+    """[N] indices of layers, spread evenly: digits of the first score far behind its leading ones."""
+    return ((r_NL[:, 0].double() * HASH_FACTOR).frac().abs() * r_NL.shape[1]).long().clamp(max=r_NL.shape[1] - 1)
+
+
+def balance_loss(w_NL: Tensor, at_R: Tensor) -> Tensor:
+    """L·Σ_ℓ f_ℓ P_ℓ: 1 where tokens and probabilities are spread evenly, L where one layer has all."""
+    layers = w_NL.shape[1]
+    share_L = torch.bincount(at_R, minlength=layers) / len(at_R)
+    return layers * (share_L * w_NL.mean(0)).sum()

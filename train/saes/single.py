@@ -1,0 +1,132 @@
+"""What the variants over one layer have in common: a dictionary, its start, its place on disk.
+
+    x̂ = W_decᵀ f + b_dec;   loss = NormMSE(x, x̂) + λ·penalty + auxiliary terms + 1/32 · AuxK where the variant has it
+
+A subclass says how x becomes f, and what is penalised. A RouteSAE, mlsae and random use the same classes over
+inputs taken elsewhere.
+
+Dimension letters: L layers (here 1), N tokens, D width, F latents.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from routesae.reporting import WrongInput
+from routesae.train.kernels import AnyLatents, decode
+from routesae.train.losses import AUXK_WEIGHT, auxk, norm_mse
+from routesae.train.saes.normalise import geometric_median
+from routesae.train.saes.sae import SAE, Forward, Recipe
+
+WEIGHTS = "sae_weights.safetensors"
+
+
+class SingleLayerSAE(SAE):
+    """W_enc_FD and W_dec_FD hold one latent a row; on disk W_enc is [D, F], as SAELens has it.
+
+    architecture: SAELens' name for what is on disk. tensors: SAELens' name of each further parameter of shape [F].
+    has_auxk: whether AuxK revives its dead latents.
+    """
+
+    one_layer = True
+    architecture: ClassVar[str]
+    tensors: ClassVar[dict[str, str]] = {"b_enc": "b_enc_F"}
+    has_auxk: ClassVar[bool] = False
+
+    def __init__(self, recipe: Recipe, generator: torch.Generator | None = None):
+        super().__init__(recipe)
+        if recipe.published:  # a linear layer's initial weights, before its columns are scaled to unit norm
+            W_enc_FD = (torch.rand(recipe.latents, recipe.width, generator=generator) * 2 - 1) * recipe.width**-0.5
+        else:
+            W_enc_FD = torch.randn(recipe.latents, recipe.width, generator=generator)
+            W_enc_FD /= W_enc_FD.norm(dim=1, keepdim=True)
+        self.W_enc_FD = nn.Parameter(W_enc_FD)
+        self.W_dec_FD = nn.Parameter(W_enc_FD / W_enc_FD.norm(dim=1, keepdim=True))  # encoderᵀ at the start
+        self.b_dec_D = nn.Parameter(torch.zeros(recipe.width))
+        for name in self.tensors.values():
+            self.register_parameter(name, nn.Parameter(torch.zeros(recipe.latents)))
+
+    @abstractmethod
+    def autoencode(self, x_ND: Tensor) -> Forward:
+        """Reconstruct rows that are normalised already."""
+
+    @abstractmethod
+    def encode(self, x_ND: Tensor) -> AnyLatents:
+        """The latents an SAE in use gives to normalised rows; no gradient."""
+
+    @torch.no_grad()
+    def decode(self, latents: AnyLatents) -> Tensor:
+        """x̂_ND."""
+        return decode(latents, self.W_dec_FD, self.b_dec_D)
+
+    def penalty_weight(self, sparsity_factor: float) -> Tensor | float:
+        """λ now; sparsity_factor, 0 to 1, warms it up."""
+        raise AssertionError(f"{self.recipe.sae} has no penalty")
+
+    def forward(self, x_LND: Tensor) -> Forward:
+        return self.autoencode(x_LND[0])
+
+    def loss(self, out: Forward, dead_F: Tensor, sparsity_factor: float = 1.0) -> Tensor:
+        loss = norm_mse(out.x_ND, out.reconstruction_ND, out.weights_N)
+        if out.penalty is not None:
+            loss = loss + self.penalty_weight(sparsity_factor) * out.penalty
+        if out.auxiliary is not None:
+            loss = loss + out.auxiliary
+        if self.has_auxk and not self.recipe.published:
+            weights = (self.W_enc_FD, self.b_enc_F, self.W_dec_FD, self.b_dec_D)
+            loss = loss + AUXK_WEIGHT * auxk(out.x_ND, out.reconstruction_ND, *weights, dead_F)
+        return loss
+
+    def initialise(self, x_LND: Tensor) -> None:
+        self.centre(x_LND[0])
+
+    @torch.no_grad()
+    def centre(self, x_ND: Tensor) -> None:
+        """b_dec to the geometric median of a sample of normalised inputs; the published code leaves it at zero."""
+        if not self.recipe.published:
+            self.b_dec_D.copy_(geometric_median(x_ND))
+
+    def decoders(self) -> list[nn.Parameter]:
+        return [self.W_dec_FD]
+
+    @torch.no_grad()
+    def fold_scale(self, scale: float) -> None:
+        self.W_enc_FD.mul_(scale)
+        self.W_dec_FD.div_(scale)
+        self.b_dec_D.div_(scale)
+
+    def lens_config(self) -> dict[str, Any]:
+        """What SAELens' configuration of this architecture has beside what all have."""
+        return {}
+
+    def files(self) -> dict[str, dict[str, Tensor]]:
+        named = {name: getattr(self, own) for name, own in self.tensors.items()}
+        tensors = {"W_enc": self.W_enc_FD.T, "W_dec": self.W_dec_FD, "b_dec": self.b_dec_D, **named}
+        return {WEIGHTS: {name: tensor.detach() for name, tensor in tensors.items()}}
+
+    def load_files(self, files: dict[str, dict[str, Tensor]]) -> None:
+        f, d = self.recipe.latents, self.recipe.width
+        shapes = {"W_enc": (d, f), "W_dec": (f, d), "b_dec": (d,)} | dict.fromkeys(self.tensors, (f,))
+        tensors = checked(files[WEIGHTS], shapes, WEIGHTS)
+        self.W_enc_FD = nn.Parameter(tensors["W_enc"].T.contiguous())
+        self.W_dec_FD = nn.Parameter(tensors["W_dec"])
+        self.b_dec_D = nn.Parameter(tensors["b_dec"])
+        for name, own in self.tensors.items():
+            setattr(self, own, nn.Parameter(tensors[name]))
+
+
+def checked(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], file: str) -> dict[str, Tensor]:
+    """The tensors named in `shapes`, float32. Raises WrongInput where one is missing or of another shape."""
+    if missing := sorted(set(shapes) - set(tensors)):
+        raise WrongInput(f"{file} holds no {', '.join(missing)}; train the SAE again or copy it whole")
+    for name, shape in shapes.items():
+        if tensors[name].shape != shape:
+            raise WrongInput(
+                f"{file}: {name} is {list(tensors[name].shape)} where cfg.json says {list(shape)}; "
+                "the folder mixes two SAEs"
+            )
+    return {name: tensors[name].float() for name in shapes}

@@ -1,0 +1,48 @@
+"""Vanilla: a ReLU and an L1 penalty (Bricken et al. 2023), decoder norms in the penalty (Anthropic, April 2024).
+
+    f = ReLU(W_enc (x − b_dec) + b_enc)
+    x̂ = W_decᵀ f + b_dec
+    loss = NormMSE(x, x̂) + λ · mean over tokens of Σ_i f_i‖d_i‖
+
+The decoder's rows are free: the penalty weighs them, so that shrinking f and growing d gains nothing.
+With --recipe published: unit rows, and λ times the plain mean of f over tokens and latents.
+
+Dimension letters: N tokens, D width, F latents.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from routesae.train.kernels import DenseLatents, threshold_latents
+from routesae.train.saes.penalty import PenaltyWeight
+from routesae.train.saes.sae import Forward, Recipe
+from routesae.train.saes.single import SingleLayerSAE
+
+
+class Vanilla(SingleLayerSAE):
+    architecture = "standard"
+
+    def __init__(self, recipe: Recipe, generator: torch.Generator | None = None):
+        super().__init__(recipe, generator)
+        self.penalty = PenaltyWeight(recipe)
+
+    def autoencode(self, x_ND: Tensor) -> Forward:
+        f_NF = F.linear(x_ND - self.b_dec_D, self.W_enc_FD, self.b_enc_F).relu()
+        if self.training:
+            self.penalty.steer((f_NF > 0).sum(1), self.k)
+        penalty = f_NF.mean() if self.recipe.published else (f_NF @ self.W_dec_FD.norm(dim=1)).mean()
+        return Forward(x_ND, f_NF @ self.W_dec_FD + self.b_dec_D, DenseLatents(f_NF), penalty)
+
+    def penalty_weight(self, sparsity_factor: float) -> Tensor | float:
+        weight: Tensor | float = self.penalty(sparsity_factor)
+        return weight
+
+    @torch.no_grad()
+    def encode(self, x_ND: Tensor) -> DenseLatents:
+        return threshold_latents(x_ND, self.W_enc_FD, self.b_enc_F, self.b_dec_D, torch.zeros_like(self.b_enc_F))
+
+    def decoders(self) -> list[nn.Parameter]:
+        return [self.W_dec_FD] if self.recipe.published else []

@@ -1,0 +1,132 @@
+"""One SAE in training: a batch in; a step of the optimiser, and everything that a checkpoint must hold, out.
+
+Dimension letters: L layers, N tokens a batch, D width, F latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from routesae.reporting import FailedRun
+from routesae.train.log import StepLog
+from routesae.train.saes import SAE
+from routesae.train.saes.normalise import normalise_layers
+from routesae.train.saes.sae import Recipe
+from routesae.train.schedule import annealed_k, lr_factor, sparsity_factor
+from routesae.train.settings import RunSettings
+
+
+class Inputs:
+    """A batch of hidden states of `layers`, normalised once for all SAEs that want it the same way."""
+
+    def __init__(self, hidden_LND: Tensor, layers: Sequence[int]):
+        self.hidden_LND, self.layers = hidden_LND, list(layers)
+        self._normalised: dict[tuple[str, float], Tensor] = {}
+
+    def __call__(self, recipe: Recipe, scale: float) -> Tensor:
+        """x_LND of the recipe's layers."""
+        key = (recipe.normalize, scale)
+        if key not in self._normalised:
+            self._normalised[key] = normalise_layers(self.hidden_LND, *key)
+        at = [self.layers.index(layer) for layer in recipe.layers]
+        x_LND = self._normalised[key]
+        if at == list(range(at[0], at[0] + len(at))):
+            return x_LND[at[0] : at[0] + len(at)]
+        return x_LND[at]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """What all SAEs of a pass share. precision: of autocast; float32 turns it off."""
+
+    total_steps: int
+    dead_after_tokens: int
+    sparsity_warmup: float
+    precision: torch.dtype
+    seed: int
+
+
+class Trainee:
+    """An SAE with its optimiser, its dead-latent counters and its log. scale: s of "dataset" normalisation."""
+
+    def __init__(self, sae: SAE, settings: RunSettings, pace: Pace, folder: Path, log: StepLog):
+        self.sae, self.settings, self.pace, self.folder, self.log = sae, settings, pace, folder, log
+        self.scale = 1.0
+        self.trained = [parameter for parameter in sae.parameters() if parameter.requires_grad]
+        self.adam = torch.optim.Adam(self.trained, lr=settings.lr, fused=True)
+        self.idle_tokens_F = torch.zeros(sae.recipe.latents, dtype=torch.int64, device=sae.device)
+
+    def step(self, step: int, inputs: Inputs) -> None:
+        """One step, counted from 1. Raises FailedRun where the loss is no number any more."""
+        sae, pace, done = self.sae, self.pace, step - 1
+        torch.manual_seed((pace.seed << 32) + step)  # for what is drawn in training: the same after a resume
+        sae.k = annealed_k(done, pace.total_steps, pace.sparsity_warmup, self.settings.anneal_k_from, sae.recipe.k)
+        lr = self.settings.lr * lr_factor(done, pace.total_steps)
+        self.adam.param_groups[0]["lr"] = lr
+        dead_F = self.idle_tokens_F >= pace.dead_after_tokens
+        with torch.autocast(sae.device.type, pace.precision, enabled=pace.precision != torch.float32):
+            out = sae(inputs(sae.recipe, self.scale))
+            loss = sae.loss(out, dead_F, sparsity_factor(done, pace.total_steps, pace.sparsity_warmup))
+        self.adam.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        sae.project_gradient()
+        if self.settings.clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.trained, self.settings.clip)
+        self.adam.step()
+        sae.normalise_decoder(step, last=step == pace.total_steps)
+        counts_F = out.latents.active_counts(sae.recipe.latents)
+        self.idle_tokens_F = torch.where(counts_F > 0, 0, self.idle_tokens_F + inputs.hidden_LND.shape[1])
+        self.log.add(out, loss, counts_F, inputs.hidden_LND.shape[1], lr)
+
+    @property
+    def name(self) -> str:
+        return self.settings.name or self.sae.recipe.sae
+
+    @property
+    def dead_share(self) -> Tensor:
+        return (self.idle_tokens_F >= self.pace.dead_after_tokens).double().mean()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights, buffers, moments and counters by name, for a checkpoint."""
+        named = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
+        for at, parameter in enumerate(self.trained):
+            for name, moment in self.adam.state[parameter].items():
+                named[f"adam.{at}.{name}"] = moment
+        return {**named, "idle_tokens": self.idle_tokens_F, **self.log.tensors()}
+
+    @torch.no_grad()
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse. Raises FailedRun where a tensor is missing, too many or of another shape."""
+        tensors = {name: tensor.to(self.sae.device) for name, tensor in tensors.items()}
+        try:
+            for name, own in self.sae.state_dict().items():
+                own.copy_(_same_shape(tensors.pop(f"sae.{name}"), own))
+            self.idle_tokens_F.copy_(_same_shape(tensors.pop("idle_tokens"), self.idle_tokens_F))
+            self.log.load_tensors({name: tensors.pop(name) for name in self.log.tensors()})
+            for at, parameter in enumerate(self.trained):
+                if f"adam.{at}.step" in tensors:  # a parameter that nothing reaches has no moments
+                    self.adam.state[parameter] = {
+                        "step": tensors.pop(f"adam.{at}.step"),
+                        "exp_avg": _same_shape(tensors.pop(f"adam.{at}.exp_avg"), parameter),
+                        "exp_avg_sq": _same_shape(tensors.pop(f"adam.{at}.exp_avg_sq"), parameter),
+                    }
+        except KeyError as missing:
+            raise FailedRun(f"a checkpoint of {self.folder.name} holds no {missing}; start again") from None
+        if tensors:
+            raise FailedRun(f"a checkpoint of {self.folder.name} holds {sorted(tensors)[0]} too; start again")
+
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint keeps as JSON."""
+        return {"scale": self.scale, **self.log.facts()}
+
+
+def _same_shape(tensor: Tensor, own: Tensor) -> Tensor:
+    if tensor.shape != own.shape or tensor.dtype != own.dtype:
+        raise FailedRun(f"a checkpoint's tensor is {list(tensor.shape)} where {list(own.shape)} belongs; start again")
+    return tensor
