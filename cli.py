@@ -63,7 +63,10 @@ class Commands(click.Group):
         except (FailedRun, OSError) as error:
             self._end(error, 1)
         except KeyboardInterrupt:
-            self._end("stopped; the same command goes on where harvest stood, and train from its last checkpoint with --resume", 130)
+            self._end(
+                "stopped; the same command goes on where harvest stood, train with --resume",
+                130,
+            )
 
     def _end(self, message: object, code: int) -> None:
         click.echo(f"routesae: {message}", err=True)
@@ -228,7 +231,7 @@ def harvest(**options: Any) -> None:
 )
 @click.option("--latents", type=COUNT, help="Size of the dictionary.  [default: 8 x width]")
 @click.option("--expansion", type=int, help="Size of the dictionary in widths, instead of --latents.  [default: 8]")
-@click.option("--k", type=int, multiple=True, help="Active latents a token: exact, on average or aimed at.  [default: 64]")
+@click.option("--k", type=int, multiple=True, help="Active latents a token, or the number aimed at.  [default: 64]")
 @click.option("--anneal-k-from", type=int, help="k at the start, falling to --k over the sparsity warm-up.")
 @click.option(
     "--sparsity",
@@ -239,7 +242,7 @@ def harvest(**options: Any) -> None:
 @click.option("--sparsity-warmup", default=0.1, help="Share of the steps over which the penalty rises.")
 @click.option("--pre-act-loss", type=float, help="jumprelu: weight of what revives dead latents, such as 3e-6.")
 @click.option("--prefixes", metavar="LIST", help='matryoshka: nested sizes, "512,1024,4096".  [default: F/16 … F]')
-@click.option("--normalize", default="token", metavar="token|dataset|none", help="Of the hidden states, before the SAE.")
+@click.option("--normalize", default="token", metavar="token|dataset|none", help="Of the hidden states.")
 @click.option("--routing", metavar="hard|soft", help="routesae: one layer a token, or all weighted.  [default: hard]")
 @click.option("--aggregate", metavar="sum|mean", help="routesae: what of the layers the router sees.  [default: sum]")
 @click.option("--routed", metavar="NAME", help="routesae: the variant its layers share.  [default: topk]")
@@ -250,10 +253,13 @@ def harvest(**options: Any) -> None:
 )
 @click.option("--balance", type=float, help="routesae: weight of the load-balancing term, such as 0.01.")
 @click.option(
-    "--recipe", default="routesae", metavar="routesae|published", help="Objective; published is that of the RouteSAE code."
+    "--recipe",
+    default="routesae",
+    metavar="routesae|published",
+    help="Objective; published: the RouteSAE code's.",
 )
 @click.option("--lr", default=5e-4, help="Peak learning rate of Adam.")
-@click.option("--clip", type=float, help="Largest norm of the gradient.")
+@click.option("--clip", type=float, help="Largest norm of the squared error's gradient; 0 for any.  [default: 1]")
 @click.option("--batch-tokens", type=COUNT, default=4096, help="Tokens a step.")
 @click.option("--epochs", type=int, help="Passes over the training tokens.  [default: 1]")
 @click.option("--tokens", type=COUNT, help="Training tokens in all, instead of --epochs.")
@@ -273,7 +279,7 @@ def harvest(**options: Any) -> None:
 @click.option("--out", default="saes", type=click.Path(), help="Folder of SAE folders.")
 @click.option("--overwrite", is_flag=True, help="Replace an SAE of the same name.")
 @click.pass_context
-def train(ctx: click.Context, config: str | None, **options: Any) -> None:
+def train(ctx: click.Context, /, config: str | None, **options: Any) -> None:
     """Train SAEs on a cache, all in one pass. No LM is loaded."""
     from routesae.train.run import train as run
     from routesae.train.settings import settings_of
@@ -285,9 +291,8 @@ def train(ctx: click.Context, config: str | None, **options: Any) -> None:
             click.echo(f"{result.folder}: no held-out rows to score it on")
         else:
             scores = result.held_out
-            click.echo(
-                f"{result.folder}: held-out NormMSE {scores.norm_mse:.4f}, L0 {scores.l0:.1f} on {scores.tokens:,} tokens"
-            )
+            error, l0 = f"{scores.norm_mse:.4f}", f"{scores.l0:.1f}"
+            click.echo(f"{result.folder}: held-out NormMSE {error}, L0 {l0} on {scores.tokens:,} tokens")
 
 
 def given_options(ctx: click.Context, options: dict[str, Any]) -> dict[str, Any]:

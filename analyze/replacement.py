@@ -112,7 +112,7 @@ def _by_crosscoder(sae: Crosscoder, clean: Mapping[int, Tensor]) -> dict[int, Re
     x = {layer: _normalised(sae, hidden_mD) for layer, hidden_mD in clean.items()}
     with torch.no_grad():
         out = sae(torch.stack([x[layer].x_ND for layer in clean]))
-    by_layer = out.reconstruction_ND.unflatten(1, (len(clean), -1)).unbind(1)
+    by_layer = out.reconstruction_ND.chunk(len(clean), dim=1)
 
     def given(new_mD: Tensor) -> Reconstruct:
         return lambda hidden_mD, scale_m1: new_mD

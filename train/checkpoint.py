@@ -3,7 +3,7 @@
     sae_weights.safetensors   W_enc [D, F], W_dec [F, D], b_dec [D] and [F]-shaped b_enc, threshold, b_gate …, float32
     cfg.json                  SAELens' configuration; ours is under metadata.routesae: the Recipe and its source
     router.safetensors        routesae only: router [L, D], one row a routed layer
-    crosscoder.safetensors    a crosscoder's weights instead: W_enc [L, D, F], W_dec [F, L, D], b_enc [F], b_dec [L, D]
+    crosscoder.safetensors    a crosscoder's weights instead: W_enc [L, D, F], W_dec [F, L, D], b_enc, b_dec [L, D]
 
 Never pickle. Dimension letters: D width, F latents, L layers.
 """
@@ -37,7 +37,7 @@ def save_sae(folder: Path, sae: SAE, source: Mapping[str, Any]) -> None:
 
 
 def load_sae(folder: Path, device: torch.device) -> SAE:
-    """The SAE in `folder`, ours or SAELens', on `device`. Raises WrongInput naming what is missing, cut or not one."""
+    """The SAE in `folder`, ours or SAELens', on `device`. Raises WrongInput naming what is missing or cut."""
     config = read_config(folder)
     recipe = read_recipe(folder)
     try:
@@ -48,11 +48,20 @@ def load_sae(folder: Path, device: torch.device) -> SAE:
         if not _is_ours(config):
             files[WEIGHTS] = tensors_of(config, files[WEIGHTS])
         sae.load_files(files)
+        _fill_buffers(sae)
     except KeyError as missing:
         raise WrongInput(f"{folder / WEIGHTS} holds no {missing}; save the SAE again or copy it whole") from None
     except WrongInput as error:
         raise error if str(folder) in str(error) else WrongInput(f"{folder}: {error}") from error
     return sae.requires_grad_(False).eval().to(device)
+
+
+def _fill_buffers(sae: SAE) -> None:
+    """Zeros for what only training needs, and no file holds."""
+    for module in sae.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_meta:
+                setattr(module, name, torch.zeros(buffer.shape, dtype=buffer.dtype))
 
 
 def _load(path: Path) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ class CacheScores:
     """tokens: scored. norm_mse: mean of ‖x−x̂‖²/‖x‖². fvu: Σ‖x−x̂‖²/Σ‖x−mean‖². Both on the SAE's own input.
 
     l0: active latents a token. dead: share of latents active on none of the tokens. density_F: share of the
-    tokens each latent is active on (mlsae and random: a token counts once a layer, in all scores). layer_shares: share of tokens routed to each layer, and routing_entropy the
+    tokens each latent is active on. layer_shares: share of tokens routed to each layer, and routing_entropy the
     entropy of those shares in nats; both None without a router.
     """
 
@@ -50,7 +50,8 @@ class CacheScores:
 
 @torch.no_grad()
 def score_on_cache(sae: SAE, cache: Cache, first_row: int, after_row: int, report: Report = silent) -> CacheScores:
-    """Score `sae`, in evaluation mode from here on, on the kept tokens of rows [first_row, after_row) of the cache's tokens.
+    """Score `sae` on the kept tokens of rows [first_row, after_row) of the cache's tokens; it is in evaluation
+    mode from here on. For mlsae and random a token counts once a layer.
 
     Raises WrongInput where there is no such token, the width differs or a layer was not harvested.
     """

@@ -1,7 +1,8 @@
 """SAELens' configuration of an SAE, both ways: ours in, cfg.json out; and SAEs that SAELens saved, as ours.
 
-SAELens v6 holds one dictionary over one input, of the architectures standard, gated, topk and jumprelu. That is all of
-a vanilla, gated, topk, jumprelu, batchtopk or matryoshka (the last two as jumprelu), and the shared SAE of a routesae.
+SAELens v6 holds one dictionary over one input, of the architectures standard, gated, topk and jumprelu. That is all
+of a vanilla, gated, topk, jumprelu, batchtopk or matryoshka (the last two as jumprelu), and of a routesae its shared
+SAE.
 """
 
 from __future__ import annotations
@@ -61,13 +62,12 @@ def recipe_of(config: Mapping[str, Any]) -> Recipe:
     architecture = config.get("architecture")
     if architecture not in VARIANTS:
         raise WrongInput(f"architecture {architecture!r} is none of {', '.join(VARIANTS)}")
-    normalize = {theirs: ours for ours, theirs in NORMALIZATIONS.items()}.get(config.get("normalize_activations", "none"))
+    theirs = config.get("normalize_activations", "none")
+    normalize = {name: ours for ours, name in NORMALIZATIONS.items()}.get(theirs)
     if normalize is None:
-        raise WrongInput(
-            f"normalize_activations {config['normalize_activations']!r} is none of {', '.join(NORMALIZATIONS.values())}"
-        )
+        raise WrongInput(f"normalize_activations {theirs!r} is none of {', '.join(NORMALIZATIONS.values())}")
     if config.get("reshape_activations", "none") != "none":
-        raise WrongInput(f"reshape_activations {config['reshape_activations']!r}: only residual streams are held here")
+        raise WrongInput(f"reshape_activations {config['reshape_activations']!r}: SAEs here read residual streams")
     metadata = config.get("metadata")
     hook = metadata.get("hook_name") if isinstance(metadata, Mapping) else None
     return Recipe(

@@ -118,7 +118,7 @@ def _jobs(settings: TrainSettings, cache: Cache, device: torch.device) -> list[J
         jobs.append(Job(run, recipe, Path(settings.out) / (run.name or default_name(recipe)), identity))
     for job in jobs:
         if sum(other.folder == job.folder for other in jobs) > 1:
-            raise WrongInput(f"two SAEs of this run would be {job.folder}; give each a name of its own ([[run]] in TOML)")
+            raise WrongInput(f"two SAEs of this run would be {job.folder}; name each in its [[run]] of a --config")
     return jobs
 
 
@@ -153,7 +153,7 @@ def _first_step(jobs: Sequence[Job], settings: TrainSettings) -> int:
         raise WrongInput(f"{name} was stopped after step {step}; --resume goes on there, --overwrite starts again")
     if settings.resume and stopped:
         if absent := [job.folder.name for job in jobs if not job.partial.exists()]:
-            raise WrongInput(f"--resume: {absent[0]} was not among those stopped ({', '.join(stopped)}); train it apart")
+            raise WrongInput(f"--resume: {absent[0]} was not stopped with {', '.join(stopped)}; train it apart")
         for job in jobs:
             if steps[job.folder.name]:
                 then = read_facts(job.partial, steps[job.folder.name])["identity"]
@@ -222,7 +222,7 @@ def fit(
                 save_checkpoint(trainees, step, identities)
             if request and not last:
                 code = 0 if request == signal.SIGTERM else 130
-                raise Stopped(f"stopped after step {step} of {total_steps}; the same command with --resume goes on", code)
+                raise Stopped(f"stopped after step {step} of {total_steps}; the same with --resume goes on", code)
 
 
 def _facts(shown: dict[str, dict[str, str]]) -> dict[str, str]:

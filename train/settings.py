@@ -56,7 +56,7 @@ class RunSettings:
     lr: float = 5e-4
     """Adam's peak learning rate."""
     clip: float | None = None
-    """Largest norm of the gradient; None for any."""
+    """Largest norm of the gradient of ‖x − x̂‖², D times NormMSE's; 0 for any, None for 1."""
     name: str | None = None
     """Folder under `out`; None for one made of the settings that tell runs apart."""
 
@@ -78,10 +78,10 @@ class RunSettings:
             raise WrongInput(f"--router {self.router} chooses one layer a token; with --routing soft use published")
         if self.recipe == "published" and (self.routed or self.sae) in PENALISED and self.sparsity is None:
             raise WrongInput(f"--recipe published needs --sparsity for {self.sae}, the published code's --lamda")
-        for name in ("lr", "clip"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise WrongInput(f"--{name} {value} is not above 0")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise WrongInput(f"--lr {self.lr} is not above 0")
+        if self.clip is not None and not (math.isfinite(self.clip) and self.clip >= 0):
+            raise WrongInput(f"--clip {self.clip} is not a number of 0 or more")
         if self.name is not None and (Path(self.name).name != self.name or self.name.startswith(".")):
             raise WrongInput(f"--name {self.name!r} must be a plain folder name, not a path and not hidden")
 

@@ -33,7 +33,7 @@ def partial_folder(folder: Path) -> Path:
 
 
 def save_checkpoint(trainees: Sequence[Trainee], step: int, identities: Sequence[Mapping[str, Any]]) -> None:
-    """Write step `step` of all trainees, then delete older ones. identities: what each must be the same in to go on."""
+    """Write step `step` of all trainees, then delete older ones. identities: what must be the same to go on."""
     for trainee, identity in zip(trainees, identities, strict=True):
         target = trainee.folder / f"step-{step:08d}"
         writing = trainee.folder / f".{target.name}"

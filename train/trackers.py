@@ -39,15 +39,15 @@ class TensorBoard:
     def __init__(self, name: str, folder: Path, settings: Mapping[str, Any]):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
-        self.writer.add_text("settings", str(dict(settings)))  # type: ignore[no-untyped-call]
+        self.writer = SummaryWriter(str(folder / "tensorboard"))
+        self.writer.add_text("settings", str(dict(settings)))
 
     def log(self, step: int, line: Mapping[str, Any]) -> None:
         for name, value in scalars(line):
-            self.writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+            self.writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self.writer.close()  # type: ignore[no-untyped-call]
+        self.writer.close()
 
 
 class Hosted:

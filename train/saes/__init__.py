@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -42,8 +43,10 @@ def build(recipe: Recipe, generator: torch.Generator | None = None) -> SAE:
         raise WrongInput(f"SAE {recipe.sae!r} is none of {', '.join(SAES)}")
     if recipe.sae in SINGLE_LAYER and len(recipe.layers) != 1:
         raise WrongInput(f"layers {recipe.layers}, but a {recipe.sae} reads one")
-    if recipe.sae != "routesae":
-        return SAES[recipe.sae](recipe, generator)
+    variant: Any = SAES[recipe.sae]
+    if variant is not RouteSAE:
+        built: SAE = variant(recipe, generator)
+        return built
     if recipe.routed not in SINGLE_LAYER:
         raise WrongInput(f"--routed {recipe.routed!r} is none of {', '.join(SINGLE_LAYER)}")
     # What is shared reads one layer a token; which one it is differs from token to token.

@@ -14,10 +14,16 @@ Dimension letters: N tokens, D width, F latents.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from routesae.train.kernels import AnyLatents, DenseLatents, Latents, batchtopk_latents, decode
-from routesae.train.kernels import sparse_autoencode, threshold_latents
+from routesae.train.kernels import (
+    AnyLatents,
+    Latents,
+    batchtopk_latents,
+    decode,
+    sparse_autoencode,
+    threshold_latents,
+)
 from routesae.train.saes.sae import Forward, Recipe
 from routesae.train.saes.single import WEIGHTS, SingleLayerSAE, checked
 
@@ -66,4 +72,4 @@ class BatchTopK(SingleLayerSAE):
     def load_files(self, files: dict[str, dict[str, Tensor]]) -> None:
         super().load_files(files)
         threshold_F = checked(files[WEIGHTS], {"threshold": (self.recipe.latents,)}, WEIGHTS)["threshold"]
-        self.threshold, self.batches = threshold_F[0].clone(), torch.zeros((), dtype=torch.int64)
+        self.threshold = threshold_F[0].clone()

@@ -55,7 +55,8 @@ class Crosscoder(SAE):
 
     def _decoder_norms(self) -> Tensor:
         """[F]: Σ_ℓ ‖d_i^ℓ‖."""
-        return self._by_layer(self.W_dec_FC).norm(dim=2).sum(1)
+        norms_FL: Tensor = torch.linalg.vector_norm(self._by_layer(self.W_dec_FC), dim=2)
+        return norms_FL.sum(1)
 
     def _by_layer(self, W_FC: Tensor) -> Tensor:
         return W_FC.view(self.recipe.latents, len(self.recipe.layers), self.recipe.width)

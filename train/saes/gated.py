@@ -14,9 +14,11 @@ Dimension letters: N tokens, D width, F latents.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from routesae.train.kernels import DenseLatents
 from routesae.train.losses import norm_mse
@@ -27,7 +29,10 @@ from routesae.train.saes.single import SingleLayerSAE
 
 class Gated(SingleLayerSAE):
     architecture = "gated"
-    tensors = {"b_gate": "b_gate_F", "b_mag": "b_mag_F", "r_mag": "r_mag_F"}
+    tensors: ClassVar = {"b_gate": "b_gate_F", "b_mag": "b_mag_F", "r_mag": "r_mag_F"}
+    b_gate_F: nn.Parameter
+    b_mag_F: nn.Parameter
+    r_mag_F: nn.Parameter
 
     def __init__(self, recipe: Recipe, generator: torch.Generator | None = None):
         super().__init__(recipe, generator)

@@ -18,23 +18,27 @@ Dimension letters: N tokens, D width, F latents.
 
 from __future__ import annotations
 
+import math
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from routesae.train.kernels import DenseLatents, jumprelu, step, threshold_latents
 from routesae.train.saes.sae import Forward, Recipe
 from routesae.train.saes.single import SingleLayerSAE
 
 BANDWIDTH = 0.5  # ε, in units of z, whose inputs have norm √D
-TARGET_WEIGHT = 0.1  # μ
+TARGET_WEIGHT = 1.0  # μ
 SAMPLE_TOKENS = 1024  # that θ starts from
 PUBLISHED_THRESHOLD = PUBLISHED_BANDWIDTH = 0.001
 
 
 class JumpReLU(SingleLayerSAE):
     architecture = "jumprelu"
-    tensors = {"b_enc": "b_enc_F", "threshold": "threshold_F"}
+    tensors: ClassVar = {"b_enc": "b_enc_F", "threshold": "threshold_F"}
+    threshold_F: nn.Parameter
 
     def __init__(self, recipe: Recipe, generator: torch.Generator | None = None):
         super().__init__(recipe, generator)
@@ -59,8 +63,12 @@ class JumpReLU(SingleLayerSAE):
         if len(dead) == 0:
             return loss
         z_Nd = F.linear(out.x_ND - self.b_dec_D, self.W_enc_FD[dead], self.b_enc_F[dead])
-        short_Nd = (self.threshold_F[dead] - z_Nd).relu() * self.W_dec_FD[dead].norm(dim=1)
+        short_Nd: Tensor = (self.threshold_F[dead] - z_Nd).relu() * self.W_dec_FD[dead].norm(dim=1)
         return loss + self.recipe.pre_act_loss * short_Nd.sum(1).mean()
+
+    def rate_factors(self) -> dict[nn.Parameter, float]:
+        """Adam moves a number by about the learning rate: little for θ, which is √D times the size of a weight."""
+        return {} if self.recipe.published else {self.threshold_F: math.sqrt(self.recipe.width)}
 
     @torch.no_grad()
     def centre(self, x_ND: Tensor) -> None:

@@ -41,7 +41,7 @@ class Matryoshka(BatchTopK):
 
     def _prefixes(self, latents: Latents) -> Iterator[Tensor]:
         """x̂_m of every size but F, each the last one and the latents that it has more."""
-        reconstruction_ND = self.b_dec_D
+        reconstruction_ND: Tensor = self.b_dec_D
         for first, after in pairwise((0, *self.recipe.prefixes[:-1])):
             values_NK, indices_NK = latents
             inside_NK = (indices_NK >= first) & (indices_NK < after) & (values_NK > 0)

@@ -41,7 +41,7 @@ class Rows(NamedTuple):
 
 
 def rows(router: str, w_NL: Tensor, *, training: bool) -> Rows:
-    """Where each token is read under hard routing; one row a token, the likeliest layer, unless training says else."""
+    """Where each token is read under hard routing: its likeliest layer, unless `router` trains otherwise."""
     token_N = torch.arange(len(w_NL), device=w_NL.device)
     if training and router == "top2" and w_NL.shape[1] > 1:
         top = w_NL.topk(2, dim=1)

@@ -116,7 +116,6 @@ class RouteSAE(SAE):
         shape = (len(self.recipe.layers), self.recipe.width)
         router_LD = checked(files[ROUTER], {"router": shape}, ROUTER)["router"]
         self.router_LD = nn.Parameter(router_LD, requires_grad=self.router_LD.requires_grad)
-        self.baseline_L = torch.zeros(len(router_LD))
 
 
 def _weighted(x_LND: Tensor, w_NL: Tensor) -> Tensor:

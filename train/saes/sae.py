@@ -152,6 +152,10 @@ class SAE(nn.Module, ABC):
     def load_files(self, files: dict[str, dict[str, Tensor]]) -> None:
         """The inverse. Raises WrongInput naming a tensor that is missing or of another shape."""
 
+    def rate_factors(self) -> dict[nn.Parameter, float]:
+        """Parameters whose learning rate is another than the run's, and by which factor."""
+        return {}
+
     @torch.no_grad()
     def project_gradient(self) -> None:
         """After backward: take out of the decoder's gradient what would only change its rows' norms."""

@@ -36,6 +36,7 @@ class SingleLayerSAE(SAE):
     architecture: ClassVar[str]
     tensors: ClassVar[dict[str, str]] = {"b_enc": "b_enc_F"}
     has_auxk: ClassVar[bool] = False
+    b_enc_F: nn.Parameter
 
     def __init__(self, recipe: Recipe, generator: torch.Generator | None = None):
         super().__init__(recipe)
