@@ -12,6 +12,8 @@ Dimension letters: L layers, N tokens, D width, F latents, C = L·D.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -72,6 +74,10 @@ class Crosscoder(SAE):
             median_C = torch.cat([geometric_median(x_ND) for x_ND in x_LND])
             self.b_dec_C.copy_(median_C)
             self.b_enc_F.copy_(-(self.W_enc_FC @ median_C))  # f starts from x − b_d, as the other variants read it
+
+    def rate_factors(self) -> dict[nn.Parameter, float]:
+        """As for an SAE over one layer, whose width here is L·D."""
+        return {} if self.recipe.published else {self.b_enc_F: math.sqrt(self.W_enc_FC.shape[1])}
 
     def decoders(self) -> list[nn.Parameter]:
         return []

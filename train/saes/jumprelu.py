@@ -18,7 +18,6 @@ Dimension letters: N tokens, D width, F latents.
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar
 
 import torch
@@ -65,10 +64,6 @@ class JumpReLU(SingleLayerSAE):
         z_Nd = F.linear(out.x_ND - self.b_dec_D, self.W_enc_FD[dead], self.b_enc_F[dead])
         short_Nd: Tensor = (self.threshold_F[dead] - z_Nd).relu() * self.W_dec_FD[dead].norm(dim=1)
         return loss + self.recipe.pre_act_loss * short_Nd.sum(1).mean()
-
-    def rate_factors(self) -> dict[nn.Parameter, float]:
-        """Adam moves a number by about the learning rate: little for θ, which is √D times the size of a weight."""
-        return {} if self.recipe.published else {self.threshold_F: math.sqrt(self.recipe.width)}
 
     @torch.no_grad()
     def centre(self, x_ND: Tensor) -> None:

@@ -100,6 +100,9 @@ class RouteSAE(SAE):
         read = rows(self.recipe.router, self.routing(x_LND), training=False)
         return Routes(read.at_R, read.scale_R)
 
+    def rate_factors(self) -> dict[nn.Parameter, float]:
+        return self.shared.rate_factors()
+
     def decoders(self) -> list[nn.Parameter]:
         return self.shared.decoders()
 

@@ -10,6 +10,7 @@ Dimension letters: L layers (here 1), N tokens, D width, F latents.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from typing import Any, ClassVar
 
@@ -90,6 +91,14 @@ class SingleLayerSAE(SAE):
         """b_dec to the geometric median of a sample of normalised inputs; the published code leaves it at zero."""
         if not self.recipe.published:
             self.b_dec_D.copy_(geometric_median(x_ND))
+
+    def rate_factors(self) -> dict[nn.Parameter, float]:
+        """√D for biases and thresholds: Adam moves every number by about the learning rate, and these, in units of
+        the pre-activations, are √D times the size of a unit row's weights."""
+        if self.recipe.published:
+            return {}
+        factor = math.sqrt(self.recipe.width)
+        return {getattr(self, own): factor for name, own in self.tensors.items() if name != "r_mag"}
 
     def decoders(self) -> list[nn.Parameter]:
         return [self.W_dec_FD]
