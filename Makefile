@@ -10,8 +10,7 @@ SAE_FLAGS := --cache $(DEMO)/shards --out $(DEMO)/saes --latents 4608 --k 64 --e
 demo: $(VENV)/installed
 	$(BIN)/routesae harvest --model demo --data demo --tokens 140k --context 256 --shard-tokens 16k --layers 7-22 \
 		--out $(DEMO)/shards
-	test -d $(DEMO)/saes/topk || $(BIN)/routesae train $(SAE_FLAGS) --sae topk --layer 15 --name topk
-	test -d $(DEMO)/saes/routesae || $(BIN)/routesae train $(SAE_FLAGS) --sae routesae --name routesae
+	$(BIN)/routesae train $(SAE_FLAGS) --sae topk --sae batchtopk --sae routesae --layer 15 --resume
 	$(BIN)/routesae analyze --cache $(DEMO)/shards --out $(DEMO)/saes --json $(DEMO)/scores.json \
 		--metric NormMSE --metric L0 --metric Dead --metric Routing --metric KLDiv --metric DeltaCE --metric Recovered
 	@echo "shards in $(DEMO)/shards, SAEs in $(DEMO)/saes, the table as JSON in $(DEMO)/scores.json"

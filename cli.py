@@ -249,7 +249,7 @@ def harvest(**options: Any) -> None:
 @click.option(
     "--router",
     metavar="NAME",
-    help="routesae: published, top2 or sampled; frozen or random as controls.  [default: published]",
+    help="routesae: published or top2; frozen or random as controls.  [default: published]",
 )
 @click.option("--balance", type=float, help="routesae: weight of the load-balancing term, such as 0.01.")
 @click.option(
@@ -308,6 +308,50 @@ def given_options(ctx: click.Context, options: dict[str, Any]) -> dict[str, Any]
     return given
 
 
+@main.command(epilog="Example: routesae ablation --cache shards/ --layer 12 --k 32 --k 64 --epochs 2")
+@click.option("--config", type=click.Path(), help="TOML file with the names of train's flags; flags win.")
+@click.option("--cache", default="shards", type=click.Path(), help="Folder that harvest wrote.")
+@click.option(
+    "--sae",
+    multiple=True,
+    metavar="NAME",
+    help="Variant; may be given several times.  [default: vanilla, gated, topk, jumprelu, routesae and crosscoder]",
+)
+@click.option("--layer", type=int, help="Layer of the SAEs over one layer.  [default: the cache's middle one]")
+@click.option("--latents", type=COUNT, help="Size of the dictionaries.  [default: 8 x width]")
+@click.option("--k", type=int, multiple=True, help="Active latents a token; several draw a line.  [default: 64]")
+@click.option("--lr", default=5e-4, help="Peak learning rate of Adam.")
+@click.option("--batch-tokens", type=COUNT, default=4096, help="Tokens a step.")
+@click.option("--epochs", type=int, help="Passes over the training tokens.  [default: 1]")
+@click.option("--tokens", type=COUNT, help="Training tokens in all, instead of --epochs.")
+@click.option("--seed", default=0, help="Of weights and batch order.")
+@click.option("--device", default="auto", metavar="auto|cpu|cuda[:i]", help="Where SAEs and LM run.")
+@click.option("--score-tokens", type=COUNT, help="Held-out tokens to score on.  [default: all]")
+@click.option("--model", help="Where the LM is, if not where the cache says.")
+@click.option("--lm-dtype", default="auto", metavar="auto|float32|bfloat16", help="Precision of the LM.")
+@click.option("--plot/--no-plot", default=True, help="Draw pareto.png and pareto.svg; needs the extra plot.")
+@click.option("--out", default="ablation", type=click.Path(), help="Folder of SAEs, table and plot.")
+@click.pass_context
+def ablation(ctx: click.Context, /, config: str | None, plot: bool, out: str, **options: Any) -> None:
+    """Train the variants in one pass over a cache, score all, and compare: table, CSV, JSON and Pareto plot.
+
+    The same command goes on with a stopped one.
+    """
+    from routesae.analyze.ablation import VARIANTS
+    from routesae.analyze.ablation import ablation as run
+    from routesae.train.settings import settings_of
+
+    scoring = {"tokens": options.pop("score_tokens"), "device": options["device"]}
+    scoring |= {name: options.pop(name) for name in ("model", "lm_dtype")}
+    flags = given_options(ctx, options) | {"resume": True, "out": str(Path(out) / "saes")}
+    settings = settings_of({"sae": VARIANTS} | flags if config is None else flags, config)
+    Path(out).mkdir(parents=True, exist_ok=True)
+    with progress() as report:
+        rows = run(settings, scoring, Path(out), plot=plot, report=report)
+    click.echo(table(rows))
+    click.echo(f"{out}: ablation.csv, ablation.json" + (", pareto.png, pareto.svg" if plot else ""))
+
+
 @main.command(epilog="Example: routesae analyze --metric KLDiv --metric Recovered --tokens 20k --json scores.json")
 @click.option(
     "--metric",
@@ -322,7 +366,8 @@ def given_options(ctx: click.Context, options: dict[str, Any]) -> dict[str, Any]
     "saes",
     multiple=True,
     type=click.Path(),
-    help="SAE folder; may be given several times.  [default: all under --out]",
+    help="SAE folder, or user/repo[/folder][@revision] on the hub; may be given several times.  "
+    "[default: all under --out]",
 )
 @click.option("--out", default="saes", type=click.Path(), help="Folder of SAE folders.")
 @click.option("--cache", default="shards", type=click.Path(), help="Folder that harvest wrote.")
@@ -347,6 +392,51 @@ def analyze(json_file: str | None, **options: Any) -> None:
         Path(json_file).write_text(json.dumps(results, indent=2) + "\n")
     click.echo(table([{key: value for key, value in row.items() if key != "folder"} for row in results["saes"]]))
     click.echo(f"on {results['tokens_scored']:,} held-out tokens")
+
+
+@main.command(epilog="Example: routesae convert sum_hard_K64_1B_data_16384.pt --layers 4-12 --name llama")
+@click.argument("file", type=click.Path())
+@click.option(
+    "--sae",
+    metavar="NAME",
+    help="vanilla, gated, topk, jumprelu, routesae, crosscoder, mlsae or random.  [default: from keys and file name]",
+)
+@click.option("--k", type=int, help="Active latents a token.  [default: from the file name]")
+@click.option("--layer", type=int, help="Layer an SAE over one layer reads.  [default: from the file name]")
+@click.option("--layers", metavar="LIST", help='Layers the others read, such as "4-12".  [default: n//4 to 3n//4]')
+@click.option("--routing", metavar="hard|soft", help="routesae.  [default: from the file name, else hard]")
+@click.option("--aggregate", metavar="sum|mean", help="routesae.  [default: from the file name, else sum]")
+@click.option("--model", help="Hub id of the LM it was trained on, kept in its cfg.json.")
+@click.option("--name", help="Folder of the SAE under --out.  [default: the file's name]")
+@click.option("--out", default="saes", type=click.Path(), help="Folder of SAE folders.")
+@click.option("--overwrite", is_flag=True, help="Replace an SAE of the same name.")
+def convert(**options: Any) -> None:
+    """Make an SAE folder of a checkpoint of the published RouteSAE code.
+
+    FILE is a .pt that it saved. Tensors are read from it; no code in it runs.
+    """
+    from routesae.train.convert import ConvertSettings
+    from routesae.train.convert import convert as run
+
+    converted = run(ConvertSettings(**options))
+    recipe, layers = converted.recipe, ", ".join(map(str, converted.recipe.layers))
+    size = f"{recipe.latents:,} latents of width {recipe.width}"
+    click.echo(f"{converted.folder}: {recipe.sae} of layer {layers}; {size}")
+
+
+@main.command(epilog="Example: routesae push saes/topk_layer12_16384_k64 user/topk --private")
+@click.argument("folder", type=click.Path())
+@click.argument("repo")
+@click.option("--private", is_flag=True, help="Where the repository is created, make it a private one.")
+@click.option("--message", help="Of the commit.  [default: the folder's name]")
+def push(folder: str, repo: str, private: bool, message: str | None) -> None:
+    """Upload an SAE folder to the Hugging Face hub, with a model card.
+
+    REPO is user/name, or user/name/folder to keep several SAEs in one repository. Log in with `hf auth login`.
+    """
+    from routesae.train.hub import push_sae
+
+    click.echo(push_sae(Path(folder), repo, private=private, message=message))
 
 
 @main.group()

@@ -18,6 +18,7 @@ from routesae.harvest.tokens import kept_positions
 from routesae.reporting import Report, WrongInput, silent
 from routesae.train.checkpoint import find_saes, load_sae
 from routesae.train.evaluate import CacheScores, require_fit, score_on_cache
+from routesae.train.hub import fetch_sae
 from routesae.train.saes import SAE
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class AnalyzeSettings:
 
     cache: str = "shards"
     saes: tuple[str, ...] = ()
-    """SAE folders; none for every SAE under `out`."""
+    """SAE folders or hub references; none for every SAE under `out`."""
     out: str = "saes"
     metrics: tuple[str, ...] = tuple(CACHE_METRICS)
     tokens: int | None = None
@@ -76,8 +77,10 @@ def analyze(settings: AnalyzeSettings, report: Report = silent) -> dict[str, Any
     cache = Cache(settings.cache)
     cache.require_whole()
     device = pick_device(settings.device)
-    folders = list(dict.fromkeys(map(Path, settings.saes))) or find_saes(Path(settings.out))
-    saes = {_name(folder, folders): load_sae(folder, device) for folder in folders}
+    given = {fetch_sae(sae): sae for sae in settings.saes}
+    folders = list(given) or find_saes(Path(settings.out))
+    fetched = {folder: sae for folder, sae in given.items() if folder != Path(sae)}  # what is named by a commit here
+    saes = {fetched.get(folder) or _name(folder, folders): load_sae(folder, device) for folder in folders}
     for folder, sae in zip(folders, saes.values(), strict=True):
         try:
             require_fit(sae, cache)

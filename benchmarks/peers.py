@@ -43,11 +43,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Peer:
-    """encode: x_ND → f_NF in use. decode: f_NF → x̂_ND. pre: what a batchtopk's threshold is compared with."""
+    """encode: x_ND → f_NF in use. decode: f_NF → x̂_ND.
+
+    Where latents pass a threshold, encode gives what is compared with it, and thresholds_F what with.
+    """
 
     encode: Callable[[Tensor], Tensor]
     decode: Callable[[Tensor], Tensor]
-    pre: Callable[[Tensor], Tensor] | None = None
+    thresholds_F: Tensor | None = None
 
 
 def steered(weight: float, active: Tensor, k: int) -> float:
@@ -84,7 +87,10 @@ def sae_lens(task: Task) -> Peer:
     elif task.variant == "batchtopk":
         sae = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(k=task.k, **common))
     elif task.variant == "jumprelu":
-        config = JumpReLUTrainingSAEConfig(l0_coefficient=0.1 * task.width / task.k, **common)
+        # The gradient to the pre-activations too (its "Anthropic" setting); by thresholds alone, L0 stayed at 1000.
+        config = JumpReLUTrainingSAEConfig(
+            l0_coefficient=0.1 * task.width / task.k, jumprelu_ste_to_input=True, **common
+        )
         sae = JumpReLUTrainingSAE(config)
         first = next(iter(task.batches()))
         with torch.no_grad():
@@ -122,7 +128,9 @@ def sae_lens(task: Task) -> Peer:
         return f_NF / sae.W_dec.norm(dim=1) @ sae.W_dec + sae.b_dec
 
     if task.variant == "batchtopk":
-        return Peer(encode, decode_batchtopk, pre)
+        return Peer(pre, decode_batchtopk, torch.ones(task.latents))
+    if task.variant == "jumprelu":
+        return Peer(lambda x_ND: (x_ND - sae.b_dec) @ sae.W_enc + sae.b_enc, sae.decode, sae.threshold.detach())
     return Peer(encode, sae.decode)
 
 
@@ -174,7 +182,9 @@ def dictionary_learning(task: Task) -> Peer:
         trainer.update(step, x_ND)
     ae = trainer.ae
     if task.variant == "batchtopk":
-        return Peer(ae.encode, ae.decode, lambda x_ND: ae.encoder(x_ND - ae.b_dec))
+        return Peer(lambda x_ND: ae.encoder(x_ND - ae.b_dec), ae.decode, torch.ones(task.latents))
+    if task.variant == "jumprelu":
+        return Peer(lambda x_ND: ae.encode(x_ND, output_pre_jump=True)[1], ae.decode, ae.threshold.detach())
     return Peer(ae.encode, ae.decode)
 
 

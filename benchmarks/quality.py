@@ -43,22 +43,18 @@ def rows(cache: Cache, first: int, after: int, layer: int) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def score(peer: Peer, held_out: list[Tensor], k: int) -> tuple[float, float]:
-    """NormMSE and L0. A batchtopk's threshold is set to k active latents on these rows, whoever trained it."""
-    threshold = None
-    if peer.pre is not None:
-        z = torch.cat([peer.pre(x_ND).relu() for x_ND in held_out])
-        threshold = -float(torch.kthvalue(-z.flatten(), k * len(z) + 1).values)
-    shares, active, n = 0.0, 0, 0
-    for x_ND in held_out:
-        if threshold is None:
-            f_NF = peer.encode(x_ND)
-        else:
-            z_NF = peer.pre(x_ND).relu()
-            f_NF = torch.where(z_NF > threshold, z_NF, 0)
-        shares += float(squared_error_shares(x_ND, peer.decode(f_NF)).double().sum())
-        active += int((f_NF > 0).sum())
-        n += len(x_ND)
-    return shares / n, active / n
+    """NormMSE and L0. Thresholds are multiplied by the one factor that makes k latents active on these rows."""
+    codes = [peer.encode(x_ND) for x_ND in held_out]
+    if peer.thresholds_F is not None:
+        ratios = torch.cat([(z_NF.relu() / peer.thresholds_F.clamp(min=1e-6)).flatten() for z_NF in codes])
+        factor = -torch.kthvalue(-ratios, k * sum(map(len, held_out)) + 1).values
+        codes = [torch.where(z_NF > factor * peer.thresholds_F, z_NF, 0).relu() for z_NF in codes]
+    shares = sum(
+        float(squared_error_shares(x_ND, peer.decode(f_NF)).double().sum())
+        for x_ND, f_NF in zip(held_out, codes, strict=True)
+    )
+    active = sum(int((f_NF > 0).sum()) for f_NF in codes)
+    return shares / sum(map(len, held_out)), active / sum(map(len, held_out))
 
 
 def ours(
@@ -69,7 +65,7 @@ def ours(
         flags |= {"lr": args.lr, "batch_tokens": args.batch_tokens, "tokens": args.tokens, "seed": seed, "out": out}
         (result,) = train(settings_of(flags | {"recipe": recipe}))
         sae = load_sae(result.folder, CPU)
-    if variant != "batchtopk":
+    if variant not in ("batchtopk", "jumprelu"):
         assert result.held_out is not None
         return result.held_out.norm_mse, result.held_out.l0
 
@@ -77,7 +73,8 @@ def ours(
         parts = pre_activations(x_ND, sae.W_enc_FD, sae.b_enc_F, sae.b_dec_D)
         return torch.cat([z_nF.clone() for _, z_nF in parts])
 
-    return score(Peer(pre, lambda f_NF: f_NF @ sae.W_dec_FD + sae.b_dec_D, pre), held_out, args.k)
+    thresholds_F = sae.threshold_F if variant == "jumprelu" else torch.ones(args.latents)
+    return score(Peer(pre, lambda f_NF: f_NF @ sae.W_dec_FD + sae.b_dec_D, thresholds_F), held_out, args.k)
 
 
 def main() -> None:

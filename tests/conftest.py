@@ -15,6 +15,7 @@ import torch
 from routesae.harvest.cache import Cache
 from routesae.harvest.run import harvest
 from routesae.harvest.settings import HarvestSettings
+from routesae.train.settings import TrainSettings, settings_of
 
 WORDS = re.findall(
     r"\w+", "the a router layer token hidden state latent dictionary sparse model block reads writes shard row"
@@ -104,3 +105,24 @@ def tiny_settings(tiny_model: Path, tiny_corpus: Path) -> Callable[..., HarvestS
 def tiny_cache(tiny_settings: Callable[..., HarvestSettings], tmp_path_factory: pytest.TempPathFactory) -> Cache:
     """A finished cache; tests must not change it (copy its folder first)."""
     return harvest(tiny_settings(out=str(tmp_path_factory.mktemp("cache") / "shards")))
+
+
+@pytest.fixture
+def settings(tiny_cache: Cache, tmp_path: Path) -> Callable[..., TrainSettings]:
+    """A run of 8 or 9 steps on 7,000-odd tokens, into tmp_path/saes, a topk unless another `sae` is given."""
+
+    def make(**changes: Any) -> TrainSettings:
+        given: dict[str, Any] = {
+            "cache": str(tiny_cache.path),
+            "sae": "topk",
+            "latents": 64,
+            "k": 8,
+            "batch_tokens": 1000,
+            "log_every_steps": 3,
+            "lr": 3e-3,
+            "device": "cpu",
+            "out": str(tmp_path / "saes"),
+        }
+        return settings_of({**given, **changes})
+
+    return make

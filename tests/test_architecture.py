@@ -128,6 +128,7 @@ def test_command_line_imports_no_room_when_it_is_imported() -> None:
         "routesae.__version__",
         "routesae.reporting.FailedRun",
         "routesae.reporting.Progress",
+        "routesae.reporting.Stopped",
         "routesae.reporting.WrongInput",
     }
 

@@ -27,8 +27,9 @@ from routesae.cli import COUNT, main, table
 from routesae.harvest.cache import Cache
 from routesae.harvest.settings import HarvestSettings
 from routesae.train.checkpoint import save_sae
-from routesae.train.run import TrainSettings, train
-from routesae.train.saes import SAES, Recipe
+from routesae.train.run import train
+from routesae.train.saes import Recipe, build
+from routesae.train.settings import RunSettings, TrainSettings, settings_of
 
 OPTIONS = {
     "": ["--help", "--quiet", "--version", "-h"],
@@ -57,8 +58,13 @@ OPTIONS = {
     ],
     "train": [
         "--aggregate",
+        "--anneal-k-from",
+        "--balance",
         "--batch-tokens",
         "--cache",
+        "--checkpoint-every",
+        "--clip",
+        "--config",
         "--dead-after-tokens",
         "--device",
         "--epochs",
@@ -67,14 +73,25 @@ OPTIONS = {
         "--k",
         "--latents",
         "--layer",
+        "--log",
         "--log-every-steps",
         "--lr",
         "--name",
+        "--normalize",
         "--out",
         "--overwrite",
+        "--pre-act-loss",
+        "--precision",
+        "--prefixes",
+        "--recipe",
+        "--resume",
+        "--routed",
+        "--router",
         "--routing",
         "--sae",
         "--seed",
+        "--sparsity",
+        "--sparsity-warmup",
         "--tokens",
         "-h",
     ],
@@ -96,6 +113,8 @@ OPTIONS = {
     "cache info": ["--help", "-h", "path"],
     "cache verify": ["--help", "-h", "path"],
 }
+# Commands that are not frozen yet; once one is settled its options belong above, and its words in LEAVES.
+NOT_FROZEN = ("convert", "push", "ablation")
 LEAVES = ("harvest", "train", "analyze", "cache info", "cache verify")
 SMALL = ("--latents", "64", "--k", "8", "--batch-tokens", "1024", "--device", "cpu")
 
@@ -145,8 +164,8 @@ def saes(tiny_cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a topk of layer 3 and a hard routesae."""
     out = tmp_path_factory.mktemp("saes")
     small: dict[str, Any] = {"latents": 64, "k": 8, "batch_tokens": 1024, "device": "cpu", "out": str(out)}
-    train(TrainSettings(cache=str(tiny_cache.path), sae="topk", layer=3, name="topk", **small))
-    train(TrainSettings(cache=str(tiny_cache.path), name="routesae", **small))
+    train(settings_of({"cache": str(tiny_cache.path), "sae": "topk", "layer": 3, "name": "topk", **small}))
+    train(settings_of({"cache": str(tiny_cache.path), "name": "routesae", **small}))
     return out
 
 
@@ -160,7 +179,7 @@ def test_commands_and_options_are_those_frozen_here() -> None:
         inherited = main.context_settings["help_option_names"]
         opts = {o for p in parameters for o in (inherited if p.name == "help" else p.opts)}
         found[words] = sorted(opts | set(inherited))
-    assert found == OPTIONS
+    assert {words: options for words, options in found.items() if words not in NOT_FROZEN} == OPTIONS
 
 
 def test_every_command_has_an_example_that_parses() -> None:
@@ -195,9 +214,7 @@ def test_every_option_has_a_help_text() -> None:
     assert [option.name for option in options if not option.help] == []
 
 
-@pytest.mark.parametrize(
-    ("words", "settings"), [("harvest", HarvestSettings), ("train", TrainSettings), ("analyze", AnalyzeSettings)]
-)
+@pytest.mark.parametrize(("words", "settings"), [("harvest", HarvestSettings), ("analyze", AnalyzeSettings)])
 def test_defaults_of_the_command_line_are_those_of_the_settings(words: str, settings: Callable[[], Any]) -> None:
     expected = asdict(settings())
     found = defaults(words)
@@ -208,12 +225,28 @@ def test_defaults_of_the_command_line_are_those_of_the_settings(words: str, sett
     assert found == expected
 
 
+def test_defaults_of_train_are_those_of_the_settings_wherever_help_shows_one() -> None:
+    """Only what stands on the command line is passed on; so a default is shown, and never used."""
+    own = {**asdict(TrainSettings(runs=(RunSettings(),))), **asdict(RunSettings())}
+    own["checkpoint_every"] = own.pop("checkpoint_every_steps")
+    del own["runs"]
+    found = defaults("train")
+    assert found.pop("config") is None
+    assert found.keys() == own.keys()
+    assert {name: value for name, value in found.items() if value not in (None, ())} == {
+        name: own[name] for name, value in found.items() if value not in (None, ())
+    }
+    stated = {o.name: o.help for o in commands()["train"].params if isinstance(o, click.Option) and o.help}
+    for name in (name for name, value in found.items() if value in (None, ()) and own[name] not in (None, ())):
+        assert f"[default: {own[name]}]" in stated[name]
+
+
 def test_defaults_are_those_of_the_design() -> None:
     harvest, training = defaults("harvest"), defaults("train")
     assert (harvest["model"], harvest["data"]) == ("meta-llama/Llama-3.2-1B", "Skylion007/openwebtext")
     assert (harvest["tokens"], harvest["context"], harvest["dtype"]) == (10_000_000, 512, "float16")
     assert (harvest["layers"], harvest["out"]) == (None, "shards")
-    assert (training["sae"], training["k"], training["lr"]) == ("routesae", 64, 5e-4)
+    assert (RunSettings().sae, RunSettings().k, training["lr"]) == ("routesae", 64, 5e-4)
     assert (training["cache"], training["out"], defaults("analyze")["out"]) == ("shards", "saes", "saes")
 
 
@@ -353,6 +386,62 @@ def test_verify_names_every_bad_shard_and_exits_1(tiny_cache: Cache, tmp_path: P
     ]
 
 
+def test_train_prints_one_line_for_every_sae_of_the_pass(tiny_cache: Cache, tmp_path: Path) -> None:
+    several = ("--sae", "topk", "--sae", "jumprelu", "--sae", "routesae", "--layer", "3", "--k", "4")
+    result = invoke("train", "--cache", tiny_cache.path, *SMALL, *several, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    names = [f"{name}_64_k{k}" for name in ("topk_layer3", "jumprelu_layer3", "routesae_hard") for k in (8, 4)]
+    held_out = r"held-out NormMSE \d\.\d{4}, L0 \d+\.\d on [\d,]+ tokens"
+    for line, name in zip(result.stdout.splitlines(), names, strict=True):
+        assert re.fullmatch(rf"{tmp_path}/{name}: {held_out}", line), line
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+
+
+def test_a_config_file_gives_the_runs_and_flags_win(tiny_cache: Cache, tmp_path: Path) -> None:
+    config, out = tmp_path / "train.toml", tmp_path / "saes"
+    config.write_text(
+        f'cache = "{tiny_cache.path}"\nlatents = 64\nk = 8\nbatch-tokens = 1024\n'
+        '[[run]]\nsae = "topk"\nname = "a"\n[[run]]\nrouter = "top2"\nname = "b"\n'
+    )
+    result = invoke("train", "--config", config, "--k", "4", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert [line.partition(":")[0] for line in result.stdout.splitlines()] == [f"{out}/a", f"{out}/b"]
+    for name, sae in (("a", "topk"), ("b", "routesae")):
+        source = json.loads((out / name / "cfg.json").read_text())["metadata"]["routesae"]["source"]
+        asked = source["settings"]
+        assert (asked["run"]["sae"], asked["run"]["k"], asked["run"]["latents"]) == (sae, 4, 64)
+        assert (asked["batch_tokens"], asked["seed"]) == (1024, 0)
+
+
+def test_resuming_what_is_finished_prints_nothing_and_exits_0(tiny_cache: Cache, tmp_path: Path) -> None:
+    arguments = ("train", "--cache", tiny_cache.path, *SMALL, "--out", tmp_path)
+    assert invoke(*arguments).exit_code == 0
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    again = invoke(*arguments, "--resume")
+    assert (again.exit_code, again.stdout) == (0, "")
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("k = ", "cannot be read"),
+        ("sead = 1", "sead is no setting"),
+        ("[[run]]\nseed = 1", "[[run]]: seed is no setting"),
+        ('k = "64"', "--k '64' is of the wrong type"),
+        ('lr = "x"', "--lr 'x' is of the wrong type"),
+        ("epochs = 1.5", "--epochs 1.5 is of the wrong type"),
+        ("run = 3", "write [[run]] above each"),
+    ],
+)
+def test_a_wrong_config_file_is_refused(text: str, expected: str, tiny_cache: Cache, tmp_path: Path) -> None:
+    (tmp_path / "train.toml").write_text(text)
+    out = tmp_path / "saes"
+    line = refused("train", "--cache", tiny_cache.path, "--config", tmp_path / "train.toml", "--out", out)
+    assert expected in line
+    assert not out.exists()
+
+
 # ----------------------------------------------------------------------------------------------- wrong input
 
 
@@ -397,7 +486,7 @@ def test_k_larger_than_the_latents_is_refused(tiny_cache: Cache, tmp_path: Path)
 
 
 def test_an_sae_of_another_width_is_refused(tiny_cache: Cache, tmp_path: Path) -> None:
-    save_sae(tmp_path, SAES["topk"](Recipe(sae="topk", layers=(3,), width=16, latents=64, k=8)), {})
+    save_sae(tmp_path, build(Recipe(sae="topk", layers=(3,), width=16, latents=64, k=8)), {})
     line = refused("analyze", "--cache", tiny_cache.path, "--sae", tmp_path)
     assert "width 16 is not the 32" in line
 
@@ -405,10 +494,28 @@ def test_an_sae_of_another_width_is_refused(tiny_cache: Cache, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ("train --cache CACHE --sae dense", "--sae 'dense' is none of routesae, topk"),
+        ("train --cache CACHE --sae dense", "--sae 'dense' is none of vanilla, gated, topk"),
         ("train --cache CACHE --routing soggy", "--routing 'soggy' is none of hard, soft"),
         ("train --cache CACHE --aggregate max", "--aggregate 'max' is none of sum, mean"),
-        ("train --cache CACHE --layer 3", "--layer 3 is for topk"),
+        ("train --cache CACHE --layer 3", "--layer 3 is not for routesae: it reads every layer"),
+        ("train --cache CACHE --sae topk --router top2", "--router top2 is not for topk"),
+        ("train --cache CACHE --sae topk --sparsity 0.1", "--sparsity 0.1 is not for topk"),
+        ("train --cache CACHE --router best", "--router 'best' is none of published, top2"),
+        ("train --cache CACHE --normalize layer", "--normalize 'layer' is none of token, dataset, none"),
+        ("train --cache CACHE --precision int8", "--precision 'int8' is none of auto, float32"),
+        ("train --cache CACHE --recipe paper", "--recipe 'paper' is none of routesae, published"),
+        ("train --cache CACHE --sae gated --recipe published", "--recipe published needs --sparsity"),
+        ("train --cache CACHE --sae matryoshka --prefixes 1,x", "--prefixes '1,x' is no list such as"),
+        ("train --cache CACHE --sae matryoshka --prefixes 8,16", "must rise and end with the SAE's 256"),
+        ("train --cache CACHE --anneal-k-from 257", "--anneal-k-from 257 is more than the SAE's 256 latents"),
+        ("train --cache CACHE --clip -1", "--clip -1.0 is not a number of 0 or more"),
+        ("train --cache CACHE --checkpoint-every 0", "--checkpoint-every 0 is below 1"),
+        ("train --cache CACHE --sparsity-warmup 2", "--sparsity-warmup 2.0 is not a share"),
+        ("train --cache CACHE --log mlflow", "--log 'mlflow' is none of tensorboard, wandb, trackio"),
+        ("train --cache CACHE --resume --overwrite", "--resume goes on with what --overwrite would delete"),
+        ("train --cache CACHE --config no.toml", "--config no.toml does not exist"),
+        ("train --cache CACHE --seed 5000000000", "--seed 5000000000 is not below 2^32"),
+        ("train --cache CACHE --name x --k 8 --k 16", "two SAEs of this run would be saes/x"),
         ("train --cache CACHE --epochs 1 --tokens 1k", "both say how long"),
         ("train --cache CACHE --lr 0", "--lr 0.0 is not above 0"),
         ("train --cache CACHE --name ../x", "--name '../x'"),
@@ -577,12 +684,20 @@ def test_ctrl_c_leaves_a_cache_that_resumes(tiny_model: Path, tiny_corpus: Path,
     assert invoke("cache", "verify", shards).exit_code == 0
 
 
-def test_ctrl_c_leaves_no_half_written_sae(tiny_cache: Cache, tmp_path: Path) -> None:
+def test_ctrl_c_leaves_no_sae_but_a_checkpoint_that_the_same_goes_on_from(tiny_cache: Cache, tmp_path: Path) -> None:
     arguments = ("train", "--cache", str(tiny_cache.path), *SMALL, "--epochs", "100000", "--name", "long")
     metrics = tmp_path / "saes" / ".long.partial" / "metrics.jsonl"
     run = routesae(*arguments, cwd=tmp_path)
-    assert len(interrupted(run, lambda: metrics.exists() and metrics.stat().st_size > 0)) == 1
-    assert list((tmp_path / "saes").iterdir()) == []
+    (line,) = interrupted(run, lambda: metrics.exists() and metrics.stat().st_size > 0)
+    found = re.fullmatch(r"routesae: stopped after step (\d+) of \d+; the same with --resume goes on", line)
+    assert found is not None, line
+    assert list((tmp_path / "saes").iterdir()) == [metrics.parent]
+    (state,) = metrics.parent.glob("step-*")
+    assert int(state.name[5:]) == int(found[1])
+    again = refused(*arguments, "--out", tmp_path / "saes")
+    assert f"long was stopped after step {int(found[1])}; --resume goes on there, --overwrite starts again" in again
+    shorter = refused(*arguments, "--out", tmp_path / "saes", "--resume", "--epochs", "1")
+    assert "long was begun with other settings: pass.epochs (was 100000, now 1)" in shorter
 
 
 def test_help_is_quick_and_imports_no_torch(tmp_path: Path) -> None:

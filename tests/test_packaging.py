@@ -136,10 +136,26 @@ def test_installed_wheel_answers_from_elsewhere_without_the_checkout(wheel: Path
         assert all(name in answered.stdout for name in ("harvest", "train", "analyze", "cache"))
 
 
+def extras() -> list[Requirement]:
+    return [Requirement(line) for extra in PYPROJECT["project"]["optional-dependencies"].values() for line in extra]
+
+
 def requirements() -> list[Requirement]:
-    project = PYPROJECT["project"]
-    extras = [line for extra in project["optional-dependencies"].values() for line in extra]
-    return [Requirement(line) for line in [*project["dependencies"], *extras]]
+    """What is asked of others: without the project's own extras, which dev takes in."""
+    found = [*map(Requirement, PYPROJECT["project"]["dependencies"]), *extras()]
+    return [requirement for requirement in found if requirement.name != PYPROJECT["project"]["name"]]
+
+
+def test_extras_that_are_taken_in_are_there_and_every_tracker_has_one() -> None:
+    from routesae.train.trackers import TRACKERS
+
+    there = PYPROJECT["project"]["optional-dependencies"]
+    own = [requirement for requirement in extras() if requirement.name == PYPROJECT["project"]["name"]]
+    taken_in = {extra for requirement in own for extra in requirement.extras}
+    assert taken_in <= set(there)
+    for name, (module, _) in TRACKERS.items():  # --log NAME says: pip install 'routesae[NAME]'
+        assert [Requirement(line).name for line in there[name]] == [module]
+        assert name in taken_in  # so that the tests of trackers run
 
 
 def pins() -> dict[str, Version]:

@@ -101,6 +101,10 @@ def _is_ours(config: Mapping[str, Any]) -> bool:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """cfg.json of the SAE in `folder`. Raises WrongInput where it is missing or not JSON."""
+    if folder.is_file():
+        raise WrongInput(
+            f"{folder} is a file, and an SAE is a folder; a published .pt checkpoint becomes one by routesae convert"
+        )
     try:
         config = json.loads((folder / CONFIG).read_bytes())
     except FileNotFoundError:

@@ -109,6 +109,7 @@ class StepLog:
         if size < facts["metrics_bytes"]:
             raise FailedRun(f"{self.file.name} is {size} bytes, shorter than at its checkpoint; start again")
         self.file.truncate(facts["metrics_bytes"])
+        self.file.seek(0, os.SEEK_END)  # truncating leaves tell(), which the next checkpoint keeps, where it was
         self.tokens_done, self.steps, self.tokens = facts["tokens_done"], facts["log_steps"], facts["log_tokens"]
 
     def close(self) -> None:

@@ -19,10 +19,14 @@ def squared_error_shares(x_ND: Tensor, reconstruction_ND: Tensor) -> Tensor:
     return (x_ND - reconstruction_ND).square().sum(1) / (x_ND.square().sum(1) + _TINY)
 
 
+def mean_over_rows(values_N: Tensor, weights_N: Tensor | None) -> Tensor:
+    """The mean; weighted where weights_N, which sum to 1, are given."""
+    return values_N.mean() if weights_N is None else (weights_N * values_N).sum()
+
+
 def norm_mse(x_ND: Tensor, reconstruction_ND: Tensor, weights_N: Tensor | None = None) -> Tensor:
-    """NormMSE: the mean over tokens of ‖x − x̂‖² / ‖x‖²; weighted where weights_N, which sum to 1, are given."""
-    shares_N = squared_error_shares(x_ND, reconstruction_ND)
-    return shares_N.mean() if weights_N is None else (weights_N * shares_N).sum()
+    """NormMSE: the mean over tokens of ‖x − x̂‖² / ‖x‖², weighted by weights_N where given."""
+    return mean_over_rows(squared_error_shares(x_ND, reconstruction_ND), weights_N)
 
 
 def auxk(
@@ -33,6 +37,7 @@ def auxk(
     W_dec_FD: Tensor,
     b_dec_D: Tensor,
     dead_F: Tensor,
+    weights_N: Tensor | None = None,
 ) -> Tensor:
     """AuxK: how badly the dead latents alone, the top D/2 of them, model what the live ones leave over.
 
@@ -47,4 +52,4 @@ def auxk(
     weights = (W_enc_FD[dead], b_enc_F[dead], W_dec_FD[dead], b_dec_D)
     selected = topk_latents(x_ND, *weights[:2], b_dec_D, min(x_ND.shape[1] // 2, len(dead)))
     with_bias_ND, _ = sparse_autoencode(x_ND, *weights, selected)
-    return norm_mse(residual_ND, with_bias_ND - b_dec_D)
+    return norm_mse(residual_ND, with_bias_ND - b_dec_D, weights_N)

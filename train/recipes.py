@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from routesae.harvest.cache import Cache
+from routesae.reporting import WrongInput
 from routesae.train.saes import SINGLE_LAYER, Recipe
 from routesae.train.saes.matryoshka import default_prefixes
 from routesae.train.settings import RunSettings
@@ -17,6 +18,8 @@ def make_recipe(run: RunSettings, cache: Cache) -> Recipe:
     if run.sae in SINGLE_LAYER:
         layers = (run.layer if run.layer is not None else layers[len(layers) // 2],)
     latents = run.latents or (run.expansion or DEFAULT_EXPANSION) * manifest.width
+    if run.anneal_k_from is not None and run.anneal_k_from > latents:
+        raise WrongInput(f"--anneal-k-from {run.anneal_k_from} is more than the SAE's {latents} latents; lower it")
     nested = "matryoshka" in (run.sae, run.routed)
     return Recipe(
         sae=run.sae,

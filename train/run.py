@@ -104,6 +104,11 @@ def train(settings: TrainSettings, report: Report = silent) -> list[TrainResult]
     return [_finish(trainee, job, settings, cache, report) for trainee, job in zip(trainees, jobs, strict=True)]
 
 
+def folders(settings: TrainSettings) -> list[Path]:
+    """Where each SAE of the settings is, or will be."""
+    return [job.folder for job in _jobs(settings, Cache(settings.cache), pick_device(settings.device))]
+
+
 def _jobs(settings: TrainSettings, cache: Cache, device: torch.device) -> list[Job]:
     passed = {name: getattr(settings, name) for name in ("batch_tokens", "epochs", "tokens", "dead_after_tokens")}
     passed |= {"sparsity_warmup": settings.sparsity_warmup, "seed": settings.seed}
@@ -134,9 +139,12 @@ def _finished(job: Job, settings: TrainSettings) -> bool:
         return False
     if not (job.folder / CONFIG).is_file():
         raise WrongInput(f"{job.folder} exists and is not an SAE, so it is not overwritten; give another --name")
+    if settings.resume and newest_step([job.partial]):
+        return False  # a stopped --overwrite: what is there is replaced once the new one is done
     if settings.resume:
         source = read_config(job.folder).get("metadata", {}).get("routesae", {}).get("source", {})
         require_same(job.folder, source.get("identity", {}), job.identity)
+        drop_checkpoints(job.folder)  # where a kill came just before that
         log.info("%s is trained already", job.folder)
         return True
     if not settings.overwrite:
@@ -160,6 +168,9 @@ def _first_step(jobs: Sequence[Job], settings: TrainSettings) -> int:
                 require_same(job.folder, then, job.identity)
         if step := newest_step([job.partial for job in jobs]):
             return step
+        if all(steps.values()):
+            stood = ", ".join(f"{name} after step {step}" for name, step in steps.items())
+            raise WrongInput(f"--resume: they were not stopped together ({stood}); train them apart")
     for job in jobs:
         shutil.rmtree(job.partial, ignore_errors=True)
         job.partial.mkdir(parents=True)

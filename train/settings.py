@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from routesae.reporting import WrongInput
 from routesae.train.saes import SAES, SINGLE_LAYER
-from routesae.train.saes.routers import ROUTERS
+from routesae.train.saes.routers import CONTROLS, ROUTERS
 
 RECIPES = ("routesae", "published")
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -61,6 +61,7 @@ class RunSettings:
     """Folder under `out`; None for one made of the settings that tell runs apart."""
 
     def __post_init__(self) -> None:
+        _require_types(self)
         if self.sae not in SAES:
             raise WrongInput(f"--sae {self.sae!r} is none of {', '.join(SAES)}")
         for name, value in ((name, getattr(self, name)) for name in ONLY_FOR):
@@ -76,6 +77,9 @@ class RunSettings:
                 raise WrongInput(f"--{name} {getattr(self, name)!r} is none of {', '.join(values)}")
         if self.routing == "soft" and self.router not in (None, "published", "frozen"):
             raise WrongInput(f"--router {self.router} chooses one layer a token; with --routing soft use published")
+        if self.balance and (self.routing == "soft" or self.router in CONTROLS):
+            how = "soft routing" if self.routing == "soft" else f"--router {self.router}"
+            raise WrongInput(f"--balance {self.balance} has nothing to spread with {how}; leave it out")
         if self.recipe == "published" and (self.routed or self.sae) in PENALISED and self.sparsity is None:
             raise WrongInput(f"--recipe published needs --sparsity for {self.sae}, the published code's --lamda")
         if not (math.isfinite(self.lr) and self.lr > 0):
@@ -142,6 +146,7 @@ class TrainSettings:
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        _require_types(self)
         if not self.runs:
             raise WrongInput("no SAE to train; name one with --sae")
         _require_counts(
@@ -157,6 +162,8 @@ class TrainSettings:
             raise WrongInput(f"--precision {self.precision!r} is none of {', '.join(PRECISIONS)}")
         if self.seed < 0:
             raise WrongInput(f"--seed {self.seed} is below 0")
+        if self.seed >= 2**32:
+            raise WrongInput(f"--seed {self.seed} is not below 2^32")  # each step's is made of it and of the step
         if self.resume and self.overwrite:
             raise WrongInput("--resume goes on with what --overwrite would delete; give one")
 
@@ -166,6 +173,18 @@ def _require_counts(settings: object, *names: str) -> None:
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise WrongInput(f"--{flag(name)} {value} is below 1")
+
+
+def _require_types(settings: object) -> None:
+    """A TOML file may hold anything: every value is of its field's type, a whole number fine where any is."""
+    for name, hint in get_type_hints(type(settings)).items():
+        value, kinds = getattr(settings, name), [get_origin(kind) or kind for kind in get_args(hint) or (hint,)]
+        if get_origin(hint) is tuple:
+            kinds = [tuple]
+        fits = isinstance(value, tuple(kinds)) or (float in kinds and isinstance(value, int))
+        if not fits or (isinstance(value, bool) and bool not in kinds):
+            names = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in kinds)
+            raise WrongInput(f"--{flag(name)} {value!r} is of the wrong type: a {type(value).__name__}, not {names}")
 
 
 def flag(name: str) -> str:
@@ -181,7 +200,8 @@ def settings_of(flags: Mapping[str, Any], config: str | None = None) -> TrainSet
     """Settings from flags by name, over those of a TOML file, over the defaults.
 
     Values of SWEPT names may be sequences. In the file, every table [[run]] is a run, and the file's other names
-    hold for all of them. A flag that is not for a run's variant is left out of that run, unless it is for none.
+    hold for all of them. What is not for a run's variant is left out of that run, unless it is for none or stands
+    in the run's own table.
     Raises WrongInput for an unknown name, naming it.
     """
     shared = _read_toml(config) if config is not None else {}
@@ -195,9 +215,13 @@ def settings_of(flags: Mapping[str, Any], config: str | None = None) -> TrainSet
     passed = {name: value for name, value in {**shared, **flags}.items() if name in PASS_NAMES}
     own = {name: value for name, value in flags.items() if name in RUN_NAMES}
     common = {name: value for name, value in shared.items() if name in RUN_NAMES}
-    combined = [run for table in tables for run in _combinations({**common, **table, **own})]
+    combined = [
+        (run, {*own, *common} - set(table) | set(own))
+        for table in tables
+        for run in _combinations({**common, **table, **own})
+    ]
     try:
-        runs = tuple(RunSettings(**{**run, **_tuple(run, "prefixes")}) for run in _applicable(combined, set(own)))
+        runs = tuple(RunSettings(**{**run, **_tuple(run, "prefixes")}) for run in _applicable(combined))
         return TrainSettings(runs=runs, **{**passed, **_tuple(passed, "log")})
     except TypeError as error:
         raise WrongInput(f"{config or 'settings'}: a value is of the wrong type ({error})") from error
@@ -217,15 +241,18 @@ def _combinations(run: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{**run, **dict(zip(axes, values, strict=True))} for values in product(*axes.values())]
 
 
-def _applicable(runs: Sequence[dict[str, Any]], given: set[str]) -> list[dict[str, Any]]:
-    """Each run without the flags that are for other runs' variants; without the doubles that this makes."""
+def _applicable(runs: Sequence[tuple[dict[str, Any], set[str]]]) -> list[dict[str, Any]]:
+    """Each run without what is for other runs' variants; without the doubles that this makes.
+
+    runs: with the names that hold for several of them, which alone are left out.
+    """
 
     def fits(name: str, run: Mapping[str, Any]) -> bool:
         return applies(name, run.get("sae", "routesae"), run.get("routed"))
 
-    elsewhere = {name for name in given if any(fits(name, run) for run in runs)}
     kept: list[dict[str, Any]] = []
-    for run in runs:
+    for run, common in runs:
+        elsewhere = {name for name in common if any(name in other and fits(name, other) for other, _ in runs)}
         slim = {name: value for name, value in run.items() if name not in elsewhere or fits(name, run)}
         if slim not in kept:
             kept.append(slim)

@@ -25,6 +25,7 @@ from routesae.reporting import FailedRun, WrongInput
 from routesae.train.trainee import Trainee
 
 STATE, FACTS = "state.safetensors", "state.json"
+FACT_NAMES = {"step", "identity", "scale", "metrics_bytes", "tokens_done", "log_steps", "log_tokens"}
 
 
 def partial_folder(folder: Path) -> Path:
@@ -70,7 +71,8 @@ def read_facts(folder: Path, step: int) -> dict[str, Any]:
         facts = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise FailedRun(f"{path} cannot be read ({error}); delete {folder} and start again") from error
-    assert isinstance(facts, dict)
+    if not isinstance(facts, dict) or not set(facts) >= FACT_NAMES:
+        raise FailedRun(f"{path} is not the state of a run; delete {folder} and start again")
     return facts
 
 
@@ -107,3 +109,5 @@ def drop_checkpoints(folder: Path) -> None:
     """What a finished SAE no longer needs."""
     for step in _steps(folder):
         shutil.rmtree(folder / f"step-{step:08d}")
+    for half in folder.glob(".step-*"):  # of a run killed while it wrote one
+        shutil.rmtree(half)

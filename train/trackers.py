@@ -6,13 +6,20 @@ for Weights & Biases; TensorBoard and Trackio write to this machine anyway.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from routesae.reporting import WrongInput
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 PROJECT = "routesae"
 
@@ -37,32 +44,52 @@ class TensorBoard:
     """Event files in the SAE's own folder, under tensorboard/."""
 
     def __init__(self, name: str, folder: Path, settings: Mapping[str, Any]):
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = SummaryWriter(str(folder / "tensorboard"))
-        self.writer.add_text("settings", str(dict(settings)))
+        self.folder, self.settings = folder / "tensorboard", settings
+        self.writer: SummaryWriter | None = None
 
     def log(self, step: int, line: Mapping[str, Any]) -> None:
+        if self.writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # A killed run may have written lines after its checkpoint; they come again and must not count twice.
+            self.writer = SummaryWriter(str(self.folder), purge_step=step)
+            self.writer.add_text("settings", str(dict(self.settings)))
         for name, value in scalars(line):
             self.writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self.writer.close()
+        if self.writer is not None:
+            self.writer.close()
 
 
 class Hosted:
-    """Weights & Biases, or Trackio, which has the same interface: one run an SAE, resumed under the same id."""
+    """Weights & Biases, or Trackio, which has the same interface: one run an SAE, gone on with where the SAE is.
+
+    The run's id is kept beside metrics.jsonl for that.
+    """
 
     def __init__(self, module: str, name: str, folder: Path, settings: Mapping[str, Any]):
-        tracker = importlib.import_module(module)
-        extra = {"dir": str(folder), "reinit": "create_new"} if module == "wandb" else {}
-        self.run = tracker.init(project=PROJECT, name=name, config=dict(settings), **extra)
+        tracker, begun = importlib.import_module(module), folder / f"{module}-run"
+        options: dict[str, Any] = {"project": PROJECT, "name": name, "config": dict(settings)}
+        options |= {"resume": "allow" if begun.exists() else "never"}
+        if module == "wandb":
+            options |= {"dir": str(folder), "reinit": "create_new"}
+            options |= {"id": begun.read_text().strip()} if begun.exists() else {}
+        try:
+            # Trackio's init ends the run that its context knows of, and the SAEs of a pass each have one.
+            with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
+                self.run = contextvars.copy_context().run(partial(tracker.init, **options))
+        except Exception as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise WrongInput(f"--log {module} cannot begin a run: {reason}") from error
+        begun.write_text(f"{self.run.id}\n")
 
     def log(self, step: int, line: Mapping[str, Any]) -> None:
         self.run.log(dict(scalars(line)), step=step)
 
     def close(self) -> None:
-        self.run.finish()
+        with contextlib.redirect_stdout(sys.stderr):
+            self.run.finish()
 
 
 TRACKERS: dict[str, tuple[str, Callable[[str, Path, Mapping[str, Any]], Tracker]]] = {

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from routesae.reporting import FailedRun
 from routesae.train.log import StepLog
+from routesae.train.recipes import default_name
 from routesae.train.saes import SAE
 from routesae.train.saes.normalise import normalise_layers
 from routesae.train.saes.sae import Recipe
@@ -98,7 +99,7 @@ class Trainee:
 
     @property
     def name(self) -> str:
-        return self.settings.name or self.sae.recipe.sae
+        return self.settings.name or default_name(self.sae.recipe)
 
     @property
     def dead_share(self) -> Tensor:

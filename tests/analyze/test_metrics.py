@@ -18,7 +18,12 @@ from routesae.analyze.metrics import LMScores, score_with_lm
 from routesae.harvest.lm import LanguageModel, find_blocks, load_lm
 from routesae.harvest.tokens import kept_positions
 from routesae.reporting import FailedRun, Progress, WrongInput
-from routesae.train.saes import SAE, SAES, Recipe, RouteSAE, TopK
+from routesae.train.saes import SAE, Crosscoder, Recipe, RouteSAE, SingleLayerSAE, build
+from routesae.train.saes.batchtopk import BatchTopK
+from routesae.train.saes.gated import Gated
+from routesae.train.saes.jumprelu import JumpReLU
+from routesae.train.saes.topk import TopK
+from routesae.train.saes.vanilla import Vanilla
 
 CPU = torch.device("cpu")
 ROWS, CONTEXT, WIDTH, VOCABULARY = 5, 12, 32, 100
@@ -62,31 +67,41 @@ def rows_and_kept() -> tuple[Any, Any]:
 
 
 def random_sae(name: str, layers: tuple[int, ...], *, seed: int = 0, **changes: Any) -> SAE:
+    """An SAE of random weights and biases; its router, if any, sends tokens to every layer."""
     generator = torch.Generator().manual_seed(seed)
-    sae = SAES[name](Recipe(sae=name, layers=layers, width=WIDTH, latents=96, k=12, **changes), generator)
-    dictionary = dictionary_of(sae)
+    nested = {"prefixes": (24, 96)} if "matryoshka" in (name, changes.get("routed")) else {}
+    recipe = Recipe(sae=name, layers=layers, width=WIDTH, latents=96, **{"k": 12, **nested, **changes})
+    sae = build(recipe, generator)
     with torch.no_grad():
-        dictionary.b_enc_F.normal_(0, 0.3, generator=generator)
+        if isinstance(sae, Crosscoder):
+            sae.b_enc_F.normal_(0, 0.3, generator=generator)
+            sae.b_dec_C.normal_(0, 0.3, generator=generator)
+            return sae.requires_grad_(False).eval()
+        dictionary = dictionary_of(sae)
+        for own in dictionary.tensors.values():
+            getattr(dictionary, own).normal_(0, 0.3, generator=generator)
         dictionary.b_dec_D.normal_(0, 0.3, generator=generator)
+        if isinstance(dictionary, BatchTopK):
+            dictionary.threshold.fill_(0.7)
         if isinstance(sae, RouteSAE):
             sae.router_LD.normal_(0, 0.5, generator=generator)
-    return sae.requires_grad_(False)
+    return sae.requires_grad_(False).eval()
 
 
-def dictionary_of(sae: SAE) -> TopK:
+def dictionary_of(sae: SAE) -> SingleLayerSAE:
     dictionary = sae.shared if isinstance(sae, RouteSAE) else sae
-    assert isinstance(dictionary, TopK)
+    assert isinstance(dictionary, SingleLayerSAE)
     return dictionary
 
 
 def identity_sae(name: str, layers: tuple[int, ...]) -> SAE:
     """Exactly its input: ReLU(x) − ReLU(−x), with every latent among the top k."""
-    sae = SAES[name](Recipe(sae=name, layers=layers, width=WIDTH, latents=2 * WIDTH, k=2 * WIDTH))
+    sae = build(Recipe(sae=name, layers=layers, width=WIDTH, latents=2 * WIDTH, k=2 * WIDTH))
     dictionary, eye_DD = dictionary_of(sae), torch.eye(WIDTH)
     with torch.no_grad():
         dictionary.W_enc_FD.copy_(torch.cat([eye_DD, -eye_DD]))
         dictionary.W_dec_FD.copy_(torch.cat([eye_DD, -eye_DD]))
-    return sae.requires_grad_(False)
+    return sae.requires_grad_(False).eval()
 
 
 def patches(lm: LanguageModel) -> list[tuple[bool, int]]:
@@ -97,30 +112,73 @@ def patches(lm: LanguageModel) -> list[tuple[bool, int]]:
 # ----------------------------------------------------------------------------------------- the naive reference
 
 
-def naive_reconstruction(sae: SAE, hidden_D: Tensor, scale: float) -> Tensor:
-    """One token through the equations of DESIGN §5, in the LM's own scale."""
-    dictionary = dictionary_of(sae)
-    mean, std = hidden_D.mean(), hidden_D.std() + 1e-6
-    x_D = (hidden_D - mean) / std * scale
+def naive_normalised(sae: SAE, hidden_D: Tensor) -> tuple[Tensor, float, float]:
+    """x, and the std and mean that take it back."""
+    if sae.recipe.normalize == "none":
+        return hidden_D, 1.0, 0.0
+    mean, std = float(hidden_D.mean()), float(hidden_D.std() + 1e-6)
+    return (hidden_D - mean) / std, std, mean
+
+
+def naive_latents(dictionary: SingleLayerSAE, x_D: Tensor) -> Tensor:
+    """f of one token by the equations of DESIGN §5."""
+    if isinstance(dictionary, Gated):
+        pi_F = dictionary.W_enc_FD @ (x_D - dictionary.b_dec_D)
+        magnitude_F = (dictionary.r_mag_F.exp() * pi_F + dictionary.b_mag_F).clamp(min=0)
+        return torch.where(pi_F + dictionary.b_gate_F > 0, magnitude_F, torch.zeros(()))
     z_F = dictionary.W_enc_FD @ (x_D - dictionary.b_dec_D) + dictionary.b_enc_F
+    if isinstance(dictionary, Vanilla):
+        return z_F.clamp(min=0)
+    if isinstance(dictionary, BatchTopK | JumpReLU):  # a matryoshka in use is a batchtopk
+        own = dictionary.threshold if isinstance(dictionary, BatchTopK) else dictionary.threshold_F
+        return torch.where(z_F > own.clamp(min=0), z_F, torch.zeros(()))
+    assert isinstance(dictionary, TopK)
     f_F = torch.zeros_like(z_F)
-    for latent in z_F.argsort(descending=True)[: sae.recipe.k].tolist():
+    for latent in z_F.argsort(descending=True)[: dictionary.recipe.k].tolist():
         f_F[latent] = z_F[latent].clamp(min=0)
+    return f_F
+
+
+def naive_reconstruction(sae: SAE, hidden_D: Tensor, scale: float) -> Tensor:
+    """One token, in the LM's own scale."""
+    dictionary = dictionary_of(sae)
+    x_D, std, mean = naive_normalised(sae, hidden_D)
+    f_F = naive_latents(dictionary, x_D * scale)
     return (dictionary.W_dec_FD.T @ f_F + dictionary.b_dec_D) / scale * std + mean
 
 
-def naive_routes(sae: SAE, hidden: Sequence[Tensor], position: int) -> tuple[int, float]:
-    """(layer, scale) of one token: its argmax of softmax(W_r Σ x̃)."""
+def naive_crosscoded(sae: Crosscoder, hidden: Sequence[Tensor], layer: int, position: int) -> Tensor:
+    """One token's reconstruction at one layer, from what all layers were in the clean pass."""
+    layers = sae.recipe.layers
+    W_enc_FLD, W_dec_FLD = (W_FC.view(-1, len(layers), WIDTH) for W_FC in (sae.W_enc_FC, sae.W_dec_FC))
+    z_F = sae.b_enc_F.clone()
+    for at, read in enumerate(layers):
+        z_F += W_enc_FLD[:, at] @ naive_normalised(sae, hidden[read - 1][position])[0]
+    at = layers.index(layer)
+    x_D = W_dec_FLD[:, at].T @ z_F.clamp(min=0) + sae.b_dec_C.view(-1, WIDTH)[at]
+    _, std, mean = naive_normalised(sae, hidden[layer - 1][position])
+    return x_D * std + mean
+
+
+def naive_routes(sae: SAE, hidden: Sequence[Tensor], position: int) -> dict[int, float]:
+    """{layer: scale} at which one token is replaced: its argmax of softmax(W_r Σ x̃), every layer, or the one."""
+    layers = sae.recipe.layers
+    if isinstance(sae, Crosscoder):
+        return dict.fromkeys(layers, 1.0)
     if not isinstance(sae, RouteSAE):
-        return sae.recipe.layers[0], 1.0
+        return {layers[len(layers) // 2]: 1.0}
     gathered_D = torch.zeros(WIDTH)
-    for layer in sae.recipe.layers:
-        x_D = hidden[layer - 1][position]
-        gathered_D = gathered_D + (x_D - x_D.mean()) / (x_D.std() + 1e-6)
+    for layer in layers:
+        gathered_D = gathered_D + naive_normalised(sae, hidden[layer - 1][position])[0]
     if sae.recipe.aggregate == "mean":
-        gathered_D = gathered_D / len(sae.recipe.layers)
-    w_L = torch.softmax(sae.router_LD @ gathered_D, 0)
-    return sae.recipe.layers[int(w_L.argmax())], float(w_L.max())
+        gathered_D = gathered_D / len(layers)
+    r_L = sae.router_LD @ gathered_D
+    if sae.recipe.router == "random":  # digits of the first score, far behind its leading ones
+        digits = abs(float(r_L[0]) * 997) % 1
+        return {layers[int(digits * len(layers))]: 1.0}
+    w_L = torch.softmax(r_L, 0)
+    scaled = sae.recipe.router in ("published", "frozen")
+    return {layers[int(w_L.argmax())]: float(w_L.max()) if scaled else 1.0}
 
 
 def hooked(lm: LanguageModel, ids_T: Tensor, hook_of: Callable[[int], Callable[[Tensor], Tensor | None]]) -> Tensor:
@@ -152,13 +210,19 @@ def naive_pass(
     clean_TV = hooked(lm, ids_T, lambda layer: lambda hidden_TD: hidden.append(hidden_TD.clone()))  # type: ignore[func-returns-value]
     routes = [naive_routes(sae, hidden, position) for position in range(len(ids_T))]
 
+    def new(layer: int, position: int, hidden_D: Tensor) -> Tensor:
+        if zero:
+            return torch.zeros(WIDTH)
+        if isinstance(sae, Crosscoder):
+            return naive_crosscoded(sae, hidden, layer, position)
+        return naive_reconstruction(sae, hidden_D, routes[position][layer])
+
     def replacing(layer: int) -> Callable[[Tensor], Tensor]:
         def change(hidden_TD: Tensor) -> Tensor:
             changed_TD = hidden_TD.clone()
-            for position, (routed_to, scale) in enumerate(routes):
-                if kept_T[position] and routed_to == layer:
-                    new_D = torch.zeros(WIDTH) if zero else naive_reconstruction(sae, hidden_TD[position], scale)
-                    changed_TD[position] = new_D
+            for position, places in enumerate(routes):
+                if kept_T[position] and layer in places:
+                    changed_TD[position] = new(layer, position, hidden_TD[position])
             return changed_TD
 
         return change
@@ -205,11 +269,27 @@ def scored(lm: LanguageModel, batch_sequences: int = 2, **saes: SAE) -> dict[str
 
 # ------------------------------------------------------------------------------------------------------ claims
 
-SPLICED = {
+SPLICED: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
     "topk at layer 2": ("topk", (2,), {}),
     "topk at layer 5": ("topk", (5,), {}),
+    "topk, normalize none": ("topk", (3,), {"normalize": "none"}),
+    "vanilla": ("vanilla", (3,), {}),
+    "gated": ("gated", (3,), {}),
+    "jumprelu": ("jumprelu", (3,), {}),
+    "batchtopk": ("batchtopk", (3,), {}),
+    "matryoshka": ("matryoshka", (3,), {}),
     "routesae, sum": ("routesae", (2, 3, 5), {}),
     "routesae, mean": ("routesae", (2, 3, 4, 5), {"aggregate": "mean"}),
+    "routesae, top2": ("routesae", (2, 3, 5), {"router": "top2"}),
+    "routesae, frozen": ("routesae", (2, 3, 5), {"router": "frozen"}),
+    "routesae, random": ("routesae", (2, 3, 5), {"router": "random"}),
+    "routesae, routed gated": ("routesae", (2, 3, 5), {"routed": "gated"}),
+    "routesae, routed matryoshka": ("routesae", (2, 3, 5), {"routed": "matryoshka"}),
+    "routesae, normalize none": ("routesae", (2, 3, 5), {"normalize": "none"}),
+    "crosscoder": ("crosscoder", (2, 3, 5), {}),
+    "crosscoder, normalize none": ("crosscoder", (2, 5), {"normalize": "none"}),
+    "mlsae": ("mlsae", (2, 3, 4, 5), {}),
+    "random": ("random", (2, 3, 5), {}),
 }
 
 
@@ -223,7 +303,7 @@ def test_scores_equal_the_naive_ones_on_a_llama(llama: LanguageModel, name: str)
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt2"])
-@pytest.mark.parametrize("name", ["topk at layer 2", "routesae, sum"])
+@pytest.mark.parametrize("name", ["topk at layer 2", "routesae, sum", "crosscoder"])
 def test_scores_equal_the_naive_ones_on_other_families(family: str, name: str) -> None:
     lm, (variant, layers, changes) = other_family(family), SPLICED[name]
     sae = random_sae(variant, layers, **changes)
@@ -232,17 +312,22 @@ def test_scores_equal_the_naive_ones_on_other_families(family: str, name: str) -
     assert as_dict(scored(lm, sae=sae)["sae"]) == pytest.approx(expected, abs=TOLERANCE)
 
 
-def test_routes_of_the_random_router_use_every_layer(llama: LanguageModel) -> None:
+@pytest.mark.parametrize("name", [name for name, (variant, _, _) in SPLICED.items() if variant == "routesae"])
+def test_routes_of_the_random_weights_use_every_layer(llama: LanguageModel, name: str) -> None:
     """What the agreement above rests on: a router that used one layer would be a topk."""
-    sae, hidden = random_sae("routesae", (2, 3, 5)), list[Tensor]()
+    variant, layers, changes = SPLICED[name]
+    sae = random_sae(variant, layers, **changes)
     ids_ST, kept_ST = rows_and_kept()
-    ids_T = torch.tensor(ids_ST[0], dtype=torch.int64)
-    hooked(llama, ids_T, lambda layer: lambda hidden_TD: hidden.append(hidden_TD))  # type: ignore[func-returns-value]
-    kept = [position for position in range(CONTEXT) if kept_ST[0, position]]
-    assert {naive_routes(sae, hidden, position)[0] for position in kept} == {2, 3, 5}
+    used: set[int] = set()
+    for ids, kept in zip(ids_ST, kept_ST, strict=True):
+        hidden: list[Tensor] = []
+        ids_T = torch.tensor(ids, dtype=torch.int64)
+        hooked(llama, ids_T, lambda layer, hidden=hidden: lambda hidden_TD: hidden.append(hidden_TD))
+        used |= {layer for position in np.flatnonzero(kept) for layer in naive_routes(sae, hidden, int(position))}
+    assert used == set(layers)
 
 
-@pytest.mark.parametrize(("variant", "layers"), [("topk", (3,)), ("routesae", (2, 3, 5))])
+@pytest.mark.parametrize(("variant", "layers"), [("topk", (3,)), ("routesae", (2, 3, 5)), ("mlsae", (2, 3, 5))])
 def test_splicing_the_identity_costs_nothing(llama: LanguageModel, variant: str, layers: tuple[int, ...]) -> None:
     scores = scored(llama, sae=identity_sae(variant, layers))["sae"]
     assert abs(scores.kl_div) < 1e-6

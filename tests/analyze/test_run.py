@@ -14,26 +14,44 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file
 from torch import Tensor
 
 from routesae import __version__
 from routesae.analyze.run import CACHE_METRICS, LM_METRICS, AnalyzeSettings, analyze
+from routesae.cli import main
 from routesae.harvest.cache import Cache
 from routesae.reporting import WrongInput
-from routesae.train.run import TrainSettings, train
+from routesae.train.run import TrainResult, train
+from routesae.train.saes import SAES
+from routesae.train.settings import settings_of
 
 SMALL: dict[str, Any] = {"latents": 64, "k": 8, "batch_tokens": 1024, "lr": 1e-3, "device": "cpu"}
-HEAVY = {"transformers", "datasets", "openai"}
+HEAVY = {"transformers", "datasets", "openai", "huggingface_hub"}
 
 
 @pytest.fixture(scope="module")
 def saes(tiny_cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a topk of layer 3 and a hard routesae."""
     out = tmp_path_factory.mktemp("saes")
-    train(TrainSettings(cache=str(tiny_cache.path), sae="topk", layer=3, name="topk", out=str(out), **SMALL))
-    train(TrainSettings(cache=str(tiny_cache.path), name="routesae", out=str(out), **SMALL))
+    trained(tiny_cache, out, sae="topk", layer=3, name="topk")
+    trained(tiny_cache, out, name="routesae")
     return out
+
+
+@pytest.fixture(scope="module")
+def every_variant(tiny_cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> dict[str, TrainResult]:
+    """All ten, trained in one pass: {variant: result}."""
+    settings = {"sae": list(SAES), "cache": str(tiny_cache.path), "out": str(tmp_path_factory.mktemp("every"))}
+    results = train(settings_of({**settings, **SMALL}))
+    return dict(zip(SAES, results, strict=True))
+
+
+def trained(cache: Cache, out: Path, **settings: Any) -> Path:
+    """The folder of one SAE."""
+    (result,) = train(settings_of({"cache": str(cache.path), "out": str(out), **settings, **SMALL}))
+    return result.folder
 
 
 def scores(cache: Cache, *metrics: str, **changes: Any) -> dict[str, Any]:
@@ -49,6 +67,19 @@ def held_out_tokens(cache: Cache) -> tuple[Tensor, Tensor]:
     kept_ST = (ids_ST != 0) & (ids_ST != 1)
     kept_ST[:, 0] = False
     return ids_ST, kept_ST
+
+
+def held_out_hidden(cache: Cache, layer: int) -> Tensor:
+    """float32 hidden_ND of the kept tokens of those rows, in the order of the disk."""
+    _, kept_ST = held_out_tokens(cache)
+    first = cache.manifest.rows - len(kept_ST)
+    hidden = []
+    for shard in cache.shards():
+        rows = np.asarray(shard.read("order")) // cache.manifest.context + shard.record.rows[0]
+        hidden.append(torch.from_numpy(np.asarray(shard.read(f"layer_{layer:02}"))[rows >= first]).float())
+    hidden_ND = torch.cat(hidden)
+    assert len(hidden_ND) == int(kept_ST.sum())
+    return hidden_ND
 
 
 def topk_by_hand(folder: Path, hidden_ND: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,14 +146,7 @@ def test_only_the_metrics_asked_for_are_reported(tiny_cache: Cache, saes: Path) 
 
 
 def test_norm_mse_is_the_mean_over_held_out_tokens(tiny_cache: Cache, saes: Path) -> None:
-    _, kept_ST = held_out_tokens(tiny_cache)
-    first = tiny_cache.manifest.rows - len(kept_ST)
-    hidden = []
-    for shard in tiny_cache.shards():
-        rows = np.asarray(shard.read("order")) // tiny_cache.manifest.context + shard.record.rows[0]
-        hidden.append(torch.from_numpy(np.asarray(shard.read("layer_03"))[rows >= first]).float())
-    hidden_ND = torch.cat(hidden)
-    assert len(hidden_ND) == int(kept_ST.sum())
+    hidden_ND = held_out_hidden(tiny_cache, 3)
     x_ND, reconstruction_ND = topk_by_hand(saes / "topk", hidden_ND)
     std_N1 = hidden_ND.std(1, keepdim=True) + 1e-6
     errors_N = (((hidden_ND - reconstruction_ND) / std_N1) ** 2).sum(1) / (x_ND**2).sum(1)
@@ -150,6 +174,71 @@ def test_kl_div_is_that_of_hooks_on_the_whole_model(tiny_cache: Cache, saes: Pat
     row = scores(tiny_cache, "KLDiv", saes=(str(saes / "topk"),))["saes"][0]
     assert row["KLDiv"] == pytest.approx(expected, abs=1e-4)
     assert row["KLDiv_seq"] == pytest.approx(expected * tiny_cache.manifest.context, rel=1e-4)
+
+
+@pytest.mark.parametrize("variant", SAES)
+def test_every_variant_gets_every_number(
+    variant: str, tiny_cache: Cache, every_variant: dict[str, TrainResult], tmp_path: Path
+) -> None:
+    """Through the command line: those of the cache are what training ended with, those of the LM are finite."""
+    result, file = every_variant[variant], tmp_path / "scores.json"
+    metrics = [word for name in (*CACHE_METRICS, *LM_METRICS) for word in ("--metric", name)]
+    arguments = ["analyze", *metrics, "--cache", str(tiny_cache.path), "--sae", str(result.folder)]
+    run = CliRunner().invoke(main, [*arguments, "--device", "cpu", "--json", str(file)])
+    assert run.exit_code == 0, run.output
+    (row,) = json.loads(file.read_text())["saes"]
+    assert row["variant"] == variant
+    held_out = result.held_out
+    assert held_out is not None
+    expected = {"NormMSE": held_out.norm_mse, "FVU": held_out.fvu, "L0": held_out.l0, "Dead": held_out.dead}
+    assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+    assert 0 < row["NormMSE"] < 1.5
+    assert (row["Shares"] is not None) == (variant == "routesae")
+    assert row["KLDiv"] > 0
+    assert row["KLDiv_seq"] == pytest.approx(row["KLDiv"] * tiny_cache.manifest.context)
+    assert all(math.isfinite(row[name]) for name in ("DeltaCE", "CE_clean", "Recovered"))
+
+
+def lens_sae(architecture: str, normalize: str, folder: Path) -> Any:
+    """An SAE of random weights that SAELens made, and saved into `folder`, of what routesae calls layer 3."""
+    import sae_lens
+
+    kinds = {"standard": "Standard", "gated": "Gated", "topk": "TopK", "jumprelu": "JumpReLU"}
+    config_of = getattr(sae_lens, f"{kinds[architecture]}SAEConfig")
+    metadata = sae_lens.saes.sae.SAEMetadata(model_name="tiny", hook_name="blocks.2.hook_resid_post")
+    own = {"k": 8} if architecture == "topk" else {}
+    config = config_of(d_in=32, d_sae=64, normalize_activations=normalize, metadata=metadata, **own)
+    sae = getattr(sae_lens, f"{kinds[architecture]}SAE")(config)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in sae.named_parameters():
+            parameter.normal_(0, 0.2)
+            if name == "threshold":
+                parameter.abs_()
+    sae.save_model(folder)
+    return sae.requires_grad_(False).eval()
+
+
+@pytest.mark.parametrize("normalize", ["layer_norm", "none"])
+@pytest.mark.parametrize("architecture", ["standard", "gated", "topk", "jumprelu"])
+def test_saes_of_saelens_making_score_as_saelens_reconstructs(
+    architecture: str, normalize: str, tiny_cache: Cache, tmp_path: Path
+) -> None:
+    pytest.importorskip("sae_lens")
+    theirs = lens_sae(architecture, normalize, tmp_path)
+    (row,) = scores(tiny_cache, "NormMSE", "L0", "KLDiv", "Recovered", saes=(str(tmp_path),))["saes"]
+    hidden_ND = held_out_hidden(tiny_cache, 3)
+    f_NF = theirs.encode(hidden_ND)
+    errors_ND, x_ND = hidden_ND - theirs.decode(f_NF), hidden_ND
+    if normalize == "layer_norm":
+        std_N1 = hidden_ND.std(1, keepdim=True)
+        errors_ND, x_ND = errors_ND / std_N1, (hidden_ND - hidden_ND.mean(1, keepdim=True)) / std_N1
+    expected = float((errors_ND.square().sum(1) / x_ND.square().sum(1)).mean())
+    assert row["layers"] == "3"
+    assert row["NormMSE"] == pytest.approx(expected, rel=1e-3)
+    assert row["L0"] == pytest.approx(float((f_NF > 0).sum(1).double().mean()), rel=1e-3)
+    assert row["KLDiv"] > 0
+    assert math.isfinite(row["Recovered"])
 
 
 def test_held_out_rows_are_scored_by_default(tiny_cache: Cache, saes: Path) -> None:
@@ -195,8 +284,7 @@ def test_result_says_what_it_was_computed_from(tiny_cache: Cache, saes: Path) ->
 
 
 def test_soft_routing_is_scored_on_the_cache_and_refused_for_the_lm(tiny_cache: Cache, tmp_path: Path) -> None:
-    settings = TrainSettings(cache=str(tiny_cache.path), routing="soft", name="soft", out=str(tmp_path), **SMALL)
-    train(settings)
+    trained(tiny_cache, tmp_path, routing="soft", name="soft")
     row = scores(tiny_cache, "NormMSE", out=str(tmp_path))["saes"][0]
     assert 0 < row["NormMSE"] < 1.5
     for metric in LM_METRICS:
@@ -207,8 +295,7 @@ def test_soft_routing_is_scored_on_the_cache_and_refused_for_the_lm(tiny_cache: 
 def test_a_soft_routesae_does_not_keep_the_others_from_the_lm(
     tiny_cache: Cache, saes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    settings = TrainSettings(cache=str(tiny_cache.path), routing="soft", name="soft", out=str(tmp_path), **SMALL)
-    given = (str(train(settings).folder), str(saes / "topk"))
+    given = (str(trained(tiny_cache, tmp_path, routing="soft", name="soft")), str(saes / "topk"))
     soft, topk = scores(tiny_cache, "L0", "KLDiv", saes=given)["saes"]
     assert "KLDiv" not in soft
     assert "L0" in soft

@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from routesae.analyze.replacement import by_sae, by_zero, edits, require_spliceable
+from routesae.analyze.replacement import edits, require_spliceable, spliced_layers
 from routesae.analyze.splice import Edit, clean_pass, logits, spliced_pass
 from routesae.harvest.lm import LanguageModel, find_blocks, load_lm
 from routesae.reporting import WrongInput
-from routesae.train.saes import SAES, Recipe, RouteSAE, TopK
+from routesae.train.saes import SAE, Crosscoder, Recipe, RouteSAE, SingleLayerSAE, build
+from routesae.train.saes.normalise import normalise
 
 CPU = torch.device("cpu")
 FAMILIES = ("llama", "gemma2", "gpt2", "mixtral", "opt")
@@ -129,17 +130,24 @@ def patches(lm: LanguageModel) -> dict[str, tuple[bool, int]]:
     }
 
 
-def random_sae(name: str, layers: tuple[int, ...], *, seed: int = 0, **changes: Any) -> TopK | RouteSAE:
+def random_sae(name: str, layers: tuple[int, ...], *, seed: int = 0, **changes: Any) -> SAE:
     """An SAE of random weights and biases; its router, if any, sends tokens to every layer."""
     generator = torch.Generator().manual_seed(seed)
-    sae = SAES[name](Recipe(sae=name, layers=layers, width=WIDTH, latents=96, k=12, **changes), generator)
-    dictionary = sae.shared if isinstance(sae, RouteSAE) else sae
+    nested = {"prefixes": (24, 96)} if name == "matryoshka" else {}
+    sae = build(Recipe(sae=name, layers=layers, width=WIDTH, latents=96, k=12, **nested, **changes), generator)
     with torch.no_grad():
-        dictionary.b_enc_F.normal_(0, 0.3, generator=generator)
+        if isinstance(sae, Crosscoder):
+            sae.b_enc_F.normal_(0, 0.3, generator=generator)
+            sae.b_dec_C.normal_(0, 0.3, generator=generator)
+            return sae.requires_grad_(False).eval()
+        dictionary = sae.shared if isinstance(sae, RouteSAE) else sae
+        assert isinstance(dictionary, SingleLayerSAE)
+        for own in dictionary.tensors.values():
+            getattr(dictionary, own).normal_(0, 0.3, generator=generator)
         dictionary.b_dec_D.normal_(0, 0.3, generator=generator)
         if isinstance(sae, RouteSAE):
             sae.router_LD.normal_(0, 0.5, generator=generator)
-    return sae.requires_grad_(False)
+    return sae.requires_grad_(False).eval()
 
 
 def kept_positions() -> Tensor:
@@ -217,7 +225,7 @@ def test_a_spliced_pass_leaves_the_clean_one_as_it_was(lm: LanguageModel) -> Non
     clean = clean_pass(lm, ids_BT, [1, 3])
     before = {layer: hidden_BTD.clone() for layer, hidden_BTD in clean.hidden.items()}
     sae = random_sae("topk", (1,))
-    spliced_pass(lm, ids_BT, clean, edits(sae, clean.hidden, kept_positions(), by_zero))
+    spliced_pass(lm, ids_BT, clean, edits(sae, clean.hidden, kept_positions(), zero=True))
     assert all(torch.equal(clean.hidden[layer], before[layer]) for layer in before)
 
 
@@ -265,22 +273,89 @@ def test_lm_is_unpatched_after_a_clean_pass_fails(lm: LanguageModel) -> None:
 # ------------------------------------------------------------------------------------------ what is replaced
 
 
-@pytest.mark.parametrize("reconstruct", ["sae", "zero"])
-def test_topk_replaces_kept_positions_only(llama: LanguageModel, reconstruct: str) -> None:
-    sae, kept_BT = random_sae("topk", (3,)), kept_positions()
+ONE_LAYER = ("vanilla", "gated", "topk", "batchtopk", "jumprelu", "matryoshka")
+WHERE = {name: ((3,), [3]) for name in ONE_LAYER}  # the layers an SAE reads, and those that it replaces
+WHERE |= {"mlsae": ((2, 3, 5), [3]), "random": ((1, 2, 4, 5), [4]), "crosscoder": ((2, 3, 5), [2, 3, 5])}
+
+
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("name", WHERE)
+def test_kept_positions_are_replaced_and_no_others(llama: LanguageModel, name: str, zero: bool) -> None:
+    layers, expected = WHERE[name]
+    sae, kept_BT = random_sae(name, layers), kept_positions()
+    clean = clean_pass(llama, token_ids(), layers)
+    replaced = edits(sae, clean.hidden, kept_BT, zero=zero)
+    assert sorted(replaced) == list(spliced_layers(sae)) == expected
+    for layer, edit in replaced.items():
+        changed_BTD = edit(clean.hidden[layer])
+        assert torch.equal(changed_BTD[~kept_BT], clean.hidden[layer][~kept_BT])
+        assert ((changed_BTD - clean.hidden[layer])[kept_BT].abs().amax(1) > 1e-3).all()
+        assert bool((changed_BTD[kept_BT] == 0).all()) == zero
+
+
+@pytest.mark.parametrize("name", [*ONE_LAYER, "mlsae", "random"])
+def test_what_takes_the_place_is_what_the_saes_forward_pass_reconstructs(llama: LanguageModel, name: str) -> None:
+    """An SAE in use, by its forward, gives what the splice puts in by encode and decode; in the LM's own scale."""
+    layers, (layer,) = WHERE[name]
+    sae, kept_BT = random_sae(name, layers), kept_positions()
+    clean = clean_pass(llama, token_ids(), layers)
+    x = normalise(clean.hidden[layer][kept_BT])
+    one = x.x_ND.expand(len(layers), -1, -1)  # the same input at every layer, for those that read several
+    expected_mD = x.undo(sae(one).reconstruction_ND[: len(x.x_ND)])
+    found_BTD = edits(sae, clean.hidden, kept_BT)[layer](clean.hidden[layer])
+    torch.testing.assert_close(found_BTD[kept_BT], expected_mD, atol=1e-4, rtol=1e-5)
+
+
+def test_a_crosscoder_puts_in_what_it_read_in_the_clean_pass_whatever_the_stream_has_become(
+    llama: LanguageModel,
+) -> None:
+    sae, kept_BT = random_sae("crosscoder", (2, 3, 5)), kept_positions()
+    clean = clean_pass(llama, token_ids(), [2, 3, 5])
+    for layer, edit in edits(sae, clean.hidden, kept_BT).items():
+        elsewhere_BTD = torch.randn(clean.hidden[layer].shape, generator=torch.Generator().manual_seed(layer))
+        found_BTD = edit(elsewhere_BTD)
+        assert torch.equal(found_BTD[kept_BT], edit(clean.hidden[layer])[kept_BT])
+        assert torch.equal(found_BTD[~kept_BT], elsewhere_BTD[~kept_BT])
+
+
+@pytest.mark.parametrize("router", ["published", "top2", "frozen", "random"])
+def test_only_the_published_router_and_its_frozen_control_scale_what_the_sae_reads(
+    llama: LanguageModel, router: str
+) -> None:
+    """At each token's own layer stands the shared SAE's reconstruction of w·x over w, or of x."""
+    layers = (2, 3, 5)
+    sae, kept_BT = random_sae("routesae", layers, router=router), kept_positions()
+    assert isinstance(sae, RouteSAE)
+    clean = clean_pass(llama, token_ids(), layers)
+    x = {layer: normalise(clean.hidden[layer].flatten(0, 1)) for layer in layers}
+    x_LND = torch.stack([x[layer].x_ND for layer in layers])
+    w_NL, at_N = sae.routing(x_LND), sae.routes(x_LND).at_N
+    assert set(at_N[kept_BT.flatten()].tolist()) == {0, 1, 2}  # or the routes prove nothing
+    scale_N1 = w_NL.amax(1, keepdim=True) if router in ("published", "frozen") else torch.ones(len(w_NL), 1)
+    if router in ("published", "frozen"):
+        assert scale_N1[kept_BT.flatten()].min() < 0.9  # or the scale proves nothing
+    for at, layer in enumerate(layers):
+        shared = sae.shared(x_LND[at][None] * scale_N1).reconstruction_ND / scale_N1
+        here_BT = kept_BT & (at_N.view(kept_BT.shape) == at)
+        expected_BTD = clean.hidden[layer].clone()
+        expected_BTD[here_BT] = x[layer].undo(shared).view(expected_BTD.shape)[here_BT]
+        found_BTD = edits(sae, clean.hidden, kept_BT)[layer](clean.hidden[layer])
+        torch.testing.assert_close(found_BTD, expected_BTD, atol=1e-4, rtol=1e-5)
+
+
+def test_without_normalisation_the_sae_reads_the_hidden_states_as_they_are(llama: LanguageModel) -> None:
+    sae, kept_BT = random_sae("topk", (3,), normalize="none"), kept_positions()
     clean = clean_pass(llama, token_ids(), [3])
-    replaced = edits(sae, clean.hidden, kept_BT, by_sae(sae) if reconstruct == "sae" else by_zero)
-    assert list(replaced) == [3]
-    changed_BTD = replaced[3](clean.hidden[3])
-    assert torch.equal(changed_BTD[~kept_BT], clean.hidden[3][~kept_BT])
-    assert ((changed_BTD - clean.hidden[3])[kept_BT].abs().amax(1) > 1e-3).all()
+    expected_mD = sae(clean.hidden[3][kept_BT][None]).reconstruction_ND
+    found_mD = edits(sae, clean.hidden, kept_BT)[3](clean.hidden[3])[kept_BT]
+    torch.testing.assert_close(found_mD, expected_mD, atol=1e-4, rtol=1e-5)
 
 
 def test_routesae_replaces_each_kept_token_at_its_own_layer_only(llama: LanguageModel) -> None:
     sae, kept_BT, layers = random_sae("routesae", (2, 3, 5)), kept_positions(), (2, 3, 5)
     assert isinstance(sae, RouteSAE)
     clean = clean_pass(llama, token_ids(), layers)
-    replaced = edits(sae, clean.hidden, kept_BT, by_zero)
+    replaced = edits(sae, clean.hidden, kept_BT, zero=True)
     at_BT = torch.zeros(ROWS, CONTEXT, dtype=torch.int64)
     for row in range(ROWS):
         for position in range(CONTEXT):
@@ -298,7 +373,7 @@ def test_routesae_replaces_each_kept_token_at_its_own_layer_only(llama: Language
 def test_routes_are_those_of_the_clean_pass_whatever_the_stream_has_become(llama: LanguageModel) -> None:
     sae = random_sae("routesae", (2, 3, 5))
     clean = clean_pass(llama, token_ids(), [2, 3, 5])
-    replaced = edits(sae, clean.hidden, kept_positions(), by_zero)
+    replaced = edits(sae, clean.hidden, kept_positions(), zero=True)
     for layer, hidden_BTD in clean.hidden.items():
         elsewhere_BTD = torch.randn(hidden_BTD.shape, generator=torch.Generator().manual_seed(layer))
         routed_BT = replaced[layer](hidden_BTD).abs().amax(2) == 0
@@ -310,7 +385,7 @@ def test_a_layer_that_no_token_is_routed_to_is_left_out(llama: LanguageModel) ->
     assert isinstance(sae, RouteSAE)
     sae.router_LD.zero_()  # equal weights everywhere: argmax is the first layer
     clean = clean_pass(llama, token_ids(), [2, 3, 5])
-    assert list(edits(sae, clean.hidden, kept_positions(), by_zero)) == [2]
+    assert list(edits(sae, clean.hidden, kept_positions(), zero=True)) == [2]
 
 
 def test_soft_routing_cannot_be_spliced() -> None:

@@ -15,32 +15,51 @@ from torch import Tensor
 
 from routesae.reporting import WrongInput
 from routesae.train.checkpoint import find_saes, load_sae, read_config, read_recipe, save_sae
-from routesae.train.saes import SAE, Recipe, RouteSAE, TopK
+from routesae.train.saes import SAE, SAES, SINGLE_LAYER, Recipe, build
+from routesae.train.saes.normalise import normalise_layers
 
 L, N, D, LATENTS, K = 3, 30, 8, 24, 4
 CPU = torch.device("cpu")
 SOURCE = {"model": "some/model", "corpus": "some.jsonl", "context": 16, "held_out": {"norm_mse": 0.25}}
 NAMES = ["topk", "hard", "soft"]
+SINGLES = [name for name in SINGLE_LAYER if name != "topk"]
+ROUTED = [f"routesae {name}" for name in SINGLES]
+EVERY = [*NAMES, *SINGLES, *ROUTED, "crosscoder", "mlsae", "random", "top2"]
+
+
+def recipe_of(name: str) -> Recipe:
+    """name: a variant; or hard, soft, top2 for a routesae of topk; or "routesae gated"."""
+    parts: dict[str, Any] = {"width": D, "latents": LATENTS, "k": K, "layers": (4, 6, 9), "sae": name}
+    if name in SINGLE_LAYER:
+        parts["layers"] = (12,)
+    elif name in ("hard", "soft"):
+        parts |= {"sae": "routesae", "routing": name, "aggregate": "mean"}
+    elif name == "top2":
+        parts |= {"sae": "routesae", "router": "top2", "balance": 0.5}
+    elif name.startswith("routesae"):
+        parts |= {"sae": "routesae", "routed": name.split()[1]}
+    if "matryoshka" in name:
+        parts["prefixes"] = (6, LATENTS)
+    return Recipe(**parts)
 
 
 def make(name: str) -> SAE:
-    """An SAE with random weights everywhere, as a trained one has."""
+    """An SAE with random weights everywhere, as a trained one has; it has seen a batch, and is in use."""
     generator = torch.Generator().manual_seed(0)
-    recipe: dict[str, Any] = {"width": D, "latents": LATENTS, "k": K}
-    sae: SAE
-    if name == "topk":
-        sae = TopK(Recipe(sae="topk", layers=(12,), **recipe))
-    else:
-        sae = RouteSAE(Recipe(sae="routesae", layers=(4, 6, 9), routing=name, aggregate="mean", **recipe))
+    sae = build(recipe_of(name))
     with torch.no_grad():
-        for parameter in sae.parameters():
+        for key, parameter in sae.named_parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    return sae
+            if "threshold" in key:
+                parameter.abs_()
+        sae(hidden(sae))
+    return sae.eval()
 
 
 def hidden(sae: SAE) -> Tensor:
     shape = (len(sae.recipe.layers), N, D)
-    return (torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 5 + 2).half()
+    raw_LND = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 5 + 2).half()
+    return normalise_layers(raw_LND, "token")
 
 
 def saved(tmp_path: Path, name: str) -> Path:
@@ -63,23 +82,32 @@ def edit_recipe(folder: Path, **changes: Any) -> None:
 # ----------------------------------------------------------------------------------------------- round trip
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EVERY)
 def test_a_saved_sae_comes_back_bit_for_bit(tmp_path: Path, name: str) -> None:
     sae = make(name)
     back = load_sae(saved(tmp_path, name), CPU)
     assert type(back) is type(sae)
     assert back.recipe == sae.recipe
-    assert {key: value.tolist() for key, value in back.state_dict().items()} == {
-        key: value.tolist() for key, value in sae.state_dict().items()
+    only_training_needs = ("steered", "batches")
+    kept = {key: value for key, value in sae.state_dict().items() if not key.endswith(only_training_needs)}
+    loaded = {key: value for key, value in back.state_dict().items() if not key.endswith(only_training_needs)}
+    assert {key: value.tolist() for key, value in loaded.items()} == {
+        key: value.tolist() for key, value in kept.items()
     }
+    assert all(torch.isfinite(buffer).all() for buffer in back.buffers())
     with torch.no_grad():
         was, now = sae(hidden(sae)), back(hidden(sae))
+    assert (was.latents.dense(LATENTS) > 0).any()
     assert torch.equal(was.reconstruction_ND, now.reconstruction_ND)
-    assert torch.equal(was.latents.values_NK, now.latents.values_NK)
-    assert torch.equal(was.latents.indices_NK, now.latents.indices_NK)
+    assert torch.equal(was.latents.dense(LATENTS), now.latents.dense(LATENTS))
     if was.routing_NL is not None:
         assert now.routing_NL is not None
         assert torch.equal(was.routing_NL, now.routing_NL)
+
+
+def test_every_variant_there_is_has_been_saved_and_loaded() -> None:
+    assert {recipe_of(name).sae for name in EVERY} == set(SAES)
+    assert {recipe_of(name).routed for name in EVERY} == set(SINGLE_LAYER)
 
 
 def test_a_loaded_sae_is_ready_to_be_used_not_trained(tmp_path: Path) -> None:
@@ -105,6 +133,38 @@ def test_the_weights_have_the_names_shapes_and_type_of_saelens(tmp_path: Path, n
         assert {key: array.shape for key, array in load_file(folder / "router.safetensors").items()} == {
             "router": (L, D)
         }
+
+
+def test_the_further_weights_of_each_variant_are_those_of_saelens(tmp_path: Path) -> None:
+    plain = {"W_enc": (D, LATENTS), "W_dec": (LATENTS, D), "b_dec": (D,)}
+    further = {
+        "vanilla": ("standard", ["b_enc"]),
+        "gated": ("gated", ["b_gate", "b_mag", "r_mag"]),
+        "topk": ("topk", ["b_enc"]),
+        "jumprelu": ("jumprelu", ["b_enc", "threshold"]),
+        "batchtopk": ("jumprelu", ["b_enc", "threshold"]),
+        "matryoshka": ("jumprelu", ["b_enc", "threshold"]),
+    }
+    assert set(further) == set(SINGLE_LAYER)
+    for name, (architecture, own) in further.items():
+        for folder in (saved(tmp_path, name), saved(tmp_path, f"routesae {name}")):
+            weights = load_file(folder / "sae_weights.safetensors")
+            assert {key: array.shape for key, array in weights.items()} == plain | dict.fromkeys(own, (LATENTS,))
+            assert json.loads((folder / "cfg.json").read_text())["architecture"] == architecture
+
+
+def test_a_crosscoders_weights_lie_layer_by_layer_in_a_file_of_their_own(tmp_path: Path) -> None:
+    folder, sae = saved(tmp_path, "crosscoder"), make("crosscoder")
+    assert {path.name for path in folder.iterdir()} == {"crosscoder.safetensors", "cfg.json"}
+    weights = load_file(folder / "crosscoder.safetensors")
+    shapes = {"W_enc": (L, D, LATENTS), "W_dec": (LATENTS, L, D), "b_enc": (LATENTS,), "b_dec": (L, D)}
+    assert {key: array.shape for key, array in weights.items()} == shapes
+    x_LND = hidden(sae).numpy()
+    f_NF = np.maximum(np.einsum("lnd,ldf->nf", x_LND, weights["W_enc"]) + weights["b_enc"], 0)
+    expected_NLD = np.einsum("nf,fld->nld", f_NF, weights["W_dec"]) + weights["b_dec"]
+    with torch.no_grad():
+        found_NLD = load_sae(folder, CPU)(hidden(sae)).reconstruction_ND.view(N, L, D).numpy()
+    np.testing.assert_allclose(found_NLD, expected_NLD, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -140,8 +200,16 @@ def test_cfg_json_keeps_the_recipe_and_where_the_sae_came_from(tmp_path: Path) -
         "width": D,
         "latents": LATENTS,
         "k": K,
+        "sparsity": None,
+        "pre_act_loss": 0.0,
+        "prefixes": [],
+        "normalize": "token",
         "routing": "soft",
         "aggregate": "mean",
+        "routed": "topk",
+        "router": "published",
+        "balance": 0.0,
+        "published": False,
     }
 
 
@@ -150,8 +218,7 @@ def test_numpy_reproduces_the_sae_from_its_files_alone(tmp_path: Path, name: str
     folder, sae = saved(tmp_path, name), make(name)
     config = json.loads((folder / "cfg.json").read_text())
     weights = {key: array.astype(np.float64) for key, array in load_file(folder / "sae_weights.safetensors").items()}
-    h_LND = hidden(sae).numpy().astype(np.float64)
-    normalised_LND = (h_LND - h_LND.mean(2, keepdims=True)) / (h_LND.std(2, ddof=1, keepdims=True) + 1e-6)
+    normalised_LND = hidden(sae).numpy().astype(np.float64)
     x_ND = normalised_LND[0]
     if name != "topk":
         scores_NL = normalised_LND.mean(0) @ load_file(folder / "router.safetensors")["router"].T
@@ -166,7 +233,7 @@ def test_numpy_reproduces_the_sae_from_its_files_alone(tmp_path: Path, name: str
     f_NF = np.where(z_NF >= threshold_N[:, None], np.maximum(z_NF, 0), 0)
     with torch.no_grad():
         out = load_sae(folder, CPU)(hidden(sae))
-    found_NF = torch.zeros(N, LATENTS).scatter(1, out.latents.indices_NK, out.latents.values_NK).numpy()
+    found_NF = out.latents.dense(LATENTS).numpy()
     np.testing.assert_allclose(found_NF, f_NF, rtol=1e-4, atol=1e-4)
     expected_ND = f_NF @ weights["W_dec"] + weights["b_dec"]
     np.testing.assert_allclose(out.reconstruction_ND.numpy(), expected_ND, rtol=1e-4, atol=1e-4)
@@ -239,7 +306,13 @@ def test_a_cfg_json_that_is_not_ours_is_named(tmp_path: Path, text: str) -> None
     ("changes", "message"),
     [
         ({"temperature": 1}, "temperature unknown"),
-        ({"sae": "gated"}, "'gated' is none of routesae, topk"),
+        ({"sae": "transcoder"}, "'transcoder' is none of vanilla, gated, topk"),
+        ({"sae": "routesae", "routed": "mlsae"}, "'mlsae' is none of vanilla, gated, topk"),
+        ({"router": "best"}, "'best'"),
+        ({"sparsity": "0.1"}, "sparsity '0.1'"),
+        ({"normalize": "batch"}, "'batch'"),
+        ({"prefixes": [8, 4]}, "prefixes"),
+        ({"prefixes": 24}, "not"),
         ({"sae": ["topk"]}, "sae|SAE"),
         ({"k": LATENTS + 1}, "25.*24 latents"),
         ({"k": 0}, "k 0"),
@@ -269,7 +342,32 @@ def test_a_recipe_without_a_field_is_refused(tmp_path: Path) -> None:
         read_recipe(folder)
 
 
-@pytest.mark.parametrize("name", ["topk", "hard"])
+def test_a_recipe_without_what_has_a_default_is_read(tmp_path: Path) -> None:
+    folder = saved(tmp_path, "topk")
+    needed = ("sae", "layers", "width", "latents", "k")
+
+    def edit(config: dict[str, Any]) -> None:
+        recipe = config["metadata"]["routesae"]["recipe"]
+        config["metadata"]["routesae"]["recipe"] = {name: recipe[name] for name in needed}
+
+    edit_config(folder, edit)
+    assert read_recipe(folder) == recipe_of("topk")
+
+
+@pytest.mark.parametrize("file", ["sae_weights.safetensors", "router.safetensors", "crosscoder.safetensors"])
+def test_a_pickle_in_place_of_safetensors_is_refused_unopened(tmp_path: Path, file: str) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path.touch, (tmp_path / "sprung",))
+
+    folder = saved(tmp_path, "crosscoder" if "crosscoder" in file else "hard")
+    torch.save({"W_enc": Trap()}, folder / file)
+    with pytest.raises(WrongInput, match=rf"{file} cannot be read"):
+        load_sae(folder, CPU)
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("name", ["topk", "hard", "gated", "jumprelu", "batchtopk", "crosscoder"])
 @pytest.mark.parametrize("size", [10**9, 10**12, 10**17, 10**30])
 def test_sizes_that_a_cfg_json_makes_up_are_refused_without_being_allocated(
     tmp_path: Path, name: str, size: int

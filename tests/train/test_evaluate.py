@@ -14,17 +14,18 @@ import torch
 from routesae.harvest.cache import Cache
 from routesae.reporting import Progress, WrongInput
 from routesae.train import evaluate
-from routesae.train.evaluate import CacheScores, active_counts, entropy, score_on_cache
-from routesae.train.saes import SAE, Recipe, RouteSAE, TopK
+from routesae.train.evaluate import CacheScores, entropy, score_on_cache
+from routesae.train.saes import SAE, Recipe, RouteSAE, SingleLayerSAE, build
 
 LATENTS, K = 64, 6
 Doubles = npt.NDArray[np.float64]
 
 
-def topk(cache: Cache, layer: int = 3, width: int | None = None) -> TopK:
+def topk(cache: Cache, layer: int = 3, width: int | None = None) -> SingleLayerSAE:
     width = width or cache.manifest.width
     recipe = Recipe(sae="topk", layers=(layer,), width=width, latents=LATENTS, k=K)
-    sae = TopK(recipe, torch.Generator().manual_seed(0))
+    sae = build(recipe, torch.Generator().manual_seed(0))
+    assert isinstance(sae, SingleLayerSAE)
     with torch.no_grad():  # some latents never fire, some once, and the ReLU cuts some of the top k
         sae.b_enc_F[:5] = -100
         sae.b_enc_F[5:] = torch.linspace(-4, -0.5, LATENTS - 5)
@@ -34,9 +35,26 @@ def topk(cache: Cache, layer: int = 3, width: int | None = None) -> TopK:
 def routesae(cache: Cache, routing: str) -> RouteSAE:
     width, layers = cache.manifest.width, cache.manifest.layers
     recipe = Recipe(sae="routesae", layers=layers, width=width, latents=LATENTS, k=K, routing=routing)
-    sae = RouteSAE(recipe, torch.Generator().manual_seed(0))
+    sae = build(recipe, torch.Generator().manual_seed(0))
+    assert isinstance(sae, RouteSAE)
     with torch.no_grad():
         sae.router_LD.mul_(3)
+    return sae
+
+
+def variant(cache: Cache, name: str, **changes: Any) -> SAE:
+    """One that a batch has been through, with a few latents that never fire; in training mode still."""
+    layers = (3,) if name in ("batchtopk", "jumprelu", "vanilla", "gated") else cache.manifest.layers
+    recipe = Recipe(sae=name, layers=layers, width=cache.manifest.width, latents=LATENTS, k=K, **changes)
+    sae = build(recipe, torch.Generator().manual_seed(0))
+    x_LND = torch.randn(len(layers), 200, cache.manifest.width, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        sae.initialise(x_LND)
+        for key, parameter in sae.named_parameters():
+            if key.endswith(("b_enc_F", "b_gate_F")):
+                parameter.add_(torch.linspace(-1, 0, LATENTS))
+                parameter[:5] = -100
+        sae(x_LND)
     return sae
 
 
@@ -71,6 +89,10 @@ def naive_scores(sae: SAE, hidden_LND: Doubles) -> Naive:
     std = hidden_LND.std(2, ddof=1, keepdims=True) + 1e-6
     normalised_LND = (hidden_LND - hidden_LND.mean(2, keepdims=True)) / std
     x_ND, shares_L = normalised_LND[0], None
+    if recipe.sae in ("mlsae", "random"):
+        x_ND = np.concatenate(list(normalised_LND))
+    if recipe.sae == "crosscoder":
+        x_ND = np.concatenate(list(normalised_LND), axis=1)
     if recipe.sae == "routesae":
         exp_NL = np.exp(normalised_LND.sum(0) @ weights["router_LD"].T)
         w_NL = exp_NL / exp_NL.sum(1, keepdims=True)
@@ -79,10 +101,22 @@ def naive_scores(sae: SAE, hidden_LND: Doubles) -> Naive:
         if recipe.routing == "hard":
             x_ND = normalised_LND[at_N, np.arange(len(at_N))] * w_NL.max(1)[:, None]
         shares_L = np.array([(at_N == at).mean() for at in range(len(recipe.layers))])
-    z_NF = (x_ND - weights["b_dec_D"]) @ weights["W_enc_FD"].T + weights["b_enc_F"]
-    kept_NF = z_NF >= np.sort(z_NF, axis=1)[:, -recipe.k, None]
-    f_NF = np.where(kept_NF & (z_NF > 0), z_NF, 0)
-    errors_N = ((x_ND - f_NF @ weights["W_dec_FD"] - weights["b_dec_D"]) ** 2).sum(1)
+    if recipe.sae == "crosscoder":
+        W_dec, b_dec = weights["W_dec_FC"], weights["b_dec_C"]
+        f_NF = np.maximum(x_ND @ weights["W_enc_FC"].T + weights["b_enc_F"], 0)
+    else:
+        W_dec, b_dec = weights["W_dec_FD"], weights["b_dec_D"]
+        z_NF = (x_ND - b_dec) @ weights["W_enc_FD"].T + weights.get("b_enc_F", 0.0)
+        threshold = weights.get("threshold", weights.get("threshold_F", 0.0))
+        if recipe.sae in ("batchtopk", "jumprelu", "vanilla"):
+            f_NF = np.where(z_NF > np.maximum(threshold, 0), z_NF, 0)
+        elif recipe.sae == "gated":
+            magnitude_NF = np.exp(weights["r_mag_F"]) * z_NF + weights["b_mag_F"]
+            f_NF = np.where(z_NF + weights["b_gate_F"] > 0, np.maximum(magnitude_NF, 0), 0)
+        else:
+            kept_NF = z_NF >= np.sort(z_NF, axis=1)[:, -recipe.k, None]
+            f_NF = np.where(kept_NF & (z_NF > 0), z_NF, 0)
+    errors_N = ((x_ND - f_NF @ W_dec - b_dec) ** 2).sum(1)
     return Naive(
         norm_mse=(errors_N / (x_ND**2).sum(1)).mean(),
         fvu=errors_N.sum() / ((x_ND - x_ND.mean(0)) ** 2).sum(),
@@ -146,6 +180,43 @@ def test_routesae_scores_are_those_of_all_held_out_tokens_at_once(
     assert scores.routing_entropy == pytest.approx(-(nonzero_L * np.log(nonzero_L)).sum(), abs=0.02)
 
 
+@pytest.mark.parametrize("batch_tokens", [100, 4096])
+@pytest.mark.parametrize("name", ["batchtopk", "jumprelu", "vanilla", "gated", "crosscoder", "mlsae", "random"])
+def test_every_other_variants_scores_are_those_of_all_held_out_tokens_at_once(
+    tiny_cache: Cache, monkeypatch: pytest.MonkeyPatch, name: str, batch_tokens: int
+) -> None:
+    monkeypatch.setattr(evaluate, "BATCH_TOKENS", batch_tokens)
+    first, after = tiny_cache.manifest.train_rows, tiny_cache.manifest.rows
+    sae = variant(tiny_cache, name)
+    hidden_LND = stored(tiny_cache, first, after, sae.recipe.layers)
+    naive = naive_scores(sae, hidden_LND)
+    assert 0.5 < naive.l0 < LATENTS - 5
+    assert naive.dead >= 5 / LATENTS
+    learned = {key: value.clone() for key, value in sae.state_dict().items()}
+    scores = score_on_cache(sae, tiny_cache, first, after)
+    assert_scores_are(scores, naive, hidden_LND.shape[1])
+    assert scores.layer_shares is None
+    assert all(torch.equal(value, learned[key]) for key, value in sae.state_dict().items())  # none learned from it
+
+
+def test_top2_is_scored_at_each_tokens_one_layer_in_use(tiny_cache: Cache) -> None:
+    sae = variant(tiny_cache, "routesae", router="top2")
+    scores = score_on_cache(sae, tiny_cache, 0, 50)
+    assert scores.layer_shares is not None
+    assert sum(scores.layer_shares.values()) == pytest.approx(1)
+    hidden_LND = stored(tiny_cache, 0, 50, sae.recipe.layers)
+    assert scores.tokens == hidden_LND.shape[1]
+    weights = {key.removeprefix("shared."): value.double().numpy() for key, value in sae.state_dict().items()}
+    std = hidden_LND.std(2, ddof=1, keepdims=True) + 1e-6
+    x_LND = (hidden_LND - hidden_LND.mean(2, keepdims=True)) / std
+    at_N = (x_LND.sum(0) @ weights["router_LD"].T).argmax(1)
+    x_ND = x_LND[at_N, np.arange(len(at_N))]  # unscaled
+    z_NF = (x_ND - weights["b_dec_D"]) @ weights["W_enc_FD"].T + weights["b_enc_F"]
+    f_NF = np.where(z_NF >= np.sort(z_NF, axis=1)[:, -K, None], np.maximum(z_NF, 0), 0)
+    errors_N = ((x_ND - f_NF @ weights["W_dec_FD"] - weights["b_dec_D"]) ** 2).sum(1)
+    assert scores.norm_mse == pytest.approx((errors_N / (x_ND**2).sum(1)).mean(), rel=1e-4)
+
+
 def test_scores_are_of_the_asked_rows_only(tiny_cache: Cache) -> None:
     # Rows 100 to 140 straddle two shards of 128 rows.
     sae = topk(tiny_cache, layer=5)
@@ -173,12 +244,6 @@ def test_scores_as_a_dict_are_plain_json_without_the_densities(tiny_cache: Cache
     given = score_on_cache(topk(tiny_cache), tiny_cache, 0, 50).to_dict()
     assert set(given) == {"tokens", "norm_mse", "fvu", "l0", "dead", "layer_shares", "routing_entropy"}
     assert json.loads(json.dumps(given)) == given
-
-
-def test_active_counts_counts_values_above_zero_by_latent() -> None:
-    values_NK = torch.tensor([[1.0, 0.0], [0.5, 2.0], [0.0, 0.0]])
-    indices_NK = torch.tensor([[2, 0], [2, 4], [1, 2]])
-    assert active_counts(values_NK, indices_NK, 6).tolist() == [0, 0, 2, 0, 1, 0]
 
 
 def test_entropy_is_0_on_one_layer_and_ln_l_when_even() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import math
+import os
 import shutil
+import signal
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,16 @@ import torch
 from torch import Tensor
 
 from routesae.harvest.cache import Cache
-from routesae.reporting import FailedRun, Progress, WrongInput
+from routesae.reporting import FailedRun, Progress, Report, Stopped, WrongInput, silent
 from routesae.train.batches import Selection
 from routesae.train.checkpoint import find_saes, load_sae
 from routesae.train.evaluate import score_on_cache
+from routesae.train.log import StepLog
 from routesae.train.run import INITIAL_SAMPLE_TOKENS, TrainResult, fit, planned, train
-from routesae.train.saes import SAE, SAES, Forward, Recipe, TopK
+from routesae.train.saes import SAE, Forward, Recipe, build
 from routesae.train.schedule import lr_factor
 from routesae.train.settings import TrainSettings
+from routesae.train.trainee import Pace, Trainee
 
 CPU = torch.device("cpu")
 EVERY_SAE: list[dict[str, Any]] = [
@@ -35,32 +39,15 @@ EVERY_SAE: list[dict[str, Any]] = [
 IDS = ["topk", "hard", "soft"]
 
 
-@pytest.fixture
-def settings(tiny_cache: Cache, tmp_path: Path) -> Callable[..., TrainSettings]:
-    """A run of 8 or 9 steps on 7,000-odd tokens, into tmp_path/saes."""
-
-    def make(**changes: Any) -> TrainSettings:
-        given: dict[str, Any] = {
-            "cache": str(tiny_cache.path),
-            "sae": "topk",
-            "latents": 64,
-            "k": 8,
-            "batch_tokens": 1000,
-            "log_every_steps": 3,
-            "lr": 3e-3,
-            "device": "cpu",
-            "out": str(tmp_path / "saes"),
-        }
-        return TrainSettings(**{**given, **changes})
-
-    return make
-
-
 Settings = Callable[..., TrainSettings]
 
 
+def logged(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def metrics(result: TrainResult) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    return logged(result.folder)
 
 
 def training_tokens(cache: Cache) -> int:
@@ -69,7 +56,37 @@ def training_tokens(cache: Cache) -> int:
 
 def untrained(trained: SAE) -> SAE:
     """The same recipe and seed, before any step."""
-    return SAES[trained.recipe.sae](trained.recipe, torch.Generator().manual_seed(0))
+    return build(trained.recipe, torch.Generator().manual_seed(0))
+
+
+def only(settings: TrainSettings, report: Report = silent) -> TrainResult:
+    """The one SAE of a run."""
+    (result,) = train(settings, report)
+    return result
+
+
+def fitted(
+    sae: SAE, chosen: TrainSettings, selection: Selection, folder: Path, report: Report = silent
+) -> list[dict[str, Any]]:
+    """The lines that `fit` writes of this very SAE."""
+    total_steps, _ = planned(selection, chosen)
+    pace = Pace(
+        total_steps=total_steps,
+        dead_after_tokens=chosen.dead_after_tokens,
+        sparsity_warmup=chosen.sparsity_warmup,
+        precision=torch.float32,
+        seed=chosen.seed,
+    )
+    folder.mkdir()
+    log = StepLog(sae, folder, [])
+    with closing(log):
+        fit([Trainee(sae, chosen.runs[0], pace, folder, log)], selection, chosen, 0, [{}], report)
+    return logged(folder)
+
+
+def visible(folder: Path) -> list[str]:
+    """What under `folder` a person or analyze would take for an SAE."""
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
 
 
 # -------------------------------------------------------------------------------------- learning, repeating
@@ -79,7 +96,7 @@ def untrained(trained: SAE) -> SAE:
 def test_training_reconstructs_far_better_than_an_untrained_sae(
     tiny_cache: Cache, settings: Settings, variant: dict[str, Any]
 ) -> None:
-    result = train(settings(**variant, epochs=6, batch_tokens=500, latents=128))
+    result = only(settings(**variant, epochs=6, batch_tokens=500, latents=128))
     rows = (tiny_cache.manifest.train_rows, tiny_cache.manifest.rows)
     trained = load_sae(result.folder, CPU)
     before = score_on_cache(untrained(trained), tiny_cache, *rows).norm_mse
@@ -95,7 +112,7 @@ def test_two_runs_with_one_seed_give_the_same_bytes_and_another_seed_does_not(
     settings: Settings, variant: dict[str, Any]
 ) -> None:
     def weights(name: str, seed: int) -> bytes:
-        folder = train(settings(**variant, name=name, seed=seed)).folder
+        folder = only(settings(**variant, name=name, seed=seed)).folder
         files = sorted(folder.glob("*.safetensors"))
         assert len(files) == (1 if variant["sae"] == "topk" else 2)
         return b"".join(file.read_bytes() for file in files)
@@ -110,7 +127,7 @@ def test_the_seed_sets_the_initial_weights(settings: Settings, variant: dict[str
     # One step of all the tokens at next to no rate: the order of the batches has no part in it.
     def weights(seed: int) -> dict[str, Tensor]:
         chosen = settings(**variant, name=str(seed), seed=seed, lr=1e-12, batch_tokens=50_000)
-        return dict(load_sae(train(chosen).folder, CPU).named_parameters())
+        return dict(load_sae(only(chosen).folder, CPU).named_parameters())
 
     first, second = weights(5), weights(6)
     for name in first:
@@ -121,7 +138,7 @@ def test_the_seed_sets_the_initial_weights(settings: Settings, variant: dict[str
 def test_training_starts_with_the_decoder_bias_at_the_median_of_the_training_tokens(
     tiny_cache: Cache, settings: Settings
 ) -> None:
-    folder = train(settings(lr=1e-12, batch_tokens=50_000, layer=4)).folder
+    folder = only(settings(lr=1e-12, batch_tokens=50_000, layer=4)).folder
     pieces = []
     for shard in tiny_cache.shards():
         row = shard.record.rows[0] + shard.read("order") // tiny_cache.manifest.context
@@ -138,14 +155,14 @@ def test_training_starts_with_the_decoder_bias_at_the_median_of_the_training_tok
 def test_two_runs_on_two_threads_give_the_same_bytes(settings: Settings) -> None:
     torch.set_num_threads(2)
     first, second = (
-        train(settings(sae="routesae", name=name)).folder / "sae_weights.safetensors" for name in ("a", "b")
+        only(settings(sae="routesae", name=name)).folder / "sae_weights.safetensors" for name in ("a", "b")
     )
     assert first.read_bytes() == second.read_bytes()
 
 
 @pytest.mark.parametrize("variant", EVERY_SAE, ids=IDS)
 def test_every_weight_moves_and_the_decoder_ends_at_unit_norm(settings: Settings, variant: dict[str, Any]) -> None:
-    trained = load_sae(train(settings(**variant)).folder, CPU)
+    trained = load_sae(only(settings(**variant)).folder, CPU)
     start = dict(untrained(trained).named_parameters())
     for name, parameter in trained.named_parameters():
         assert not torch.equal(parameter, start[name]), name
@@ -165,8 +182,8 @@ class Recorded:
         self.dead: list[Tensor] = []
         inner = sae.loss
 
-        def loss(out: Forward, dead_F: Tensor) -> Tensor:
-            given = inner(out, dead_F)
+        def loss(out: Forward, dead_F: Tensor, sparsity_factor: float = 1.0) -> Tensor:
+            given = inner(out, dead_F, sparsity_factor)
             self.outs.append(Forward(*(part if part is None else _detached(part) for part in out)))
             self.losses.append(given.item())
             self.dead.append(dead_F.clone())
@@ -181,21 +198,23 @@ def _detached(part: Any) -> Any:
 
 @pytest.mark.parametrize("variant", EVERY_SAE, ids=IDS)
 def test_the_log_says_of_each_stretch_of_steps_what_the_steps_did(
-    tiny_cache: Cache, settings: Settings, monkeypatch: pytest.MonkeyPatch, variant: dict[str, Any]
+    tiny_cache: Cache,
+    settings: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    variant: dict[str, Any],
 ) -> None:
     chosen = settings(**variant, epochs=2, dead_after_tokens=2500, k=2)
     layers = (3,) if variant["sae"] == "topk" else tiny_cache.manifest.layers
     routing = variant.get("routing", "hard")
-    recipe = Recipe(sae=chosen.sae, layers=layers, width=32, latents=64, k=2, routing=routing)
-    sae = SAES[chosen.sae](recipe, torch.Generator().manual_seed(0))
+    recipe = Recipe(sae=variant["sae"], layers=layers, width=32, latents=64, k=2, routing=routing)
+    sae = build(recipe, torch.Generator().manual_seed(0))
     with torch.no_grad():
-        dict(sae.named_parameters())["b_enc_F" if chosen.sae == "topk" else "shared.b_enc_F"][:3] = -1e6
+        dict(sae.named_parameters())["b_enc_F" if variant["sae"] == "topk" else "shared.b_enc_F"][:3] = -1e6
     recorded = Recorded(sae, monkeypatch)
-    file = io.StringIO()
     selection = Selection(tiny_cache, 0, tiny_cache.manifest.train_rows, layers)
     seen: list[Progress] = []
-    fit(sae, selection, chosen, file, seen.append)
-    lines = [json.loads(line) for line in file.getvalue().splitlines()]
+    lines = fitted(sae, chosen, selection, tmp_path / "log", seen.append)
 
     total_steps = len(recorded.outs)
     assert total_steps == 2 * math.ceil(len(selection) / 1000)
@@ -225,7 +244,7 @@ def test_the_log_says_of_each_stretch_of_steps_what_the_steps_did(
         weighted = sum(loss * size for loss, size in zip(losses, sizes, strict=True))
         assert line["loss"] == pytest.approx(weighted / sum(sizes), rel=1e-5)
         assert line["dead"] == pytest.approx(sum(n >= 2500 for n in idle) / 64)
-        assert line["lr"] == pytest.approx(chosen.lr * lr_factor(line["step"] - 1, total_steps))
+        assert line["lr"] == pytest.approx(chosen.runs[0].lr * lr_factor(line["step"] - 1, total_steps))
         assert line["tokens_per_second"] > 0
         some_are_dead |= line["dead"] > 0
         promised = {"step", "tokens", "loss", "norm_mse", "l0", "dead", "lr", "tokens_per_second"}
@@ -246,30 +265,31 @@ def test_the_log_says_of_each_stretch_of_steps_what_the_steps_did(
 
 
 def test_a_latent_that_never_fires_is_dead_once_it_was_idle_for_dead_after_tokens(
-    tiny_cache: Cache, settings: Settings
+    tiny_cache: Cache, settings: Settings, tmp_path: Path
 ) -> None:
     chosen = settings(latents=8, k=4, log_every_steps=1, dead_after_tokens=3000, lr=1e-6)
-    sae = TopK(Recipe(sae="topk", layers=(3,), width=32, latents=8, k=4), torch.Generator().manual_seed(0))
+    sae = build(Recipe(sae="topk", layers=(3,), width=32, latents=8, k=4), torch.Generator().manual_seed(0))
     with torch.no_grad():
         sae.b_enc_F[2] = -1e6
-    file = io.StringIO()
-    fit(sae, Selection(tiny_cache, 0, tiny_cache.manifest.train_rows, (3,)), chosen, file)
-    dead = [json.loads(line)["dead"] for line in file.getvalue().splitlines()]
+    selection = Selection(tiny_cache, 0, tiny_cache.manifest.train_rows, (3,))
+    dead = [line["dead"] for line in fitted(sae, chosen, selection, tmp_path / "log")]
     assert dead[:2] == [0, 0]
     assert dead[2:] == [1 / 8] * (len(dead) - 2)
     assert len(dead) > 4
 
 
 def test_the_default_dead_after_is_a_quarter_of_a_run_also_where_a_batch_is_more_than_an_epoch(
-    tiny_cache: Cache, settings: Settings
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen = settings(latents=8, k=4, log_every_steps=1, batch_tokens=50_000, epochs=8, lr=1e-6)
-    sae = TopK(Recipe(sae="topk", layers=(3,), width=32, latents=8, k=4), torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        sae.b_enc_F[2] = -1e6
-    file = io.StringIO()
-    fit(sae, Selection(tiny_cache, 0, tiny_cache.manifest.train_rows, (3,)), chosen, file)
-    dead = [json.loads(line)["dead"] for line in file.getvalue().splitlines()]
+    def with_a_mute_latent(recipe: Recipe, generator: torch.Generator) -> SAE:
+        sae = build(recipe, generator)
+        with torch.no_grad():
+            sae.b_enc_F[2] = -1e6
+        return sae
+
+    monkeypatch.setattr("routesae.train.run.build", with_a_mute_latent)
+    result = only(settings(latents=8, k=4, log_every_steps=1, batch_tokens=50_000, epochs=8, lr=1e-6))
+    dead = [line["dead"] for line in metrics(result)]
     assert dead == [0] + [1 / 8] * 7  # one step is an epoch: a quarter of 8 is over at the second
 
 
@@ -278,14 +298,15 @@ def test_the_folder_holds_the_sae_its_log_and_where_it_came_from(
     tiny_cache: Cache, settings: Settings, variant: dict[str, Any]
 ) -> None:
     chosen = settings(**variant, name="mine")
-    result = train(chosen)
+    result = only(chosen)
     assert result.folder == Path(chosen.out) / "mine"
     router = ["router.safetensors"] if variant["sae"] == "routesae" else []
     files = sorted(path.name for path in result.folder.iterdir())
     assert files == sorted(["cfg.json", "metrics.jsonl", "sae_weights.safetensors", *router])
     assert [path.name for path in Path(chosen.out).iterdir()] == ["mine"]
     source = json.loads((result.folder / "cfg.json").read_text())["metadata"]["routesae"]["source"]
-    assert source["settings"] == dataclasses.asdict(chosen)
+    asked = {**dataclasses.asdict(chosen), "runs": None, "run": dataclasses.asdict(chosen.runs[0])}
+    assert source["settings"] == json.loads(json.dumps(asked))
     assert source["cache"]["corpus_fingerprint"] == tiny_cache.manifest.corpus_fingerprint
     assert source["cache"]["path"] == str(tiny_cache.path.resolve())
     assert source["model"] == tiny_cache.manifest.model
@@ -295,7 +316,7 @@ def test_the_folder_holds_the_sae_its_log_and_where_it_came_from(
 def test_the_held_out_score_in_cfg_json_is_that_of_the_saved_sae_on_the_held_out_rows(
     tiny_cache: Cache, settings: Settings
 ) -> None:
-    result = train(settings(sae="routesae"))
+    result = only(settings(sae="routesae"))
     rows = (tiny_cache.manifest.train_rows, tiny_cache.manifest.rows)
     again = score_on_cache(load_sae(result.folder, CPU), tiny_cache, *rows)
     assert result.held_out is not None
@@ -306,7 +327,7 @@ def test_the_held_out_score_in_cfg_json_is_that_of_the_saved_sae_on_the_held_out
 
 def test_default_names_tell_runs_apart(settings: Settings) -> None:
     names = [
-        train(settings(**variant)).folder.name
+        only(settings(**variant)).folder.name
         for variant in (*EVERY_SAE, {"sae": "topk"}, {"layer": 5, "k": 4}, {"layer": 5, "k": 4, "latents": 32})
     ]
     assert names == [
@@ -320,7 +341,7 @@ def test_default_names_tell_runs_apart(settings: Settings) -> None:
 
 
 def test_expansion_is_in_widths(settings: Settings) -> None:
-    assert load_sae(train(settings(latents=None, expansion=3)).folder, CPU).recipe.latents == 96
+    assert load_sae(only(settings(latents=None, expansion=3)).folder, CPU).recipe.latents == 96
 
 
 # -------------------------------------------------------------------------------------------- how long it runs
@@ -328,15 +349,15 @@ def test_expansion_is_in_widths(settings: Settings) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 900, 1000, 5400, 7000, 20_000])
 def test_tokens_trains_that_many_within_a_step(tiny_cache: Cache, settings: Settings, tokens: int) -> None:
-    last = metrics(train(settings(tokens=tokens)))[-1]
+    last = metrics(only(settings(tokens=tokens)))[-1]
     assert abs(last["tokens"] - tokens) <= 1000
 
 
 def test_epochs_trains_every_token_that_often(tiny_cache: Cache, settings: Settings) -> None:
     wanted = training_tokens(tiny_cache)
     assert wanted % 1000 > 0
-    assert metrics(train(settings(name="one")))[-1]["tokens"] == wanted
-    assert metrics(train(settings(name="three", epochs=3)))[-1]["tokens"] == 3 * wanted
+    assert metrics(only(settings(name="one")))[-1]["tokens"] == wanted
+    assert metrics(only(settings(name="three", epochs=3)))[-1]["tokens"] == 3 * wanted
 
 
 def test_the_epochs_of_a_run_are_ordered_differently(tiny_cache: Cache, settings: Settings) -> None:
@@ -356,11 +377,27 @@ def test_the_epochs_of_a_run_are_ordered_differently(tiny_cache: Cache, settings
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sae": "gated"}, r"--sae 'gated' is none of routesae, topk"),
-        ({"sae": "routesae", "layer": 3}, r"--layer 3 is for topk; routesae reads every layer"),
+        ({"sae": "dense"}, r"--sae 'dense' is none of vanilla, gated, topk, .*routesae"),
+        ({"sae": "routesae", "layer": 3}, r"--layer 3 is not for routesae: it reads every layer"),
         ({"layer": 6}, r"layer 6 was not harvested.*2, 3, 4, 5"),
         ({"layer": 0}, r"layer 0 was not harvested"),
         ({"k": 65}, r"--k 65 is more than the SAE's 64 latents; lower it"),
+        ({"anneal_k_from": 65}, r"--anneal-k-from 65 is more than the SAE's 64 latents"),
+        ({"anneal_k_from": 0}, r"--anneal-k-from 0 is below 1"),
+        ({"clip": -1.0}, r"--clip -1.0 is not a number of 0 or more"),
+        ({"sae": "vanilla", "sparsity": -1.0}, r"--sparsity -1.0 is not a number of 0 or more"),
+        ({"normalize": "layer"}, r"--normalize 'layer' is none of token, dataset, none"),
+        ({"precision": "float16"}, r"--precision 'float16' is none of auto, float32, bfloat16"),
+        ({"sparsity_warmup": 1.5}, r"--sparsity-warmup 1.5 is not a share"),
+        ({"checkpoint_every_steps": 0}, r"--checkpoint-every 0 is below 1"),
+        ({"sae": "routesae", "router": "oracle"}, r"--router 'oracle' is none of published, top2"),
+        ({"sae": "routesae", "routed": "mlsae"}, r"--routed 'mlsae' is none of vanilla"),
+        ({"sae": "routesae", "routing": "soft", "router": "top2"}, r"--router top2 chooses one layer a token"),
+        ({"sae": "matryoshka", "prefixes": [8, 32]}, r"--prefixes \(8, 32\) must rise and end with the SAE's 64"),
+        ({"recipe": "paper"}, r"--recipe 'paper' is none of routesae, published"),
+        ({"latents": 64, "expansion": 2}, r"--latents 64 and --expansion 2 both say"),
+        ({"resume": True, "overwrite": True}, r"--resume goes on with what --overwrite would delete"),
+        ({"seed": 2**32}, r"--seed 4294967296"),
         ({"k": 0}, r"--k 0 is below 1"),
         ({"latents": 0}, r"--latents 0 is below 1"),
         ({"latents": None, "expansion": -1}, r"--expansion -1 is below 1"),
@@ -389,14 +426,14 @@ def test_wrong_settings_are_refused_with_the_value_and_write_nothing(
     settings: Settings, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(WrongInput, match=message):
-        train(settings(**changes))
+        only(settings(**changes))
     assert not (tmp_path / "saes").exists()
 
 
 def test_cuda_where_there_is_none_is_refused(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(WrongInput, match=r"device cuda asked for.*use --device cpu or auto"):
-        train(settings(device="cuda"))
+        only(settings(device="cuda"))
 
 
 def test_a_folder_that_is_no_cache_is_refused_and_says_how_to_make_one(settings: Settings, tmp_path: Path) -> None:
@@ -404,7 +441,7 @@ def test_a_folder_that_is_no_cache_is_refused_and_says_how_to_make_one(settings:
     (tmp_path / "file").write_text("x")
     for path in (tmp_path / "empty", tmp_path / "absent", tmp_path / "file"):
         with pytest.raises(WrongInput, match=rf"{path} is not a cache folder.*routesae harvest"):
-            train(settings(cache=str(path)))
+            only(settings(cache=str(path)))
 
 
 def test_an_incomplete_cache_is_refused_naming_the_missing_shard(
@@ -413,19 +450,19 @@ def test_an_incomplete_cache_is_refused_naming_the_missing_shard(
     copy = Path(shutil.copytree(tiny_cache.path, tmp_path / "shards"))
     shutil.rmtree(copy / "shard-00001")
     with pytest.raises(WrongInput, match=r"lacks 1 of its 5 shards .*shard-00001.*harvest again"):
-        train(settings(cache=str(copy)))
+        only(settings(cache=str(copy)))
     assert not (tmp_path / "saes").exists()
 
 
-def test_a_cut_shard_stops_training_names_it_and_leaves_nothing(
+def test_a_cut_shard_stops_training_names_it_and_leaves_no_sae(
     tiny_cache: Cache, settings: Settings, tmp_path: Path
 ) -> None:
     copy = Path(shutil.copytree(tiny_cache.path, tmp_path / "shards"))
     data = copy / "shard-00002" / "layer_03" / "c" / "0" / "0"
     data.write_bytes(data.read_bytes()[:1000])
     with pytest.raises(FailedRun, match=r"shard-00002/layer_03 is damaged"):
-        train(settings(cache=str(copy), layer=3))
-    assert list((tmp_path / "saes").iterdir()) == []
+        only(settings(cache=str(copy), layer=3))
+    assert visible(tmp_path / "saes") == []
 
 
 # ------------------------------------------------------------------------------------- stopping, overwriting
@@ -440,15 +477,64 @@ def interrupt(progress: Progress) -> None:
     raise KeyboardInterrupt
 
 
-def test_ctrl_c_leaves_no_sae_and_no_partial_one(
+def test_an_interrupt_leaves_no_sae_and_before_the_first_checkpoint_nothing_in_the_way(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        train(settings(), interrupt)
-    assert list((tmp_path / "saes").iterdir()) == []
+        only(settings(), interrupt)
+    assert visible(tmp_path / "saes") == []
     with pytest.raises(WrongInput, match="no SAE under"):
         find_saes(tmp_path / "saes")
+    folder = only(settings()).folder
+    assert list((tmp_path / "saes").iterdir()) == [folder]
+    assert [line["step"] for line in logged(folder)] == [3, 6, 8]  # none of the interrupted run's
+
+
+@pytest.mark.parametrize(("asked", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_run_asked_to_stop_ends_with_a_checkpoint_in_a_hidden_folder(
+    settings: Settings, tmp_path: Path, asked: signal.Signals, code: int
+) -> None:
+    def ask(progress: Progress) -> None:
+        os.kill(os.getpid(), asked)
+
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(Stopped, match=r"stopped after step 3 of 8; the same with --resume goes on") as stopped:
+        only(settings(name="mine"), ask)
+    assert stopped.value.code == code
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert [path.name for path in (tmp_path / "saes").iterdir()] == [".mine.partial"]
+    left = sorted(contents(tmp_path / "saes" / ".mine.partial"))
+    assert left == ["metrics.jsonl", "step-00000003/state.json", "step-00000003/state.safetensors"]
+    with pytest.raises(WrongInput, match="no SAE under"):
+        find_saes(tmp_path / "saes")
+
+
+def test_a_stopped_run_is_neither_started_again_nor_lost_unless_told(settings: Settings, tmp_path: Path) -> None:
+    def ask(progress: Progress) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped):
+        only(settings(name="mine"), ask)
+    left = contents(tmp_path / "saes")
+    refusal = r"mine was stopped after step 3; --resume goes on there, --overwrite starts again"
+    with pytest.raises(WrongInput, match=refusal):
+        only(settings(name="mine"))
+    assert contents(tmp_path / "saes") == left
+    only(settings(name="other"))
+    folder = only(settings(name="mine", seed=7, overwrite=True)).folder
+    assert [line["step"] for line in logged(folder)] == [3, 6, 8]
+    assert sorted(path.name for path in (tmp_path / "saes").iterdir()) == ["mine", "other"]
+
+
+def test_a_second_ctrl_c_interrupts_at_once(settings: Settings, tmp_path: Path) -> None:
+    def ask_twice(progress: Progress) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        only(settings(name="mine"), ask_twice)
+    assert sorted(contents(tmp_path / "saes" / ".mine.partial")) == ["metrics.jsonl"]
 
 
 @pytest.mark.parametrize("stage", ["train topk", "score on cache"])
@@ -458,7 +544,7 @@ def test_a_stopped_run_leaves_no_loader_thread_though_its_traceback_is_kept(sett
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt) as stopped:
-        train(settings(batch_tokens=500), interrupt_stage)
+        only(settings(batch_tokens=500), interrupt_stage)
     assert [thread.name for thread in threading.enumerate() if thread.name == "batch-loader"] == []
     assert stopped.tb is not None
 
@@ -469,26 +555,28 @@ def test_ctrl_c_while_the_held_out_rows_are_scored_leaves_no_sae(settings: Setti
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(settings(), interrupt_scoring)
-    assert list((tmp_path / "saes").iterdir()) == []
+        only(settings(name="mine"), interrupt_scoring)
+    assert visible(tmp_path / "saes") == []
+    only(settings(name="mine", resume=True))  # every step is done: it is only scored and saved
+    assert [path.name for path in (tmp_path / "saes").iterdir()] == ["mine"]
 
 
 def test_what_a_killed_run_left_behind_does_not_end_up_in_the_next_sae(settings: Settings, tmp_path: Path) -> None:
     left = tmp_path / "saes" / ".mine.partial"
     left.mkdir(parents=True)
     (left / "junk").write_text("x")
-    result = train(settings(name="mine"))
+    result = only(settings(name="mine"))
     assert not (result.folder / "junk").exists()
     assert [path.name for path in (tmp_path / "saes").iterdir()] == ["mine"]
 
 
 def test_an_existing_sae_is_kept_unless_overwrite_is_given(settings: Settings) -> None:
-    folder = train(settings(name="mine")).folder
+    folder = only(settings(name="mine")).folder
     old = contents(folder)
     with pytest.raises(WrongInput, match=rf"{folder} exists; give another --name, or --overwrite"):
-        train(settings(name="mine", seed=1))
+        only(settings(name="mine", seed=1))
     assert contents(folder) == old
-    train(settings(name="mine", seed=1, overwrite=True))
+    only(settings(name="mine", seed=1, overwrite=True))
     assert contents(folder)["sae_weights.safetensors"] != old["sae_weights.safetensors"]
 
 
@@ -496,15 +584,16 @@ def test_overwrite_keeps_the_old_sae_where_the_new_run_fails(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    folder = train(settings(name="mine")).folder
-    old = contents(tmp_path / "saes")
+    folder = only(settings(name="mine")).folder
+    old = contents(folder)
     with pytest.raises(KeyboardInterrupt):
-        train(settings(name="mine", overwrite=True), interrupt)
+        only(settings(name="mine", overwrite=True), interrupt)
     with pytest.raises(FailedRun):
-        train(settings(name="mine", overwrite=True, lr=1e30))
+        only(settings(name="mine", overwrite=True, lr=1e30))
     with pytest.raises(WrongInput):
-        train(settings(name="mine", overwrite=True, layer=6))
-    assert contents(tmp_path / "saes") == old
+        only(settings(name="mine", overwrite=True, layer=6))
+    assert contents(folder) == old
+    assert visible(tmp_path / "saes") == ["mine"]
     load_sae(folder, CPU)
 
 
@@ -512,7 +601,7 @@ def test_overwrite_does_not_delete_a_folder_that_holds_no_sae(settings: Settings
     (tmp_path / "saes" / "mine").mkdir(parents=True)
     (tmp_path / "saes" / "mine" / "thesis.tex").write_text("x")
     with pytest.raises(WrongInput, match=r"mine.*not an SAE"):
-        train(settings(name="mine", overwrite=True))
+        only(settings(name="mine", overwrite=True))
     assert (tmp_path / "saes" / "mine" / "thesis.tex").read_text() == "x"
 
 
@@ -520,13 +609,13 @@ def test_overwrite_does_not_delete_a_folder_that_holds_no_sae(settings: Settings
 def test_a_loss_that_is_no_number_stops_the_run_with_the_rate_to_lower(
     settings: Settings, tmp_path: Path, variant: dict[str, Any]
 ) -> None:
-    with pytest.raises(FailedRun, match=r"the loss is (nan|inf) by step 3 of \d+; lower --lr 1e\+30"):
-        train(settings(**variant, lr=1e30))
-    assert list((tmp_path / "saes").iterdir()) == []
+    with pytest.raises(FailedRun, match=r"the loss is (nan|inf) by step 3; lower --lr 1e\+30"):
+        only(settings(**variant, lr=1e30))
+    assert visible(tmp_path / "saes") == []
 
 
 def test_a_run_whose_last_step_broke_the_weights_writes_no_sae(settings: Settings, tmp_path: Path) -> None:
     # One step: its loss is still that of the initial weights, and only what it leaves behind is useless.
     with pytest.raises(FailedRun, match=r"lower --lr 1e\+30"):
-        train(settings(lr=1e30, tokens=1))
-    assert list((tmp_path / "saes").iterdir()) == []
+        only(settings(lr=1e30, tokens=1))
+    assert visible(tmp_path / "saes") == []

@@ -1,10 +1,10 @@
-"""The learning rate: warm-up over the first 5 % of steps, constant, decay over the last 20 %."""
+"""What changes over a run: the learning rate warms up, stays and decays; the penalty rises; k falls."""
 
 from __future__ import annotations
 
 import pytest
 
-from routesae.train.schedule import lr_factor
+from routesae.train.schedule import annealed_k, lr_factor, sparsity_factor
 
 
 def test_the_rate_warms_up_stays_and_decays_at_the_stated_borders() -> None:
@@ -31,3 +31,42 @@ def test_every_step_of_any_run_has_a_rate_above_zero_and_the_peak_is_reached(tot
 
 def test_a_run_of_one_step_takes_it_at_the_full_rate() -> None:
     assert lr_factor(0, 1) == 1
+
+
+# ------------------------------------------------------------------------------------------- λ and the annealed k
+
+
+def test_the_penalty_rises_linearly_over_its_share_of_the_steps_and_then_stays() -> None:
+    factors = [sparsity_factor(step, 1000, 0.1) for step in range(1000)]
+    assert factors[:100] == pytest.approx([(step + 1) / 101 for step in range(100)])
+    assert factors[99] < 1
+    assert factors[100:] == [1.0] * 900
+
+
+def test_without_a_warm_up_the_penalty_is_whole_from_the_first_step() -> None:
+    assert [sparsity_factor(step, 10, 0) for step in range(10)] == [1.0] * 10
+    assert sparsity_factor(0, 1, 0.1) == 1
+
+
+def test_a_warm_up_of_the_whole_run_never_falls_and_never_starts_at_nothing() -> None:
+    factors = [sparsity_factor(step, 10, 1) for step in range(10)]
+    assert factors == sorted(set(factors))
+    assert 0 < factors[0] < factors[-1] < 1
+
+
+def test_k_falls_linearly_from_near_the_first_to_k_and_stays() -> None:
+    found = [annealed_k(step, 100, 0.1, 64, 8) for step in range(100)]
+    assert found[:10] == [round(64 - 56 * (step + 1) / 11) for step in range(10)]
+    assert found[:10] == sorted(set(found[:10]), reverse=True)
+    assert 8 < found[9] < found[0] < 64
+    assert found[10:] == [8] * 90
+
+
+def test_k_may_rise_as_well_and_never_leaves_its_ends() -> None:
+    found = [annealed_k(step, 100, 0.5, 2, 9) for step in range(100)]
+    assert found == sorted(found)
+    assert (min(found), max(found), found[50]) == (2, 9, 9)
+
+
+def test_without_a_first_k_it_is_k_all_along() -> None:
+    assert {annealed_k(step, 100, 0.1, None, 8) for step in range(100)} == {8}

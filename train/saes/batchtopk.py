@@ -43,14 +43,14 @@ class BatchTopK(SingleLayerSAE):
         self.threshold: Tensor
         self.batches: Tensor
 
-    def autoencode(self, x_ND: Tensor) -> Forward:
+    def autoencode(self, x_ND: Tensor, weights_N: Tensor | None = None) -> Forward:
         if not self.training:
             latents = self.encode(x_ND)
             return Forward(x_ND, decode(latents, self.W_dec_FD, self.b_dec_D), latents)
         selected = batchtopk_latents(x_ND, self.W_enc_FD, self.b_enc_F, self.b_dec_D, self.k)
         self._learn_threshold(selected)
         weights = (self.W_enc_FD, self.b_enc_F, self.W_dec_FD, self.b_dec_D)
-        return Forward(x_ND, *sparse_autoencode(x_ND, *weights, selected, ragged=True))
+        return Forward(x_ND, *sparse_autoencode(x_ND, *weights, selected, ragged=True), weights_N=weights_N)
 
     @torch.no_grad()
     def _learn_threshold(self, selected: Latents) -> None:

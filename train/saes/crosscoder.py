@@ -34,11 +34,15 @@ class Crosscoder(SAE):
     def __init__(self, recipe: Recipe, generator: torch.Generator | None = None):
         super().__init__(recipe)
         layers, f = len(recipe.layers), recipe.latents
-        W_FLD = torch.randn(f, layers, recipe.width, generator=generator)
-        # A unit row over all layers together, so that f starts at the scale of a single layer's SAE.
-        W_FC = nn.functional.normalize(W_FLD.flatten(1), dim=1)
-        self.W_enc_FC = nn.Parameter(W_FC)
-        self.W_dec_FC = nn.Parameter(W_FC.clone())  # encoderᵀ at the start
+        if recipe.published:  # a linear layer's initial weights for each layer, its decoder's rows at unit norm
+            W_FLD = (torch.rand(f, layers, recipe.width, generator=generator) * 2 - 1) * recipe.width**-0.5
+            W_dec_FLD = F.normalize(W_FLD, dim=2)
+        else:  # a unit row over all layers together, so that f starts at the scale of a single layer's SAE
+            W_FLD = torch.randn(f, layers, recipe.width, generator=generator)
+            W_FLD = F.normalize(W_FLD.flatten(1), dim=1).view_as(W_FLD)
+            W_dec_FLD = W_FLD.clone()
+        self.W_enc_FC = nn.Parameter(W_FLD.flatten(1))  # the decoder is its transpose at the start
+        self.W_dec_FC = nn.Parameter(W_dec_FLD.flatten(1))
         self.b_enc_F = nn.Parameter(torch.zeros(f))
         self.b_dec_C = nn.Parameter(torch.zeros(layers * recipe.width), requires_grad=not recipe.published)
         self.penalty = PenaltyWeight(recipe)

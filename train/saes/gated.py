@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from routesae.train.kernels import DenseLatents
-from routesae.train.losses import norm_mse
+from routesae.train.losses import mean_over_rows, norm_mse
 from routesae.train.saes.penalty import PenaltyWeight
 from routesae.train.saes.sae import Forward, Recipe
 from routesae.train.saes.single import SingleLayerSAE
@@ -38,18 +38,19 @@ class Gated(SingleLayerSAE):
         super().__init__(recipe, generator)
         self.penalty = PenaltyWeight(recipe)
 
-    def autoencode(self, x_ND: Tensor) -> Forward:
+    def autoencode(self, x_ND: Tensor, weights_N: Tensor | None = None) -> Forward:
         shared_NF = F.linear(x_ND - self.b_dec_D, self.W_enc_FD)
         gate_NF = (shared_NF + self.b_gate_F).relu()
         f_NF = torch.where(gate_NF > 0, (self.r_mag_F.exp() * shared_NF + self.b_mag_F).relu(), 0)
-        out = Forward(x_ND, f_NF @ self.W_dec_FD + self.b_dec_D, DenseLatents(f_NF))
+        out = Forward(x_ND, f_NF @ self.W_dec_FD + self.b_dec_D, DenseLatents(f_NF), weights_N=weights_N)
         if not self.training:
             return out
         self.penalty.steer((f_NF > 0).sum(1), self.k)
         if self.recipe.published:
-            return out._replace(penalty=f_NF.mean())
+            return out._replace(penalty=mean_over_rows(f_NF.mean(1), weights_N))
         by_gate_ND = gate_NF @ self.W_dec_FD.detach() + self.b_dec_D.detach()
-        return out._replace(penalty=gate_NF.sum(1).mean(), auxiliary=norm_mse(x_ND, by_gate_ND))
+        penalty = mean_over_rows(gate_NF.sum(1), weights_N)
+        return out._replace(penalty=penalty, auxiliary=norm_mse(x_ND, by_gate_ND, weights_N))
 
     def penalty_weight(self, sparsity_factor: float) -> Tensor | float:
         weight: Tensor | float = self.penalty(sparsity_factor)

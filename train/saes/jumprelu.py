@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from routesae.train.kernels import DenseLatents, jumprelu, step, threshold_latents
+from routesae.train.losses import mean_over_rows
 from routesae.train.saes.sae import Forward, Recipe
 from routesae.train.saes.single import SingleLayerSAE
 
@@ -45,13 +46,14 @@ class JumpReLU(SingleLayerSAE):
             self.threshold_F.fill_(PUBLISHED_THRESHOLD)
         self.bandwidth = PUBLISHED_BANDWIDTH if recipe.published else BANDWIDTH
 
-    def autoencode(self, x_ND: Tensor) -> Forward:
+    def autoencode(self, x_ND: Tensor, weights_N: Tensor | None = None) -> Forward:
         z_NF = F.linear(x_ND - self.b_dec_D, self.W_enc_FD, self.b_enc_F)
         threshold_F = self.threshold_F.clamp(min=0)
         f_NF = jumprelu(z_NF, threshold_F, self.bandwidth)
-        l0 = step(f_NF if self.recipe.published else z_NF, threshold_F, self.bandwidth).sum(1).mean()
+        active_NF = step(f_NF if self.recipe.published else z_NF, threshold_F, self.bandwidth)
+        l0 = mean_over_rows(active_NF.sum(1), weights_N)
         penalty = l0 if self.recipe.sparsity is not None else (l0 / self.k - 1).square()
-        return Forward(x_ND, f_NF @ self.W_dec_FD + self.b_dec_D, DenseLatents(f_NF), penalty)
+        return Forward(x_ND, f_NF @ self.W_dec_FD + self.b_dec_D, DenseLatents(f_NF), penalty, weights_N=weights_N)
 
     def penalty_weight(self, sparsity_factor: float) -> float:
         return sparsity_factor * (TARGET_WEIGHT if self.recipe.sparsity is None else self.recipe.sparsity)
@@ -62,8 +64,8 @@ class JumpReLU(SingleLayerSAE):
         if len(dead) == 0:
             return loss
         z_Nd = F.linear(out.x_ND - self.b_dec_D, self.W_enc_FD[dead], self.b_enc_F[dead])
-        short_Nd: Tensor = (self.threshold_F[dead] - z_Nd).relu() * self.W_dec_FD[dead].norm(dim=1)
-        return loss + self.recipe.pre_act_loss * short_Nd.sum(1).mean()
+        short_Nd: Tensor = (self.threshold_F[dead].clamp(min=0) - z_Nd).relu() * self.W_dec_FD[dead].norm(dim=1)
+        return loss + self.recipe.pre_act_loss * mean_over_rows(short_Nd.sum(1), out.weights_N)
 
     @torch.no_grad()
     def centre(self, x_ND: Tensor) -> None:

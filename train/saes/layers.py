@@ -18,7 +18,9 @@ from routesae.train.saes.sae import Forward
 from routesae.train.saes.topk import TopK
 
 
-class MLSAE(TopK):
+class EveryLayer(TopK):
+    """In use, every layer's rows are samples."""
+
     one_layer = False
 
     def forward(self, x_LND: Tensor) -> Forward:
@@ -28,7 +30,12 @@ class MLSAE(TopK):
         self.centre(x_LND.flatten(0, 1))
 
 
-class RandomLayer(MLSAE):
+class MLSAE(EveryLayer):
+    def normalise_decoder(self, step: int, *, last: bool = False) -> None:
+        super().normalise_decoder(step, last=True)  # after every step, also in the published code
+
+
+class RandomLayer(EveryLayer):
     def forward(self, x_LND: Tensor) -> Forward:
         if not self.training:
             return super().forward(x_LND)

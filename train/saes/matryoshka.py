@@ -31,12 +31,12 @@ def default_prefixes(latents: int) -> tuple[int, ...]:
 
 
 class Matryoshka(BatchTopK):
-    def autoencode(self, x_ND: Tensor) -> Forward:
-        out = super().autoencode(x_ND)
+    def autoencode(self, x_ND: Tensor, weights_N: Tensor | None = None) -> Forward:
+        out = super().autoencode(x_ND, weights_N)
         if not self.training:
             return out
         assert isinstance(out.latents, Latents)
-        inner = [norm_mse(x_ND, reconstruction_ND) for reconstruction_ND in self._prefixes(out.latents)]
+        inner = [norm_mse(x_ND, reconstruction_ND, weights_N) for reconstruction_ND in self._prefixes(out.latents)]
         return out._replace(auxiliary=sum(inner, x_ND.new_zeros(())))
 
     def _prefixes(self, latents: Latents) -> Iterator[Tensor]:

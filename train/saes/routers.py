@@ -5,7 +5,6 @@
     published  x = w_ℓ*·x^ℓ*. The router's only gradient runs through the scale w_ℓ*, which NormMSE nearly cancels:
                input and target are scaled alike, and only the SAE's biases see it
     top2       each token's loss is the mean of its two likeliest layers' losses, weighted by w over the two
-    sampled    ℓ ~ w in training; the policy gradient −(loss − its running mean in that layer)·∇log w_ℓ
     frozen     control: the router keeps its first weights
     random     control: a layer that depends on nothing that matters, a hash of the hidden state
 
@@ -22,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-ROUTERS = ("published", "top2", "sampled", "frozen", "random")
+ROUTERS = ("published", "top2", "frozen", "random")
 CONTROLS = ("frozen", "random")  # do not learn
 SCALED = ("published", "frozen")  # read w·x rather than x
 HASH_FACTOR = 997.0
@@ -49,12 +48,7 @@ def rows(router: str, w_NL: Tensor, *, training: bool) -> Rows:
         token_R = token_N.repeat_interleave(2)
         ones_R = torch.ones_like(token_R, dtype=w_NL.dtype)
         return Rows(token_R, top.indices.flatten(), ones_R, share_N2.flatten() / len(w_NL))
-    if training and router == "sampled":
-        # The largest of log w plus Gumbel noise is a draw from w.
-        noise_NL = -torch.empty_like(w_NL).exponential_().log()
-        at_N = (w_NL.detach().log() + noise_NL).argmax(1)
-    else:
-        at_N = w_NL.argmax(1)
+    at_N = w_NL.argmax(1)
     scale_N = w_NL.gather(1, at_N[:, None]).squeeze(1)
     return Rows(token_N, at_N, scale_N if router in SCALED else torch.ones_like(scale_N))
 

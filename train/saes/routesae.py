@@ -18,13 +18,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from routesae.train.losses import squared_error_shares
 from routesae.train.saes.routers import CONTROLS, balance_loss, hashed_layers, rows
 from routesae.train.saes.sae import SAE, Forward, Recipe
 from routesae.train.saes.single import SingleLayerSAE, checked
 
 ROUTER = "router.safetensors"
-BASELINE_RATE = 0.05  # of the running mean of each layer's loss, for the sampled router
 
 
 class Routes(NamedTuple):
@@ -43,8 +41,6 @@ class RouteSAE(SAE):
         bound = recipe.width**-0.5  # that of a linear layer, as in the published code
         router_LD = (torch.rand(len(recipe.layers), recipe.width, generator=generator) * 2 - 1) * bound
         self.router_LD = nn.Parameter(router_LD, requires_grad=recipe.router not in CONTROLS)
-        self.register_buffer("baseline_L", torch.zeros(len(recipe.layers)))
-        self.baseline_L: Tensor
 
     def forward(self, x_LND: Tensor) -> Forward:
         self.shared.k = self.k
@@ -53,26 +49,11 @@ class RouteSAE(SAE):
             return self.shared.autoencode(_weighted(x_LND, w_NL))._replace(routing_NL=w_NL)
         read = rows(self.recipe.router, w_NL, training=self.training)
         x_RD = x_LND[read.at_R, read.token_R] * read.scale_R[:, None]
-        out = self.shared.autoencode(x_RD)._replace(weights_N=read.weights_R, routing_NL=w_NL)
-        if not self.training:
+        out = self.shared.autoencode(x_RD, read.weights_R)._replace(routing_NL=w_NL)
+        if not (self.training and self.recipe.balance):
             return out
-        terms = [] if out.auxiliary is None else [out.auxiliary]
-        if self.recipe.balance:
-            terms.append(self.recipe.balance * balance_loss(w_NL, read.at_R))
-        if self.recipe.router == "sampled":
-            terms.append(self._policy_loss(out, w_NL, read.at_R))
-        return out._replace(auxiliary=torch.stack(terms).sum()) if terms else out
-
-    def _policy_loss(self, out: Forward, w_NL: Tensor, at_N: Tensor) -> Tensor:
-        """Its gradient is that of the expected loss, less each layer's mean so that no layer wins by being easy."""
-        loss_N = squared_error_shares(out.x_ND, out.reconstruction_ND).detach()
-        advantage_N = loss_N - self.baseline_L[at_N]
-        with torch.no_grad():
-            counts_L = torch.bincount(at_N, minlength=len(self.baseline_L))
-            means_L = torch.bincount(at_N, weights=loss_N, minlength=len(counts_L)) / counts_L.clamp(min=1)
-            self.baseline_L += torch.where(counts_L > 0, BASELINE_RATE * (means_L - self.baseline_L), 0)
-        chosen_N = w_NL.gather(1, at_N[:, None]).squeeze(1)
-        return (advantage_N * chosen_N.clamp(min=1e-8).log()).mean()
+        balance = self.recipe.balance * balance_loss(w_NL, read.at_R)
+        return out._replace(auxiliary=balance if out.auxiliary is None else out.auxiliary + balance)
 
     def loss(self, out: Forward, dead_F: Tensor, sparsity_factor: float = 1.0) -> Tensor:
         return self.shared.loss(out, dead_F, sparsity_factor)
@@ -89,10 +70,11 @@ class RouteSAE(SAE):
     def routing(self, x_LND: Tensor) -> Tensor:
         """w_NL, the router's softmax over the layers."""
         gathered_ND = x_LND.mean(0) if self.recipe.aggregate == "mean" else x_LND.sum(0)
-        r_NL = gathered_ND @ self.router_LD.T
+        with torch.autocast(x_LND.device.type, enabled=False):  # bfloat16 would move tokens to other layers
+            r_NL = gathered_ND @ self.router_LD.T
         if self.recipe.router == "random":
             return nn.functional.one_hot(hashed_layers(r_NL), len(x_LND)).to(r_NL.dtype)
-        return torch.softmax(r_NL.float(), dim=1)
+        return torch.softmax(r_NL, dim=1)
 
     @torch.no_grad()
     def routes(self, x_LND: Tensor) -> Routes:
@@ -122,5 +104,8 @@ class RouteSAE(SAE):
 
 
 def _weighted(x_LND: Tensor, w_NL: Tensor) -> Tensor:
-    """Σ_ℓ w_ℓ x^ℓ."""
-    return torch.einsum("lnd,nl->nd", x_LND, w_NL)
+    """Σ_ℓ w_ℓ x^ℓ, in float32 also where autocast is on."""
+    x_ND = torch.zeros_like(x_LND[0])
+    for at, layer_ND in enumerate(x_LND):
+        x_ND = x_ND + layer_ND * w_NL[:, at, None]
+    return x_ND

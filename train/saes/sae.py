@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from routesae.reporting import WrongInput
 from routesae.train.kernels import AnyLatents
 from routesae.train.saes.normalise import NORMALIZATIONS
+from routesae.train.saes.routers import ROUTERS
 
 ROUTINGS = ("hard", "soft")
 AGGREGATES = ("sum", "mean")
@@ -66,11 +67,14 @@ class Recipe:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise WrongInput(f"{name} {value!r} is not a whole number above 0")
+        if self.latents * self.width * len(self.layers) >= 2**60:  # torch itself cannot count further
+            raise WrongInput(f"latents {self.latents} of width {self.width} are more than any memory holds")
         if self.k > self.latents:
             raise WrongInput(
                 f"--k {self.k} is more than the SAE's {self.latents} latents; lower it or give more --latents"
             )
-        for name, values in (("normalize", NORMALIZATIONS), ("routing", ROUTINGS), ("aggregate", AGGREGATES)):
+        named = {"normalize": NORMALIZATIONS, "routing": ROUTINGS, "aggregate": AGGREGATES, "router": ROUTERS}
+        for name, values in named.items():
             if getattr(self, name) not in values:
                 raise WrongInput(f"--{name} {getattr(self, name)!r} is none of {', '.join(values)}")
         for name in ("sparsity", "pre_act_loss", "balance"):

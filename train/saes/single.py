@@ -53,8 +53,8 @@ class SingleLayerSAE(SAE):
             self.register_parameter(name, nn.Parameter(torch.zeros(recipe.latents)))
 
     @abstractmethod
-    def autoencode(self, x_ND: Tensor) -> Forward:
-        """Reconstruct rows that are normalised already."""
+    def autoencode(self, x_ND: Tensor, weights_N: Tensor | None = None) -> Forward:
+        """Reconstruct rows that are normalised already. weights_N: each row's in every mean of the objective."""
 
     @abstractmethod
     def encode(self, x_ND: Tensor) -> AnyLatents:
@@ -80,7 +80,7 @@ class SingleLayerSAE(SAE):
             loss = loss + out.auxiliary
         if self.has_auxk and not self.recipe.published:
             weights = (self.W_enc_FD, self.b_enc_F, self.W_dec_FD, self.b_dec_D)
-            loss = loss + AUXK_WEIGHT * auxk(out.x_ND, out.reconstruction_ND, *weights, dead_F)
+            loss = loss + AUXK_WEIGHT * auxk(out.x_ND, out.reconstruction_ND, *weights, dead_F, out.weights_N)
         return loss
 
     def initialise(self, x_LND: Tensor) -> None:

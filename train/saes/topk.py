@@ -27,9 +27,9 @@ class TopK(SingleLayerSAE):
     architecture = "topk"
     has_auxk = True
 
-    def autoencode(self, x_ND: Tensor) -> Forward:
+    def autoencode(self, x_ND: Tensor, weights_N: Tensor | None = None) -> Forward:
         weights = (self.W_enc_FD, self.b_enc_F, self.W_dec_FD, self.b_dec_D)
-        return Forward(x_ND, *sparse_autoencode(x_ND, *weights, self.encode(x_ND)))
+        return Forward(x_ND, *sparse_autoencode(x_ND, *weights, self.encode(x_ND)), weights_N=weights_N)
 
     @torch.no_grad()
     def encode(self, x_ND: Tensor) -> Latents:

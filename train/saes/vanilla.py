@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from routesae.train.kernels import DenseLatents, threshold_latents
+from routesae.train.losses import mean_over_rows
 from routesae.train.saes.penalty import PenaltyWeight
 from routesae.train.saes.sae import Forward, Recipe
 from routesae.train.saes.single import SingleLayerSAE
@@ -29,12 +30,13 @@ class Vanilla(SingleLayerSAE):
         super().__init__(recipe, generator)
         self.penalty = PenaltyWeight(recipe)
 
-    def autoencode(self, x_ND: Tensor) -> Forward:
+    def autoencode(self, x_ND: Tensor, weights_N: Tensor | None = None) -> Forward:
         f_NF = F.linear(x_ND - self.b_dec_D, self.W_enc_FD, self.b_enc_F).relu()
         if self.training:
             self.penalty.steer((f_NF > 0).sum(1), self.k)
-        penalty = f_NF.mean() if self.recipe.published else (f_NF @ self.W_dec_FD.norm(dim=1)).mean()
-        return Forward(x_ND, f_NF @ self.W_dec_FD + self.b_dec_D, DenseLatents(f_NF), penalty)
+        penalty_N = f_NF.mean(1) if self.recipe.published else f_NF @ self.W_dec_FD.norm(dim=1)
+        penalty = mean_over_rows(penalty_N, weights_N)
+        return Forward(x_ND, f_NF @ self.W_dec_FD + self.b_dec_D, DenseLatents(f_NF), penalty, weights_N=weights_N)
 
     def penalty_weight(self, sparsity_factor: float) -> Tensor | float:
         weight: Tensor | float = self.penalty(sparsity_factor)

@@ -1,0 +1,554 @@
+"""The variants over one layer, alone and shared by a routesae: the equations at the heads of their files, a token at
+a time in float64 and plain autograd, in values, losses and gradients. And the published recipe, from its own code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from routesae.train.losses import AUXK_WEIGHT
+from routesae.train.saes import SAE, SAES, SINGLE_LAYER, Recipe, RouteSAE, SingleLayerSAE, build
+from routesae.train.saes.batchtopk import BatchTopK
+from routesae.train.saes.matryoshka import default_prefixes
+from routesae.train.saes.normalise import geometric_median, normalise_layers
+from routesae.train.saes.penalty import PenaltyWeight
+
+L, N, D, LATENTS, K = 3, 24, 10, 32, 4
+DEAD = torch.arange(LATENTS) < 7
+NONE_DEAD = torch.zeros(LATENTS, dtype=torch.bool)
+# Each with a fixed λ where it has one: steering is tested by itself.
+CASES: dict[str, dict[str, Any]] = {
+    "vanilla": {"sae": "vanilla", "sparsity": 0.02},
+    "gated": {"sae": "gated", "sparsity": 0.02},
+    "topk": {"sae": "topk"},
+    "batchtopk": {"sae": "batchtopk"},
+    "matryoshka": {"sae": "matryoshka", "prefixes": (4, 9, LATENTS)},
+    "jumprelu target": {"sae": "jumprelu"},
+    "jumprelu lambda": {"sae": "jumprelu", "sparsity": 0.01},
+    "jumprelu pre-act": {"sae": "jumprelu", "pre_act_loss": 0.03},
+    "vanilla published": {"sae": "vanilla", "sparsity": 0.5, "published": True},
+    "gated published": {"sae": "gated", "sparsity": 0.5, "published": True},
+    "topk published": {"sae": "topk", "published": True},
+    "jumprelu published": {"sae": "jumprelu", "sparsity": 0.01, "published": True},
+}
+
+
+def make(case: str, **changes: Any) -> SingleLayerSAE:
+    """With weights that are special in nothing: no bias is zero, no row has unit norm, no encoder is a transpose."""
+    recipe = Recipe(**{"layers": (4,), "width": D, "latents": LATENTS, "k": K, **CASES[case], **changes})
+    sae = build(recipe, torch.Generator().manual_seed(0))
+    assert isinstance(sae, SingleLayerSAE)
+    perturb(sae)
+    return sae
+
+
+def perturb(sae: SingleLayerSAE) -> None:
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in sae.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.3 * noise)
+            if name == "threshold_F":
+                parameter.copy_(noise.abs() * 0.5 + 0.05)
+        if hasattr(sae, "bandwidth"):
+            sae.bandwidth = 0.8  # wide enough that many z are near their threshold
+
+
+def hidden(layers: int = 1, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    scales_LN1 = torch.rand(layers, N, 1, generator=generator) * 20 + 0.1
+    return torch.randn(layers, N, D, generator=generator) * scales_LN1 + scales_LN1.flip(1)
+
+
+def normalised(layers: int = 1, seed: int = 0) -> Tensor:
+    return normalise_layers(hidden(layers, seed), "token")
+
+
+# ------------------------------------------------------------------------------------------------ equations
+
+
+class Expected(NamedTuple):
+    loss: Tensor
+    f_NF: Tensor
+    reconstruction_ND: Tensor
+
+
+def share(x_D: Tensor, reconstruction_D: Tensor) -> Tensor:
+    return ((x_D - reconstruction_D) ** 2).sum() / (x_D**2).sum()
+
+
+def estimated(indicator_F: Tensor, near: Tensor, slope: Tensor | float, theta: Tensor) -> Tensor:
+    """indicator_F in value; its gradient to θ is slope·1[near], an estimate written with no autograd.Function."""
+    return indicator_F.detach() + (slope * near.double()) * (theta - theta.detach())
+
+
+def expected_of(sae: SingleLayerSAE, W: dict[str, Tensor], x_ND: Tensor, dead_F: Tensor) -> Expected:
+    """The training loss by the docstring of the variant's file, a token at a time."""
+    recipe, n, kind = sae.recipe, len(x_ND), sae.recipe.sae
+    lam, k = recipe.sparsity, sae.k
+    W_enc, W_dec, b_dec = W["W_enc_FD"], W["W_dec_FD"], W["b_dec_D"]
+    gate_bias = W["b_gate_F"] if kind == "gated" else None
+    z = [W_enc @ (x_D - b_dec) + (0 if kind == "gated" else W["b_enc_F"]) for x_D in x_ND]
+    norms_F = (W_dec**2).sum(1).sqrt()
+    f, terms = [], []  # terms: what a token adds to the loss beside its NormMSE
+    if kind in ("batchtopk", "matryoshka"):
+        ranked = sorted((-z[t][i].item(), t, i) for t in range(n) for i in range(LATENTS))[: k * n]
+        chosen = {(t, i) for value, t, i in ranked if value < 0}
+        f = [torch.stack([z[t][i] if (t, i) in chosen else z[t][i] * 0 for i in range(LATENTS)]) for t in range(n)]
+    l0 = []
+    for t in range(n):
+        if kind == "vanilla":
+            f.append(z[t].clamp(min=0))
+            terms.append(lam * (f[t].mean() if recipe.published else (f[t] * norms_F).sum()))
+        elif kind == "topk":
+            best = set(sorted(range(LATENTS), key=lambda i, t=t: -z[t][i].item())[:k])
+            f.append(torch.stack([z[t][i].clamp(min=0) if i in best else z[t][i] * 0 for i in range(LATENTS)]))
+        elif kind == "gated":
+            assert gate_bias is not None
+            pi = z[t] + gate_bias
+            magnitude = (W["r_mag_F"].exp() * z[t] + W["b_mag_F"]).clamp(min=0)
+            f.append((pi > 0).double() * magnitude)
+            if recipe.published:
+                terms.append(lam * f[t].mean())
+            else:
+                by_gate_D = pi.clamp(min=0) @ W_dec.detach() + b_dec.detach()
+                terms.append(lam * pi.clamp(min=0).sum() + share(x_ND[t], by_gate_D))
+        elif kind == "jumprelu":
+            theta, epsilon = W["threshold_F"], sae.bandwidth
+            above, near = (z[t] > theta).double(), (z[t] - theta).abs() < epsilon / 2
+            f.append(z[t] * above + estimated(0 * above, near, -theta.detach() / epsilon, theta))
+            looked_at = f[t] if recipe.published else z[t]
+            near = (looked_at - theta).abs() < epsilon / 2
+            l0.append(estimated((looked_at > theta).double(), near, -1 / epsilon, theta).sum())
+            if recipe.pre_act_loss:
+                short = (theta - z[t]).clamp(min=0) * norms_F
+                terms.append(recipe.pre_act_loss * short[dead_F].sum())
+    reconstructions = [f_F @ W_dec + b_dec for f_F in f]
+    loss = sum(share(x_D, rec_D) for x_D, rec_D in zip(x_ND, reconstructions, strict=True)) / n
+    if terms:
+        loss = loss + sum(terms) / n
+    if kind == "jumprelu":
+        mean_l0 = sum(l0) / n
+        loss = loss + ((mean_l0 / k - 1) ** 2 if lam is None else lam * mean_l0)
+    if kind == "matryoshka":
+        for size in recipe.prefixes[:-1]:
+            loss = loss + sum(share(x, f_F[:size] @ W_dec[:size] + b_dec) for x, f_F in zip(x_ND, f, strict=True)) / n
+    if kind in ("topk", "batchtopk", "matryoshka") and not recipe.published:
+        loss = loss + 1 / 32 * auxk_of(W, x_ND.detach(), reconstructions, dead_F)
+    return Expected(loss, torch.stack(f), torch.stack(reconstructions))
+
+
+def auxk_of(W: dict[str, Tensor], x_ND: Tensor, reconstructions: list[Tensor], dead_F: Tensor) -> Tensor:
+    """2406.04093, A.2: the top D/2 dead latents against what is left over, which is held fixed as b_dec is."""
+    dead, total = dead_F.nonzero().flatten().tolist(), x_ND.new_zeros(())
+    if not dead:
+        return total
+    for x_D, reconstruction_D in zip(x_ND, reconstructions, strict=True):
+        z = {i: W["W_enc_FD"][i] @ (x_D - W["b_dec_D"].detach()) + W["b_enc_F"][i] for i in dead}
+        best = sorted(dead, key=lambda i, z=z: -z[i].item())[: D // 2]
+        modelled_D = sum(z[i].clamp(min=0) * W["W_dec_FD"][i] for i in best)
+        total = total + share(x_D - reconstruction_D.detach(), modelled_D)
+    return total / len(x_ND)
+
+
+def leaves(module: torch.nn.Module) -> dict[str, Tensor]:
+    return {
+        name: parameter.detach().double().requires_grad_(parameter.requires_grad)
+        for name, parameter in module.named_parameters()
+    }
+
+
+def assert_gradients_are(sae: SAE, W: dict[str, Tensor]) -> None:
+    for name, parameter in sae.named_parameters():
+        expected = W[name].grad
+        if expected is None or not expected.abs().max() > 0:
+            assert parameter.grad is None or parameter.grad.abs().max() == 0, name
+            continue
+        assert parameter.grad is not None, name
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(
+            parameter.grad.double(), expected, rtol=1e-3, atol=2e-4 * scale, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+def f_of(out: Any) -> Tensor:
+    return out.latents.dense(LATENTS).detach().double()
+
+
+# ---------------------------------------------------------------------------------- alone, in training mode
+
+
+@pytest.mark.parametrize("dead_F", [NONE_DEAD, DEAD], ids=["none dead", "some dead"])
+@pytest.mark.parametrize("case", CASES)
+def test_forward_loss_and_all_gradients_are_the_equations_token_by_token(case: str, dead_F: Tensor) -> None:
+    sae, x_LND = make(case), normalised()
+    W = leaves(sae)
+    expected = expected_of(sae, W, x_LND[0].double(), dead_F)
+    expected.loss.backward()
+    out = sae(x_LND)
+    loss = sae.loss(out, dead_F)
+    loss.backward()
+    assert 0 < (expected.f_NF > 0).sum() < N * LATENTS
+    torch.testing.assert_close(f_of(out), expected.f_NF.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        out.reconstruction_ND.detach().double(), expected.reconstruction_ND.detach(), rtol=1e-4, atol=1e-5
+    )
+    assert loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
+    assert_gradients_are(sae, W)
+
+
+def test_the_cases_cover_every_variant_over_one_layer() -> None:
+    assert {case["sae"] for case in CASES.values()} == set(SINGLE_LAYER)
+
+
+@pytest.mark.parametrize("case", ["topk", "batchtopk", "matryoshka"])
+def test_dead_latents_change_the_loss_by_a_32nd_of_auxk(case: str) -> None:
+    sae = make(case)
+    out = sae(normalised())
+    W = leaves(sae)
+    extra = auxk_of(W, out.x_ND.double(), list(out.reconstruction_ND.double()), DEAD).item()
+    assert extra > 0.01
+    assert AUXK_WEIGHT == 1 / 32
+    difference = sae.loss(out, DEAD).item() - sae.loss(out, NONE_DEAD).item()
+    assert difference == pytest.approx(extra / 32, rel=1e-3)
+
+
+def test_the_gates_decoder_is_frozen_in_the_auxiliary_term_and_free_elsewhere() -> None:
+    sae = make("gated")
+    out = sae(normalised())
+    assert out.auxiliary is not None
+    gradients = torch.autograd.grad(out.auxiliary, (sae.W_dec_FD, sae.b_dec_D), allow_unused=True, retain_graph=True)
+    assert gradients[0] is None  # b_dec has one still, through the encoder's centring
+    assert torch.autograd.grad(sae.loss(out, NONE_DEAD), sae.W_dec_FD)[0].abs().max() > 0
+
+
+def test_matryoshkas_sizes_default_to_halvings_that_end_with_all_latents() -> None:
+    assert default_prefixes(512) == (32, 64, 128, 256, 512)
+    assert default_prefixes(4) == (1, 2, 4)
+
+
+# ------------------------------------------------------------------------------------------- in routesae
+
+
+ROUTED = ["topk", "vanilla", "gated", "jumprelu target", "jumprelu lambda", "batchtopk", "matryoshka"]
+
+
+def routed(case: str, **changes: Any) -> RouteSAE:
+    given = {"width": D, "latents": LATENTS, "k": K, "layers": (4, 6, 9), **CASES[case], **changes}
+    sae = build(Recipe(**{**given, "sae": "routesae", "routed": given["sae"]}), torch.Generator().manual_seed(0))
+    assert isinstance(sae, RouteSAE)
+    perturb(sae.shared)
+    with torch.no_grad():
+        sae.router_LD.mul_(5)
+    return sae
+
+
+@pytest.mark.parametrize("routing", ["hard", "soft"])
+@pytest.mark.parametrize(
+    ("case", "aggregate"), [*((case, "sum") for case in [*ROUTED, "topk published"]), ("topk", "mean")]
+)
+def test_a_routed_variants_loss_and_gradients_are_its_own_on_the_routed_input(
+    case: str, aggregate: str, routing: str
+) -> None:
+    sae, x_LND = routed(case, routing=routing, aggregate=aggregate), normalised(L, seed=3)
+    W = leaves(sae)
+    inputs = []
+    for t in range(N):
+        layers = [x_LND[layer, t].double() for layer in range(L)]
+        gathered_D = sum(layers) / (L if aggregate == "mean" else 1)
+        w = torch.softmax(torch.stack([W["router_LD"][layer] @ gathered_D for layer in range(L)]), 0)
+        best = int(w.argmax())
+        inputs.append(w[best] * layers[best] if routing == "hard" else sum(w[i] * layers[i] for i in range(L)))
+    shared = {name.removeprefix("shared."): tensor for name, tensor in W.items()}
+    expected = expected_of(sae.shared, shared, torch.stack(inputs), DEAD)
+    expected.loss.backward()
+    out = sae(x_LND)
+    loss = sae.loss(out, DEAD)
+    loss.backward()
+    torch.testing.assert_close(f_of(out), expected.f_NF.detach(), rtol=1e-3, atol=1e-4)
+    assert loss.item() == pytest.approx(expected.loss.item(), rel=1e-4)
+    assert W["router_LD"].grad is not None
+    assert W["router_LD"].grad.abs().max() > 1e-6
+    assert_gradients_are(sae, W)
+
+
+# --------------------------------------------------------------------------------------------------- in use
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_in_use_encode_and_decode_are_the_two_halves_of_forward(case: str) -> None:
+    sae = make(case)
+    x_LND = normalised()
+    sae(x_LND)  # batchtopk learns its threshold
+    with torch.no_grad():
+        trained = f_of(sae(x_LND))
+        sae.eval()
+        out = sae(x_LND)
+        latents = sae.encode(x_LND[0])
+    dense_NF = latents.dense(LATENTS).double()
+    torch.testing.assert_close(dense_NF, f_of(out), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sae.decode(latents), out.reconstruction_ND, rtol=1e-5, atol=1e-5)
+    if "batchtopk" not in case and case != "matryoshka":  # these select otherwise in use
+        torch.testing.assert_close(dense_NF, trained, rtol=1e-5, atol=1e-5)
+    assert not latents.dense(LATENTS).requires_grad
+
+
+def test_forward_leaves_its_input_as_it_was() -> None:
+    for case in CASES:
+        x_LND = normalised()
+        before_LND = x_LND.clone()
+        make(case)(x_LND)
+        assert torch.equal(x_LND, before_LND), case
+
+
+# ------------------------------------------------------------------------------------- batchtopk's threshold
+
+
+@pytest.mark.parametrize("case", ["batchtopk", "matryoshka"])
+def test_the_threshold_is_the_mean_of_each_batchs_least_positive_latent_then_a_running_one(case: str) -> None:
+    sae, expected = make(case), 0.0
+    assert isinstance(sae, BatchTopK)
+    least = []
+    for seed in range(14):
+        x_LND = normalised(seed=seed)
+        f_NF = expected_of(sae, leaves(sae), x_LND[0].double(), NONE_DEAD).f_NF
+        least.append(f_NF[f_NF > 0].min().item())
+        sae(x_LND)
+        share = max(1 / len(least), 0.1)  # the first ten count alike
+        expected = (1 - share) * expected + share * least[-1]
+        assert float(sae.threshold) == pytest.approx(expected, rel=1e-4)
+        assert len(least) > 10 or expected == pytest.approx(sum(least) / len(least))
+
+
+@pytest.mark.parametrize("case", ["batchtopk", "matryoshka"])
+def test_in_use_a_latent_is_active_above_the_threshold_which_stays_as_it_is(case: str) -> None:
+    sae, x_LND = make(case), normalised()
+    sae(x_LND)
+    before = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
+    theta = float(before["threshold"])
+    assert theta > 0
+    sae.eval()
+    out = sae(normalised(seed=1))
+    z_NF = (normalised(seed=1)[0] - sae.b_dec_D) @ sae.W_enc_FD.T + sae.b_enc_F
+    torch.testing.assert_close(f_of(out), torch.where(z_NF > theta, z_NF, 0).detach().double(), rtol=1e-4, atol=1e-5)
+    for name, tensor in sae.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_a_batch_without_an_active_latent_leaves_the_threshold_finite() -> None:
+    sae = make("batchtopk")
+    sae(normalised())
+    theta = float(sae.threshold)
+    with torch.no_grad():
+        sae.b_enc_F.fill_(-1000)
+    sae(normalised())
+    assert float(sae.threshold) == theta
+
+
+# ------------------------------------------------------------------------------------------- sparsity weight
+
+
+def test_lambda_is_steered_by_the_stated_rule() -> None:
+    recipe = Recipe(sae="vanilla", layers=(4,), width=D, latents=LATENTS, k=K)
+    for active, clipped in ((8.0, None), (2.0, None), (4.0, 0.0), (32.0, 1.0), (0.5, -1.0), (0.0, -1.0)):
+        weight = PenaltyWeight(recipe)
+        before = float(weight(1.0))
+        weight.steer(torch.tensor([active, active]), K)
+        change = torch.tensor(active / K).log().item() if clipped is None else clipped
+        assert float(weight(1.0)) == pytest.approx(before * torch.tensor(change / 20).exp().item(), rel=1e-5)
+
+
+def test_a_steered_lambda_ignores_the_warm_up_and_a_given_one_obeys_it() -> None:
+    recipe = Recipe(sae="vanilla", layers=(4,), width=D, latents=LATENTS, k=K)
+    assert float(PenaltyWeight(recipe)(0.25)) == float(PenaltyWeight(recipe)(1.0)) > 0
+    given = PenaltyWeight(replace(recipe, sparsity=0.5))
+    given.steer(torch.full((9,), 32.0), K)
+    assert [float(given(factor)) for factor in (0.0, 0.25, 1.0)] == [0, 0.125, 0.5]
+
+
+@pytest.mark.parametrize("case", ["vanilla", "gated"])
+def test_training_batches_steer_lambda_by_the_latents_they_found_active_and_others_do_not(case: str) -> None:
+    sae = make(case, sparsity=None)
+    before = float(sae.penalty.steered)
+    out = sae(normalised())
+    mean = float((f_of(out) > 0).sum(1).double().mean())
+    assert mean != K
+    ratio = torch.tensor(mean / K).log().clamp(-1, 1)
+    after = before * float((ratio / 20).exp())
+    assert float(sae.penalty.steered) == pytest.approx(after, rel=1e-5)
+    fixed = make(case, sparsity=after)
+    assert sae.loss(out, NONE_DEAD).item() == pytest.approx(
+        fixed.loss(fixed(normalised()), NONE_DEAD).item(), rel=1e-5
+    )
+    sae.eval()
+    sae(normalised(seed=1))
+    assert float(sae.penalty.steered) == pytest.approx(after, rel=1e-6)
+
+
+@pytest.mark.parametrize("case", ["vanilla", "gated", "jumprelu lambda", "jumprelu target"])
+def test_the_warm_up_scales_the_penalty_and_nothing_else(case: str) -> None:
+    sae = make(case)
+    out = sae(normalised())
+    none, half, whole = (sae.loss(out, NONE_DEAD, factor).item() for factor in (0.0, 0.5, 1.0))
+    assert whole > none
+    assert half == pytest.approx((none + whole) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("k", [1, K, 9])
+def test_jumprelu_starts_with_k_latents_active_on_the_sample_on_average(k: int) -> None:
+    recipe = Recipe(sae="jumprelu", layers=(4,), width=D, latents=LATENTS, k=k)
+    sae, sample_LND = build(recipe, torch.Generator().manual_seed(0)), normalised()
+    sae.initialise(sample_LND)
+    assert isinstance(sae, SingleLayerSAE)
+    torch.testing.assert_close(sae.b_dec_D.detach(), geometric_median(sample_LND[0]))
+    assert int((f_of(sae(sample_LND)) > 0).sum()) == k * N
+
+
+# ----------------------------------------------------------------------------------------------- fold_scale
+
+
+FOLDED = [*CASES, "crosscoder", "mlsae", "random", *(f"routesae {variant}" for variant in SINGLE_LAYER)]
+
+
+@pytest.mark.parametrize("name", FOLDED)
+def test_a_folded_scale_gives_the_same_latents_on_h_and_reconstructions_divided_by_it(name: str) -> None:
+    scale = 0.37
+    if name in CASES:
+        sae: SAE = make(name)
+    else:
+        kind, _, variant = name.partition(" ")
+        given = {"width": D, "latents": LATENTS, "k": K, "layers": (4, 6, 9)}
+        nested = {"prefixes": (4, LATENTS)} if variant == "matryoshka" else {}
+        recipe = Recipe(sae=kind, routed=variant or "topk", normalize="dataset", **given, **nested)
+        sae = build(recipe, torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            for index, parameter in enumerate(sae.parameters()):
+                generator = torch.Generator().manual_seed(index)
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    h_LND = torch.randn(len(sae.recipe.layers), N, D, generator=torch.Generator().manual_seed(2)) / scale
+    with torch.no_grad():
+        sae(scale * h_LND.flip(2))  # what is learned from batches has been; from others, so that no f is right at θ
+        sae.eval()
+        before = sae(scale * h_LND)
+        sae.fold_scale(scale)
+        after = sae(h_LND)
+    assert (f_of(before) > 0).any()
+    torch.testing.assert_close(f_of(after), f_of(before), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(after.reconstruction_ND, before.reconstruction_ND / scale, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(after.x_ND, before.x_ND / scale, rtol=1e-4, atol=1e-5)
+    if before.routing_NL is not None:
+        torch.testing.assert_close(after.routing_NL, before.routing_NL, rtol=1e-4, atol=1e-5)
+
+
+def test_the_folded_cover_every_variant() -> None:
+    assert {CASES[name]["sae"] if name in CASES else name.split()[0] for name in FOLDED} == set(SAES)
+
+
+# --------------------------------------------------------------------------------- start, decoder, published
+
+
+@pytest.mark.parametrize("published", [False, True])
+@pytest.mark.parametrize("name", SINGLE_LAYER)
+def test_an_sae_starts_with_unit_decoder_rows_along_the_encoders(name: str, published: bool) -> None:
+    recipe = Recipe(sae=name, layers=(4,), width=D, latents=LATENTS, k=K, published=published)
+    sae = build(recipe, torch.Generator().manual_seed(3))
+    assert isinstance(sae, SingleLayerSAE)
+    unit_FD = sae.W_enc_FD / sae.W_enc_FD.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(sae.W_dec_FD, unit_FD)
+    torch.testing.assert_close(sae.W_dec_FD.norm(dim=1), torch.ones(LATENTS))
+    if published:  # a linear layer's: even within ±1/√D
+        assert 0.9 * D**-0.5 < sae.W_enc_FD.abs().max().item() <= D**-0.5
+    else:
+        torch.testing.assert_close(sae.W_enc_FD.norm(dim=1), torch.ones(LATENTS))
+    assert sae.W_enc_FD.data_ptr() != sae.W_dec_FD.data_ptr()
+    assert all(not getattr(sae, own).any() for own in ("b_dec_D", *sae.tensors.values()) if own != "threshold_F")
+    again = build(recipe, torch.Generator().manual_seed(3))
+    assert all(torch.equal(a, b) for a, b in zip(sae.parameters(), again.parameters(), strict=True))
+    other = build(recipe, torch.Generator().manual_seed(4))
+    assert not torch.equal(other.W_dec_FD, sae.W_dec_FD)
+
+
+@pytest.mark.parametrize("name", SINGLE_LAYER)
+def test_initialise_puts_the_decoder_bias_at_the_median_but_not_with_the_published_recipe(name: str) -> None:
+    for published in (False, True):
+        recipe = Recipe(sae=name, layers=(4,), width=D, latents=LATENTS, k=K, published=published)
+        sae = build(recipe, torch.Generator().manual_seed(0))
+        sae.initialise(normalised())
+        assert isinstance(sae, SingleLayerSAE)
+        expected_D = torch.zeros(D) if published else geometric_median(normalised()[0])
+        torch.testing.assert_close(sae.b_dec_D.detach(), expected_D)
+
+
+def test_published_jumprelus_threshold_and_bandwidth_are_a_thousandth_and_stay_at_the_start() -> None:
+    sae = build(Recipe(sae="jumprelu", layers=(4,), width=D, latents=LATENTS, k=K, published=True, sparsity=0.1))
+    sae.initialise(normalised())
+    assert sae.bandwidth == 0.001
+    assert torch.equal(sae.threshold_F.detach(), torch.full((LATENTS,), 0.001))
+
+
+@pytest.mark.parametrize("name", ["gated", "topk", "batchtopk", "jumprelu", "matryoshka", "hard", "soft", "mlsae"])
+def test_training_steps_keep_the_decoder_at_unit_norm_and_its_gradient_orthogonal(name: str) -> None:
+    parts: dict[str, Any] = {"sae": name, "layers": (4,)}
+    if name in ("hard", "soft"):
+        parts = {"sae": "routesae", "layers": (4, 6, 9), "routing": name}
+    recipe = Recipe(width=D, latents=LATENTS, k=K, sparsity=0.01, **parts)
+    whole = build(recipe, torch.Generator().manual_seed(0))
+    sae = whole.shared if isinstance(whole, RouteSAE) else whole
+    assert isinstance(sae, SingleLayerSAE)
+    adam = torch.optim.Adam(whole.parameters(), lr=0.05)
+    start_FD = sae.W_dec_FD.detach().clone()
+    for step in range(1, 5):
+        whole.loss(whole(normalised(len(recipe.layers), seed=step)), NONE_DEAD).backward()
+        grad_FD, W_dec_FD = sae.W_dec_FD.grad, sae.W_dec_FD.detach()
+        assert grad_FD is not None
+        raw_FD = grad_FD.clone()
+        whole.project_gradient()
+        assert (grad_FD * W_dec_FD).sum(1).abs().max() < 1e-6 * max(1, raw_FD.norm(dim=1).max())
+        assert (raw_FD * W_dec_FD).sum(1).abs().max() > 1e-5  # there was something to take out
+        removed_FD = raw_FD - grad_FD  # all of it along the rows
+        across_FD = removed_FD - (removed_FD * W_dec_FD).sum(1, keepdim=True) * W_dec_FD
+        assert across_FD.abs().max() < 1e-6
+        adam.step()
+        assert (sae.W_dec_FD.norm(dim=1) - 1).abs().max() > 1e-3  # the step alone leaves the sphere
+        whole.normalise_decoder(step)
+        adam.zero_grad()
+        torch.testing.assert_close(sae.W_dec_FD.norm(dim=1), torch.ones(LATENTS), rtol=0, atol=1e-6)
+    assert (sae.W_dec_FD - start_FD).abs().max() > 0.01
+
+
+def test_vanillas_decoder_norms_are_free() -> None:
+    sae = make("vanilla")
+    before_FD = sae.W_dec_FD.detach().clone()
+    sae.loss(sae(normalised()), NONE_DEAD).backward()
+    assert sae.W_dec_FD.grad is not None
+    gradient_FD = sae.W_dec_FD.grad.clone()
+    sae.project_gradient()
+    sae.normalise_decoder(1, last=True)
+    assert torch.equal(sae.W_dec_FD, before_FD)
+    assert torch.equal(sae.W_dec_FD.grad, gradient_FD)
+
+
+@pytest.mark.parametrize("name", ["vanilla", "gated", "topk", "jumprelu", "routesae"])
+def test_published_renormalises_the_decoder_after_steps_1_11_21_and_the_last_and_projects_nothing(name: str) -> None:
+    layers = (4, 6, 9) if name == "routesae" else (4,)
+    recipe = Recipe(sae=name, layers=layers, width=D, latents=LATENTS, k=K, published=True, sparsity=0.1)
+    sae = build(recipe, torch.Generator().manual_seed(0))
+    W_dec_FD = getattr(sae, "shared", sae).W_dec_FD
+    sae.loss(sae(normalised(len(layers))), NONE_DEAD).backward()
+    gradient_FD = W_dec_FD.grad.clone()
+    assert (gradient_FD * W_dec_FD.detach()).sum(1).abs().max() > 1e-6
+    sae.project_gradient()
+    assert torch.equal(W_dec_FD.grad, gradient_FD)
+    done = []
+    for step in range(1, 26):
+        with torch.no_grad():
+            W_dec_FD.mul_(1.5)
+        sae.normalise_decoder(step, last=step == 25)
+        if torch.allclose(W_dec_FD.norm(dim=1), torch.ones(LATENTS), atol=1e-5):
+            done.append(step)
+    assert done == [1, 11, 21, 25]
