@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from routesae.train.losses import squared_error_shares
 from routesae.train.saes import Forward, Recipe, RouteSAE, build
 from routesae.train.saes.normalise import geometric_median, normalise_layers
 from routesae.train.saes.routers import CONTROLS, ROUTERS, balance_loss, hashed_layers, rows
@@ -281,10 +280,3 @@ def test_balance_adds_its_weight_times_layers_times_shares_by_mean_probabilities
     plain.eval()
     in_use = [sae.loss(sae(x_LND), NONE_DEAD).item() for sae in (balanced, plain)]
     assert in_use[0] == in_use[1]
-
-
-def test_policy_shares_are_those_of_the_loss() -> None:
-    sae = routesae().eval()
-    out = sae(normalised())
-    expected = squared_error_shares(out.x_ND, out.reconstruction_ND).mean().item()
-    assert sae.loss(out, NONE_DEAD).item() == pytest.approx(expected)

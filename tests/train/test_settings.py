@@ -270,3 +270,27 @@ def test_the_published_recipe_needs_a_sparsity_where_there_is_a_penalty(sae: str
 def test_the_published_recipe_of_a_routed_penalised_variant_needs_a_sparsity_too() -> None:
     with pytest.raises(WrongInput, match="--recipe published needs --sparsity for routesae"):
         settings_of({"routed": "vanilla", "recipe": "published"})
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[2] / "examples").glob("*.toml")), ids=lambda p: p.name
+)
+def test_the_examples_are_settings(path: Path) -> None:
+    assert len(settings_of({}, str(path)).runs) == 6
+
+
+@pytest.mark.parametrize("flags", [{"routing": "soft"}, {"router": "frozen"}, {"router": "random"}])
+def test_a_balance_that_could_do_nothing_is_refused(flags: dict[str, str]) -> None:
+    with pytest.raises(WrongInput, match=r"--balance 0.01 has nothing to spread with"):
+        settings_of({"balance": 0.01, **flags})
+
+
+def test_what_holds_for_all_runs_of_a_file_is_left_out_where_it_is_for_none_of_the_variants_own(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "runs.toml"
+    file.write_text('layer = 3\n[[run]]\nsae = "topk"\n[[run]]\nsae = "routesae"\n')
+    assert [run.layer for run in settings_of({}, str(file)).runs] == [3, None]
+    file.write_text('[[run]]\nsae = "topk"\nlayer = 3\n[[run]]\nsae = "routesae"\nlayer = 3\n')
+    with pytest.raises(WrongInput, match="--layer 3 is not for routesae"):
+        settings_of({}, str(file))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from routesae.train.losses import AUXK_WEIGHT
+from routesae.train.losses import AUXK_WEIGHT, squared_error_shares
 from routesae.train.saes import SAE, SAES, SINGLE_LAYER, Recipe, RouteSAE, SingleLayerSAE, build
 from routesae.train.saes.batchtopk import BatchTopK
 from routesae.train.saes.matryoshka import default_prefixes
@@ -200,6 +200,28 @@ def test_forward_loss_and_all_gradients_are_the_equations_token_by_token(case: s
     )
     assert loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
     assert_gradients_are(sae, W)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ("batchtopk", "matryoshka")])
+def test_a_row_of_twice_the_weight_counts_as_the_row_twice_in_every_term(case: str) -> None:
+    sae, x_ND = make(case), normalised()[0]
+    weights_N = torch.ones(N)
+    weights_N[:5] = 2
+    twice_ND = torch.cat([x_ND, x_ND[:5]])
+    weighted = sae.autoencode(x_ND, weights_N / weights_N.sum())
+    loss = sae.loss(weighted, DEAD)
+    assert loss.item() == pytest.approx(sae.loss(sae.autoencode(twice_ND), DEAD).item(), rel=1e-5)
+    assert loss.item() != pytest.approx(sae.loss(sae.autoencode(x_ND), DEAD).item(), rel=1e-4)
+
+
+def test_matryoshkas_prefixes_are_weighted_as_the_whole() -> None:
+    sae, x_ND = make("matryoshka"), normalised()[0]
+    only_first_N = torch.zeros(N)
+    only_first_N[0] = 1
+    out = sae.autoencode(x_ND, only_first_N)
+    reconstructions = [*sae._prefixes(out.latents), out.reconstruction_ND]
+    expected = sum(squared_error_shares(x_ND[:1], x_hat_ND[:1]) for x_hat_ND in reconstructions)
+    assert sae.loss(out, NONE_DEAD).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_the_cases_cover_every_variant_over_one_layer() -> None:
