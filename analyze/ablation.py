@@ -16,7 +16,8 @@ from typing import Any
 
 from routesae.analyze.run import AnalyzeSettings, analyze
 from routesae.reporting import Report, WrongInput, silent
-from routesae.train.run import folders, train
+from routesae.train.jobs import folders
+from routesae.train.run import train
 from routesae.train.settings import TrainSettings
 
 VARIANTS = ("vanilla", "gated", "topk", "jumprelu", "routesae", "crosscoder")

@@ -18,7 +18,8 @@ import torch
 
 from routesae.harvest.cache import Cache
 from routesae.train.batches import Selection, load
-from routesae.train.run import _jobs, _trainee, planned
+from routesae.train.jobs import jobs_of
+from routesae.train.run import _trainee, planned
 from routesae.train.settings import settings_of
 from routesae.train.trainee import Inputs
 
@@ -38,7 +39,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as out, ExitStack() as stack:
         flags = {"sae": VARIANTS, "layer": args.layer, "latents": args.latents, "out": out, "cache": args.cache}
         settings = settings_of(flags | {"batch_tokens": args.batch_tokens, "epochs": 100})
-        jobs = _jobs(settings, cache, CPU)
+        jobs = jobs_of(settings, cache, CPU)
         selection = Selection(cache, 0, cache.manifest.train_rows, cache.manifest.layers)
         for job in jobs:
             job.partial.mkdir(parents=True)

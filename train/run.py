@@ -26,22 +26,14 @@ from routesae.harvest.cache import Cache
 from routesae.harvest.device import pick_device
 from routesae.reporting import FailedRun, Progress, Report, Stopped, WrongInput, silent
 from routesae.train.batches import Plan, Selection, epoch_plans, load
-from routesae.train.checkpoint import CONFIG, read_config, save_sae
+from routesae.train.checkpoint import save_sae
 from routesae.train.evaluate import CacheScores, score_on_cache
+from routesae.train.jobs import Job, first_step, is_finished, jobs_of, precision_of
 from routesae.train.log import StepLog
-from routesae.train.recipes import default_name, make_recipe
-from routesae.train.saes import SAE, Recipe, build
+from routesae.train.saes import SAE, build
 from routesae.train.saes.normalise import dataset_scale
-from routesae.train.settings import RunSettings, TrainSettings
-from routesae.train.state import (
-    drop_checkpoints,
-    load_checkpoint,
-    newest_step,
-    partial_folder,
-    read_facts,
-    require_same,
-    save_checkpoint,
-)
+from routesae.train.settings import TrainSettings
+from routesae.train.state import drop_checkpoints, load_checkpoint, read_facts, save_checkpoint
 from routesae.train.stop import stop_requests
 from routesae.train.trackers import open_trackers, require_trackers
 from routesae.train.trainee import Inputs, Pace, Trainee
@@ -60,20 +52,6 @@ class TrainResult:
     held_out: CacheScores | None
 
 
-@dataclass(frozen=True)
-class Job:
-    """One SAE to be. identity: all that decides its weights, as JSON; a run resumed must have the same."""
-
-    settings: RunSettings
-    recipe: Recipe
-    folder: Path
-    identity: dict[str, Any]
-
-    @property
-    def partial(self) -> Path:
-        return partial_folder(self.folder)
-
-
 def train(settings: TrainSettings, report: Report = silent) -> list[TrainResult]:
     """Train the settings' SAEs on the cache's training rows and write each, whole or not at all.
 
@@ -84,97 +62,23 @@ def train(settings: TrainSettings, report: Report = silent) -> list[TrainResult]
     require_trackers(settings.log)
     cache = Cache(settings.cache)
     device = pick_device(settings.device)
-    jobs = _jobs(settings, cache, device)
+    jobs = jobs_of(settings, cache, device)
     layers = sorted({layer for job in jobs for layer in job.recipe.layers})
     selection = Selection(cache, 0, cache.manifest.train_rows, layers)
     if len(selection) == 0:
         raise WrongInput(f"{cache.path} has no kept token in its training rows; harvest more text")
-    jobs = [job for job in jobs if not _finished(job, settings)]
+    jobs = [job for job in jobs if not is_finished(job, settings)]
     if not jobs:
         return []
-    first_step = _first_step(jobs, settings)
+    begun = first_step(jobs, settings)
     with ExitStack() as stack:
         trainees = [_trainee(job, settings, selection, device, stack) for job in jobs]
-        if first_step == 0:
+        if begun == 0:
             _initialise(trainees, _initial_sample(selection, settings, device), selection.layers)
-        for trainee in trainees if first_step else []:
-            facts = read_facts(trainee.folder, first_step)
-            load_checkpoint(trainee, first_step, facts)
-        fit(trainees, selection, settings, first_step, [job.identity for job in jobs], report)
+        for trainee in trainees if begun else []:
+            load_checkpoint(trainee, begun, read_facts(trainee.folder, begun))
+        fit(trainees, selection, settings, begun, [job.identity for job in jobs], report)
     return [_finish(trainee, job, settings, cache, report) for trainee, job in zip(trainees, jobs, strict=True)]
-
-
-def folders(settings: TrainSettings) -> list[Path]:
-    """Where each SAE of the settings is, or will be."""
-    return [job.folder for job in _jobs(settings, Cache(settings.cache), pick_device(settings.device))]
-
-
-def _jobs(settings: TrainSettings, cache: Cache, device: torch.device) -> list[Job]:
-    passed = {name: getattr(settings, name) for name in ("batch_tokens", "epochs", "tokens", "dead_after_tokens")}
-    passed |= {"sparsity_warmup": settings.sparsity_warmup, "seed": settings.seed}
-    passed |= {"precision": str(_precision(settings, device))}
-    origin = {**cache.manifest.to_dict(), "lm_weights": cache.weights_hash()}
-    jobs = []
-    for run in settings.runs:
-        recipe = make_recipe(run, cache)
-        cache.require_layers(recipe.layers)
-        own = {name: value for name, value in asdict(run).items() if name != "name"}
-        identity = {"run": own, "recipe": asdict(recipe), "pass": passed, "cache": origin}
-        jobs.append(Job(run, recipe, Path(settings.out) / (run.name or default_name(recipe)), identity))
-    for job in jobs:
-        if sum(other.folder == job.folder for other in jobs) > 1:
-            raise WrongInput(f"two SAEs of this run would be {job.folder}; name each in its [[run]] of a --config")
-    return jobs
-
-
-def _precision(settings: TrainSettings, device: torch.device) -> torch.dtype:
-    if settings.precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return torch.bfloat16 if settings.precision == "bfloat16" else torch.float32
-
-
-def _finished(job: Job, settings: TrainSettings) -> bool:
-    """Whether --resume finds this SAE trained already. Raises WrongInput where its folder must not be written."""
-    if not job.folder.exists():
-        return False
-    if not (job.folder / CONFIG).is_file():
-        raise WrongInput(f"{job.folder} exists and is not an SAE, so it is not overwritten; give another --name")
-    if settings.resume and newest_step([job.partial]):
-        return False  # a stopped --overwrite: what is there is replaced once the new one is done
-    if settings.resume:
-        source = read_config(job.folder).get("metadata", {}).get("routesae", {}).get("source", {})
-        require_same(job.folder, source.get("identity", {}), job.identity)
-        drop_checkpoints(job.folder)  # where a kill came just before that
-        log.info("%s is trained already", job.folder)
-        return True
-    if not settings.overwrite:
-        raise WrongInput(f"{job.folder} exists; give another --name, or --overwrite to replace it")
-    return False
-
-
-def _first_step(jobs: Sequence[Job], settings: TrainSettings) -> int:
-    """Steps already done; makes the partial folders. Raises WrongInput where what is there must not be lost."""
-    steps = {job.folder.name: newest_step([job.partial]) for job in jobs}
-    stopped = {name: step for name, step in steps.items() if step}
-    if stopped and not settings.resume and not settings.overwrite:
-        name, step = next(iter(stopped.items()))
-        raise WrongInput(f"{name} was stopped after step {step}; --resume goes on there, --overwrite starts again")
-    if settings.resume and stopped:
-        if absent := [job.folder.name for job in jobs if not job.partial.exists()]:
-            raise WrongInput(f"--resume: {absent[0]} was not stopped with {', '.join(stopped)}; train it apart")
-        for job in jobs:
-            if steps[job.folder.name]:
-                then = read_facts(job.partial, steps[job.folder.name])["identity"]
-                require_same(job.folder, then, job.identity)
-        if step := newest_step([job.partial for job in jobs]):
-            return step
-        if all(steps.values()):
-            stood = ", ".join(f"{name} after step {step}" for name, step in steps.items())
-            raise WrongInput(f"--resume: they were not stopped together ({stood}); train them apart")
-    for job in jobs:
-        shutil.rmtree(job.partial, ignore_errors=True)
-        job.partial.mkdir(parents=True)
-    return 0
 
 
 def _trainee(
@@ -187,7 +91,7 @@ def _trainee(
         total_steps=total_steps,
         dead_after_tokens=settings.dead_after_tokens or min(DEAD_AFTER_TOKENS, max(1, run_tokens // 4)),
         sparsity_warmup=settings.sparsity_warmup,
-        precision=_precision(settings, device),
+        precision=precision_of(settings, device),
         seed=settings.seed,
     )
     trackers = open_trackers(settings.log, job.folder.name, job.partial, asdict(job.settings))
@@ -210,17 +114,17 @@ def fit(
     trainees: Sequence[Trainee],
     selection: Selection,
     settings: TrainSettings,
-    first_step: int,
+    begun: int,
     identities: Sequence[dict[str, Any]],
     report: Report = silent,
 ) -> None:
-    """The training loop: one pass of this is one step of every SAE."""
+    """The training loop: one pass of this is one step of every SAE. begun: steps that are done already."""
     total_steps, plans = planned(selection, settings)
-    remaining = islice(plans, first_step, None)
+    remaining = islice(plans, begun, None)
     device = trainees[0].sae.device
     stage = f"train {trainees[0].sae.recipe.sae}" if len(trainees) == 1 else f"train {len(trainees)} SAEs"
     with stop_requests() as stop, closing(load(selection, remaining, settings.batch_tokens, device)) as batches:
-        for step, hidden_LND in enumerate(batches, start=first_step + 1):
+        for step, hidden_LND in enumerate(batches, start=begun + 1):
             inputs = Inputs(hidden_LND, selection.layers)
             for trainee in trainees:
                 trainee.step(step, inputs)
@@ -278,7 +182,7 @@ def _source(settings: TrainSettings, job: Job, cache: Cache, held_out: CacheScor
     return {
         "settings": {**asdict(settings), "runs": None, "run": asdict(job.settings)},
         "identity": job.identity,
-        "cache": {**manifest.to_dict(), "path": str(cache.path.resolve())},
+        "cache": {**manifest.to_dict(), "path": settings.cache},  # as given: a pushed SAE tells no one's home folder
         "model": manifest.model,
         "corpus": manifest.corpus,
         "context": manifest.context,
