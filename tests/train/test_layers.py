@@ -239,3 +239,27 @@ def test_mlsae_and_random_start_from_the_median_over_all_layers(name: str) -> No
     sae.initialise(x_LND)
     assert isinstance(sae, TopK)
     torch.testing.assert_close(sae.b_dec_D.detach(), geometric_median(x_LND.flatten(0, 1)))
+
+
+def test_published_mlsae_is_renormalised_after_every_step_and_random_after_every_tenth() -> None:
+    done: dict[str, list[int]] = {}
+    for name in ("mlsae", "random"):
+        recipe = Recipe(sae=name, layers=(4, 6, 9), width=D, latents=LATENTS, k=K, published=True)
+        sae = build(recipe, torch.Generator().manual_seed(0))
+        for step in range(1, 13):
+            with torch.no_grad():
+                sae.W_dec_FD.mul_(1.5)
+            sae.normalise_decoder(step)
+            if torch.allclose(sae.W_dec_FD.norm(dim=1), torch.ones(LATENTS), atol=1e-5):
+                done.setdefault(name, []).append(step)
+    assert done == {"mlsae": list(range(1, 13)), "random": [1, 11]}
+
+
+def test_the_published_crosscoder_starts_with_unit_decoder_rows_a_layer_along_linear_encoders() -> None:
+    recipe = Recipe(sae="crosscoder", layers=(4, 6, 9), width=D, latents=LATENTS, k=K, published=True, sparsity=0.1)
+    sae = build(recipe, torch.Generator().manual_seed(0))
+    W_enc_FLD, W_dec_FLD = (W_FC.detach().view(LATENTS, L, D) for W_FC in (sae.W_enc_FC, sae.W_dec_FC))
+    torch.testing.assert_close(W_dec_FLD.norm(dim=2), torch.ones(LATENTS, L))
+    torch.testing.assert_close(W_dec_FLD * W_enc_FLD.norm(dim=2, keepdim=True), W_enc_FLD)
+    assert W_enc_FLD.abs().max() <= D**-0.5
+    assert W_enc_FLD.abs().mean() == pytest.approx(D**-0.5 / 2, rel=0.1)
