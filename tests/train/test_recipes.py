@@ -1,0 +1,59 @@
+"""What settings come to on a cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from routesae.harvest.cache import Cache
+from routesae.reporting import WrongInput
+from routesae.train.recipes import DEFAULT_BALANCE, default_name, make_recipe
+from routesae.train.settings import RunSettings
+
+
+@pytest.mark.parametrize(
+    ("flags", "balance"),
+    [
+        ({}, DEFAULT_BALANCE),
+        ({"router": "top2"}, DEFAULT_BALANCE),
+        ({"balance": 0.0}, 0.0),
+        ({"balance": 0.5}, 0.5),
+        ({"recipe": "published"}, 0.0),
+        ({"recipe": "published", "balance": 0.5}, 0.5),
+        ({"routing": "soft"}, 0.0),
+        ({"router": "frozen"}, 0.0),
+        ({"router": "random"}, 0.0),
+        ({"sae": "topk"}, 0.0),
+    ],
+)
+def test_routers_that_learn_are_balanced_by_default_and_the_published_recipe_is_not(
+    tiny_cache: Cache, flags: dict[str, Any], balance: float
+) -> None:
+    assert make_recipe(RunSettings(**flags, latents=64, k=8), tiny_cache).balance == balance
+
+
+def test_k_cannot_be_annealed_from_more_than_the_latents(tiny_cache: Cache) -> None:
+    with pytest.raises(WrongInput, match="--anneal-k-from 65 is more than the SAE's 64 latents"):
+        make_recipe(RunSettings(latents=64, k=8, anneal_k_from=65), tiny_cache)
+
+
+def test_names_tell_apart_what_differs(tiny_cache: Cache) -> None:
+    runs: list[dict[str, Any]] = [
+        {"sae": "topk", "layer": 3},
+        {"sae": "topk", "layer": 4},
+        {"sae": "topk", "layer": 3, "k": 9},
+        {"sae": "jumprelu", "layer": 3},
+        {"sae": "jumprelu", "layer": 3, "sparsity": 0.1},
+        {"sae": "jumprelu", "layer": 3, "sparsity": 0.2},
+        {"sae": "topk", "layer": 3, "recipe": "published"},
+        {"sae": "routesae"},
+        {"sae": "routesae", "router": "top2"},
+        {"sae": "routesae", "routed": "gated"},
+        {"sae": "routesae", "routing": "soft"},
+        {"sae": "crosscoder"},
+        {"sae": "mlsae"},
+    ]
+    names = [default_name(make_recipe(RunSettings(**{"latents": 64, "k": 8, **run}), tiny_cache)) for run in runs]
+    assert len(set(names)) == len(runs)
+    assert names[0] == "topk_layer3_64_k8"
