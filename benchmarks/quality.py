@@ -31,7 +31,8 @@ from routesae.train.saes.normalise import normalise
 from routesae.train.settings import settings_of
 
 CPU = torch.device("cpu")
-VARIANTS = ("topk", "batchtopk", "jumprelu", "gated", "vanilla")
+VARIANTS = ("topk", "batchtopk", "jumprelu", "gated", "vanilla", "routesae")
+TRAINERS_OF = {"topk": ("routesae", *PEERS, "published"), "routesae": ("routesae", "published")}
 
 
 def rows(cache: Cache, first: int, after: int, layer: int) -> Iterator[Tensor]:
@@ -63,6 +64,8 @@ def ours(
     with tempfile.TemporaryDirectory() as out:
         flags = {"cache": args.cache, "sae": variant, "layer": args.layer, "latents": args.latents, "k": args.k}
         flags |= {"lr": args.lr, "batch_tokens": args.batch_tokens, "tokens": args.tokens, "seed": seed, "out": out}
+        if variant == "routesae":
+            del flags["layer"]
         (result,) = train(settings_of(flags | {"recipe": recipe}))
         sae = load_sae(result.folder, CPU)
     if variant not in ("batchtopk", "jumprelu"):
@@ -100,7 +103,7 @@ def main() -> None:
         for variant in args.variants:
             for trainer in args.trainers:
                 key = {"variant": variant, "trainer": trainer, "seed": seed, **setup}
-                if trainer == "published" and variant != "topk":
+                if trainer not in TRAINERS_OF.get(variant, ("routesae", *PEERS)):
                     continue
                 if any(key.items() <= line.items() for line in done):
                     continue

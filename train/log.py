@@ -27,8 +27,8 @@ METRICS = "metrics.jsonl"
 class StepLog:
     """Sums over the steps since the last line, and that line. Reads the device once a line."""
 
-    def __init__(self, sae: SAE, folder: Path, trackers: list[Tracker]):
-        self.sae, self.trackers = sae, trackers
+    def __init__(self, sae: SAE, folder: Path, trackers: list[Tracker], peak_lr: float):
+        self.sae, self.trackers, self.peak_lr = sae, trackers, peak_lr
         self.file = (folder / METRICS).open("a")
         self.tokens_done = 0
         self.lr = 0.0
@@ -53,7 +53,7 @@ class StepLog:
         """The line; returns what of it a progress bar shows. Raises FailedRun where the loss is no number."""
         loss, error, l0 = (self.sums / self.tokens).tolist()
         if not math.isfinite(loss):
-            raise FailedRun(f"the loss is {loss} by step {step}; lower --lr {self.lr:.3g}")
+            raise FailedRun(f"the loss is {loss} by step {step}; lower --lr {self.peak_lr}")
         self.tokens_done += self.tokens
         tokens_per_second = self.tokens / (time.perf_counter() - self.began)
         line: dict[str, Any] = {

@@ -95,7 +95,7 @@ def _trainee(
         seed=settings.seed,
     )
     trackers = open_trackers(settings.log, job.folder.name, job.partial, asdict(job.settings))
-    step_log = StepLog(sae, job.partial, trackers)
+    step_log = StepLog(sae, job.partial, trackers, job.settings.lr)
     stack.callback(step_log.close)
     return Trainee(sae, job.settings, pace, job.partial, step_log)
 

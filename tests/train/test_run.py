@@ -78,7 +78,7 @@ def fitted(
         seed=chosen.seed,
     )
     folder.mkdir()
-    log = StepLog(sae, folder, [])
+    log = StepLog(sae, folder, [], chosen.runs[0].lr)
     with closing(log):
         fit([Trainee(sae, chosen.runs[0], pace, folder, log)], selection, chosen, 0, [{}], report)
     return logged(folder)
