@@ -251,7 +251,7 @@ def harvest(**options: Any) -> None:
     metavar="NAME",
     help="routesae: published or top2; frozen or random as controls.  [default: published]",
 )
-@click.option("--balance", type=float, help="routesae: weight of the load-balancing term.  [default: 0.001]")
+@click.option("--balance", type=float, help="routesae: weight of the load-balancing term.  [default: 0.01]")
 @click.option(
     "--recipe",
     default="routesae",

@@ -50,7 +50,7 @@ class RunSettings:
     router: str | None = None
     """routesae only: one of ROUTERS; None for published."""
     balance: float | None = None
-    """routesae only: weight of the load-balancing term; None for 0.001 where a learned router picks one layer."""
+    """routesae only: weight of the load-balancing term; None for 0.01 where a learned router picks one layer."""
     recipe: str = "routesae"
     """"published" for the objective of the published RouteSAE code."""
     lr: float = 5e-4
