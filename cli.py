@@ -77,12 +77,14 @@ class Commands(click.Group):
 def progress() -> Iterator[Callable[[Progress], None]]:
     """A bar with rate and time left on a terminal; a log line every ten seconds elsewhere."""
     bars: dict[str, tqdm[Any]] = {}
-    starts: dict[str, tuple[float, int]] = {}
+    starts: dict[str, tuple[float, int, int]] = {}  # when a stage began, where it stood then, and where it stands
     last_line = time.monotonic()
 
     def bar(now: Progress) -> None:
         from tqdm import tqdm
 
+        if now.stage in bars and now.done < bars[now.stage].n:  # the same work on the next SAE
+            bars.pop(now.stage).close()
         if now.stage not in bars:
             for other in bars.values():
                 other.close()
@@ -93,7 +95,10 @@ def progress() -> Iterator[Callable[[Progress], None]]:
 
     def line(now: Progress) -> None:
         nonlocal last_line
-        began, done = starts.setdefault(now.stage, (time.monotonic(), now.done))
+        if now.stage in starts and now.done < starts[now.stage][2]:  # the same work on the next SAE
+            del starts[now.stage]
+        began, done, _ = starts.get(now.stage, (time.monotonic(), now.done, 0))
+        starts[now.stage] = (began, done, now.done)
         if time.monotonic() - last_line < LOG_LINE_SECONDS and now.done != now.total:
             return
         last_line = time.monotonic()

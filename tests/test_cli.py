@@ -23,9 +23,10 @@ from click.testing import CliRunner, Result
 
 from routesae import __version__
 from routesae.analyze.run import AnalyzeSettings
-from routesae.cli import COUNT, main, table
+from routesae.cli import COUNT, main, progress, table
 from routesae.harvest.cache import Cache
 from routesae.harvest.settings import HarvestSettings
+from routesae.reporting import Progress
 from routesae.train.checkpoint import save_sae
 from routesae.train.run import train
 from routesae.train.saes import Recipe, build
@@ -753,3 +754,19 @@ def test_help_is_quick_and_imports_no_torch(tmp_path: Path) -> None:
         imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in run.stderr.splitlines()}
         assert imported & {"torch", "numpy", "zarr", "transformers", "datasets", "openai"} == set()
     assert min(seconds) < 0.5
+
+
+def test_the_same_work_on_a_second_sae_starts_its_rate_anew(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = iter(range(0, 10_000, 20))  # every look at it is 20 s later, so that each report is a line
+    monkeypatch.setattr("routesae.cli.time.monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)
+    with caplog.at_level("INFO", logger="routesae"), progress() as report:
+        for _ in range(2):
+            for done in (1000, 2000):
+                report(Progress("score on cache", done, 2000, "tokens", {}))
+    rates = [re.findall(r"tokens/s (\S+),", record.getMessage()) for record in caplog.records]
+    assert rates[1]
+    assert not any("-" in rate for found in rates for rate in found)
+    assert rates[1] == rates[3]

@@ -80,8 +80,8 @@ class Crosscoder(SAE):
             self.b_enc_F.copy_(-(self.W_enc_FC @ median_C))  # f starts from x − b_d, as the other variants read it
 
     def rate_factors(self) -> dict[nn.Parameter, float]:
-        """As for an SAE over one layer, whose width here is L·D."""
-        return {} if self.recipe.published else {self.b_enc_F: math.sqrt(self.W_enc_FC.shape[1])}
+        """As for an SAE over one layer."""
+        return {} if self.recipe.published else {self.b_enc_F: math.sqrt(self.recipe.width)}
 
     def decoders(self) -> list[nn.Parameter]:
         return []

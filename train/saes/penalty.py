@@ -24,8 +24,11 @@ class PenaltyWeight(nn.Module):
     def __init__(self, recipe: Recipe):
         super().__init__()
         self.fixed = recipe.sparsity
-        # About a tenth of NormMSE where k latents of a √D-long input are active: Σf ≈ √(k·D).
-        start = 0.1 / math.sqrt(recipe.k * recipe.width * len(recipe.layers))
+        # About a tenth of NormMSE where k latents of a √D-long input are active: Σf ≈ √(k·D). Over L layers side by
+        # side a single latent explains L times less at first and its norms sum to √L, so that at more than this all
+        # latents of a crosscoder died within ten steps, before λ could be steered.
+        layers = len(recipe.layers) if recipe.sae == "crosscoder" else 1
+        start = 0.1 / (math.sqrt(recipe.k * recipe.width * layers) * layers)
         self.register_buffer("steered", torch.tensor(start))
         self.steered: Tensor
 
