@@ -320,7 +320,8 @@ def given_options(ctx: click.Context, options: dict[str, Any]) -> dict[str, Any]
     "--sae",
     multiple=True,
     metavar="NAME",
-    help="Variant; may be given several times.  [default: vanilla, gated, topk, jumprelu, routesae and crosscoder]",
+    help="Variant; may be given several times.  "
+    "[default, without --config: vanilla, gated, topk, jumprelu, routesae, crosscoder]",
 )
 @click.option("--layer", type=int, help="Layer of the SAEs over one layer.  [default: the cache's middle one]")
 @click.option("--latents", type=COUNT, help="Size of the dictionaries.  [default: 8 x width]")

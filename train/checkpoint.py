@@ -11,6 +11,7 @@ Never pickle. Dimension letters: D width, F latents, L layers.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -21,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from routesae.harvest.arrays import fsync, fsync_tree
 from routesae.reporting import WrongInput
 from routesae.train.lens import lens_config, recipe_of, tensors_of
 from routesae.train.saes import SAE, Recipe, build
@@ -34,6 +36,18 @@ def save_sae(folder: Path, sae: SAE, source: Mapping[str, Any]) -> None:
     for name, tensors in sae.files().items():
         save_file({key: tensor.float().cpu().contiguous() for key, tensor in tensors.items()}, folder / name)
     (folder / CONFIG).write_text(json.dumps(lens_config(sae, source), indent=2) + "\n")
+
+
+def commit_folder(written: Path, folder: Path) -> None:
+    """Give the finished `written` the name `folder`, on the disk for good; an SAE of that name stays until then."""
+    fsync_tree(written)
+    replaced = folder.with_name(f".{folder.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if folder.exists():
+        folder.rename(replaced)
+    written.rename(folder)
+    fsync(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def load_sae(folder: Path, device: torch.device) -> SAE:

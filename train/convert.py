@@ -29,10 +29,9 @@ import torch
 from torch import Tensor
 
 from routesae import __version__
-from routesae.harvest.arrays import fsync, fsync_tree
 from routesae.harvest.settings import parse_layers
 from routesae.reporting import WrongInput
-from routesae.train.checkpoint import CONFIG, save_sae
+from routesae.train.checkpoint import CONFIG, commit_folder, save_sae
 from routesae.train.saes import SINGLE_LAYER, Recipe, build
 from routesae.train.saes.crosscoder import CROSSCODER
 from routesae.train.saes.routesae import ROUTER
@@ -138,10 +137,7 @@ def convert(settings: ConvertSettings) -> Converted:
     writing.mkdir(parents=True)
     try:
         save_sae(writing, sae, source)
-        fsync_tree(writing)
-        shutil.rmtree(folder, ignore_errors=True)
-        writing.rename(folder)
-        fsync(folder.parent)
+        commit_folder(writing, folder)
     finally:
         shutil.rmtree(writing, ignore_errors=True)
     return Converted(folder, recipe)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
@@ -21,12 +20,11 @@ from typing import Any
 import torch
 
 from routesae import __version__
-from routesae.harvest.arrays import fsync, fsync_tree
 from routesae.harvest.cache import Cache
 from routesae.harvest.device import pick_device
 from routesae.reporting import FailedRun, Progress, Report, Stopped, WrongInput, silent
 from routesae.train.batches import Plan, Selection, epoch_plans, load
-from routesae.train.checkpoint import save_sae
+from routesae.train.checkpoint import commit_folder, save_sae
 from routesae.train.evaluate import CacheScores, score_on_cache
 from routesae.train.jobs import Job, first_step, is_finished, jobs_of, precision_of
 from routesae.train.log import StepLog
@@ -156,14 +154,7 @@ def _finish(trainee: Trainee, job: Job, settings: TrainSettings, cache: Cache, r
     if held_out is not None and not math.isfinite(held_out.norm_mse):
         raise FailedRun(f"training ended with a NormMSE of {held_out.norm_mse}; lower --lr {job.settings.lr}")
     save_sae(job.partial, sae, _source(settings, job, cache, held_out))
-    fsync_tree(job.partial)
-    replaced = job.folder.with_name(f".{job.folder.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if job.folder.exists():
-        job.folder.rename(replaced)
-    job.partial.rename(job.folder)
-    fsync(job.folder.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    commit_folder(job.partial, job.folder)
     drop_checkpoints(job.folder)
     return TrainResult(job.folder, held_out)
 

@@ -220,11 +220,8 @@ def settings_of(flags: Mapping[str, Any], config: str | None = None) -> TrainSet
         for table in tables
         for run in _combinations({**common, **table, **own})
     ]
-    try:
-        runs = tuple(RunSettings(**{**run, **_tuple(run, "prefixes")}) for run in _applicable(combined))
-        return TrainSettings(runs=runs, **{**passed, **_tuple(passed, "log")})
-    except TypeError as error:
-        raise WrongInput(f"{config or 'settings'}: a value is of the wrong type ({error})") from error
+    runs = tuple(RunSettings(**{**run, **_tuple(run, "prefixes")}) for run in _applicable(combined))
+    return TrainSettings(runs=runs, **{**passed, **_tuple(passed, "log")})
 
 
 def _tuple(values: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -14,10 +14,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import pairwise
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
-from routesae.train.kernels import Latents
+from routesae.train.kernels import Latents, pairs_of, summed_by_token
 from routesae.train.losses import norm_mse
 from routesae.train.saes.batchtopk import BatchTopK
 from routesae.train.saes.sae import Forward
@@ -42,16 +42,9 @@ class Matryoshka(BatchTopK):
     def _prefixes(self, latents: Latents) -> Iterator[Tensor]:
         """x̂_m of every size but F, each the last one and the latents that it has more."""
         reconstruction_ND: Tensor = self.b_dec_D
+        values_NK, indices_NK = latents
         for first, after in pairwise((0, *self.recipe.prefixes[:-1])):
-            values_NK, indices_NK = latents
-            inside_NK = (indices_NK >= first) & (indices_NK < after) & (values_NK > 0)
-            counts_N = inside_NK.sum(1)
-            added_ND = F.embedding_bag(
-                indices_NK[inside_NK],
-                self.W_dec_FD,
-                counts_N.cumsum(0) - counts_N,
-                mode="sum",
-                per_sample_weights=values_NK[inside_NK],
-            )
-            reconstruction_ND = reconstruction_ND + added_ND
+            inside_NK = (indices_NK >= first) & (indices_NK < after)
+            added = pairs_of(Latents(torch.where(inside_NK, values_NK, 0), indices_NK), ragged=True)
+            reconstruction_ND = reconstruction_ND + summed_by_token(added, added.values_M, self.W_dec_FD)
             yield reconstruction_ND
