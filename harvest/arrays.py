@@ -17,6 +17,10 @@ from __future__ import annotations
 import json
 import os
 import struct
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -62,7 +66,8 @@ def data_file(folder: Path, ndim: int) -> Path:
 class ArrayWriter:
     """Writes rows one after another; the number of rows need not be known before `close`.
 
-    Nothing of it is a Zarr array until `close`, which pads, writes index and metadata, and fsyncs.
+    Nothing of it is a Zarr array until `close`, which pads and writes index and metadata. It is on the disk for
+    good once `fsync_tree` has been over it.
     """
 
     def __init__(self, folder: Path, row_shape: tuple[int, ...], dtype: npt.DTypeLike, chunk_rows: int = CHUNK_ROWS):
@@ -88,9 +93,8 @@ class ArrayWriter:
         padding = padded_rows(self.rows, self.chunk_rows) - self.rows
         fill = np.full((padding, *self.row_shape), _fill_value(self.dtype), self.dtype)
         self._file.write(fill.tobytes() + _index(shape, self.dtype, self.chunk_rows))
-        os.fsync(self._file.fileno())
         self._file.close()
-        _write_metadata(self.folder, shape, self.dtype, self.chunk_rows, compress=False)
+        (self.folder / "zarr.json").write_bytes(_metadata(shape, self.dtype, self.chunk_rows))
 
     def abandon(self) -> None:
         """Close the file without making an array of it."""
@@ -98,14 +102,12 @@ class ArrayWriter:
 
 
 def write_array(folder: Path, array: Array, *, chunk_rows: int = CHUNK_ROWS, compress: bool = False) -> None:
-    """Write `array` whole and fsync it. compress: zstd through zarr; the file is then no memmap.
+    """Write `array` whole, without fsync. compress: zstd through zarr; the file is then no memmap.
 
     Raises OSError where the disk does not take it.
     """
     if compress and len(array):  # of no rows zarr would write no file
-        zarr_array = _write_metadata(folder, array.shape, array.dtype, chunk_rows, compress=True)
-        zarr_array[:] = array
-        fsync(data_file(folder, array.ndim))
+        _create(str(folder), array.shape, array.dtype, chunk_rows, compress=True)[:] = array
         return
     writer = ArrayWriter(folder, array.shape[1:], array.dtype, chunk_rows)
     try:
@@ -115,12 +117,20 @@ def write_array(folder: Path, array: Array, *, chunk_rows: int = CHUNK_ROWS, com
         writer.abandon()
 
 
-def _write_metadata(folder: Path, shape: tuple[int, ...], dtype: Any, chunk_rows: int, *, compress: bool) -> Any:
+@lru_cache(maxsize=64)  # the layers of a shard share theirs, and zarr takes 4 ms over each
+def _metadata(shape: tuple[int, ...], dtype: Any, chunk_rows: int) -> bytes:
+    store: dict[str, Any] = {}
+    _create(store, shape, dtype, chunk_rows, compress=False)
+    return bytes(store["zarr.json"].to_bytes())
+
+
+def _create(store: Any, shape: tuple[int, ...], dtype: Any, chunk_rows: int, *, compress: bool) -> Any:
+    """An empty zarr array: its metadata, in a folder or a dict, and an object that takes its values."""
     import zarr
     from zarr.codecs import ZstdCodec
 
-    array = zarr.create_array(
-        str(folder),
+    return zarr.create_array(
+        store,
         shape=shape,
         dtype=dtype,
         shards=(padded_rows(shape[0], chunk_rows), *shape[1:]),
@@ -132,8 +142,6 @@ def _write_metadata(folder: Path, shape: tuple[int, ...], dtype: Any, chunk_rows
         config={"write_empty_chunks": True},
         overwrite=False,
     )
-    fsync(folder / "zarr.json")
-    return array
 
 
 def _fill_value(dtype: Any) -> float | int:
@@ -147,6 +155,19 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def syncing() -> Iterator[Callable[[Path], None]]:
+    """Gives a function that has a file reach the disk while others are written; by the end all have.
+
+    Raises OSError at the end where one did not.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="fsync") as thread:
+        pending: list[Future[None]] = []
+        yield lambda path: pending.append(thread.submit(fsync, path))
+        for one in pending:
+            one.result()
 
 
 def fsync_tree(folder: Path) -> None:

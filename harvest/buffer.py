@@ -1,11 +1,11 @@
 """One shard in the making: rows of token ids in; the kept hidden states of every layer, shuffled, out to disk.
 
-Hidden states are scattered to their stored place as each block puts them out, on the LM's device, so that what
-reaches the disk is one contiguous write a layer. Filling never waits for the device; committing waits only for
-the copies it makes, on a stream of its own, and runs beside the next shard's filling.
+Hidden states are checked, measured and scattered to their stored place as each block puts them out, on the LM's
+device, so that what reaches the disk is one contiguous write a layer. Filling never waits for the device;
+committing waits only for the copies it makes, on a stream of its own, and runs beside the next shard's filling.
 
-Dimension letters: s rows a shard, B rows a batch, T context, n kept positions of the shard, m kept positions of
-a batch, L layers, D width.
+Dimension letters: s rows a shard, B rows a batch, T context, P positions of a batch, n kept positions of the
+shard, m kept positions of a batch, L layers, D width.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from routesae.harvest import arrays
 from routesae.harvest.cache import Cache, LayerStatistics, Manifest, ShardRecord, shard_order, write_shard
 from routesae.harvest.device import CACHE_DTYPES
 from routesae.harvest.lm import LanguageModel, capturing, run_until
+from routesae.harvest.statistics import PIECE_ROWS, Extremes, TokenStatistics, row_statistics
 from routesae.harvest.tokens import Ids
 from routesae.reporting import FailedRun
 
 
 class ShardBuffer:
-    """hidden_LnD of shard `index` on `device`, rows in stored order, with running statistics."""
+    """hidden_LnD of shard `index` on `device`, rows in stored order, with their statistics."""
 
     def __init__(self, token_ids_sT: Ids, manifest: Manifest, index: int, device: torch.device):
         self.token_ids_sT = token_ids_sT
@@ -36,7 +37,11 @@ class ShardBuffer:
         shape = (len(manifest.layers), len(self.order), manifest.width)
         self.hidden_LnD = torch.empty(shape, dtype=CACHE_DTYPES[manifest.dtype], device=device)
         self.limit = torch.finfo(self.hidden_LnD.dtype).max
-        self.sums = [RunningSums(device) for _ in manifest.layers]
+        self.mean_Ln = torch.empty(shape[:2], device=device)
+        self.std_Ln = torch.empty(shape[:2], device=device)
+        self.extremes = [Extremes(device) for _ in manifest.layers]
+        # On a CPU rows pass through all steps while they are in its cache; a GPU wants few, large steps.
+        self._piece_rows = PIECE_ROWS if device.type == "cpu" else max(1, token_ids_sT.size)
         # stored row of each flat position; -1 where it is not kept
         self._stored_row = torch.full((token_ids_sT.size,), -1, dtype=torch.int64)
         self._stored_row[torch.from_numpy(self.order).long()] = torch.arange(len(self.order))
@@ -52,7 +57,7 @@ class ShardBuffer:
             kept_m, stored_m = _to_device(kept, model.device), _to_device(stored[kept], model.device)
 
             def take(layer: int, hidden_BTD: Tensor, kept_m: Tensor = kept_m, stored_m: Tensor = stored_m) -> None:
-                self._store(layers.index(layer), hidden_BTD.flatten(0, 1).index_select(0, kept_m), stored_m)
+                self._take(layers.index(layer), hidden_BTD.flatten(0, 1), kept_m, stored_m)
 
             with capturing(model, layers, take):
                 run_until(model, _to_device(token_ids_BT, model.device), layers[-1])
@@ -60,12 +65,19 @@ class ShardBuffer:
         if model.device.type == "cuda":
             self._filled = torch.cuda.current_stream(model.device).record_event()
 
-    def _store(self, at: int, kept_mD: Tensor, stored_m: Tensor) -> None:
+    def _take(self, at: int, hidden_PD: Tensor, kept_m: Tensor, stored_m: Tensor) -> None:
         clip = self.manifest.overflow == "clip"
-        self.sums[at].add(kept_mD, self.limit if clip else None)
-        if clip:  # in float32: bfloat16 would round the limit itself to a value beyond it
-            kept_mD = kept_mD.float().clamp_(-self.limit, self.limit)
-        self.hidden_LnD[at].index_copy_(0, stored_m, kept_mD.to(self.hidden_LnD.dtype))
+        for start in range(0, len(kept_m), self._piece_rows):
+            piece = slice(start, start + self._piece_rows)
+            kept_mD = hidden_PD.index_select(0, kept_m[piece])
+            self.extremes[at].add(kept_mD, self.limit if clip else None)
+            if clip:  # in float32: bfloat16 would round the limit itself to a value beyond it
+                kept_mD = kept_mD.float().clamp_(-self.limit, self.limit)
+            kept_mD = kept_mD.to(self.hidden_LnD.dtype)
+            mean_m, std_m = row_statistics(kept_mD)
+            self.hidden_LnD[at].index_copy_(0, stored_m[piece], kept_mD)
+            self.mean_Ln[at].index_copy_(0, stored_m[piece], mean_m)
+            self.std_Ln[at].index_copy_(0, stored_m[piece], std_m)
 
     def commit(self, cache: Cache, weights_hash: str, batch_sequences: int) -> ShardRecord:
         """Check, copy to the host layer by layer, and write the shard. May run in a thread of its own.
@@ -76,7 +88,7 @@ class ShardBuffer:
         with self._on_copy_stream():
             statistics = {}
             for at, layer in enumerate(self.manifest.layers):
-                statistics[str(layer)] = self.sums[at].finish()
+                statistics[str(layer)] = self._layer_statistics(at)
                 self._check(at, statistics[str(layer)], cache)
             return write_shard(
                 cache.path,
@@ -94,7 +106,19 @@ class ShardBuffer:
                     hashes=hashes,
                 ),
                 self.index,
+                TokenStatistics(*(each.T.contiguous().cpu().numpy() for each in (self.mean_Ln, self.std_Ln))),
             )
+
+    def _layer_statistics(self, at: int) -> LayerStatistics:
+        """max_abs is NaN or infinite where a value was."""
+        max_abs, clipped = self.extremes[at].finish()
+        width = self.manifest.width
+        mean_n, variance_n = self.mean_Ln[at].double(), self.std_Ln[at].double().square()
+        square_n = (variance_n * (width - 1) + mean_n.square() * width) / width  # the row's mean square
+        n = max(1, len(self.order))
+        return LayerStatistics(
+            mean=float(mean_n.sum()) / n, mean_square=float(square_n.sum()) / n, max_abs=max_abs, clipped=clipped
+        )
 
     def _on_copy_stream(self) -> AbstractContextManager[object]:
         """On CUDA, a stream that waits for this shard's filling only, not for the next one's."""
@@ -105,15 +129,24 @@ class ShardBuffer:
         return torch.cuda.stream(stream)
 
     def _layers_on_host(self) -> Iterator[tuple[int, arrays.Array]]:
-        staging = None
-        for at, layer in enumerate(self.manifest.layers):
-            hidden_nD = self.hidden_LnD[at]
-            if hidden_nD.is_cuda:
-                if staging is None:
-                    staging = torch.empty(hidden_nD.shape, dtype=hidden_nD.dtype, pin_memory=True)
-                hidden_nD = staging.copy_(hidden_nD, non_blocking=True)
-                torch.cuda.current_stream().synchronize()
-            yield layer, hidden_nD.numpy()
+        layers = self.manifest.layers
+        if not self.hidden_LnD.is_cuda:
+            yield from ((layer, self.hidden_LnD[at].numpy()) for at, layer in enumerate(layers))
+            return
+        shape, dtype = self.hidden_LnD.shape[1:], self.hidden_LnD.dtype
+        staging = [torch.empty(shape, dtype=dtype, pin_memory=True) for _ in layers[:2]]
+
+        def copy(at: int) -> tuple[Tensor, torch.cuda.Event]:
+            staged_nD = staging[at % 2].copy_(self.hidden_LnD[at], non_blocking=True)
+            return staged_nD, torch.cuda.current_stream(self.hidden_LnD.device).record_event()
+
+        copied = copy(0)
+        for at, layer in enumerate(layers):
+            staged_nD, arrived = copied
+            if at + 1 < len(layers):  # into the other buffer, which is written by now, while this one is
+                copied = copy(at + 1)
+            arrived.synchronize()
+            yield layer, staged_nD.numpy()
 
     def _check(self, at: int, found: LayerStatistics, cache: Cache) -> None:
         overflows = found.max_abs > self.limit and self.manifest.overflow == "error"
@@ -136,39 +169,6 @@ class ShardBuffer:
             f"values of up to {found.max_abs:,.0f} in {int(bad_n.sum())} tokens do not fit {self.manifest.dtype} "
             f"(at most {self.limit:,.0f}), one of them at {where}; --overflow clip cuts and counts them, "
             "--dtype float32 holds them"
-        )
-
-
-class RunningSums:
-    """Sums over one layer's kept values, kept on the device so that no batch waits for them."""
-
-    def __init__(self, device: torch.device):
-        self._values = 0
-        self._sums = torch.zeros(3, dtype=torch.float64, device=device)  # Σx, Σx², values over the limit
-        self._extremes = torch.zeros(2, device=device)
-
-    def add(self, x_mD: Tensor, limit: float | None) -> None:
-        """limit: count the finite values beyond it, which takes a pass of its own; None: do not."""
-        if x_mD.numel() == 0:
-            return
-        self._values += x_mD.numel()
-        over = x_mD.new_zeros(()) if limit is None else (x_mD.abs() > limit).sum()
-        # float32: a square overflows fp16, and bf16 keeps three digits of a sum
-        norm = torch.linalg.vector_norm(x_mD, dtype=torch.float32)
-        self._sums += torch.stack([x_mD.sum(dtype=torch.float32), norm.square(), over.float()]).double()
-        low, high = torch.aminmax(x_mD)  # NaN comes through
-        self._extremes = torch.maximum(self._extremes, torch.stack([-low, high]).float())
-
-    def finish(self) -> LayerStatistics:
-        """max_abs is NaN or infinite where a value was."""
-        total, squares, over = self._sums.tolist()
-        n = max(1, self._values)
-        max_abs = float(self._extremes.max())
-        return LayerStatistics(
-            mean=total / n,
-            mean_square=squares / n,
-            max_abs=max_abs,
-            clipped=int(over),
         )
 
 

@@ -8,22 +8,25 @@
         token_ids/          int32 [s, T], natural order
         order/              int32 [n]: stored row r is flat position order[r] of token_ids
         layer_04/ …         float16 [n, D]: one array a layer, rows in that same order
+        token_mean/         float32 [n, L]: the mean of each of those rows, one column a layer
+        token_std/          float32 [n, L]: and its standard deviation (routesae.harvest.statistics)
 
 Every array is one raw file (routesae.harvest.arrays). A folder named shard-NNNNN is whole or does not exist: it
 is written under a dot-name, fsynced and renamed. `order` is one seeded permutation of the shard's kept
 positions, so that a trainer gets shuffled rows out of contiguous reads.
 
-Dimension letters: S rows of tokens, T context, s rows of a shard, n kept positions of a shard, D width.
+Dimension letters: S rows of tokens, T context, s rows of a shard, n kept positions of a shard, L layers, D width.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +36,10 @@ from routesae.harvest import arrays
 from routesae.harvest.tokens import Ids, kept_positions
 from routesae.reporting import WrongInput
 
-FORMAT_VERSION = 1
+if TYPE_CHECKING:  # statistics brings torch, which `cache info` and `--help` can do without
+    from routesae.harvest.statistics import TokenStatistics
+
+FORMAT_VERSION = 2  # 1 had no token_mean and token_std
 VAL_FRACTION = 0.05  # the last rows of tokens: never trained on, read by analyze
 DTYPES = {"float16": "<f2", "float32": "<f4"}
 OVERFLOWS = ("error", "clip")
@@ -91,7 +97,8 @@ class Manifest:
     def __post_init__(self) -> None:
         if self.format_version != FORMAT_VERSION:
             raise WrongInput(
-                f"cache format {self.format_version} is not format {FORMAT_VERSION}, the one this routesae reads"
+                f"the cache has format {self.format_version}, and this routesae reads format {FORMAT_VERSION}; "
+                "harvest it again, into a new folder"
             )
         for name in ("model_layers", "width", "context", "rows", "shard_rows"):
             value = getattr(self, name)
@@ -122,8 +129,8 @@ class Manifest:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of hidden state a kept token, over all layers, uncompressed."""
-        return len(self.layers) * self.width * np.dtype(DTYPES[self.dtype]).itemsize
+        """Bytes a kept token takes in its shard, uncompressed."""
+        return token_bytes(len(self.layers), self.width, self.dtype)
 
     def shard_range(self, index: int) -> tuple[int, int]:
         """First row of tokens in shard `index`, and the one after its last."""
@@ -146,11 +153,12 @@ class Manifest:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerStatistics:
-    """Over one shard's kept values of one layer, in float32, before the cast to the cache's dtype."""
+    """Over one shard's kept values of one layer, as stored."""
 
     mean: float
     mean_square: float
     max_abs: float
+    """Before the cast to the cache's dtype, in the LM's precision."""
     clipped: int
     """Values cut to the dtype's largest (`--overflow clip`)."""
     non_finite: int = 0
@@ -181,12 +189,22 @@ class ShardRecord:
         return cls(**{**data, "rows": tuple(data["rows"]), "statistics": statistics})
 
 
+def token_bytes(layers: int, width: int, dtype: str) -> int:
+    """Of hidden states and their two float32 statistics, over all `layers` of them."""
+    return layers * (width * np.dtype(DTYPES[dtype]).itemsize + 8)
+
+
 def shard_name(index: int) -> str:
     return f"shard-{index:05d}"
 
 
 def layer_name(layer: int) -> str:
     return f"layer_{layer:02d}"
+
+
+def shard_arrays(manifest: Manifest) -> tuple[str, ...]:
+    """The names of a shard's arrays."""
+    return ("token_ids", "order", *map(layer_name, manifest.layers), "token_mean", "token_std")
 
 
 def array_hash(array: arrays.Array) -> str:
@@ -251,11 +269,13 @@ def write_shard(
     hidden: Iterable[tuple[int, arrays.Array]],
     record: Callable[[Mapping[str, str]], ShardRecord],
     index: int,
+    token_statistics: TokenStatistics | None = None,
 ) -> ShardRecord:
     """Write one shard and commit it by a rename; a kill at any moment leaves a whole shard or none.
 
     hidden: (layer, [n, D] in the cache's dtype, rows in `order`), each taken when it is its turn.
     record: makes the shard's attributes once the hashes are known.
+    token_statistics: of those rows; None has them worked out here.
     """
     import zarr
 
@@ -263,25 +283,49 @@ def write_shard(
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir()
-    hashes = {}
-    whole = max(1, len(order))  # order is read at once, so it is one chunk
-    for name, array, chunk_rows in (
-        ("token_ids", token_ids_sT, len(token_ids_sT)),
-        ("order", order, whole),
-    ):
-        arrays.write_array(partial / name, array, chunk_rows=chunk_rows)
-        hashes[name] = array_hash(array)
-    for layer, hidden_nD in hidden:
-        name = layer_name(layer)
-        arrays.write_array(partial / name, hidden_nD, compress=manifest.compress != "none")
-        hashes[name] = array_hash(hidden_nD)
-    written = record(hashes)
+    compress = manifest.compress != "none"
+    written = record(_write_arrays(partial, token_ids_sT, order, hidden, token_statistics, compress=compress))
     # The group's own zarr.json comes last: until then no zarr reader takes the dot-folder for a group.
     zarr.open_group(str(partial), mode="a", zarr_format=3, attributes=_plain(asdict(written))).store.close()
     arrays.fsync_tree(partial)
     partial.rename(path / shard_name(index))
     arrays.fsync(path)
     return written
+
+
+def _write_arrays(
+    partial: Path,
+    token_ids_sT: Ids,
+    order: npt.NDArray[np.int32],
+    hidden: Iterable[tuple[int, arrays.Array]],
+    token_statistics: TokenStatistics | None,
+    *,
+    compress: bool,
+) -> dict[str, str]:
+    """All arrays of a shard into its dot-folder; their hashes. One reaches the disk while the next is written."""
+    from routesae.harvest.statistics import TokenStatistics, stored_statistics
+
+    hashes = {}
+    with arrays.syncing() as sync:
+
+        def write(name: str, array: arrays.Array, chunk_rows: int, compress: bool = False) -> None:
+            arrays.write_array(partial / name, array, chunk_rows=chunk_rows, compress=compress)
+            sync(arrays.data_file(partial / name, array.ndim))
+            hashes[name] = array_hash(array)
+
+        write("token_ids", token_ids_sT, len(token_ids_sT))
+        write("order", order, max(1, len(order)))  # read at once, so it is one chunk
+        found = []
+        for layer, hidden_nD in hidden:
+            write(layer_name(layer), hidden_nD, arrays.CHUNK_ROWS, compress)
+            if token_statistics is None:
+                found.append(stored_statistics(hidden_nD))
+        if token_statistics is None:
+            means, stds = zip(*found, strict=True)
+            token_statistics = TokenStatistics(np.stack(means, axis=1), np.stack(stds, axis=1))
+        write("token_mean", token_statistics.mean_nL, arrays.CHUNK_ROWS)
+        write("token_std", token_statistics.std_nL, arrays.CHUNK_ROWS)
+    return hashes
 
 
 def remove_partial_shards(path: Path) -> None:
@@ -317,6 +361,8 @@ class Shard:
             return self.path / name, (after - first, self.manifest.context), "<i4", False
         if name == "order":
             return self.path / name, (n,), "<i4", False
+        if name in ("token_mean", "token_std"):
+            return self.path / name, (n, len(self.manifest.layers)), "<f4", False
         compress = self.manifest.compress != "none"
         return self.path / name, (n, self.manifest.width), DTYPES[self.manifest.dtype], compress
 
@@ -372,7 +418,8 @@ class Cache:
 
     def missing(self) -> list[int]:
         """Indices of the shards that are not there yet."""
-        return [i for i in range(self.manifest.shard_count) if not self.has_shard(i)]
+        there = self._shard_folders()
+        return [i for i in range(self.manifest.shard_count) if shard_name(i) not in there]
 
     def require_layers(self, layers: Iterable[int]) -> None:
         """Raises WrongInput where one of them was not harvested."""
@@ -410,12 +457,17 @@ class Cache:
 
     def shards(self) -> Iterator[Shard]:
         """Every shard that is there, in order. Raises WrongInput naming the first that is damaged."""
+        there = self._shard_folders()
         for index in range(self.manifest.shard_count):
-            if self.has_shard(index):
+            if shard_name(index) in there:
                 try:
                     yield self.shard(index)
                 except arrays.BadArray as bad:
                     raise damaged(self.path / shard_name(index), bad) from bad
+
+    def _shard_folders(self) -> set[str]:
+        with os.scandir(self.path) as entries:  # one listing, not a look for each of thousands
+            return {entry.name for entry in entries if entry.name.startswith("shard-") and entry.is_dir()}
 
     def tokens(self) -> Ids:
         """int32 [S, T], memory-mapped."""
@@ -449,7 +501,8 @@ def _group_attributes(folder: Path) -> dict[str, Any] | None:
     Plain JSON rather than zarr: a cache of 3,000 shards opens in the time of 3,000 small reads.
     """
     try:
-        metadata = json.loads((folder / "zarr.json").read_bytes())
+        with open(f"{folder}/zarr.json", "rb") as file:
+            metadata = json.loads(file.read())
         attributes = metadata["attributes"]
     except (OSError, ValueError, KeyError, TypeError):
         return None

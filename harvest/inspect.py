@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from routesae.harvest.arrays import BadArray
-from routesae.harvest.cache import Cache, array_hash, kept_flat, layer_name, shard_name
+from routesae.harvest.cache import Cache, array_hash, kept_flat, shard_arrays, shard_name
 from routesae.reporting import Progress, Report, WrongInput, human_bytes, silent
 
 
@@ -99,7 +99,7 @@ def verify_shard(cache: Cache, index: int) -> list[str]:
     except BadArray as bad:
         return [f"{name}: {bad}"]
     problems = []
-    for array in ("token_ids", "order", *(layer_name(layer) for layer in cache.manifest.layers)):
+    for array in shard_arrays(cache.manifest):
         try:
             values = shard.read(array)
             if array_hash(values) != shard.record.hashes.get(array):

@@ -90,6 +90,8 @@ def load_lm(model: str, revision: str | None = None, *, device: torch.device, lm
         loaded = AutoModelForCausalLM.from_pretrained(
             _source(model), dtype=LM_DTYPES[lm_dtype], revision=revision or "main", trust_remote_code=False
         )
+    if getattr(loaded, "_supports_sdpa", False):  # transformers' own choice as well, but a setting can change that
+        loaded.set_attn_implementation("sdpa")
     blocks = find_blocks(loaded, model)
     loaded.eval().requires_grad_(False).to(device)
     return LanguageModel(loaded, blocks, loaded.config.get_text_config().hidden_size, device)

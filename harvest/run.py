@@ -12,17 +12,19 @@ from __future__ import annotations
 import logging
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from routesae import __version__
 from routesae.harvest import lm
+from routesae.harvest.batching import Batching
 from routesae.harvest.buffer import ShardBuffer
 from routesae.harvest.cache import (
-    DTYPES,
     STAGED_TOKENS,
     Cache,
     Manifest,
@@ -30,9 +32,10 @@ from routesae.harvest.cache import (
     begin_cache,
     is_uncommitted,
     remove_partial_shards,
+    token_bytes,
 )
 from routesae.harvest.corpus import write_tokens
-from routesae.harvest.device import pick_device, pick_lm_dtype
+from routesae.harvest.device import keep_freed_memory, pick_device, pick_lm_dtype
 from routesae.harvest.settings import HarvestSettings, parse_layers
 from routesae.harvest.tokens import tokenizer_hash
 from routesae.reporting import Progress, Report, WrongInput, human_bytes, silent
@@ -88,7 +91,7 @@ def prepare(settings: HarvestSettings, config: Any, lm_dtype: str, report: Repor
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and settings.context > limit:
         raise WrongInput(f"--context {settings.context} is more than the {limit} positions {settings.model} has")
-    token_bytes = len(layers) * width * np.dtype(DTYPES[settings.dtype]).itemsize
+    a_token = token_bytes(len(layers), width, settings.dtype)
     log.info(
         "%d layers (%d to %d) x %d x %s: %s a token, up to %s for %s tokens",
         len(layers),
@@ -96,8 +99,8 @@ def prepare(settings: HarvestSettings, config: Any, lm_dtype: str, report: Repor
         layers[-1],
         width,
         settings.dtype,
-        human_bytes(token_bytes),
-        human_bytes(token_bytes * settings.tokens),
+        human_bytes(a_token),
+        human_bytes(a_token * settings.tokens),
         f"{settings.tokens:,}",
     )
     revision = getattr(config, "_commit_hash", None)
@@ -196,7 +199,9 @@ def harvest_shards(
 ) -> None:
     """Run the LM over the missing shards and write each; two buffers, so that writing hides beside the LM."""
     manifest = cache.manifest
-    batch = settings.batch_sequences or (32 if model.device.type == "cuda" else 8)
+    batching = Batching(settings.batch_sequences, cache, model.device)
+    log.info("harvest on %s", how_it_runs(model, manifest.lm_dtype, batching.sequences))
+    keep_freed_memory()
     tokens = cache.tokens()
     total = sum(last - first for first, last in map(manifest.shard_range, missing)) * manifest.context
     done = 0
@@ -211,13 +216,25 @@ def harvest_shards(
         pending: list[Future[ShardRecord]] = []
         for index in missing:
             first, after = manifest.shard_range(index)
-            buffer = ShardBuffer(np.array(tokens[first:after]), manifest, index, model.device)
-            buffer.fill(model, batch, step)
+            make = partial(ShardBuffer, np.array(tokens[first:after]), manifest, index, model.device)
+            buffer = batching.fill(make, model, step)
             if pending:  # at most one shard being written while one is filled
                 pending.pop().result()
-            pending.append(writer.submit(buffer.commit, cache, weights, batch))
+            pending.append(writer.submit(buffer.commit, cache, weights, batching.sequences))
         for last in pending:
             last.result()
+
+
+def how_it_runs(model: lm.LanguageModel, lm_dtype: str, sequences: int) -> str:
+    """What was chosen by device, in one line."""
+    chosen = [
+        torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "the CPU",
+        f"LM in {lm_dtype}",
+        f"{getattr(model.model.config, '_attn_implementation', None) or 'its own'} attention",
+        f"{torch.get_num_threads()} threads",
+        f"{sequences} rows a batch",
+    ]
+    return ", ".join(chosen)
 
 
 def _refuse_other_weights(cache: Cache, weights: str, settings: HarvestSettings) -> None:

@@ -23,7 +23,7 @@ class HarvestSettings:
     context: int = 512
     shard_tokens: int = 65_536
     batch_sequences: int | None = None
-    """Rows a forward pass; None for 8 on a CPU and 32 on CUDA."""
+    """Rows a forward pass; None for 8 on a CPU and what fits, from 64 down, on CUDA."""
     dtype: str = "float16"
     overflow: str = "error"
     compress: str = "none"

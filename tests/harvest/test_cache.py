@@ -21,6 +21,7 @@ from routesae.harvest.arrays import BadArray
 from routesae.harvest.cache import Cache, Manifest, array_hash, layer_name, shard_name, shard_order, write_shard
 from routesae.harvest.run import harvest
 from routesae.harvest.settings import HarvestSettings
+from routesae.harvest.statistics import stored_statistics
 from routesae.reporting import WrongInput
 
 Array = npt.NDArray[Any]
@@ -81,7 +82,7 @@ def test_manifest_says_what_was_harvested(tiny_cache: Cache, tiny_model: Path, t
     assert (manifest.special_ids, manifest.dtype, manifest.lm_dtype) == ((0, 1), "float16", "float32")
     assert set(manifest.versions) >= {"routesae", "torch", "transformers"}
     assert manifest.kept_tokens == len(naive_kept(tiny_cache.tokens(), (0, 1)))
-    assert manifest.token_bytes == 4 * 32 * 2
+    assert manifest.token_bytes == 4 * (32 * 2 + 8)
 
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Manifest)])
@@ -93,7 +94,8 @@ def test_a_manifest_that_lacks_a_field_is_refused(name: str, tiny_cache: Cache) 
 
 
 IMPOSSIBLE = [
-    ("format_version", 2),
+    ("format_version", 1),
+    ("format_version", 3),
     ("width", 0),
     ("width", "32"),
     ("rows", True),
@@ -179,14 +181,15 @@ def test_order_is_fixed_by_the_seed_and_the_shard(tiny_cache: Cache) -> None:
     assert not np.array_equal(first, shard_order(token_ids_sT, reseeded, 0))
 
 
-def test_statistics_are_those_of_the_kept_float32_values(
+def test_statistics_are_those_of_the_stored_values_and_the_largest_before_the_cast(
     tiny_cache: Cache, reference: dict[tuple[int, int], Array]
 ) -> None:
     for (index, layer), hidden in reference.items():
         kept = hidden[naive_kept(tiny_cache.shard(index).read("token_ids"), (0, 1))].astype(np.float64)
+        stored = kept.astype(np.float16).astype(np.float64)
         found = tiny_cache.shard(index).record.statistics[str(layer)]
-        assert found.mean == pytest.approx(kept.mean(), abs=1e-5 * kept.std())
-        assert found.mean_square == pytest.approx((kept**2).mean(), rel=1e-5)
+        assert found.mean == pytest.approx(stored.mean(), abs=1e-6 * stored.std())
+        assert found.mean_square == pytest.approx((stored**2).mean(), rel=1e-6)
         assert found.max_abs == np.abs(kept).max()
         assert (found.clipped, found.non_finite) == (0, 0)
 
@@ -197,9 +200,49 @@ def test_records_say_rows_kept_and_the_xxh3_of_every_array(tiny_cache: Cache) ->
         record, shard = tiny_cache.shard(index).record, group[f"shard-{index:05d}"]
         assert record.rows == (index * 128, min(562, (index + 1) * 128))
         assert (record.kept, record.batch_sequences) == (shard["order"].shape[0], 8)
-        arrays = ["token_ids", "order", "layer_02", "layer_03", "layer_04", "layer_05"]
+        arrays = ["token_ids", "order", "layer_02", "layer_03", "layer_04", "layer_05", "token_mean", "token_std"]
+        assert sorted(arrays) == sorted(shard.array_keys())
         assert record.hashes == {name: xxhash.xxh3_64_hexdigest(shard[name][:].tobytes()) for name in arrays}
     assert tiny_cache.manifest.tokens_hash == xxhash.xxh3_64_hexdigest(group["tokens"][:].tobytes())
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_token_statistics_are_those_of_the_stored_rows_in_float32(
+    dtype: str, tiny_cache: Cache, tiny_settings: Callable[..., HarvestSettings], tmp_path: Path
+) -> None:
+    if dtype == "float32":
+        tiny_cache = harvest(tiny_settings(out=str(tmp_path / "shards"), dtype=dtype, tokens=2560))
+    group = zarr.open_group(str(tiny_cache.path), mode="r")
+    for index in range(tiny_cache.manifest.shard_count):
+        mean_nL, std_nL = (group[shard_name(index)][name] for name in ("token_mean", "token_std"))
+        assert (mean_nL.dtype, std_nL.dtype) == (np.float32, np.float32)
+        assert mean_nL.shape == std_nL.shape == (tiny_cache.shard(index).record.kept, 4)
+        for column, layer in enumerate((2, 3, 4, 5)):
+            stored_nD = group[shard_name(index)][layer_name(layer)][:].astype(np.float64)
+            scale = 1e-6 * np.abs(stored_nD).max()
+            assert np.allclose(mean_nL[:, column], stored_nD.mean(1), rtol=0, atol=scale)
+            assert np.allclose(std_nL[:, column], stored_nD.std(1, ddof=1), rtol=1e-6, atol=0)
+        assert np.array_equal(tiny_cache.shard(index).read("token_mean"), mean_nL[:])
+        assert np.array_equal(tiny_cache.shard(index).read("token_std"), std_nL[:])
+
+
+def test_a_row_of_one_number_and_a_constant_row_have_a_finite_deviation() -> None:
+    for hidden_nD in (np.full((3, 1), 7, np.float16), np.full((600, 8), -2, np.float16)):
+        mean_n, std_n = stored_statistics(hidden_nD)
+        assert np.array_equal(mean_n, hidden_nD[:, 0].astype(np.float32))
+        assert np.array_equal(std_n, np.zeros(len(hidden_nD), np.float32))
+
+
+def test_a_cache_of_the_first_format_is_refused_with_what_to_do(cache: Cache) -> None:
+    path = cache.path / "zarr.json"
+    metadata = json.loads(path.read_text())
+    metadata["attributes"]["format_version"] = 1
+    path.write_text(json.dumps(metadata))
+    with pytest.raises(
+        WrongInput, match=r"has format 1, and this routesae reads format 2; harvest it again"
+    ) as error:
+        Cache(cache.path)
+    assert "\n" not in str(error.value)
 
 
 def test_array_hash_does_not_depend_on_where_it_is_cut() -> None:

@@ -178,7 +178,7 @@ def test_describe_names_missing_shards_bytes_and_counts(folder: Path) -> None:
     facts = describe(str(folder)).facts
     assert facts["shards"] == "3 of 5; missing 2, 4"
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    assert facts["on disk"] == f"{size / 1e6:.1f} MB, 256 B a token"
+    assert facts["on disk"] == f"{size / 1e6:.1f} MB, 288 B a token"
     manifest = Cache(folder).manifest
     assert facts["tokens"] == "562 rows of 16; the last 29 rows held out"
     assert facts["kept"].startswith(f"{manifest.kept_tokens:,} tokens; {562 * 16 - manifest.kept_tokens:,} ")

@@ -379,7 +379,7 @@ def test_a_disk_too_small_is_refused_with_sizes_and_leaves_no_cache(
 ) -> None:
     out = tmp_path / "shards"
     disk_of(monkeypatch, 1_500_000)
-    with pytest.raises(WrongInput, match=r"need 2\.2 MB, but .* has 1\.5 MB free.*--tokens.*--layers.*--out"):
+    with pytest.raises(WrongInput, match=r"need 2\.4 MB, but .* has 1\.5 MB free.*--tokens.*--layers.*--out"):
         harvest(tiny_settings(out=str(out)))
     assert not out.exists()
     assert harvest(tiny_settings(out=str(out), tokens=4000)).missing() == []
@@ -409,8 +409,8 @@ def test_what_the_run_takes_on_disk_is_said_before_it_starts(
 
     with pytest.raises(KeyboardInterrupt):
         harvest(tiny_settings(out=str(tmp_path / "shards"), tokens=8000), started)
-    assert "256 B a token, up to 2.0 MB for 8,000 tokens" in caplog.text
-    assert re.search(r"the shards will take 1\.\d MB; .* is free", caplog.text)
+    assert "288 B a token, up to 2.3 MB for 8,000 tokens" in caplog.text
+    assert re.search(r"the shards will take 2\.2 MB; .* is free", caplog.text)
 
 
 # ------------------------------------------------------------------------------- values that do not fit
