@@ -19,7 +19,7 @@ import torch
 from routesae.harvest.cache import Cache
 from routesae.train.batches import Selection, load
 from routesae.train.jobs import jobs_of
-from routesae.train.run import _trainee, planned
+from routesae.train.run import _trainee, pace_of, planned
 from routesae.train.settings import settings_of
 from routesae.train.trainee import Inputs
 
@@ -43,7 +43,8 @@ def main() -> None:
         selection = Selection(cache, 0, cache.manifest.train_rows, cache.manifest.layers)
         for job in jobs:
             job.partial.mkdir(parents=True)
-        trainees = [_trainee(job, settings, selection, CPU, stack) for job in jobs]
+        pace = pace_of(selection, settings, CPU)
+        trainees = [_trainee(job, settings, pace, CPU, stack) for job in jobs]
         _, plans = planned(selection, settings)
         batches = stack.enter_context(closing(load(selection, plans, args.batch_tokens, CPU)))
         times: dict[str, list[float]] = {name: [] for name in (*VARIANTS, "pass")}

@@ -24,10 +24,10 @@ from torch import Tensor
 from routesae.harvest.cache import Cache
 from routesae.train.batches import Selection, cut_plans, load
 from routesae.train.checkpoint import load_sae
-from routesae.train.kernels import pre_activations
 from routesae.train.losses import squared_error_shares
 from routesae.train.run import planned, train
 from routesae.train.saes.normalise import normalise
+from routesae.train.search import pre_activations
 from routesae.train.settings import settings_of
 
 CPU = torch.device("cpu")
@@ -38,8 +38,8 @@ TRAINERS_OF = {"topk": ("routesae", *PEERS, "published"), "routesae": ("routesae
 def rows(cache: Cache, first: int, after: int, layer: int) -> Iterator[Tensor]:
     selection = Selection(cache, first, after, [layer])
     with closing(load(selection, cut_plans(iter(selection.blocks()), 4096), 4096, CPU)) as batches:
-        for hidden_LND in batches:
-            yield normalise(hidden_LND[0]).x_ND
+        for batch in batches:
+            yield normalise(batch.hidden_LND[0]).x_ND
 
 
 @torch.no_grad()
@@ -73,7 +73,7 @@ def ours(
         return result.held_out.norm_mse, result.held_out.l0
 
     def pre(x_ND: Tensor) -> Tensor:
-        parts = pre_activations(x_ND, sae.W_enc_FD, sae.b_enc_F, sae.b_dec_D)
+        parts = pre_activations(x_ND, sae.encoder(), x_ND.dtype)
         return torch.cat([z_nF.clone() for _, z_nF in parts])
 
     thresholds_F = sae.threshold_F if variant == "jumprelu" else torch.ones(args.latents)
@@ -128,8 +128,8 @@ def peer(cache: Cache, args: argparse.Namespace, variant: str, trainer: str, see
     def batches() -> Iterator[Tensor]:
         _, plans = planned(selection, settings)
         with closing(load(selection, plans, args.batch_tokens, CPU)) as loaded:
-            for hidden_LND in loaded:
-                yield normalise(hidden_LND[0]).x_ND
+            for batch in loaded:
+                yield normalise(batch.hidden_LND[0]).x_ND
 
     steps, _ = planned(selection, settings)
     task = Task(

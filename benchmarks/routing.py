@@ -64,10 +64,10 @@ def features_kept(folder: Path, cache: Cache, classes: np.ndarray, threshold: fl
             for shard in selection.shards
             for token in classes[shard.read("token_ids").reshape(-1)[shard.read("order")]]
         )
-        for hidden_LND in batches:
-            latents = sae(normalise_layers(hidden_LND, sae.recipe.normalize)).latents
+        for batch in batches:
+            latents = sae(normalise_layers(batch.hidden_LND, sae.recipe.normalize)).latents
             assert isinstance(latents, Latents)
-            tokens_N = [next(stored) for _ in range(hidden_LND.shape[1])]
+            tokens_N = [next(stored) for _ in range(batch.hidden_LND.shape[1])]
             for n, k in torch.nonzero(latents.values_NK > threshold).tolist():
                 counts[int(latents.indices_NK[n, k])][tokens_N[n]] += 1
     contexts = [sum(min(PER_TOKEN, n) for n in of.values()) for of in counts.values() if len(of) <= MAX_TOKENS]

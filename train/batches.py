@@ -1,20 +1,23 @@
 """A cache in; seeded, shuffled batches of hidden states out, as fast as the disk or the memory gives them.
 
 A batch is made of blocks of up to 256 contiguous stored rows from many shards; since every shard was shuffled
-when it was written, no mixing buffer is needed. Each block is mapped, copied and unmapped, so that memory does
-not grow with the cache. A thread announces blocks to the kernel two batches ahead (page faults alone
-leave the disk idle) and copies one batch ahead of the trainer.
+when it was written, no mixing buffer is needed. A thread announces blocks to the kernel a few batches ahead (the disk
+would else see one small read at a time) and, with a second one, reads them one batch ahead of the trainer.
 
-Dimension letters: N tokens a batch, L layers, D width.
+Dimension letters: N tokens a batch, L layers of the selection, M layers of the cache, D width, m rows of a span.
 """
 
 from __future__ import annotations
 
-import os
+import atexit
+import math
+import mmap
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -23,13 +26,24 @@ import torch
 from torch import Tensor
 
 from routesae.harvest import arrays
-from routesae.harvest.cache import DTYPES, Cache, Shard, damaged, layer_name
+from routesae.harvest.cache import Cache, Shard, damaged, layer_name
 from routesae.harvest.device import CACHE_DTYPES
 from routesae.reporting import FailedRun
+from routesae.train.rows import RowFiles, Span, spans_of
 
 BLOCK_ROWS = arrays.CHUNK_ROWS
-ADVISE_BATCHES = 2  # batches ahead of the copy that the kernel is told of
+ADVISE_BATCHES, ADVISE_BYTES = 2, 1 << 26  # the kernel is told of both, at least, ahead of the reading
 STAGING_BATCHES = 3  # one with the trainer, one ready, one being filled
+STATISTICS = ("token_mean", "token_std")  # in the order in which Batch has them
+_PLAN_PIECE_BLOCKS = 4096
+
+
+class Batch(NamedTuple):
+    """Hidden states as they are stored, and float32 mean and (unbiased) standard deviation of each over D."""
+
+    hidden_LND: Tensor
+    mean_LN1: Tensor
+    std_LN1: Tensor
 
 
 class Block(NamedTuple):
@@ -41,7 +55,7 @@ class Block(NamedTuple):
 
 
 Plan = list[Block]
-Batches = Generator[Tensor, None, None]
+Batches = Generator[Batch, None, None]
 
 
 class Selection:
@@ -77,13 +91,17 @@ class Selection:
         """Selected rows, that is tokens, in all."""
         return sum(map(self.count, range(len(self.shards))))
 
+    def block_table(self) -> npt.NDArray[np.int64]:
+        """[blocks, 3]: shard, first and after of every block; every selected row once, in stored order."""
+        counts = np.array([self.count(shard) for shard in range(len(self.shards))], np.int64)
+        blocks = -(-counts // BLOCK_ROWS)
+        shard = np.repeat(np.arange(len(counts)), blocks)
+        first = BLOCK_ROWS * (np.arange(len(shard)) - np.repeat(blocks.cumsum() - blocks, blocks))
+        return np.stack([shard, first, np.minimum(first + BLOCK_ROWS, counts[shard])], axis=1)
+
     def blocks(self) -> Plan:
         """Every selected row once, in stored order."""
-        return [
-            Block(shard, first, min(first + BLOCK_ROWS, self.count(shard)))
-            for shard in range(len(self.shards))
-            for first in range(0, self.count(shard), BLOCK_ROWS)
-        ]
+        return [Block(*row) for row in self.block_table().tolist()]
 
 
 def epoch_plans(selection: Selection, *, seed: int, epoch: int, batch_tokens: int) -> Iterator[Plan]:
@@ -91,9 +109,10 @@ def epoch_plans(selection: Selection, *, seed: int, epoch: int, batch_tokens: in
 
     All have `batch_tokens` tokens but the last, which has what remains.
     """
-    blocks = selection.blocks()
-    order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(len(blocks))
-    return cut_plans((blocks[i] for i in order), batch_tokens)
+    table = selection.block_table()
+    order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(len(table))
+    pieces = (table[order[at : at + _PLAN_PIECE_BLOCKS]] for at in range(0, len(order), _PLAN_PIECE_BLOCKS))
+    return cut_plans((Block(*row) for piece in pieces for row in piece.tolist()), batch_tokens)
 
 
 def cut_plans(blocks: Iterator[Block], batch_tokens: int) -> Iterator[Plan]:
@@ -101,11 +120,13 @@ def cut_plans(blocks: Iterator[Block], batch_tokens: int) -> Iterator[Plan]:
     plan: Plan = []
     room = batch_tokens
     for block in blocks:
-        while block.first < block.after:
-            taken = block._replace(after=min(block.after, block.first + room))
-            plan.append(taken)
-            room -= taken.after - taken.first
-            block = block._replace(first=taken.after)
+        first = block.first
+        while first < block.after:
+            after = min(block.after, first + room)
+            whole = (first, after) == block[1:]
+            plan.append(block if whole else Block(block.shard, first, after))
+            room -= after - first
+            first = after
             if room == 0:
                 yield plan
                 plan, room = [], batch_tokens
@@ -113,148 +134,216 @@ def cut_plans(blocks: Iterator[Block], batch_tokens: int) -> Iterator[Plan]:
         yield plan
 
 
-def read_plan(selection: Selection, plan: Plan, out_LND: npt.NDArray[np.floating]) -> int:
-    """Copy the plan's rows of every layer into out_LND; returns N, the rows filled.
+class Read(NamedTuple):
+    """A span of a shard, for the rows `at` and on of a batch."""
 
-    Raises FailedRun where a file is gone, cut or altered in size.
-    """
-    filled = 0
+    shard: Shard
+    span: Span
+    at: int
+
+
+def reads_of(selection: Selection, plan: Plan) -> list[Read]:
+    """What is to be read of every layer for the plan's batch."""
+    reads, at = [], 0
     for block in plan:
-        shard, n = selection.shards[block.shard], block.after - block.first
-        for at, layer in enumerate(selection.layers):
-            try:
-                out_LND[at, filled : filled + n] = _stored_rows(selection, block, layer)
-            except (arrays.BadArray, OSError, ValueError) as bad:
-                raise FailedRun(str(damaged(shard.path / layer_name(layer), arrays.BadArray(str(bad))))) from bad
-        filled += n
-    return filled
+        rows = selection.rows[block.shard]
+        whole = [Span(block.first, block.after)]
+        for span in whole if rows is None else spans_of(rows[block.first : block.after]):
+            reads.append(Read(selection.shards[block.shard], span, at))
+            at += span.wanted
+    return reads
 
 
-def _stored_rows(selection: Selection, block: Block, layer: int) -> arrays.Array:
-    shard, rows = selection.shards[block.shard], selection.rows[block.shard]
-    first, after = _span(selection, block)
-    stored = _map_rows(shard, layer, first, after)
-    return stored if rows is None else stored[rows[block.first : block.after] - first]
+def tokens_of(plan: Plan) -> int:
+    """N of the plan's batch."""
+    return sum(block.after - block.first for block in plan)
 
 
-def _span(selection: Selection, block: Block) -> tuple[int, int]:
-    """First stored row of the block, and the one after its last."""
-    rows = selection.rows[block.shard]
-    if rows is None:
-        return block.first, block.after
-    return int(rows[block.first]), int(rows[block.after - 1]) + 1
-
-
-def _map_rows(shard: Shard, layer: int, first: int, after: int) -> arrays.Array:
-    if shard.manifest.compress != "none":
-        return shard.read_rows(layer, first, after)
-    dtype, width = np.dtype(DTYPES[shard.manifest.dtype]), shard.manifest.width
-    # Mapped anew for every block: a mapping kept open would hold its pages in this process's memory.
-    return np.memmap(
-        shard.layer_file(layer),
-        dtype,
-        "r",
-        offset=first * width * dtype.itemsize,
-        shape=(after - first, width),
+def empty_batch(selection: Selection, tokens: int, *, pinned: bool = False) -> Batch:
+    """Memory for a batch of `tokens`, at least one."""
+    manifest, layers = selection.cache.manifest, len(selection.layers)
+    return Batch(
+        _memory((layers, tokens, manifest.width), CACHE_DTYPES[manifest.dtype], pinned),
+        _memory((layers, tokens, 1), torch.float32, pinned),
+        _memory((layers, tokens, 1), torch.float32, pinned),
     )
 
 
-def advise(selection: Selection, plan: Plan) -> None:
-    """Tell the kernel that the plan's rows are wanted soon."""
-    manifest = selection.cache.manifest
-    if manifest.compress != "none" or not hasattr(os, "posix_fadvise"):
-        return
-    row_bytes = manifest.width * np.dtype(DTYPES[manifest.dtype]).itemsize
-    for block in plan:
-        first, after = _span(selection, block)
-        for layer in selection.layers:
+def _memory(shape: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> Tensor:
+    if pinned:
+        return torch.empty(shape, dtype=dtype, pin_memory=True)
+    held = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # the first batches are read into fresh pages; 512 times fewer faults
+        held.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(held, dtype=dtype).view(shape)
+
+
+class Reader:
+    """Reads what is to be read for a batch, and tells the kernel of it beforehand."""
+
+    def __init__(self, selection: Selection):
+        manifest = selection.cache.manifest
+        self.layers = selection.layers
+        self.names = [layer_name(layer) for layer in self.layers]
+        self.columns = [manifest.layers.index(layer) for layer in self.layers]
+        self.cache_layers = len(manifest.layers)
+        self.compressed = manifest.compress != "none"
+        self.row_bytes = manifest.token_bytes // self.cache_layers
+        self.files = RowFiles()
+
+    def advise(self, reads: Sequence[Read]) -> None:
+        """Tell the kernel that they are wanted soon."""
+        if self.compressed:
+            return
+        sizes = dict.fromkeys(self.names, self.row_bytes) | dict.fromkeys(STATISTICS, 4 * self.cache_layers)
+        for shard, span, _ in reads:
+            for name, row_bytes in sizes.items():
+                with suppress(arrays.BadArray, OSError):  # the reading meets the same fault and names it
+                    self.files.advise(shard, name, span, row_bytes)
+
+    def read(self, reads: Sequence[Read], batch: Batch) -> None:
+        """Copy them into the batch, in which they are neighbours.
+
+        Raises FailedRun where a file is gone, cut or altered in size.
+        """
+        if not reads:
+            return
+        first, after = reads[0].at, reads[-1].at + reads[-1].span.wanted
+        hidden_LND = batch.hidden_LND.numpy()
+        statistics_nM = {name: np.empty((after - first, self.cache_layers), np.float32) for name in STATISTICS}
+        for shard, span, at in reads:
+            rows = slice(at, at + span.wanted)
+            name = ""
             try:
-                descriptor = os.open(selection.shards[block.shard].layer_file(layer), os.O_RDONLY)
-            except (OSError, arrays.BadArray):
-                continue  # the copy meets the same fault and names it
-            os.posix_fadvise(descriptor, first * row_bytes, (after - first) * row_bytes, os.POSIX_FADV_WILLNEED)
-            os.close(descriptor)
+                for i, name in enumerate(self.names):
+                    self._read_layer(shard, name, span, hidden_LND[i, rows])
+                for name, values_nM in statistics_nM.items():
+                    self.files.read(shard, name, span, values_nM[at - first : rows.stop - first])
+            except (arrays.BadArray, OSError, ValueError) as bad:  # ValueError: zarr's, of metadata
+                raise FailedRun(str(damaged(shard.path / name, arrays.BadArray(str(bad))))) from bad
+        for values_nM, out_LN1 in zip(statistics_nM.values(), batch[1:], strict=True):
+            out_LN1.numpy()[:, first:after, 0] = values_nM[:, self.columns].T
+
+    def _read_layer(self, shard: Shard, name: str, span: Span, out_mD: npt.NDArray[np.floating]) -> None:
+        if not self.compressed:
+            self.files.read(shard, name, span, out_mD)
+            return
+        rows_mD = shard.read_rows(self.layers[self.names.index(name)], span.first, span.after)
+        out_mD[:] = rows_mD if span.picked is None else rows_mD[span.picked]
+
+
+def read_sample(selection: Selection, *, seed: int, tokens: int) -> Batch:
+    """The first `tokens` (or all there are) of the first epoch, in memory of their own."""
+    plan = next(epoch_plans(selection, seed=seed, epoch=0, batch_tokens=tokens))
+    batch = empty_batch(selection, tokens_of(plan))
+    Reader(selection).read(reads_of(selection, plan), batch)
+    return batch
 
 
 def load(selection: Selection, plans: Iterator[Plan], batch_tokens: int, device: torch.device) -> Batches:
-    """hidden_LND of every plan, in the cache's dtype, on `device`; valid until the next one is asked for.
+    """The batch of every plan on `device`; valid until the next one is asked for.
 
-    Close it (contextlib.closing) where it is not read to its end, and its thread ends too.
+    Close it (contextlib.closing) where it is not read to its end, and its threads end too.
     On CUDA the copy to the device is made from pinned memory on a stream of its own, one batch ahead.
+    Raises FailedRun where a file is gone, cut or altered in size.
     """
     staged = _staged(selection, plans, batch_tokens, pinned=device.type == "cuda")
     return _on_device(staged, device) if device.type == "cuda" else staged
 
 
 def _staged(selection: Selection, plans: Iterator[Plan], batch_tokens: int, *, pinned: bool) -> Batches:
-    manifest = selection.cache.manifest
-    shape = (len(selection.layers), min(batch_tokens, len(selection)), manifest.width)
-    free: queue.Queue[Tensor | None] = queue.Queue()
-    ready: queue.Queue[tuple[Tensor, int] | BaseException | None] = queue.Queue()
+    reader, tokens = Reader(selection), min(batch_tokens, len(selection))
+    free: queue.Queue[Batch | None] = queue.Queue()
+    ready: queue.Queue[tuple[Batch, int] | BaseException | None] = queue.Queue()
     for _ in range(STAGING_BATCHES):
-        free.put(torch.empty(shape, dtype=CACHE_DTYPES[manifest.dtype], pin_memory=pinned))
+        free.put(empty_batch(selection, tokens, pinned=pinned))
+    stopped = threading.Event()
 
     def fill() -> None:
         try:
-            for plan in _advised(selection, plans):
-                staging_LND = free.get()
-                if staging_LND is None:
-                    return
-                ready.put((staging_LND, read_plan(selection, plan, staging_LND.numpy())))
+            with ThreadPoolExecutor(1, thread_name_prefix="batch-loader") as second:
+                for reads, n in _advised(reader, selection, plans):
+                    staging = free.get()
+                    if staging is None or stopped.is_set():
+                        return
+                    half = len(reads) // 2
+                    other_half = second.submit(reader.read, reads[half:], staging)
+                    reader.read(reads[:half], staging)
+                    other_half.result()
+                    ready.put((staging, n))
             ready.put(None)
         except BaseException as failure:  # handed to the trainer's thread, which raises it
             ready.put(failure)
 
-    with _running(fill, free):
+    def stop() -> None:
+        stopped.set()
+        free.put(None)  # wakes a thread that waits for a staging buffer
+
+    with _running(fill, stop):
         while (item := ready.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
-            staging_LND, n = item
-            yield staging_LND[:, :n]
-            free.put(staging_LND)
+            staging, n = item
+            yield Batch(*(values[:, :n] for values in staging))
+            free.put(staging)
 
 
 @contextmanager
-def _running(fill: Callable[[], None], free: queue.Queue[Tensor | None]) -> Iterator[None]:
+def _running(fill: Callable[[], None], stop: Callable[[], None]) -> Iterator[None]:
     thread = threading.Thread(target=fill, name="batch-loader", daemon=True)
+
+    def end() -> None:
+        stop()
+        thread.join()
+
+    # Of a loader that nobody closes: at exit before zarr's own threads, which it may wait for (registered when zarr
+    # is imported, so before this; the last one goes first), and while threads can still be joined.
+    atexit.register(end)
     thread.start()
     try:
         yield
     finally:
-        free.put(None)  # wakes a thread that waits for a staging buffer, and ends it
-        thread.join()
+        end()
+        atexit.unregister(end)
 
 
-def _advised(selection: Selection, plans: Iterator[Plan]) -> Iterator[Plan]:
-    """The same plans, each announced to the kernel ADVISE_BATCHES before it is handed out."""
-    ahead: list[Plan] = []
+def _advised(reader: Reader, selection: Selection, plans: Iterator[Plan]) -> Iterator[tuple[list[Read], int]]:
+    """What to read for each plan, and N, announced to the kernel at least ADVISE_BATCHES and ADVISE_BYTES ahead."""
+    ahead: deque[tuple[list[Read], int]] = deque()
+    token_bytes = reader.row_bytes * len(reader.layers)
+    tokens_ahead = 0  # of all in `ahead` but the first
     for plan in plans:
-        advise(selection, plan)
-        ahead.append(plan)
-        if len(ahead) > ADVISE_BATCHES:
-            yield ahead.pop(0)
+        reads, n = reads_of(selection, plan), tokens_of(plan)
+        reader.advise(reads)
+        if ahead:
+            tokens_ahead += n
+        ahead.append((reads, n))
+        if len(ahead) > ADVISE_BATCHES and tokens_ahead * token_bytes >= ADVISE_BYTES:
+            yield ahead.popleft()
+            tokens_ahead -= ahead[0][1]
     yield from ahead
 
 
 def _on_device(staged: Batches, device: torch.device) -> Batches:
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    copied: tuple[Tensor, torch.cuda.Event] | None = None
-    for staging_LND in staged:
+    copied: tuple[Batch, torch.cuda.Event] | None = None
+    for staging in staged:
         with torch.cuda.stream(stream):
-            hidden_LND = staging_LND.to(device, non_blocking=True)
+            batch = Batch(*(values.to(device, non_blocking=True) for values in staging))
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
         if copied is not None:
             yield _arrived(*copied)
         # `staged` reuses the buffer once it is resumed; by now its copy ran beside the trainer's whole step.
         event.synchronize()
-        copied = (hidden_LND, event)
+        copied = (batch, event)
     if copied is not None:
         yield _arrived(*copied)
 
 
-def _arrived(hidden_LND: Tensor, event: torch.cuda.Event) -> Tensor:
-    current = torch.cuda.current_stream(hidden_LND.device)
+def _arrived(batch: Batch, event: torch.cuda.Event) -> Batch:
+    current = torch.cuda.current_stream(batch.hidden_LND.device)
     current.wait_event(event)
-    hidden_LND.record_stream(current)
-    return hidden_LND
+    for values in batch:
+        values.record_stream(current)
+    return batch

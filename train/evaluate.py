@@ -2,25 +2,43 @@
 
 Every score is over all tokens read, weighted by token; never a mean of batch means.
 
-Dimension letters: L layers, N tokens, D width, F latents.
+Dimension letters: L layers, N tokens, D width, F latents, S rows of tokens.
 """
 
 from __future__ import annotations
 
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
-from routesae.harvest.cache import Cache
+from routesae.harvest.arrays import BadArray
+from routesae.harvest.cache import Cache, damaged
 from routesae.reporting import Progress, Report, WrongInput, silent
 from routesae.train.batches import Selection, cut_plans, load
 from routesae.train.losses import squared_error_shares
-from routesae.train.saes import SAE
-from routesae.train.saes.normalise import normalise_layers
+from routesae.train.saes import SAE, Forward
+from routesae.train.saes.normalise import with_statistics
 
 BATCH_TOKENS = 4096
+
+
+class RowSums(NamedTuple):
+    """What the scores are made of, for each row of tokens scored, float64 [S].
+
+    readings_S: inputs the SAE read of it: its kept tokens, for mlsae and random times the layers. The sums over them:
+    shares_S of ‖x−x̂‖²/‖x‖², errors_S of ‖x−x̂‖², deviations_S of ‖x−mean‖², active_S of active latents. routed_SL:
+    tokens routed to each layer; None without a router.
+    """
+
+    readings_S: torch.Tensor
+    shares_S: torch.Tensor
+    errors_S: torch.Tensor
+    deviations_S: torch.Tensor
+    active_S: torch.Tensor
+    routed_SL: torch.Tensor | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +47,7 @@ class CacheScores:
 
     l0: active latents a token. dead: share of latents active on none of the tokens. density_F: share of the
     tokens each latent is active on. layer_shares: share of tokens routed to each layer, and routing_entropy the
-    entropy of those shares in nats; both None without a router.
+    entropy of those shares in nats; both None without a router. by_row: the same, apart for each row of tokens.
     """
 
     tokens: int
@@ -40,12 +58,12 @@ class CacheScores:
     density_F: torch.Tensor
     layer_shares: dict[int, float] | None
     routing_entropy: float | None
+    by_row: RowSums
 
     def to_dict(self) -> dict[str, Any]:
-        """The scores as JSON takes them; the densities, one a latent, are left out."""
-        scores = asdict(replace(self, density_F=torch.empty(0)))
-        del scores["density_F"]
-        return scores
+        """The scores as JSON takes them; what there is one of a latent, or a row of tokens, is left out."""
+        names = [field.name for field in fields(self) if field.name not in ("density_F", "by_row")]
+        return {name: getattr(self, name) for name in names}
 
 
 @torch.no_grad()
@@ -61,38 +79,88 @@ def score_on_cache(sae: SAE, cache: Cache, first_row: int, after_row: int, repor
     tokens = len(selection)
     if tokens == 0:
         raise WrongInput(f"{cache.path} has no kept token in rows {first_row} to {after_row - 1}; harvest more text")
-    device, layers, rows = sae.device, len(sae.recipe.layers), 0
-    sum_D: torch.Tensor | float = 0.0
-    shares = errors = squares = torch.zeros((), dtype=torch.float64, device=device)
-    active_F = torch.zeros(sae.recipe.latents, dtype=torch.int64, device=device)
-    routed_L = torch.zeros(layers, dtype=torch.int64, device=device)
+    device = sae.device
+    sums = _Sums(after_row - first_row, sae.recipe.latents, len(sae.recipe.layers), device)
+    row_N = _token_rows(selection, first_row).to(device)
     done = 0
     plans = cut_plans(iter(selection.blocks()), BATCH_TOKENS)
     with closing(load(selection, plans, BATCH_TOKENS, device)) as batches:
-        for hidden_LND in batches:
-            out = sae(normalise_layers(hidden_LND, sae.recipe.normalize))
-            shares = shares + squared_error_shares(out.x_ND, out.reconstruction_ND).double().sum()
-            errors = errors + (out.x_ND - out.reconstruction_ND).square().sum().double()
-            squares = squares + out.x_ND.square().sum().double()
-            sum_D = sum_D + out.x_ND.sum(0).double()
-            active_F += out.latents.active_counts(len(active_F))
-            rows += len(out.x_ND)
-            if out.routing_NL is not None:
-                routed_L += torch.bincount(out.routing_NL.argmax(1), minlength=layers)
-            done += hidden_LND.shape[1]
+        for batch in batches:
+            n = batch.hidden_LND.shape[1]
+            sums.add(sae(with_statistics(sae.recipe.normalize, 1.0, *batch)), row_N[done : done + n])
+            done += n
             report(Progress("score on cache", done, tokens, "tokens", {}))
+    by_row = sums.by_row()
+    readings = int(by_row.readings_S.sum())
+    shares_L = None if by_row.routed_SL is None else by_row.routed_SL.sum(0) / tokens
     return CacheScores(
         tokens=tokens,
-        norm_mse=float(shares) / rows,
-        fvu=float(errors / (squares - torch.as_tensor(sum_D).square().sum() / rows)),
-        l0=int(active_F.sum()) / rows,
-        dead=float((active_F == 0).double().mean()),
-        density_F=(active_F.double() / rows).cpu(),
-        layer_shares=dict(zip(sae.recipe.layers, (routed_L / tokens).tolist(), strict=True))
-        if routed_L.any()
-        else None,
-        routing_entropy=entropy(routed_L / tokens) if routed_L.any() else None,
+        norm_mse=float(by_row.shares_S.sum()) / readings,
+        fvu=float(by_row.errors_S.sum() / by_row.deviations_S.sum()),
+        l0=float(by_row.active_S.sum()) / readings,
+        dead=float((sums.active_F == 0).double().mean()),
+        density_F=(sums.active_F.double() / readings).cpu(),
+        layer_shares=None if shares_L is None else dict(zip(sae.recipe.layers, shares_L.tolist(), strict=True)),
+        routing_entropy=None if shares_L is None else entropy(shares_L),
+        by_row=by_row,
     )
+
+
+class _Sums:
+    """What is added up over the batches. ‖x−mean‖² is taken from the mean of the first batch, and put right at the
+    end: the mean of all is known only then, and Σ‖x‖² − N‖mean‖² would cancel."""
+
+    def __init__(self, rows: int, latents: int, layers: int, device: torch.device):
+        self.rows, self.layers, self.device = rows, layers, device
+        zeros_S = torch.zeros(rows, dtype=torch.float64, device=device)
+        self.readings_S, self.shares_S, self.errors_S, self.deviations_S, self.active_S = (
+            zeros_S.clone() for _ in range(5)
+        )
+        self.routed_SL: torch.Tensor | None = None
+        self.active_F = torch.zeros(latents, dtype=torch.int64, device=device)
+        self.near_D: torch.Tensor | None = None  # the mean of the first batch
+        self.sum_D: torch.Tensor | float = 0.0  # of x − near
+
+    def add(self, out: Forward, row_N: torch.Tensor) -> None:
+        """row_N: the row of tokens that each of the batch's tokens stands in, from 0."""
+        x_ND = out.x_ND
+        row_R = row_N.repeat(len(x_ND) // len(row_N))  # a reading's; mlsae and random have one a layer
+        if self.near_D is None:
+            self.near_D = x_ND.mean(0)
+        from_near_ND = x_ND - self.near_D
+        self.sum_D = self.sum_D + from_near_ND.sum(0).double()
+        errors_N = (x_ND - out.reconstruction_ND).square().sum(1).double()
+        shares_N = squared_error_shares(x_ND, out.reconstruction_ND).double()
+        self.readings_S += torch.bincount(row_R, minlength=self.rows)
+        self.shares_S.index_add_(0, row_R, shares_N)
+        self.errors_S.index_add_(0, row_R, errors_N)
+        self.deviations_S.index_add_(0, row_R, from_near_ND.square().sum(1).double())
+        self.active_S += torch.bincount(row_R[out.latents.active().tokens_M], minlength=self.rows)
+        self.active_F += out.latents.active_counts(len(self.active_F))
+        if out.routing_NL is not None:
+            at_N = row_N * self.layers + out.routing_NL.argmax(1)
+            routed_SL = torch.bincount(at_N, minlength=self.rows * self.layers).view(self.rows, self.layers)
+            self.routed_SL = routed_SL.double() + (0.0 if self.routed_SL is None else self.routed_SL)
+
+    def by_row(self) -> RowSums:
+        shift_D = torch.as_tensor(self.sum_D) / self.readings_S.sum()
+        deviations_S = self.deviations_S - self.readings_S * shift_D.square().sum()
+        routed_SL = None if self.routed_SL is None else self.routed_SL.cpu()
+        given = (self.readings_S, self.shares_S, self.errors_S, deviations_S, self.active_S)
+        return RowSums(*(sums_S.cpu() for sums_S in given), routed_SL)
+
+
+def _token_rows(selection: Selection, first_row: int) -> torch.Tensor:
+    """int64 [N]: the row of tokens that each selected token stands in, counted from first_row, in stored order."""
+    context = selection.cache.manifest.context
+    found = []
+    for shard, picked in zip(selection.shards, selection.rows, strict=True):
+        try:
+            row_n = shard.read("order") // context + (shard.record.rows[0] - first_row)
+        except BadArray as bad:
+            raise damaged(shard.path, bad) from bad
+        found.append(row_n if picked is None else row_n[picked])
+    return torch.from_numpy(np.concatenate(found)).long()
 
 
 def entropy(shares_L: torch.Tensor) -> float:

@@ -1,31 +1,50 @@
-"""Encoding into latents and decoding them, sparse and dense, with the sparse gradient written by hand.
+"""Encoding into latents and decoding them, for the pairs of a token and a latent that matter and no others.
 
-    z = W_enc (x − b_dec) + b_enc,   f = a few of the z,   x̂ = W_decᵀ f + b_dec
+    z = W_enc (x − b_dec) + b_enc,   f = a function of z, one number at a time,   x̂ = W_decᵀ f + b_dec
 
-Where an SAE keeps K of F latents (topk: 2406.04093, eq. 1–2; batchtopk: 2412.06410, eq. 3–4), only the encoder's
-product is dense: everything after it, and all of the backward pass, touches N·K rows instead of N·F. Decoding and
-both weight gradients are embedding bags, the weight gradients over tokens grouped by latent. PyTorch's own operators
-serve CPU and CUDA alike. Where autocast is on, the encoder's product runs in its precision and the rest in float32.
+An SAE's equation is written once, over "pairs": all N·F of them (`AllPairs`, plain autograd), or the M that can be
+active (`Pairs`, found by routesae.train.search), whose gradients are written by hand here. Decoding them is an
+embedding bag, both weight gradients are embedding bags over the same pairs grouped by latent, and nothing of size
+[N, F] or [M, D] is ever made. PyTorch's own operators serve CPU and CUDA alike; all of it is float32, or wider.
 
-Dimension letters: N tokens, D width, F latents, K active latents, M pairs of a token and a latent.
+Dimension letters: N tokens, D width, F latents, K active latents, M pairs; P: [N, F] of all pairs, or [M].
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Rows encoded at a time on a CPU: the [512, F] product stays near its cores while the top k are found.
-CPU_CHUNK_ROWS = 512
-BATCHTOPK_ROOM = 3  # candidates a token in units of k: on cached rows few tokens have three times the mean
+from routesae.train.search import (
+    Encoder,
+    all_above,
+    pre_activations,
+    row_products,
+    topk_of,
+)
+
+# Above this share of all pairs a dense product is faster than bags over the pairs (benchmarks/steps.py).
+SPARSE_BELOW = 1 / 20
+PROBE_ROWS = 128  # that the share is estimated from
+BATCHTOPK_ROOM = 1.25  # pairs looked at for each that a batch keeps
+BATCHTOPK_PROBE = 512  # tokens that say where those begin
+
+
+class Active(NamedTuple):
+    """The M pairs of a token and a latent active on it, by token, and its activations values_M > 0."""
+
+    tokens_M: Tensor
+    latents_M: Tensor
+    values_M: Tensor
 
 
 class Latents(NamedTuple):
-    """The active latents of N tokens, sparse: values_NK ≥ 0 (zero: not active) and indices_NK int64."""
+    """The active latents of N tokens, K candidates each: values_NK ≥ 0 (zero: not active), indices_NK int64."""
 
     values_NK: Tensor
     indices_NK: Tensor
@@ -38,267 +57,327 @@ class Latents(NamedTuple):
         """f_NF, for what has to see every latent."""
         return self.values_NK.new_zeros(len(self.values_NK), latents).scatter_(1, self.indices_NK, self.values_NK)
 
+    def active(self) -> Active:
+        at_M = torch.nonzero(self.values_NK.flatten() > 0).squeeze(1)
+        tokens_M = torch.div(at_M, self.values_NK.shape[1], rounding_mode="floor")
+        return Active(tokens_M, self.indices_NK.flatten()[at_M], self.values_NK.flatten()[at_M])
 
-class DenseLatents(NamedTuple):
+
+@dataclass(frozen=True, eq=False)
+class DenseLatents:
     """All latents of N tokens: values_NF ≥ 0 (zero: not active)."""
 
     values_NF: Tensor
 
+    @cached_property
+    def _counts(self) -> Tensor:
+        signs_NF = torch.sign(self.values_NF.detach())  # as a product: summing booleans takes twice as long
+        return (signs_NF.new_ones(len(signs_NF)) @ signs_NF).long()
+
     def active_counts(self, latents: int) -> Tensor:
         """int64 [F]: on how many of the N tokens each latent is active."""
-        return (self.values_NF > 0).sum(0)
+        return self._counts
 
     def dense(self, latents: int) -> Tensor:
         return self.values_NF
 
-
-AnyLatents = Latents | DenseLatents
-
-
-def pre_activations(
-    x_ND: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, b_dec_D: Tensor
-) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, z_nF) of W_enc (x − b_dec) + b_enc, without a gradient, in the precision that autocast asks for.
-
-    On a CPU a few rows at a time, in one buffer: [N, F] never exists whole, and z_nF is gone with the next.
-    """
-    device = x_ND.device.type
-    if torch.is_autocast_enabled(device):  # centred before it is rounded
-        dtype = torch.get_autocast_dtype(device)
-        x_ND, W_enc_FD, bias_F = (x_ND - b_dec_D).to(dtype), W_enc_FD.to(dtype), b_enc_F.to(dtype)
-    else:
-        bias_F = b_enc_F - W_enc_FD @ b_dec_D
-    n = len(x_ND)
-    chunk = CPU_CHUNK_ROWS if device == "cpu" else max(1, n)
-    z_nF = x_ND.new_empty(min(chunk, n), len(W_enc_FD))
-    for start in range(0, n, chunk):
-        rows = slice(start, min(start + chunk, n))
-        yield rows, torch.addmm(bias_F, x_ND[rows], W_enc_FD.T, out=z_nF[: rows.stop - start])
+    def active(self) -> Active:
+        tokens_M, latents_M = torch.nonzero(self.values_NF > 0, as_tuple=True)
+        return Active(tokens_M, latents_M, self.values_NF[tokens_M, latents_M])
 
 
-@torch.no_grad()
-def topk_latents(x_ND: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, b_dec_D: Tensor, k: int) -> Latents:
-    """ReLU(TopK(W_enc (x − b_dec) + b_enc, k))."""
-    values_NK = x_ND.new_empty(len(x_ND), k)
-    indices_NK = torch.empty(len(x_ND), k, dtype=torch.int64, device=x_ND.device)
-    for rows, z_nF in pre_activations(x_ND, W_enc_FD, b_enc_F, b_dec_D):
-        if z_nF.dtype == values_NK.dtype:
-            torch.topk(z_nF, k, dim=1, sorted=False, out=(values_NK[rows], indices_NK[rows]))
-        else:
-            values_NK[rows], indices_NK[rows] = torch.topk(z_nF, k, dim=1, sorted=False)
-    return Latents(values_NK.relu_(), indices_NK)
+class RaggedLatents(NamedTuple):
+    """The active latents of N tokens, as many as each has: values_M ≥ 0 (zero: not active) of `pairs`."""
 
-
-@torch.no_grad()
-def batchtopk_latents(x_ND: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, b_dec_D: Tensor, k: int) -> Latents:
-    """The k·N largest pre-activations of the batch, those above 0; a token may have any number of them.
-
-    Each token's `BATCHTOPK_ROOM`·k largest are the candidates. Should a token have all of its candidates among
-    the k·N, more of its latents might belong there, so the room is doubled and the search made again.
-    """
-    room = min(BATCHTOPK_ROOM * k, len(W_enc_FD))
-    while True:
-        values_NK, indices_NK = topk_latents(x_ND, W_enc_FD, b_enc_F, b_dec_D, room)
-        if k * len(x_ND) >= values_NK.numel():
-            return Latents(values_NK, indices_NK)
-        least = torch.kthvalue(-values_NK.flatten(), k * len(x_ND)).values.neg()
-        if room == len(W_enc_FD) or not bool((values_NK.amin(1) >= least).logical_and(values_NK.amin(1) > 0).any()):
-            return Latents(torch.where(values_NK >= least, values_NK, 0), indices_NK)
-        room = min(2 * room, len(W_enc_FD))
-
-
-@torch.no_grad()
-def threshold_latents(
-    x_ND: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, b_dec_D: Tensor, threshold_F: Tensor
-) -> DenseLatents:
-    """z where z > threshold and z > 0, else 0."""
-    values_NF = x_ND.new_empty(len(x_ND), len(W_enc_FD))
-    for rows, z_nF in pre_activations(x_ND, W_enc_FD, b_enc_F, b_dec_D):
-        values_NF[rows] = torch.where(z_nF > threshold_F.clamp(min=0), z_nF, 0)
-    return DenseLatents(values_NF)
-
-
-def decode(latents: AnyLatents, W_dec_FD: Tensor, b_dec_D: Tensor) -> Tensor:
-    """x̂_ND = W_decᵀ f + b_dec."""
-    if isinstance(latents, DenseLatents):
-        return latents.values_NF @ W_dec_FD + b_dec_D
-    rows_ND = F.embedding_bag(latents.indices_NK, W_dec_FD, mode="sum", per_sample_weights=latents.values_NK)
-    return rows_ND + b_dec_D
-
-
-class Pairs(NamedTuple):
-    """The M pairs of a token and a latent that is active on it, ordered by token.
-
-    offsets_N: where each token's pairs begin. at_M: where each stood in the flattened [N, K]; None: all do, in order.
-    """
-
-    tokens_M: Tensor
-    latents_M: Tensor
     values_M: Tensor
-    offsets_N: Tensor
-    at_M: Tensor | None
+    pairs: Pairs
+
+    def active_counts(self, latents: int) -> Tensor:
+        """int64 [F]: on how many of the N tokens each latent is active."""
+        return torch.bincount(self.pairs.latents_M[self.values_M > 0], minlength=latents)
+
+    def dense(self, latents: int) -> Tensor:
+        f_NF = self.values_M.new_zeros(self.pairs.tokens, latents)
+        return f_NF.index_put_((self.pairs.tokens_M, self.pairs.latents_M), self.values_M)
+
+    def active(self) -> Active:
+        at_M = torch.nonzero(self.values_M > 0).squeeze(1)
+        return Active(self.pairs.tokens_M[at_M], self.pairs.latents_M[at_M], self.values_M[at_M])
 
 
-def pairs_of(latents: Latents, *, ragged: bool) -> Pairs:
-    """ragged: leave out what is not active. Worth it where tokens differ much in how many latents they have."""
-    n, k = latents.indices_NK.shape
-    device = latents.indices_NK.device
-    indices_M, values_M = latents.indices_NK.flatten(), latents.values_NK.flatten()
-    if not ragged:
-        tokens_M = torch.arange(n, device=device).repeat_interleave(k)
-        return Pairs(tokens_M, indices_M, values_M, torch.arange(0, n * k, k, device=device), None)
-    at_M = torch.nonzero(values_M).squeeze(1)
-    counts_N = (latents.values_NK > 0).sum(1)
-    tokens_M = torch.div(at_M, k, rounding_mode="floor")
-    return Pairs(tokens_M, indices_M[at_M], values_M[at_M], torch.cumsum(counts_N, 0) - counts_N, at_M)
+AnyLatents = Latents | DenseLatents | RaggedLatents
 
 
-def summed_by_token(pairs: Pairs, weights_M: Tensor, rows_FD: Tensor) -> Tensor:
-    """[N, D]: for each token the sum of its latents' rows, weighted."""
-    return F.embedding_bag(pairs.latents_M, rows_FD, pairs.offsets_N, mode="sum", per_sample_weights=weights_M)
+class AllPairs:
+    """Every token with every latent: what is per pair is a matrix [N, F]."""
+
+    def at(self, v_F: Tensor) -> Tensor:
+        """A latent's number for each of its pairs."""
+        return v_F
+
+    def by_token(self, v_NF: Tensor, weight_F: Tensor | None = None) -> Tensor:
+        """[N]: the sum over each token's pairs, weighted by latent where weight_F is given."""
+        return v_NF.sum(1) if weight_F is None else v_NF @ weight_F
+
+    def decode(self, f_NF: Tensor, W_dec_FD: Tensor, b_dec_D: Tensor) -> Tensor:
+        """x̂_ND = W_decᵀ f + b_dec."""
+        return f_NF @ W_dec_FD + b_dec_D
+
+    def latents(self, f_NF: Tensor) -> DenseLatents:
+        return DenseLatents(f_NF)
 
 
-class ByLatent(NamedTuple):
-    """The same pairs sorted by latent: order_M of them, their tokens_M, and where each latent's begin, offsets_F."""
+class Pairs:
+    """M pairs of a token and a latent, ordered by token; what is per pair is a vector [M].
 
-    order_M: Tensor
-    tokens_M: Tensor
-    offsets_F: Tensor
+    tokens, latents: N and F. offsets_N: where each token's pairs begin.
+    """
+
+    def __init__(
+        self, tokens: int, latents: int, tokens_M: Tensor, latents_M: Tensor, offsets_N: Tensor | None = None
+    ):
+        self.tokens, self.latents_in_all = tokens, latents
+        self.tokens_M, self.latents_M = tokens_M, latents_M
+        if offsets_N is None:
+            counts_N = torch.bincount(tokens_M, minlength=tokens)
+            offsets_N = torch.cumsum(counts_N, 0) - counts_N
+        self.offsets_N = offsets_N
+
+    @classmethod
+    def of(cls, indices_NK: Tensor, latents: int) -> Pairs:
+        """Each token with its K latents."""
+        n, k = indices_NK.shape
+        token_N = torch.arange(n, device=indices_NK.device)
+        return cls(n, latents, token_N.repeat_interleave(k), indices_NK.flatten(), token_N * k)
+
+    def where(self, kept_M: Tensor) -> Pairs:
+        """Some of them; kept_M: their places, ascending."""
+        return Pairs(self.tokens, self.latents_in_all, self.tokens_M[kept_M], self.latents_M[kept_M])
+
+    def at(self, v_F: Tensor) -> Tensor:
+        """A latent's number for each of its pairs."""
+        return v_F.index_select(0, self.latents_M)
+
+    def by_token(self, v_M: Tensor, weight_F: Tensor | None = None) -> Tensor:
+        """[N]: the sum over each token's pairs, weighted by latent where weight_F is given."""
+        v_M = v_M if weight_F is None else v_M * self.at(weight_F)
+        return v_M.new_zeros(self.tokens).index_add(0, self.tokens_M, v_M)
+
+    def decode(self, f_M: Tensor, W_dec_FD: Tensor, b_dec_D: Tensor) -> Tensor:
+        """x̂_ND = W_decᵀ f + b_dec."""
+        reconstruction_ND: Tensor = _Decode.apply(f_M, W_dec_FD, self)  # type: ignore[no-untyped-call]
+        return reconstruction_ND + b_dec_D
+
+    def latents(self, f_M: Tensor) -> RaggedLatents:
+        return RaggedLatents(f_M, self)
+
+    def rows_by_token(self, weights_M: Tensor, rows_FD: Tensor) -> Tensor:
+        """[N, D]: for each token the sum of its latents' rows, weighted."""
+        return F.embedding_bag(self.latents_M, rows_FD, self.offsets_N, mode="sum", per_sample_weights=weights_M)
+
+    @cached_property
+    def _grouped(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The pairs sorted by latent: their order_M, tokens_M, and where each latent's begin, offsets_F.
+
+        Sorted once; every weight gradient uses it. Stable, so that a run is repeatable bit for bit.
+        """
+        order_M = torch.argsort(self.latents_M.to(torch.int32), stable=True)
+        counts_F = torch.bincount(self.latents_M, minlength=self.latents_in_all)
+        return order_M, self.tokens_M[order_M], torch.cumsum(counts_F, 0) - counts_F
+
+    def rows_by_latent(self, weights_M: Tensor, rows_ND: Tensor) -> Tensor:
+        """[F, D]: for each latent the sum of its tokens' rows, weighted; zero where it has none."""
+        order_M, tokens_M, offsets_F = self._grouped
+        return F.embedding_bag(tokens_M, rows_ND, offsets_F, mode="sum", per_sample_weights=weights_M[order_M])
 
 
-def group_by_latent(pairs: Pairs, latents: int) -> ByLatent:
-    """Sort the pairs once; both weight gradients use it. Stable, so that a run is repeatable bit for bit."""
-    order_M = torch.argsort(pairs.latents_M.to(torch.int32), stable=True)
-    counts_F = torch.bincount(pairs.latents_M, minlength=latents)
-    return ByLatent(order_M, pairs.tokens_M[order_M], torch.cumsum(counts_F, 0) - counts_F)
+class _Decode(torch.autograd.Function):
+    """W_decᵀ f over pairs."""
+
+    @staticmethod
+    def forward(ctx: Any, f_M: Tensor, W_dec_FD: Tensor, pairs: Pairs) -> Tensor:
+        ctx.save_for_backward(f_M, W_dec_FD)
+        ctx.pairs = pairs
+        return pairs.rows_by_token(f_M, W_dec_FD)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (f_M, W_dec_FD), pairs = ctx.saved_tensors, ctx.pairs
+        g_ND = grads[0].contiguous()
+        df_M = row_products(pairs.tokens_M, pairs.latents_M, W_dec_FD, g_ND) if ctx.needs_input_grad[0] else None
+        return df_M, pairs.rows_by_latent(f_M, g_ND) if ctx.needs_input_grad[1] else None, None
 
 
-def summed_by_latent(grouped: ByLatent, weights_M: Tensor, rows_ND: Tensor) -> Tensor:
-    """[F, D]: for each latent the sum of its tokens' rows, weighted; zero where it has none."""
-    weights_M = weights_M[grouped.order_M]
-    return F.embedding_bag(grouped.tokens_M, rows_ND, grouped.offsets_F, mode="sum", per_sample_weights=weights_M)
+class _Encode(torch.autograd.Function):
+    """z over pairs: given already, since finding the pairs took it."""
 
-
-def row_products(pairs: Pairs, rows_FD: Tensor, g_ND: Tensor) -> Tensor:
-    """[M]: g_token · rows[latent], the gradient of `summed_by_token` with respect to its weights."""
-    products_M = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        g_ND, rows_FD, pairs.latents_M, pairs.offsets_N, pairs.tokens_M, 0
-    )
-    assert isinstance(products_M, Tensor)
-    return products_M
-
-
-class _SparseAutoencode(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         x_ND: Tensor,
         W_enc_FD: Tensor,
-        b_enc_F: Tensor,
-        W_dec_FD: Tensor,
-        b_dec_D: Tensor,
-        values_NK: Tensor,
-        indices_NK: Tensor,
-        ragged: bool,
-    ) -> tuple[Tensor, Tensor]:
-        pairs = pairs_of(Latents(values_NK, indices_NK), ragged=ragged)
-        ctx.save_for_backward(x_ND, W_enc_FD, W_dec_FD, b_dec_D, *pairs)
-        return summed_by_token(pairs, pairs.values_M, W_dec_FD) + b_dec_D, values_NK.view_as(values_NK)
+        b_enc_F: Tensor | None,
+        b_dec_D: Tensor | None,
+        pairs: Pairs,
+        z_M: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(x_ND, W_enc_FD, b_dec_D)
+        ctx.pairs = pairs
+        return z_M.view_as(z_M)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        g_ND, g_values_NK = grads
-        x_ND, W_enc_FD, W_dec_FD, b_dec_D, *saved = ctx.saved_tensors
-        pairs = Pairs(*saved)
-        g_ND = g_ND.contiguous()
-        # Through the decoder, then through the ReLU; what was not selected has no gradient.
-        dz_M = row_products(pairs, W_dec_FD, g_ND)
-        if g_values_NK is not None:
-            dz_M = dz_M + (g_values_NK.flatten() if pairs.at_M is None else g_values_NK.flatten()[pairs.at_M])
-        dz_M = dz_M * (pairs.values_M > 0)
-        grouped = group_by_latent(pairs, len(W_enc_FD))
-        dW_dec_FD = summed_by_latent(grouped, pairs.values_M, g_ND)
-        db_enc_F = torch.bincount(pairs.latents_M, weights=dz_M, minlength=len(W_enc_FD)).to(dz_M.dtype)
-        # dW_enc = Σ dz (x − b_dec): the bias's part is one outer product, not a subtraction for every token.
-        dW_enc_FD = summed_by_latent(grouped, dz_M, x_ND).addr_(db_enc_F, b_dec_D, alpha=-1)
-        db_dec_D = g_ND.sum(0) - db_enc_F @ W_enc_FD
-        dx_ND = summed_by_token(pairs, dz_M, W_enc_FD) if ctx.needs_input_grad[0] else None
-        return dx_ND, dW_enc_FD, db_enc_F, dW_dec_FD, db_dec_D, None, None, None
+        (x_ND, W_enc_FD, b_dec_D), pairs = ctx.saved_tensors, ctx.pairs
+        (dz_M,) = grads
+        db_F = torch.bincount(pairs.latents_M, weights=dz_M, minlength=len(W_enc_FD)).to(dz_M.dtype)
+        dW_FD = pairs.rows_by_latent(dz_M, x_ND)
+        db_dec_D = None
+        if b_dec_D is not None:
+            # dW = Σ dz (x − b_dec): the bias's part is one outer product, not a subtraction for every token.
+            dW_FD.addr_(db_F, b_dec_D, alpha=-1)
+            db_dec_D = -(db_F @ W_enc_FD)
+        dx_ND = pairs.rows_by_token(dz_M, W_enc_FD) if ctx.needs_input_grad[0] else None
+        return dx_ND, dW_FD, db_F if ctx.needs_input_grad[2] else None, db_dec_D, None, None
 
 
-def sparse_autoencode(
-    x_ND: Tensor,
-    W_enc_FD: Tensor,
-    b_enc_F: Tensor,
-    W_dec_FD: Tensor,
-    b_dec_D: Tensor,
-    selected: Latents,
-    *,
-    ragged: bool = False,
-) -> tuple[Tensor, Latents]:
-    """x̂_ND and the active latents, differentiable in every tensor argument and through values_NK.
+def encode_pairs(x_ND: Tensor, encoder: Encoder, pairs: Pairs, z_M: Tensor) -> Tensor:
+    """z_M, differentiable in x and the encoder. z_M: of these very x and encoder, as the search gives it."""
+    return _Encode.apply(x_ND, *encoder[:3], pairs, z_M)  # type: ignore[no-any-return, no-untyped-call]
 
-    selected: of these very x and weights, by `topk_latents` or `batchtopk_latents`; ragged as in `pairs_of`. The
-    gradient is written by hand; `dense_autoencode` is what it must equal.
+
+def encode_topk(x_ND: Tensor, encoder: Encoder, k: int) -> tuple[Pairs, Tensor]:
+    """Each token with its k largest latents, and their pre-activations z_M, differentiable."""
+    with torch.no_grad():
+        z_NK, indices_NK = topk_of(x_ND, encoder, k)
+        pairs = Pairs.of(indices_NK, len(encoder.W_enc_FD))
+    return pairs, encode_pairs(x_ND, encoder, pairs, z_NK.flatten())
+
+
+def encode_batchtopk(x_ND: Tensor, encoder: Encoder, k: int) -> tuple[Pairs, Tensor]:
+    """The pairs of the k·N largest pre-activations of the batch, those above 0, and z_M, differentiable."""
+    with torch.no_grad():
+        tokens_M, latents_M, z_M = _batchtopk(x_ND, encoder, k)
+        pairs = Pairs(len(x_ND), len(encoder.W_enc_FD), tokens_M, latents_M)
+    return pairs, encode_pairs(x_ND, encoder, pairs, z_M)
+
+
+def _batchtopk(x_ND: Tensor, encoder: Encoder, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A few tokens say above which value enough pairs lie; where they were too few, all above 0 are looked at."""
+    n, f = len(x_ND), len(encoder.W_enc_FD)
+    wanted = k * n
+    probe_nD = x_ND[:: max(1, n // BATCHTOPK_PROBE)]
+    z_nK, _ = topk_of(probe_nD, encoder, min(4 * k, f))
+    enough = min(round(BATCHTOPK_ROOM * k * len(probe_nD)), z_nK.numel())
+    floor = torch.kthvalue(-z_nK.flatten(), enough).values.neg().clamp(min=0)
+    for bound in (floor, torch.zeros_like(floor)):
+        tokens_M, latents_M, z_M = all_above(x_ND, encoder, bound.expand(f))
+        if len(z_M) >= wanted or not bool(bound > 0):
+            break
+    if len(z_M) <= wanted:
+        return tokens_M, latents_M, z_M
+    least = torch.kthvalue(-z_M, wanted).values.neg()
+    kept = torch.nonzero(z_M >= least).squeeze(1)
+    return tokens_M[kept], latents_M[kept], z_M[kept]
+
+
+def encode_above(x_ND: Tensor, encoder: Encoder, floor_F: Tensor) -> tuple[Pairs | AllPairs, Tensor]:
+    """Pairs that hold at least every z above its latent's floor, and their z, differentiable.
+
+    All pairs where more than `SPARSE_BELOW` of them lie above.
     """
-    reconstruction_ND, values_NK = _SparseAutoencode.apply(  # type: ignore[no-untyped-call]
-        x_ND, W_enc_FD, b_enc_F, W_dec_FD, b_dec_D, *selected, ragged
-    )
-    return reconstruction_ND, Latents(values_NK, selected.indices_NK)
+    with torch.no_grad():
+        probe_nF = torch.cat([z_nF > floor_F for _, z_nF in pre_activations(x_ND[:PROBE_ROWS], encoder, x_ND.dtype)])
+        dense = bool(probe_nF.count_nonzero() > SPARSE_BELOW * probe_nF.numel())
+    if dense:
+        return AllPairs(), encode_all(x_ND, encoder)
+    with torch.no_grad():
+        tokens_M, latents_M, z_M = all_above(x_ND, encoder, floor_F)
+        pairs = Pairs(len(x_ND), len(floor_F), tokens_M, latents_M)
+    return pairs, encode_pairs(x_ND, encoder, pairs, z_M)
 
 
-def dense_autoencode(
-    x_ND: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, W_dec_FD: Tensor, b_dec_D: Tensor, k: int
-) -> tuple[Tensor, Latents]:
-    """A topk by plain autograd over [N, F]: the oracle of the tests and the peer in the benchmarks."""
-    z_NF = (x_ND - b_dec_D) @ W_enc_FD.T + b_enc_F
-    values_NK, indices_NK = torch.topk(z_NF, k, dim=1, sorted=False)
-    values_NK = values_NK.relu()
-    f_NF = torch.zeros_like(z_NF).scatter(1, indices_NK, values_NK)
-    return f_NF @ W_dec_FD + b_dec_D, Latents(values_NK, indices_NK)
+def encode_all(x_ND: Tensor, encoder: Encoder) -> Tensor:
+    """z_NF by plain autograd."""
+    centred_ND = x_ND if encoder.b_dec_D is None else x_ND - encoder.b_dec_D
+    return F.linear(centred_ND, encoder.W_enc_FD, encoder.b_enc_F)
+
+
+# ----------------------------------------------------------------------------------------------- in use, no gradient
+
+
+@torch.no_grad()
+def topk_latents(x_ND: Tensor, encoder: Encoder, k: int) -> Latents:
+    """ReLU(TopK(z, k))."""
+    z_NK, indices_NK = topk_of(x_ND, encoder, k)
+    return Latents(z_NK.relu_(), indices_NK)
+
+
+@torch.no_grad()
+def threshold_latents(x_ND: Tensor, encoder: Encoder, threshold_F: Tensor) -> DenseLatents:
+    """z where z > threshold and z > 0, else 0."""
+    values_NF = x_ND.new_empty(len(x_ND), len(encoder.W_enc_FD))
+    for rows, z_nF in pre_activations(x_ND, encoder, x_ND.dtype):
+        values_NF[rows] = torch.where(z_nF > threshold_F.clamp(min=0), z_nF, 0)
+    return DenseLatents(values_NF)
+
+
+@torch.no_grad()
+def decode(latents: AnyLatents, W_dec_FD: Tensor, b_dec_D: Tensor) -> Tensor:
+    """x̂_ND = W_decᵀ f + b_dec."""
+    if isinstance(latents, DenseLatents):
+        return latents.values_NF @ W_dec_FD + b_dec_D
+    if isinstance(latents, RaggedLatents):
+        return latents.pairs.rows_by_token(latents.values_M, W_dec_FD) + b_dec_D
+    return Pairs.of(latents.indices_NK, len(W_dec_FD)).rows_by_token(latents.values_NK.flatten(), W_dec_FD) + b_dec_D
+
+
+# -------------------------------------------------------------------------------------------------- steps and jumps
 
 
 class _JumpReLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, z_NF: Tensor, threshold_F: Tensor, bandwidth: float) -> Tensor:
-        ctx.save_for_backward(z_NF, threshold_F)
+    def forward(ctx: Any, z_P: Tensor, threshold_P: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(z_P, threshold_P)
         ctx.bandwidth = bandwidth
-        return torch.where(z_NF > threshold_F, z_NF, 0)
+        return torch.where(z_P > threshold_P, z_P, 0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        z_NF, threshold_F = ctx.saved_tensors
-        (g_NF,) = grads
-        near_NF = rectangle(z_NF, threshold_F, ctx.bandwidth)
-        d_threshold_F = (g_NF * near_NF).sum(0) * (-threshold_F / ctx.bandwidth)
-        return torch.where(z_NF > threshold_F, g_NF, 0), d_threshold_F, None
+        z_P, threshold_P = ctx.saved_tensors
+        (g_P,) = grads
+        near_P = rectangle(z_P, threshold_P, ctx.bandwidth)
+        d_threshold = (g_P * near_P).sum_to_size(threshold_P.shape) * (-threshold_P / ctx.bandwidth)
+        return torch.where(z_P > threshold_P, g_P, 0), d_threshold, None
 
 
 class _Step(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, z_NF: Tensor, threshold_F: Tensor, bandwidth: float) -> Tensor:
-        ctx.save_for_backward(z_NF, threshold_F)
+    def forward(ctx: Any, z_P: Tensor, threshold_P: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(z_P, threshold_P)
         ctx.bandwidth = bandwidth
-        return (z_NF > threshold_F).to(z_NF.dtype)
+        return (z_P > threshold_P).to(z_P.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        z_NF, threshold_F = ctx.saved_tensors
-        (g_NF,) = grads
-        near_NF = rectangle(z_NF, threshold_F, ctx.bandwidth)
-        return None, (g_NF * near_NF).sum(0) * (-1 / ctx.bandwidth), None
+        z_P, threshold_P = ctx.saved_tensors
+        (g_P,) = grads
+        near_P = rectangle(z_P, threshold_P, ctx.bandwidth)
+        return None, (g_P * near_P).sum_to_size(threshold_P.shape) * (-1 / ctx.bandwidth), None
 
 
-def rectangle(z_NF: Tensor, threshold_F: Tensor, bandwidth: float) -> Tensor:
+def rectangle(z_P: Tensor, threshold_P: Tensor, bandwidth: float) -> Tensor:
     """bool: K((z − θ)/ε), the kernel that stands for the derivative of a step (2407.14435, eq. 11–12)."""
-    return (z_NF - threshold_F).abs() < bandwidth / 2
+    return (z_P - threshold_P).abs() < bandwidth / 2
 
 
-def jumprelu(z_NF: Tensor, threshold_F: Tensor, bandwidth: float) -> Tensor:
-    """z·1[z > θ]; its gradient to z is exact, the one to θ is −θ/ε·K((z − θ)/ε) (2407.14435, eq. 11)."""
-    return _JumpReLU.apply(z_NF, threshold_F, bandwidth)  # type: ignore[no-any-return, no-untyped-call]
+def jumprelu(z_P: Tensor, threshold_P: Tensor, bandwidth: float) -> Tensor:
+    """z·1[z > θ]; its gradient to z is exact, the one to θ is −θ/ε·K((z − θ)/ε) (2407.14435, eq. 11).
+
+    threshold_P: of z's shape, or [F] for z_NF.
+    """
+    return _JumpReLU.apply(z_P, threshold_P, bandwidth)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def step(z_NF: Tensor, threshold_F: Tensor, bandwidth: float) -> Tensor:
+def step(z_P: Tensor, threshold_P: Tensor, bandwidth: float) -> Tensor:
     """1[z > θ] as numbers; its gradient to θ is −1/ε·K((z − θ)/ε), and none to z (2407.14435, eq. 12)."""
-    return _Step.apply(z_NF, threshold_F, bandwidth)  # type: ignore[no-any-return, no-untyped-call]
+    return _Step.apply(z_P, threshold_P, bandwidth)  # type: ignore[no-any-return, no-untyped-call]

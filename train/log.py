@@ -17,7 +17,7 @@ from torch import Tensor
 
 from routesae.reporting import FailedRun
 from routesae.train.evaluate import entropy
-from routesae.train.losses import norm_mse
+from routesae.train.losses import Objective
 from routesae.train.saes import SAE, Forward
 from routesae.train.trackers import Tracker
 
@@ -35,14 +35,14 @@ class StepLog:
         self.steps = self.tokens = 0
         self.sums = torch.zeros(3, dtype=torch.float64, device=sae.device)  # loss, NormMSE, L0; each times tokens
         self.routed_L = torch.zeros(len(sae.recipe.layers), dtype=torch.float64, device=sae.device)
+        self.waited_seconds = 0.0  # for batches
         self.began = time.perf_counter()
 
     @torch.no_grad()
-    def add(self, out: Forward, loss: Tensor, counts_F: Tensor, tokens: int, lr: float) -> None:
+    def add(self, out: Forward, objective: Objective, counts_F: Tensor, tokens: int, lr: float) -> None:
         """counts_F: on how many rows of `out` each latent was active. tokens: of the batch."""
-        error = norm_mse(out.x_ND, out.reconstruction_ND, out.weights_N)
         l0 = counts_F.sum() / len(out.x_ND)
-        self.sums += torch.stack([loss.detach().double(), error.double(), l0.double()]) * tokens
+        self.sums += torch.stack([objective.total.double(), objective.norm_mse.double(), l0.double()]) * tokens
         if out.routing_NL is not None:
             self.routed_L += torch.bincount(out.routing_NL.argmax(1), minlength=len(self.routed_L))
         self.steps += 1
@@ -55,7 +55,8 @@ class StepLog:
         if not math.isfinite(loss):
             raise FailedRun(f"the loss is {loss} by step {step}; lower --lr {self.peak_lr}")
         self.tokens_done += self.tokens
-        tokens_per_second = self.tokens / (time.perf_counter() - self.began)
+        seconds = time.perf_counter() - self.began
+        tokens_per_second = self.tokens / seconds
         line: dict[str, Any] = {
             "step": step,
             "tokens": self.tokens_done,
@@ -65,6 +66,7 @@ class StepLog:
             "dead": float(dead),
             "lr": self.lr,
             "tokens_per_second": tokens_per_second,
+            "data_wait": self.waited_seconds / seconds,
         }
         facts = {"NormMSE": f"{error:.4f}", "L0": f"{l0:.1f}", "dead": f"{float(dead):.1%}"}
         if self.routed_L.any():
@@ -81,6 +83,7 @@ class StepLog:
         self.sums.zero_()
         self.routed_L.zero_()
         self.steps = self.tokens = 0
+        self.waited_seconds = 0.0
         self.began = time.perf_counter()
         return facts
 

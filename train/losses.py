@@ -5,10 +5,13 @@ Dimension letters: N tokens, D width, F latents.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
-from routesae.train.kernels import sparse_autoencode, topk_latents
+from routesae.train.kernels import encode_topk
+from routesae.train.search import Encoder
 
 AUXK_WEIGHT = 1 / 32  # 2406.04093, appendix A.2
 _TINY = 1e-8  # keeps a token whose input or residual is exactly zero out of 0/0
@@ -19,23 +22,52 @@ def squared_error_shares(x_ND: Tensor, reconstruction_ND: Tensor) -> Tensor:
     return (x_ND - reconstruction_ND).square().sum(1) / (x_ND.square().sum(1) + _TINY)
 
 
+class Objective(NamedTuple):
+    """total: what training lowers. norm_mse: the part of it that every variant has."""
+
+    total: Tensor
+    norm_mse: Tensor
+
+
 def mean_over_rows(values_N: Tensor, weights_N: Tensor | None) -> Tensor:
     """The mean; weighted where weights_N, which sum to 1, are given."""
     return values_N.mean() if weights_N is None else (weights_N * values_N).sum()
 
 
+class _NormMSE(torch.autograd.Function):
+    """By hand, so that the residual is made once and its gradient is that residual scaled."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, reconstruction_ND: Tensor, weights_N: Tensor) -> Tensor:
+        residual_ND = reconstruction_ND - x_ND
+        size_N = torch.linalg.vector_norm(x_ND, dim=1).square() + _TINY
+        share_N = torch.linalg.vector_norm(residual_ND, dim=1).square() / size_N
+        ctx.save_for_backward(x_ND, residual_ND, size_N, share_N, weights_N)
+        total: Tensor = (weights_N * share_N).sum()  # a product, @, would be rounded to bfloat16 under autocast
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x_ND, residual_ND, size_N, share_N, weights_N = ctx.saved_tensors
+        (g,) = grads
+        scale_N = 2 * g * weights_N / size_N
+        d_reconstruction_ND = residual_ND * scale_N[:, None]
+        dx_ND = -d_reconstruction_ND - x_ND * (scale_N * share_N)[:, None] if ctx.needs_input_grad[0] else None
+        return dx_ND, d_reconstruction_ND, g * share_N if ctx.needs_input_grad[2] else None
+
+
 def norm_mse(x_ND: Tensor, reconstruction_ND: Tensor, weights_N: Tensor | None = None) -> Tensor:
     """NormMSE: the mean over tokens of ‖x − x̂‖² / ‖x‖², weighted by weights_N where given."""
-    return mean_over_rows(squared_error_shares(x_ND, reconstruction_ND), weights_N)
+    if weights_N is None:
+        weights_N = x_ND.new_full((len(x_ND),), 1 / len(x_ND))
+    return _NormMSE.apply(x_ND, reconstruction_ND, weights_N)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def auxk(
     x_ND: Tensor,
     reconstruction_ND: Tensor,
-    W_enc_FD: Tensor,
-    b_enc_F: Tensor,
+    encoder: Encoder,
     W_dec_FD: Tensor,
-    b_dec_D: Tensor,
     dead_F: Tensor,
     weights_N: Tensor | None = None,
 ) -> Tensor:
@@ -47,9 +79,11 @@ def auxk(
     dead = torch.nonzero(dead_F).squeeze(1)
     if len(dead) == 0:
         return x_ND.new_zeros(())
-    x_ND, b_dec_D = x_ND.detach(), b_dec_D.detach()
+    assert encoder.b_enc_F is not None
+    assert encoder.b_dec_D is not None
+    x_ND, b_dec_D = x_ND.detach(), encoder.b_dec_D.detach()
     residual_ND = x_ND - reconstruction_ND.detach()
-    weights = (W_enc_FD[dead], b_enc_F[dead], W_dec_FD[dead], b_dec_D)
-    selected = topk_latents(x_ND, *weights[:2], b_dec_D, min(x_ND.shape[1] // 2, len(dead)))
-    with_bias_ND, _ = sparse_autoencode(x_ND, *weights, selected)
-    return norm_mse(residual_ND, with_bias_ND - b_dec_D, weights_N)
+    of_dead = Encoder(encoder.W_enc_FD[dead], encoder.b_enc_F[dead], b_dec_D, encoder.chunk_rows)
+    pairs, z_M = encode_topk(x_ND, of_dead, min(x_ND.shape[1] // 2, len(dead)))
+    modelled_ND = pairs.decode(z_M.relu(), W_dec_FD[dead], torch.zeros_like(b_dec_D))
+    return norm_mse(residual_ND, modelled_ND, weights_N)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
@@ -23,13 +24,14 @@ from routesae import __version__
 from routesae.harvest.cache import Cache
 from routesae.harvest.device import pick_device
 from routesae.reporting import FailedRun, Progress, Report, Stopped, WrongInput, silent
-from routesae.train.batches import Plan, Selection, epoch_plans, load
+from routesae.train.batches import Batch, Plan, Selection, epoch_plans, load, read_sample
 from routesae.train.checkpoint import commit_folder, save_sae
 from routesae.train.evaluate import CacheScores, score_on_cache
 from routesae.train.jobs import Job, first_step, is_finished, jobs_of, precision_of
 from routesae.train.log import StepLog
 from routesae.train.saes import SAE, build
 from routesae.train.saes.normalise import dataset_scale
+from routesae.train.search import product_dtype
 from routesae.train.settings import TrainSettings
 from routesae.train.state import drop_checkpoints, load_checkpoint, read_facts, save_checkpoint
 from routesae.train.stop import stop_requests
@@ -70,7 +72,8 @@ def train(settings: TrainSettings, report: Report = silent) -> list[TrainResult]
         return []
     begun = first_step(jobs, settings)
     with ExitStack() as stack:
-        trainees = [_trainee(job, settings, selection, device, stack) for job in jobs]
+        pace = pace_of(selection, settings, device)
+        trainees = [_trainee(job, settings, pace, device, stack) for job in jobs]
         if begun == 0:
             _initialise(trainees, _initial_sample(selection, settings, device), selection.layers)
         for trainee in trainees if begun else []:
@@ -79,19 +82,32 @@ def train(settings: TrainSettings, report: Report = silent) -> list[TrainResult]
     return [_finish(trainee, job, settings, cache, report) for trainee, job in zip(trainees, jobs, strict=True)]
 
 
-def _trainee(
-    job: Job, settings: TrainSettings, selection: Selection, device: torch.device, stack: ExitStack
-) -> Trainee:
-    sae = build(job.recipe, torch.Generator().manual_seed(settings.seed)).to(device).train()
+def pace_of(selection: Selection, settings: TrainSettings, device: torch.device) -> Pace:
     total_steps, _ = planned(selection, settings)
     run_tokens = total_steps * min(settings.batch_tokens, len(selection))
-    pace = Pace(
+    precision = precision_of(settings, device)
+    product = product_dtype(device.type, precision)
+    proposes = " with active latents proposed in bfloat16" if product != torch.float32 else ""
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    log.info("training on %s%s in %s%s", device, threads, str(precision).removeprefix("torch."), proposes)
+    return Pace(
         total_steps=total_steps,
         dead_after_tokens=settings.dead_after_tokens or min(DEAD_AFTER_TOKENS, max(1, run_tokens // 4)),
         sparsity_warmup=settings.sparsity_warmup,
-        precision=precision_of(settings, device),
+        precision=precision,
         seed=settings.seed,
     )
+
+
+def _trainee(job: Job, settings: TrainSettings, pace: Pace, device: torch.device, stack: ExitStack) -> Trainee:
+    sae = build(job.recipe, torch.Generator().manual_seed(settings.seed)).to(device).train()
+    if settings.max_memory is not None:
+        sae.chunk_rows = settings.max_memory // (4 * job.recipe.latents)
+        if sae.chunk_rows == 0:
+            raise WrongInput(
+                f"--max-memory {settings.max_memory:,} bytes do not hold the {job.recipe.latents:,} pre-activations "
+                f"of one token; give {4 * job.recipe.latents:,} or more"
+            )
     trackers = open_trackers(settings.log, job.folder.name, job.partial, asdict(job.settings))
     step_log = StepLog(sae, job.partial, trackers, job.settings.lr)
     stack.callback(step_log.close)
@@ -99,12 +115,12 @@ def _trainee(
 
 
 @torch.no_grad()
-def _initialise(trainees: Sequence[Trainee], hidden_LND: torch.Tensor, layers: Sequence[int]) -> None:
-    inputs = Inputs(hidden_LND, layers)
+def _initialise(trainees: Sequence[Trainee], sample: Batch, layers: Sequence[int]) -> None:
+    inputs = Inputs(sample, layers)
     for trainee in trainees:
         if trainee.sae.recipe.normalize == "dataset":
             own = [list(layers).index(layer) for layer in trainee.sae.recipe.layers]
-            trainee.scale = dataset_scale(hidden_LND[own])
+            trainee.scale = dataset_scale(sample.hidden_LND[own])
         trainee.sae.initialise(inputs(trainee.sae.recipe, trainee.scale))
 
 
@@ -122,9 +138,12 @@ def fit(
     device = trainees[0].sae.device
     stage = f"train {trainees[0].sae.recipe.sae}" if len(trainees) == 1 else f"train {len(trainees)} SAEs"
     with stop_requests() as stop, closing(load(selection, remaining, settings.batch_tokens, device)) as batches:
-        for step, hidden_LND in enumerate(batches, start=begun + 1):
-            inputs = Inputs(hidden_LND, selection.layers)
+        began = time.perf_counter()
+        for step, batch in enumerate(batches, start=begun + 1):
+            waited = time.perf_counter() - began
+            inputs = Inputs(batch, selection.layers)
             for trainee in trainees:
+                trainee.log.waited_seconds += waited
                 trainee.step(step, inputs)
             last = step == total_steps
             if last or step % settings.log_every_steps == 0:
@@ -136,6 +155,7 @@ def fit(
             if request and not last:
                 code = 0 if request == signal.SIGTERM else 130
                 raise Stopped(f"stopped after step {step} of {total_steps}; the same with --resume goes on", code)
+            began = time.perf_counter()
 
 
 def _facts(shown: dict[str, dict[str, str]]) -> dict[str, str]:
@@ -198,7 +218,6 @@ def planned(selection: Selection, settings: TrainSettings) -> tuple[int, Iterato
     return total_steps, islice(chain.from_iterable(plans), total_steps)
 
 
-def _initial_sample(selection: Selection, settings: TrainSettings, device: torch.device) -> torch.Tensor:
-    plans = epoch_plans(selection, seed=settings.seed, epoch=0, batch_tokens=INITIAL_SAMPLE_TOKENS)
-    with closing(load(selection, islice(plans, 1), INITIAL_SAMPLE_TOKENS, device)) as batches:
-        return next(batches).clone()
+def _initial_sample(selection: Selection, settings: TrainSettings, device: torch.device) -> Batch:
+    sample = read_sample(selection, seed=settings.seed, tokens=INITIAL_SAMPLE_TOKENS)
+    return Batch(*(tensor.to(device) for tensor in sample))

@@ -134,7 +134,9 @@ class TrainSettings:
     sparsity_warmup: float = 0.1
     """Share of the steps over which λ rises and k falls."""
     precision: str = "auto"
-    """Of the encoder's and dense products: "float32", "bfloat16", or "auto", the latter on CUDA alone."""
+    """Of dense products: "float32", "bfloat16", or "auto", the latter on CUDA alone."""
+    max_memory: int | None = None
+    """Bytes that the pre-activations of a batch may take at a time; None for what is fastest."""
     log_every_steps: int = 10
     checkpoint_every_steps: int = 1000
     log: tuple[str, ...] = ()
@@ -149,9 +151,8 @@ class TrainSettings:
         _require_types(self)
         if not self.runs:
             raise WrongInput("no SAE to train; name one with --sae")
-        _require_counts(
-            self, "batch_tokens", "epochs", "tokens", "dead_after_tokens", "log_every_steps", "checkpoint_every_steps"
-        )
+        counts = ("batch_tokens", "epochs", "tokens", "dead_after_tokens", "max_memory")
+        _require_counts(self, *counts, "log_every_steps", "checkpoint_every_steps")
         if self.epochs is not None and self.tokens is not None:
             raise WrongInput(
                 f"--epochs {self.epochs} and --tokens {self.tokens} both say how long to train; give one"
@@ -204,13 +205,18 @@ def settings_of(flags: Mapping[str, Any], config: str | None = None) -> TrainSet
     in the run's own table.
     Raises WrongInput for an unknown name, naming it.
     """
-    shared = _read_toml(config) if config is not None else {}
+    return settings_of_table(read_toml(config) if config is not None else {}, flags, str(config))
+
+
+def settings_of_table(given: Mapping[str, Any], flags: Mapping[str, Any], where: str) -> TrainSettings:
+    """The same from what a file says. where: what to call it in errors."""
+    shared = _underscored(given)
     tables = shared.pop("run", [{}])
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-        raise WrongInput(f"{config}: run is not a list of tables; write [[run]] above each")
+        raise WrongInput(f"{where}: run is not a list of tables; write [[run]] above each")
     for table in tables:
-        _require_known(table, RUN_NAMES, f"{config}, [[run]]")
-    _require_known(shared, RUN_NAMES + PASS_NAMES, str(config))
+        _require_known(table, RUN_NAMES, f"{where}, [[run]]")
+    _require_known(shared, RUN_NAMES + PASS_NAMES, where)
     _require_known(flags, RUN_NAMES + PASS_NAMES, "flags")
     passed = {name: value for name, value in {**shared, **flags}.items() if name in PASS_NAMES}
     own = {name: value for name, value in flags.items() if name in RUN_NAMES}
@@ -261,14 +267,18 @@ def _require_known(values: Mapping[str, Any], names: Sequence[str], where: str) 
         raise WrongInput(f"{where}: {', '.join(unknown)} is no setting; there are {', '.join(sorted(names))}")
 
 
-def _read_toml(path: str) -> dict[str, Any]:
+def read_toml(path: str) -> dict[str, Any]:
+    """The TOML file of --config. Raises WrongInput where it cannot be read."""
     try:
-        data = tomllib.loads(Path(path).read_text())
+        return tomllib.loads(Path(path).read_text())
     except FileNotFoundError:
         raise WrongInput(f"--config {path} does not exist") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise WrongInput(f"--config {path} cannot be read: {error}") from error
-    # The names of flags and of their fields are both fine: dead-after-tokens, dead_after_tokens.
+
+
+def _underscored(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Names of flags as those of their fields, in tables [[run]] too: dead-after-tokens, dead_after_tokens."""
     spelled = {"checkpoint_every": "checkpoint_every_steps"}
 
     def named(table: Mapping[str, Any]) -> dict[str, Any]:

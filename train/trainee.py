@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 
 from routesae.reporting import FailedRun
+from routesae.train.adam import Adam
+from routesae.train.batches import Batch
 from routesae.train.log import StepLog
 from routesae.train.recipes import default_name
 from routesae.train.saes import SAE
-from routesae.train.saes.normalise import normalise_layers
+from routesae.train.saes.normalise import NormalisedLayers, with_statistics
 from routesae.train.saes.sae import Recipe
 from routesae.train.schedule import annealed_k, lr_factor, sparsity_factor
 from routesae.train.settings import RunSettings
 
-ADAM_EPSILON = 6.25e-10  # 2406.04093, appendix A.2: rarely active latents have tiny gradients
 # SAELens and dictionary_learning clip at 1 the gradient of ‖x − x̂‖², which is D times NormMSE's. It then clips every
 # step, so that the first, large gradients do not weigh on Adam's second moments for the rest of a run; held-out
 # NormMSE of a topk after 100 steps: 0.1148 without, 0.1057 with (benchmarks/RESULTS.md).
@@ -32,20 +33,17 @@ DEFAULT_CLIP = 1.0
 class Inputs:
     """A batch of hidden states of `layers`, normalised once for all SAEs that want it the same way."""
 
-    def __init__(self, hidden_LND: Tensor, layers: Sequence[int]):
-        self.hidden_LND, self.layers = hidden_LND, list(layers)
-        self._normalised: dict[tuple[str, float], Tensor] = {}
+    def __init__(self, batch: Batch, layers: Sequence[int]):
+        self.batch, self.layers = batch, list(layers)
+        self.tokens = batch.hidden_LND.shape[1]
+        self._normalised: dict[tuple[str, float], NormalisedLayers] = {}
 
-    def __call__(self, recipe: Recipe, scale: float) -> Tensor:
-        """x_LND of the recipe's layers."""
+    def __call__(self, recipe: Recipe, scale: float = 1.0) -> NormalisedLayers:
+        """x of the recipe's layers. scale: s of "dataset"."""
         key = (recipe.normalize, scale)
         if key not in self._normalised:
-            self._normalised[key] = normalise_layers(self.hidden_LND, *key)
-        at = [self.layers.index(layer) for layer in recipe.layers]
-        x_LND = self._normalised[key]
-        if at == list(range(at[0], at[0] + len(at))):
-            return x_LND[at[0] : at[0] + len(at)]
-        return x_LND[at]
+            self._normalised[key] = with_statistics(*key, *self.batch)
+        return self._normalised[key].of([self.layers.index(layer) for layer in recipe.layers])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +67,7 @@ class Trainee:
         self.clip = settings.clip if settings.clip is not None else 0.0 if published else DEFAULT_CLIP
         self.trained = [parameter for parameter in sae.parameters() if parameter.requires_grad]
         factors = sae.rate_factors()
-        self.factors = [factors.get(parameter, 1.0) for parameter in self.trained]
-        groups = [{"params": [parameter]} for parameter in self.trained]
-        self.adam = torch.optim.Adam(groups, lr=settings.lr, eps=ADAM_EPSILON, fused=True)
+        self.adam = Adam(self.trained, [factors.get(parameter, 1.0) for parameter in self.trained])
         self.idle_tokens_F = torch.zeros(sae.recipe.latents, dtype=torch.int64, device=sae.device)
 
     def step(self, step: int, inputs: Inputs) -> None:
@@ -80,22 +76,20 @@ class Trainee:
         torch.manual_seed((pace.seed << 32) + step)  # for what is drawn in training: the same after a resume
         sae.k = annealed_k(done, pace.total_steps, pace.sparsity_warmup, self.settings.anneal_k_from, sae.recipe.k)
         lr = self.settings.lr * lr_factor(done, pace.total_steps)
-        for group, factor in zip(self.adam.param_groups, self.factors, strict=True):
-            group["lr"] = lr * factor
         dead_F = self.idle_tokens_F >= pace.dead_after_tokens
         with torch.autocast(sae.device.type, pace.precision, enabled=pace.precision != torch.float32):
             out = sae(inputs(sae.recipe, self.scale))
-            loss = sae.loss(out, dead_F, sparsity_factor(done, pace.total_steps, pace.sparsity_warmup))
+            objective = sae.loss(out, dead_F, sparsity_factor(done, pace.total_steps, pace.sparsity_warmup))
         self.adam.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        objective.total.backward()  # type: ignore[no-untyped-call]
         sae.project_gradient()
         if self.clip:
             torch.nn.utils.clip_grad_norm_(self.trained, self.clip / sae.recipe.width)
-        self.adam.step()
+        self.adam.step(lr)
         sae.normalise_decoder(step, last=step == pace.total_steps)
         counts_F = out.latents.active_counts(sae.recipe.latents)
-        self.idle_tokens_F = torch.where(counts_F > 0, 0, self.idle_tokens_F + inputs.hidden_LND.shape[1])
-        self.log.add(out, loss, counts_F, inputs.hidden_LND.shape[1], lr)
+        self.idle_tokens_F = torch.where(counts_F > 0, 0, self.idle_tokens_F + inputs.tokens)
+        self.log.add(out, objective, counts_F, inputs.tokens, lr)
 
     @property
     def name(self) -> str:
@@ -108,10 +102,7 @@ class Trainee:
     def tensors(self) -> dict[str, Tensor]:
         """Weights, buffers, moments and counters by name, for a checkpoint."""
         named = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
-        for at, parameter in enumerate(self.trained):
-            for name, moment in self.adam.state[parameter].items():
-                named[f"adam.{at}.{name}"] = moment
-        return {**named, "idle_tokens": self.idle_tokens_F, **self.log.tensors()}
+        return {**named, **self.adam.tensors(), "idle_tokens": self.idle_tokens_F, **self.log.tensors()}
 
     @torch.no_grad()
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
@@ -122,13 +113,8 @@ class Trainee:
                 own.copy_(_same_shape(tensors.pop(f"sae.{name}"), own))
             self.idle_tokens_F.copy_(_same_shape(tensors.pop("idle_tokens"), self.idle_tokens_F))
             self.log.load_tensors({name: tensors.pop(name) for name in self.log.tensors()})
-            for at, parameter in enumerate(self.trained):
-                if f"adam.{at}.step" in tensors:  # a parameter that nothing reaches has no moments
-                    self.adam.state[parameter] = {
-                        "step": tensors.pop(f"adam.{at}.step"),
-                        "exp_avg": _same_shape(tensors.pop(f"adam.{at}.exp_avg"), parameter),
-                        "exp_avg_sq": _same_shape(tensors.pop(f"adam.{at}.exp_avg_sq"), parameter),
-                    }
+            for name, own in self.adam.tensors().items():
+                own.copy_(_same_shape(tensors.pop(name), own))
         except KeyError as missing:
             raise FailedRun(f"a checkpoint of {self.folder.name} holds no {missing}; start again") from None
         if tensors:

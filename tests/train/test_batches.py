@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -17,8 +20,20 @@ import torch
 
 from routesae.harvest import arrays
 from routesae.harvest.cache import Cache, Manifest, ShardRecord, begin_cache, write_shard
+from routesae.harvest.statistics import row_statistics
 from routesae.reporting import FailedRun, WrongInput
-from routesae.train.batches import BLOCK_ROWS, Block, Plan, Selection, cut_plans, epoch_plans, load
+from routesae.train import rows
+from routesae.train.batches import (
+    BLOCK_ROWS,
+    Batch,
+    Block,
+    Plan,
+    Selection,
+    cut_plans,
+    epoch_plans,
+    load,
+    read_sample,
+)
 
 CPU = torch.device("cpu")
 WIDTH, SPECIAL_ID = 4, 7
@@ -106,7 +121,7 @@ def training(cache: Cache, layers: tuple[int, ...] | None = None) -> Selection:
 
 def epoch(selection: Selection, batch_tokens: int, *, seed: int = 0, epoch: int = 0) -> list[torch.Tensor]:
     plans = epoch_plans(selection, seed=seed, epoch=epoch, batch_tokens=batch_tokens)
-    return [hidden_LND.clone() for hidden_LND in load(selection, plans, batch_tokens, CPU)]
+    return [batch.hidden_LND.clone() for batch in load(selection, plans, batch_tokens, CPU)]
 
 
 def mappings_of(folder: Path) -> list[str]:
@@ -273,7 +288,7 @@ def test_a_missing_shard_is_refused_before_anything_is_read(position_cache: Cach
 
 
 def replace_data(shard: Path, change: Callable[[bytes], bytes]) -> None:
-    """By a rename: cutting a file in place while a block of it is mapped would be a SIGBUS."""
+    """By a rename: who has the file open goes on with what it was."""
     data = shard / "layer_03" / "c" / "0" / "0"
     changed = data.with_name("changed")
     changed.write_bytes(change(data.read_bytes()))
@@ -324,8 +339,9 @@ def test_a_damaged_layer_is_an_error_that_names_it(
 @pytest.mark.parametrize("compress", ["none", "zstd"])
 @pytest.mark.parametrize("damage", [cut_to_nothing, delete_data, delete_layer, shutil.rmtree])
 def test_a_shard_lost_while_training_stops_it_and_is_named(
-    caches: Callable[[str], Cache], tmp_path: Path, compress: str, damage: Any
+    caches: Callable[[str], Cache], tmp_path: Path, compress: str, damage: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(rows, "OPEN_FILES", 1)  # one that is held open is read on, lost or not
     cache = Cache(copied(caches(compress), tmp_path))
     selection = training(cache)
     for shard in selection.shards:
@@ -338,6 +354,18 @@ def test_a_shard_lost_while_training_stops_it_and_is_named(
     with closing(loader), pytest.raises(FailedRun, match=r"shard-00001.*damaged"):
         assert_no_nan(loader)
     assert loader_threads() == []
+
+
+def test_a_file_cut_in_place_while_training_stops_it_and_is_named(position_cache: Cache, tmp_path: Path) -> None:
+    cache = Cache(copied(position_cache, tmp_path))
+    selection = training(cache)
+    plans = (plan for at in range(20) for plan in epoch_plans(selection, seed=0, epoch=at, batch_tokens=200))
+    with closing(load(selection, plans, 200, CPU)) as loader:
+        for _ in range(60):  # two epochs: every file is open
+            next(loader)
+        os.truncate(cache.path / "shard-00001" / "layer_03" / "c" / "0" / "0", 1000)
+        with pytest.raises(FailedRun, match=r"shard-00001.*layer_03.*damaged: ends before byte"):
+            assert_no_nan(loader)
 
 
 def test_a_damaged_order_is_refused_by_name(position_cache: Cache, tmp_path: Path) -> None:
@@ -355,13 +383,13 @@ def test_a_damaged_shard_record_is_refused_by_name(position_cache: Cache, tmp_pa
         training(Cache(copy))
 
 
-def assert_no_nan(loader: Iterator[torch.Tensor]) -> None:
-    for hidden_LND in loader:
-        assert not hidden_LND.isnan().any()
+def assert_no_nan(loader: Iterator[Batch]) -> None:
+    for batch in loader:
+        assert not batch.hidden_LND.isnan().any()
 
 
 def loader_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "batch-loader"]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("batch-loader")]
 
 
 def test_the_loader_thread_ends_with_the_epoch_and_with_a_consumer_that_stops_early(position_cache: Cache) -> None:
@@ -370,7 +398,7 @@ def test_the_loader_thread_ends_with_the_epoch_and_with_a_consumer_that_stops_ea
     assert loader_threads() == []
     loader = load(selection, epoch_plans(selection, seed=0, epoch=0, batch_tokens=100), 100, CPU)
     next(loader)
-    assert len(loader_threads()) == 1
+    assert len(loader_threads()) == 2
     del loader
     gc.collect()
     assert loader_threads() == []
@@ -379,12 +407,11 @@ def test_the_loader_thread_ends_with_the_epoch_and_with_a_consumer_that_stops_ea
 def test_a_batch_is_valid_until_the_next_is_asked_for(position_cache: Cache) -> None:
     selection = training(position_cache)
     loader = load(selection, epoch_plans(selection, seed=0, epoch=0, batch_tokens=100), 100, CPU)
-    hidden_LND = next(loader)
+    hidden_LND = next(loader).hidden_LND
     then_LND = hidden_LND.clone()
-    (thread,) = loader_threads()
-    thread.join(timeout=0.3)  # time enough to fill every buffer it may fill
+    loader_threads()[0].join(timeout=0.3)  # time enough to fill every buffer it may fill
     assert torch.equal(hidden_LND, then_LND)
-    assert not torch.equal(next(loader), then_LND)
+    assert not torch.equal(next(loader).hidden_LND, then_LND)
 
 
 def test_a_failure_of_the_plans_reaches_the_consumer(position_cache: Cache) -> None:
@@ -400,6 +427,96 @@ def test_a_failure_of_the_plans_reaches_the_consumer(position_cache: Cache) -> N
     assert loader_threads() == []
 
 
+def test_a_batch_has_the_mean_and_standard_deviation_of_each_of_its_rows(
+    position_cache: Cache, tiny_cache: Cache
+) -> None:
+    for cache, layers in ((position_cache, (5, 2)), (tiny_cache, (3, 4)), (tiny_cache, tiny_cache.manifest.layers)):
+        selection = training(cache, layers)
+        plans = epoch_plans(selection, seed=0, epoch=0, batch_tokens=333)
+        seen = 0
+        for batch in load(selection, plans, 333, CPU):
+            seen += batch.hidden_LND.shape[1]
+            for at in range(len(layers)):
+                mean_N, std_N = row_statistics(batch.hidden_LND[at])
+                torch.testing.assert_close(batch.mean_LN1[at, :, 0], mean_N)
+                torch.testing.assert_close(batch.std_LN1[at, :, 0], std_N)
+        assert seen == len(selection)
+
+
+def test_statistics_that_are_cut_are_an_error_that_names_them(position_cache: Cache, tmp_path: Path) -> None:
+    cache = Cache(copied(position_cache, tmp_path))
+    os.truncate(cache.path / "shard-00002" / "token_std" / "c" / "0" / "0", 64)
+    with pytest.raises(FailedRun, match=r"shard-00002.*token_std.*damaged"):
+        epoch(training(cache), 1000)
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_the_order_of_blocks_is_the_one_that_runs_were_begun_with(position_cache: Cache, seed: int) -> None:
+    """A checkpoint goes on in the middle of it, so no release may change it."""
+    selection = training(position_cache)
+    blocks = []
+    for shard in range(len(selection.shards)):
+        for first in range(0, selection.count(shard), BLOCK_ROWS):
+            blocks.append(Block(shard, first, min(first + BLOCK_ROWS, selection.count(shard))))
+    assert selection.blocks() == blocks
+    order = np.random.Generator(np.random.PCG64([seed, 3])).permutation(len(blocks))
+    one_batch = epoch_plans(selection, seed=seed, epoch=3, batch_tokens=len(selection))
+    assert list(one_batch) == [[blocks[i] for i in order]]
+
+
+def test_a_sample_is_the_first_tokens_of_the_first_epoch(position_cache: Cache) -> None:
+    selection = training(position_cache, (3, 5))
+    (first_LND, *_) = epoch(selection, 700, seed=4)
+    sample = read_sample(selection, seed=4, tokens=700)
+    assert torch.equal(sample.hidden_LND, first_LND)
+    torch.testing.assert_close(sample.mean_LN1, first_LND.float().mean(2, keepdim=True))
+    assert read_sample(selection, seed=4, tokens=10**6).hidden_LND.shape[1] == len(selection)
+
+
+def descriptors_of(folder: Path) -> list[str]:
+    links = [Path("/proc/self/fd", name) for name in os.listdir("/proc/self/fd")]
+    targets = [str(link.readlink()) for link in links if link.is_symlink()]
+    return [target for target in targets if target.startswith(str(folder))]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads /proc/self/fd")
+def test_few_files_are_open_at_once_and_none_afterwards(
+    position_cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows, "OPEN_FILES", 5)
+    selection = training(position_cache)  # 27 layer files and 18 of statistics
+    plans = epoch_plans(selection, seed=0, epoch=0, batch_tokens=100)
+    held, seen = 0, []
+    for batch in load(selection, plans, 100, CPU):
+        held = max(held, len(descriptors_of(position_cache.path)))
+        seen += decoded(batch.hidden_LND[0])
+    assert 1 < held <= 5 + 2  # and one that each thread reads from
+    assert sorted(seen) == wanted_positions(position_cache, 0, position_cache.manifest.train_rows)
+    gc.collect()
+    assert descriptors_of(position_cache.path) == []
+
+
+ABANDON = """
+import sys, time, torch
+from routesae.harvest.cache import Cache
+from routesae.train.batches import Selection, epoch_plans, load
+cache = Cache(sys.argv[1])
+selection = Selection(cache, 0, cache.manifest.train_rows, cache.manifest.layers)
+batches = load(selection, epoch_plans(selection, seed=0, epoch=0, batch_tokens=50), 50, torch.device("cpu"))
+next(batches)
+time.sleep(1)  # by now its thread waits for a buffer that nobody will give back
+"""
+
+
+@pytest.mark.parametrize("compress", ["none", "zstd"])
+def test_a_loader_that_nobody_closes_does_not_keep_the_process_from_its_end(
+    caches: Callable[[str], Cache], compress: str
+) -> None:
+    command = [sys.executable, "-c", ABANDON, str(caches(compress).path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+
+
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc/self/maps")
 def test_no_mapping_of_a_shard_stays_open(position_cache: Cache) -> None:
     selection = training(position_cache)
@@ -407,6 +524,5 @@ def test_no_mapping_of_a_shard_stays_open(position_cache: Cache) -> None:
     assert len(mappings_of(position_cache.path)) == 1  # the check sees one that is open
     del held
     batches = load(selection, epoch_plans(selection, seed=0, epoch=0, batch_tokens=100), 100, CPU)
-    last_LND = list(batches)[-1]
-    assert last_LND.isfinite().all()
+    assert list(batches)[-1].hidden_LND.isfinite().all()
     assert mappings_of(position_cache.path) == []

@@ -1,20 +1,25 @@
-"""NormMSE and AuxK against their equations written out token by token."""
+"""NormMSE and AuxK against their equations written out token by token; and how NormMSE reaches the log."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from routesae.train.losses import AUXK_WEIGHT, auxk, norm_mse, squared_error_shares
+from routesae.train.log import METRICS, StepLog
+from routesae.train.losses import AUXK_WEIGHT, Objective, auxk, norm_mse, squared_error_shares
+from routesae.train.saes import Recipe, build
+from routesae.train.search import Encoder
 
 N, D, LATENTS = 9, 8, 20
 
 
 class Problem(NamedTuple):
-    """What auxk takes before dead_F."""
+    """What auxk is made of beside dead_F."""
 
     x_ND: Tensor
     reconstruction_ND: Tensor
@@ -28,6 +33,11 @@ def problem() -> Problem:
     generator = torch.Generator().manual_seed(0)
     shapes = [(N, D), (N, D), (LATENTS, D), (LATENTS,), (LATENTS, D), (D,)]
     return Problem(*(torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes))
+
+
+def auxk_of(given: Problem, dead_F: Tensor, weights_N: Tensor | None = None) -> Tensor:
+    encoder = Encoder(given.W_enc_FD, given.b_enc_F, given.b_dec_D)
+    return auxk(given.x_ND, given.reconstruction_ND, encoder, given.W_dec_FD, dead_F, weights_N)
 
 
 def dead(count: int) -> Tensor:
@@ -62,6 +72,65 @@ def test_norm_mse_of_a_zero_token_is_finite_and_so_is_its_gradient() -> None:
     assert reconstruction_ND.grad.isfinite().all()
 
 
+def uneven() -> Tensor:
+    weights_N = torch.linspace(0, 1, N, dtype=torch.float64).square()
+    return weights_N / weights_N.sum()
+
+
+def test_norm_mse_weighs_tokens_as_it_is_told_and_alike_where_it_is_not() -> None:
+    given, weights_N = problem(), uneven()
+    shares_N = squared_error_shares(given.x_ND, given.reconstruction_ND)
+    weighted = float(norm_mse(given.x_ND, given.reconstruction_ND, weights_N))
+    assert weighted == pytest.approx(
+        sum(float(w) * float(share) for w, share in zip(weights_N, shares_N, strict=True))
+    )
+    assert weighted != pytest.approx(float(shares_N.mean()))
+    even_N = torch.full((N,), 1 / N, dtype=torch.float64)
+    assert torch.equal(norm_mse(*given[:2]), norm_mse(*given[:2], even_N))
+
+
+def test_the_gradients_of_norm_mse_equal_finite_differences_and_autograds() -> None:
+    given = (*problem()[:2], uneven())
+    leaves = tuple(tensor.clone().requires_grad_() for tensor in given)
+    assert torch.autograd.gradcheck(norm_mse, leaves, eps=1e-6, atol=1e-8)
+
+    def plain(x_ND: Tensor, reconstruction_ND: Tensor, weights_N: Tensor) -> Tensor:
+        return (weights_N * squared_error_shares(x_ND, reconstruction_ND)).sum()
+
+    # The upstream gradient is not 1, and any of the three may be held fixed.
+    for fixed in range(4):
+        leaves = tuple(tensor.clone().requires_grad_(at != fixed) for at, tensor in enumerate(given))
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        found = torch.autograd.grad(norm_mse(*leaves).exp() * 3, wanted)
+        for one, other in zip(found, torch.autograd.grad(plain(*leaves).exp() * 3, wanted), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_norm_mse_under_autocast_is_float32s() -> None:
+    x_ND, reconstruction_ND = (tensor.float() for tensor in problem()[:2])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = norm_mse(x_ND, reconstruction_ND)
+    assert rounded.dtype == torch.float32
+    assert torch.equal(rounded, norm_mse(x_ND, reconstruction_ND))
+
+
+def test_a_line_of_the_log_has_the_objectives_own_numbers_weighted_by_tokens(tmp_path: Path) -> None:
+    recipe = Recipe(sae="topk", layers=(4,), width=D, latents=LATENTS, k=2)
+    sae = build(recipe, torch.Generator().manual_seed(0))
+    log = StepLog(sae, tmp_path, [], 1e-3)
+    steps = [(5.0, 0.5, 30), (2.0, 0.25, 10)]
+    with torch.no_grad():
+        for total, error, tokens in steps:
+            out = sae(torch.randn(1, tokens, D, generator=torch.Generator().manual_seed(tokens)))
+            objective = Objective(torch.tensor(total), torch.tensor(error))
+            log.add(out, objective, out.latents.active_counts(LATENTS), tokens, 1e-3)
+    log.write(2, torch.zeros(()))
+    log.close()
+    (line,) = map(json.loads, (tmp_path / METRICS).read_text().splitlines())
+    assert line["norm_mse"] == pytest.approx((0.5 * 30 + 0.25 * 10) / 40)
+    assert line["loss"] == pytest.approx((5 * 30 + 2 * 10) / 40)
+
+
 def auxk_by_hand(given: Problem, dead_F: Tensor) -> float:
     """2406.04093, A.2, a token at a time: e = x − x̂, ê = Σ over the top min(D/2, dead) dead latents."""
     candidates = [latent for latent in range(LATENTS) if dead_F[latent]]
@@ -83,11 +152,21 @@ def auxk_by_hand(given: Problem, dead_F: Tensor) -> float:
 @pytest.mark.parametrize("count", [1, 3, D // 2, D // 2 + 1, 13, LATENTS])
 def test_auxk_is_the_equation_with_fewer_and_with_more_dead_latents_than_half_the_width(count: int) -> None:
     given, dead_F = problem(), dead(count)
-    assert float(auxk(*given, dead_F)) == pytest.approx(auxk_by_hand(given, dead_F))
+    assert float(auxk_of(given, dead_F)) == pytest.approx(auxk_by_hand(given, dead_F))
+
+
+def test_auxk_weighs_tokens_as_norm_mse_does() -> None:
+    given, dead_F = problem(), dead(7)
+    first_N = torch.zeros(N, dtype=torch.float64)
+    first_N[0] = 1
+    alone = given._replace(x_ND=given.x_ND[:1], reconstruction_ND=given.reconstruction_ND[:1])
+    weighted, by_itself = float(auxk_of(given, dead_F, first_N)), float(auxk_of(alone, dead_F))
+    assert weighted == pytest.approx(by_itself)
+    assert weighted != pytest.approx(float(auxk_of(given, dead_F)))
 
 
 def test_auxk_is_zero_where_no_latent_is_dead() -> None:
-    assert float(auxk(*problem(), dead(0))) == 0
+    assert float(auxk_of(problem(), dead(0))) == 0
 
 
 def test_auxk_weighs_1_32nd() -> None:
@@ -98,7 +177,7 @@ def test_auxk_weighs_1_32nd() -> None:
 def test_auxk_sends_a_gradient_to_dead_latents_only(count: int) -> None:
     dead_F = dead(count)
     given = Problem(*(tensor.requires_grad_() for tensor in problem()))
-    auxk(*given, dead_F).backward()  # type: ignore[no-untyped-call]
+    auxk_of(given, dead_F).backward()  # type: ignore[no-untyped-call]
     for name in ("W_enc_FD", "b_enc_F", "W_dec_FD"):
         grad = getattr(given, name).grad
         reached_F = grad.reshape(LATENTS, -1).abs().sum(1) > 0
@@ -113,6 +192,6 @@ def test_the_gradient_of_auxk_equals_finite_differences() -> None:
     leaves = tuple(tensor.clone().requires_grad_() for tensor in (given.W_enc_FD, given.b_enc_F, given.W_dec_FD))
 
     def loss(W_enc_FD: Tensor, b_enc_F: Tensor, W_dec_FD: Tensor) -> Tensor:
-        return auxk(given.x_ND, given.reconstruction_ND, W_enc_FD, b_enc_F, W_dec_FD, given.b_dec_D, dead_F)
+        return auxk_of(given._replace(W_enc_FD=W_enc_FD, b_enc_F=b_enc_F, W_dec_FD=W_dec_FD), dead_F)
 
     assert torch.autograd.gradcheck(loss, leaves, eps=1e-6, atol=1e-6)

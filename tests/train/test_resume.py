@@ -100,7 +100,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 def compared(folder: Path) -> dict[str, Any]:
     """All files of an SAE, less what a clock or the command itself puts in."""
     found: dict[str, Any] = contents(folder)
-    found["metrics.jsonl"] = [{**line, "tokens_per_second": None} for line in lines(folder)]
+    found["metrics.jsonl"] = [{**line, "tokens_per_second": None, "data_wait": None} for line in lines(folder)]
     config = json.loads(found["cfg.json"])
     asked = config["metadata"]["routesae"]["source"]["settings"]
     for name in ("out", "resume", "overwrite", "log_every_steps", "checkpoint_every_steps"):
@@ -574,7 +574,7 @@ def test_an_sae_trained_on_rescaled_states_is_saved_as_the_same_function_of_raw_
     scale = json.loads((state / "state.json").read_text())["scale"]
     held_out = Selection(tiny_cache, tiny_cache.manifest.train_rows, tiny_cache.manifest.rows, recipe.layers)
     plans = epoch_plans(held_out, seed=0, epoch=0, batch_tokens=len(held_out))
-    (h_LND,) = (batch.float().clone() for batch in load(held_out, plans, len(held_out), CPU))
+    (h_LND,) = (batch.hidden_LND.float().clone() for batch in load(held_out, plans, len(held_out), CPU))
     assert h_LND.shape[1] == len(held_out)
     norm = (scale * h_LND).norm(dim=2).mean().item()
     assert norm == pytest.approx(32**0.5, rel=0.02)  # s was taken over the training rows

@@ -23,7 +23,9 @@ from routesae.reporting import FailedRun, Progress, Report, Stopped, WrongInput,
 from routesae.train.batches import Selection
 from routesae.train.checkpoint import find_saes, load_sae
 from routesae.train.evaluate import score_on_cache
+from routesae.train.kernels import DenseLatents, RaggedLatents
 from routesae.train.log import StepLog
+from routesae.train.losses import Objective
 from routesae.train.run import INITIAL_SAMPLE_TOKENS, TrainResult, fit, planned, train
 from routesae.train.saes import SAE, Forward, Recipe, build
 from routesae.train.schedule import lr_factor
@@ -182,10 +184,10 @@ class Recorded:
         self.dead: list[Tensor] = []
         inner = sae.loss
 
-        def loss(out: Forward, dead_F: Tensor, sparsity_factor: float = 1.0) -> Tensor:
+        def loss(out: Forward, dead_F: Tensor, sparsity_factor: float = 1.0) -> Objective:
             given = inner(out, dead_F, sparsity_factor)
             self.outs.append(Forward(*(part if part is None else _detached(part) for part in out)))
-            self.losses.append(given.item())
+            self.losses.append(given.total.item())
             self.dead.append(dead_F.clone())
             return given
 
@@ -193,6 +195,10 @@ class Recorded:
 
 
 def _detached(part: Any) -> Any:
+    if isinstance(part, RaggedLatents):
+        return part._replace(values_M=part.values_M.detach().clone())
+    if isinstance(part, DenseLatents):
+        return DenseLatents(part.values_NF.detach().clone())
     return part.detach().clone() if isinstance(part, Tensor) else type(part)(*(x.detach().clone() for x in part))
 
 
@@ -246,8 +252,9 @@ def test_the_log_says_of_each_stretch_of_steps_what_the_steps_did(
         assert line["dead"] == pytest.approx(sum(n >= 2500 for n in idle) / 64)
         assert line["lr"] == pytest.approx(chosen.runs[0].lr * lr_factor(line["step"] - 1, total_steps))
         assert line["tokens_per_second"] > 0
+        assert 0 <= line["data_wait"] < 1
         some_are_dead |= line["dead"] > 0
-        promised = {"step", "tokens", "loss", "norm_mse", "l0", "dead", "lr", "tokens_per_second"}
+        promised = {"step", "tokens", "loss", "norm_mse", "l0", "dead", "lr", "tokens_per_second", "data_wait"}
         if variant["sae"] == "routesae":
             promised |= {"layer_shares", "routing_entropy"}
             routed: list[int] = []

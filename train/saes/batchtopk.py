@@ -16,14 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from routesae.train.kernels import (
-    AnyLatents,
-    Latents,
-    batchtopk_latents,
-    decode,
-    sparse_autoencode,
-    threshold_latents,
-)
+from routesae.train.kernels import AnyLatents, decode, encode_batchtopk, threshold_latents
 from routesae.train.saes.sae import Forward, Recipe
 from routesae.train.saes.single import WEIGHTS, SingleLayerSAE, checked
 
@@ -47,22 +40,21 @@ class BatchTopK(SingleLayerSAE):
         if not self.training:
             latents = self.encode(x_ND)
             return Forward(x_ND, decode(latents, self.W_dec_FD, self.b_dec_D), latents)
-        selected = batchtopk_latents(x_ND, self.W_enc_FD, self.b_enc_F, self.b_dec_D, self.k)
-        self._learn_threshold(selected)
-        weights = (self.W_enc_FD, self.b_enc_F, self.W_dec_FD, self.b_dec_D)
-        return Forward(x_ND, *sparse_autoencode(x_ND, *weights, selected, ragged=True), weights_N=weights_N)
+        pairs, f_M = encode_batchtopk(x_ND, self.encoder(), self.k)
+        self._learn_threshold(f_M)
+        reconstruction_ND = pairs.decode(f_M, self.W_dec_FD, self.b_dec_D)
+        return Forward(x_ND, reconstruction_ND, pairs.latents(f_M), weights_N=weights_N)
 
     @torch.no_grad()
-    def _learn_threshold(self, selected: Latents) -> None:
-        values_NK = selected.values_NK
-        least = torch.where(values_NK > 0, values_NK, torch.inf).min()
+    def _learn_threshold(self, f_M: Tensor) -> None:
         self.batches += 1
-        rate = (1 / self.batches).clamp(min=THRESHOLD_RATE)
-        self.threshold += torch.where(least.isfinite(), rate * (least - self.threshold), 0)
+        if len(f_M):
+            rate = (1 / self.batches).clamp(min=THRESHOLD_RATE)
+            self.threshold += rate * (f_M.min() - self.threshold)
 
     @torch.no_grad()
     def encode(self, x_ND: Tensor) -> AnyLatents:
-        return threshold_latents(x_ND, self.W_enc_FD, self.b_enc_F, self.b_dec_D, self.threshold)
+        return threshold_latents(x_ND, self.encoder(), self.threshold)
 
     def files(self) -> dict[str, dict[str, Tensor]]:
         files = super().files()

@@ -7,7 +7,8 @@
 The layers lie side by side, so both are one product of width L·D. Decoder norms are free, the penalty weighs them.
 With --recipe published: each layer's decoder rows at unit norm, no b_d, λ times the plain mean of f.
 
-Dimension letters: L layers, N tokens, D width, F latents, C = L·D.
+Dimension letters: L layers, N tokens, D width, F latents, C = L·D, P pairs of a token and a latent: all, or those
+that can be active.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from routesae.train.kernels import DenseLatents
-from routesae.train.losses import norm_mse
-from routesae.train.saes.normalise import geometric_median
+from routesae.train.kernels import encode_above
+from routesae.train.losses import Objective, norm_mse
+from routesae.train.saes.normalise import NormalisedLayers, geometric_median
 from routesae.train.saes.penalty import PenaltyWeight
 from routesae.train.saes.sae import PUBLISHED_DECODER_STEPS, SAE, Forward, Recipe
 from routesae.train.saes.single import checked
+from routesae.train.search import Encoder
 
 CROSSCODER = "crosscoder.safetensors"
 
@@ -47,13 +49,20 @@ class Crosscoder(SAE):
         self.b_dec_C = nn.Parameter(torch.zeros(layers * recipe.width), requires_grad=not recipe.published)
         self.penalty = PenaltyWeight(recipe)
 
-    def forward(self, x_LND: Tensor) -> Forward:
-        x_NC = x_LND.transpose(0, 1).flatten(1)
-        f_NF = F.linear(x_NC, self.W_enc_FC, self.b_enc_F).relu()
+    def forward(self, x: NormalisedLayers) -> Forward:
+        x_NC = torch.cat(list(x), dim=1)
+        encoder = Encoder(self.W_enc_FC, self.b_enc_F, chunk_rows=self.chunk_rows)
+        pairs, z_P = encode_above(x_NC, encoder, torch.zeros_like(self.b_enc_F))
+        f_P = z_P.relu()
+        latents = pairs.latents(f_P)
         if self.training:
-            self.penalty.steer((f_NF > 0).sum(1), self.k)
-        penalty = f_NF.mean() if self.recipe.published else (f_NF @ self._decoder_norms()).mean()
-        return Forward(x_NC, self.decode(f_NF), DenseLatents(f_NF), penalty)
+            self.penalty.steer(latents.active_counts(self.recipe.latents).sum() / len(x_NC), self.k)
+        if self.recipe.published:
+            penalty = f_P.sum() / (len(x_NC) * self.recipe.latents)
+        else:
+            penalty = pairs.by_token(f_P, self._decoder_norms()).mean()
+        reconstruction_NC = pairs.decode(f_P, self.W_dec_FC, self.b_dec_C)
+        return Forward(x_NC, reconstruction_NC, latents, penalty)
 
     def decode(self, f_NF: Tensor) -> Tensor:
         """x̂_NC."""
@@ -67,15 +76,16 @@ class Crosscoder(SAE):
     def _by_layer(self, W_FC: Tensor) -> Tensor:
         return W_FC.view(self.recipe.latents, len(self.recipe.layers), self.recipe.width)
 
-    def loss(self, out: Forward, dead_F: Tensor, sparsity_factor: float = 1.0) -> Tensor:
+    def loss(self, out: Forward, dead_F: Tensor, sparsity_factor: float = 1.0) -> Objective:
         weight: Tensor | float = self.penalty(sparsity_factor)
         assert out.penalty is not None
-        return norm_mse(out.x_ND, out.reconstruction_ND) + weight * out.penalty
+        error = norm_mse(out.x_ND, out.reconstruction_ND)
+        return Objective(error + weight * out.penalty, error)
 
     @torch.no_grad()
-    def initialise(self, x_LND: Tensor) -> None:
+    def initialise(self, x: NormalisedLayers | Tensor) -> None:
         if not self.recipe.published:
-            median_C = torch.cat([geometric_median(x_ND) for x_ND in x_LND])
+            median_C = torch.cat([geometric_median(x_ND) for x_ND in x])
             self.b_dec_C.copy_(median_C)
             self.b_enc_F.copy_(-(self.W_enc_FC @ median_C))  # f starts from x − b_d, as the other variants read it
 

@@ -9,22 +9,43 @@
 With --recipe published: NormMSE + λ times the mean of f over tokens and latents, and no auxiliary term. b_gate then
 has no gradient at all (nothing differentiable reaches it), which is what the published RouteSAE code does.
 
-Dimension letters: N tokens, D width, F latents.
+Dimension letters: N tokens, D width, F latents, P pairs of a token and a latent: all, or those that can be active.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from routesae.train.kernels import DenseLatents
+from routesae.train.kernels import DenseLatents, encode_above
 from routesae.train.losses import mean_over_rows, norm_mse
 from routesae.train.saes.penalty import PenaltyWeight
 from routesae.train.saes.sae import Forward, Recipe
 from routesae.train.saes.single import SingleLayerSAE
+from routesae.train.search import Encoder
+
+
+class _Gate(torch.autograd.Function):
+    """ReLU(π) and f. By hand, since where most latents are active what autograd stores is most of a step's time."""
+
+    @staticmethod
+    def forward(ctx: Any, shared_P: Tensor, b_gate: Tensor, e_r: Tensor, b_mag: Tensor) -> tuple[Tensor, Tensor]:
+        gate_P = (shared_P + b_gate).relu_()
+        f_P = torch.addcmul(b_mag, e_r, shared_P).relu_().masked_fill_(gate_P == 0, 0)
+        ctx.save_for_backward(shared_P, e_r, gate_P, f_P)
+        return gate_P, f_P
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        shared_P, e_r, gate_P, f_P = ctx.saved_tensors
+        g_gate_P, g_f_P = grads
+        d_gate_P, d_f_P = g_gate_P.masked_fill(gate_P == 0, 0), g_f_P.masked_fill(f_P == 0, 0)
+        d_b_gate, d_b_mag = d_gate_P.sum_to_size(e_r.shape), d_f_P.sum_to_size(e_r.shape)
+        d_shared_P = torch.addcmul(d_gate_P, d_f_P, e_r)
+        return d_shared_P, d_b_gate, (d_f_P * shared_P).sum_to_size(e_r.shape), d_b_mag
 
 
 class Gated(SingleLayerSAE):
@@ -39,18 +60,23 @@ class Gated(SingleLayerSAE):
         self.penalty = PenaltyWeight(recipe)
 
     def autoencode(self, x_ND: Tensor, weights_N: Tensor | None = None) -> Forward:
-        shared_NF = F.linear(x_ND - self.b_dec_D, self.W_enc_FD)
-        gate_NF = (shared_NF + self.b_gate_F).relu()
-        f_NF = torch.where(gate_NF > 0, (self.r_mag_F.exp() * shared_NF + self.b_mag_F).relu(), 0)
-        out = Forward(x_ND, f_NF @ self.W_dec_FD + self.b_dec_D, DenseLatents(f_NF), weights_N=weights_N)
+        pairs, shared_P = encode_above(x_ND, self.encoder(), -self.b_gate_F.detach())
+        biases = (pairs.at(self.b_gate_F), pairs.at(self.r_mag_F.exp()), pairs.at(self.b_mag_F))
+        gate_P, f_P = _Gate.apply(shared_P, *biases)  # type: ignore[no-untyped-call]
+        reconstruction_ND = pairs.decode(f_P, self.W_dec_FD, self.b_dec_D)
+        latents = pairs.latents(f_P)
+        out = Forward(x_ND, reconstruction_ND, latents, weights_N=weights_N)
         if not self.training:
             return out
-        self.penalty.steer((f_NF > 0).sum(1), self.k)
+        self.penalty.steer(latents.active_counts(self.recipe.latents).sum() / len(x_ND), self.k)
         if self.recipe.published:
-            return out._replace(penalty=mean_over_rows(f_NF.mean(1), weights_N))
-        by_gate_ND = gate_NF @ self.W_dec_FD.detach() + self.b_dec_D.detach()
-        penalty = mean_over_rows(gate_NF.sum(1), weights_N)
+            return out._replace(penalty=mean_over_rows(pairs.by_token(f_P) / self.recipe.latents, weights_N))
+        by_gate_ND = pairs.decode(gate_P, self.W_dec_FD.detach(), self.b_dec_D.detach())
+        penalty = mean_over_rows(pairs.by_token(gate_P), weights_N)
         return out._replace(penalty=penalty, auxiliary=norm_mse(x_ND, by_gate_ND, weights_N))
+
+    def encoder(self) -> Encoder:
+        return Encoder(self.W_enc_FD, None, self.b_dec_D, self.chunk_rows)  # the two paths have biases of their own
 
     def penalty_weight(self, sparsity_factor: float) -> Tensor | float:
         weight: Tensor | float = self.penalty(sparsity_factor)

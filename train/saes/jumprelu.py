@@ -13,7 +13,7 @@ almost half of them active.
 
 With --recipe published: θ starts at 0.001, ε is 0.001, λ·L0 only, and L0's estimate looks at f instead of z.
 
-Dimension letters: N tokens, D width, F latents.
+Dimension letters: N tokens, D width, F latents, P pairs of a token and a latent: all, or those that can be active.
 """
 
 from __future__ import annotations
@@ -24,8 +24,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from routesae.train.kernels import DenseLatents, jumprelu, step, threshold_latents
-from routesae.train.losses import mean_over_rows
+from routesae.train.kernels import (
+    AllPairs,
+    DenseLatents,
+    Pairs,
+    encode_above,
+    encode_all,
+    jumprelu,
+    step,
+    threshold_latents,
+)
+from routesae.train.losses import Objective, mean_over_rows
 from routesae.train.saes.sae import Forward, Recipe
 from routesae.train.saes.single import SingleLayerSAE
 
@@ -47,25 +56,34 @@ class JumpReLU(SingleLayerSAE):
         self.bandwidth = PUBLISHED_BANDWIDTH if recipe.published else BANDWIDTH
 
     def autoencode(self, x_ND: Tensor, weights_N: Tensor | None = None) -> Forward:
-        z_NF = F.linear(x_ND - self.b_dec_D, self.W_enc_FD, self.b_enc_F)
         threshold_F = self.threshold_F.clamp(min=0)
-        f_NF = jumprelu(z_NF, threshold_F, self.bandwidth)
-        active_NF = step(f_NF if self.recipe.published else z_NF, threshold_F, self.bandwidth)
-        l0 = mean_over_rows(active_NF.sum(1), weights_N)
+        # What lies within half a bandwidth below its threshold is not active, and yet moves the threshold.
+        floor_F = threshold_F.detach() - self.bandwidth / 2
+        pairs: Pairs | AllPairs
+        if self.recipe.published and bool((floor_F < 0).any()):  # its estimate then counts every f of 0 as near
+            pairs, z_P = AllPairs(), encode_all(x_ND, self.encoder())
+        else:
+            pairs, z_P = encode_above(x_ND, self.encoder(), floor_F)
+        threshold_P = pairs.at(threshold_F)
+        f_P = jumprelu(z_P, threshold_P, self.bandwidth)
+        active_P = step(f_P if self.recipe.published else z_P, threshold_P, self.bandwidth)
+        l0 = mean_over_rows(pairs.by_token(active_P), weights_N)
         penalty = l0 if self.recipe.sparsity is not None else (l0 / self.k - 1).square()
-        return Forward(x_ND, f_NF @ self.W_dec_FD + self.b_dec_D, DenseLatents(f_NF), penalty, weights_N=weights_N)
+        reconstruction_ND = pairs.decode(f_P, self.W_dec_FD, self.b_dec_D)
+        return Forward(x_ND, reconstruction_ND, pairs.latents(f_P), penalty, weights_N=weights_N)
 
     def penalty_weight(self, sparsity_factor: float) -> float:
         return sparsity_factor * (TARGET_WEIGHT if self.recipe.sparsity is None else self.recipe.sparsity)
 
-    def loss(self, out: Forward, dead_F: Tensor, sparsity_factor: float = 1.0) -> Tensor:
-        loss = super().loss(out, dead_F, sparsity_factor)
+    def loss(self, out: Forward, dead_F: Tensor, sparsity_factor: float = 1.0) -> Objective:
+        objective = super().loss(out, dead_F, sparsity_factor)
         dead = torch.nonzero(dead_F).squeeze(1) if self.recipe.pre_act_loss else dead_F[:0]
         if len(dead) == 0:
-            return loss
+            return objective
         z_Nd = F.linear(out.x_ND - self.b_dec_D, self.W_enc_FD[dead], self.b_enc_F[dead])
         short_Nd: Tensor = (self.threshold_F[dead].clamp(min=0) - z_Nd).relu() * self.W_dec_FD[dead].norm(dim=1)
-        return loss + self.recipe.pre_act_loss * mean_over_rows(short_Nd.sum(1), out.weights_N)
+        revival = self.recipe.pre_act_loss * mean_over_rows(short_Nd.sum(1), out.weights_N)
+        return objective._replace(total=objective.total + revival)
 
     @torch.no_grad()
     def centre(self, x_ND: Tensor) -> None:
@@ -78,4 +96,4 @@ class JumpReLU(SingleLayerSAE):
 
     @torch.no_grad()
     def encode(self, x_ND: Tensor) -> DenseLatents:
-        return threshold_latents(x_ND, self.W_enc_FD, self.b_enc_F, self.b_dec_D, self.threshold_F)
+        return threshold_latents(x_ND, self.encoder(), self.threshold_F)

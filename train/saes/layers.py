@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from routesae.train.saes.normalise import NormalisedLayers
 from routesae.train.saes.sae import Forward
 from routesae.train.saes.topk import TopK
 
@@ -23,11 +24,11 @@ class EveryLayer(TopK):
 
     one_layer = False
 
-    def forward(self, x_LND: Tensor) -> Forward:
-        return self.autoencode(x_LND.flatten(0, 1))
+    def forward(self, x: NormalisedLayers) -> Forward:
+        return self.autoencode(torch.cat(list(x)))
 
-    def initialise(self, x_LND: Tensor) -> None:
-        self.centre(x_LND.flatten(0, 1))
+    def initialise(self, x: NormalisedLayers | Tensor) -> None:
+        self.centre(torch.cat(list(x)))
 
 
 class MLSAE(EveryLayer):
@@ -36,8 +37,8 @@ class MLSAE(EveryLayer):
 
 
 class RandomLayer(EveryLayer):
-    def forward(self, x_LND: Tensor) -> Forward:
+    def forward(self, x: NormalisedLayers) -> Forward:
         if not self.training:
-            return super().forward(x_LND)
-        at = int(torch.randint(len(x_LND), ()))  # from the default generator, which the trainer seeds for every step
-        return self.autoencode(x_LND[at])
+            return super().forward(x)
+        at = int(torch.randint(len(x), ()))  # from the default generator, which the trainer seeds for every step
+        return self.autoencode(x[at])

@@ -6,7 +6,7 @@
 
 The sizes default to F/16, F/8, F/4, F/2, F.
 
-Dimension letters: N tokens, D width, F latents, K candidates a token.
+Dimension letters: N tokens, D width, F latents, M pairs of a token and a latent active on it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from routesae.train.kernels import Latents, pairs_of, summed_by_token
+from routesae.train.kernels import RaggedLatents
 from routesae.train.losses import norm_mse
 from routesae.train.saes.batchtopk import BatchTopK
 from routesae.train.saes.sae import Forward
@@ -35,16 +35,15 @@ class Matryoshka(BatchTopK):
         out = super().autoencode(x_ND, weights_N)
         if not self.training:
             return out
-        assert isinstance(out.latents, Latents)
+        assert isinstance(out.latents, RaggedLatents)
         inner = [norm_mse(x_ND, reconstruction_ND, weights_N) for reconstruction_ND in self._prefixes(out.latents)]
         return out._replace(auxiliary=sum(inner, x_ND.new_zeros(())))
 
-    def _prefixes(self, latents: Latents) -> Iterator[Tensor]:
+    def _prefixes(self, latents: RaggedLatents) -> Iterator[Tensor]:
         """x̂_m of every size but F, each the last one and the latents that it has more."""
         reconstruction_ND: Tensor = self.b_dec_D
-        values_NK, indices_NK = latents
+        f_M, pairs = latents
         for first, after in pairwise((0, *self.recipe.prefixes[:-1])):
-            inside_NK = (indices_NK >= first) & (indices_NK < after)
-            added = pairs_of(Latents(torch.where(inside_NK, values_NK, 0), indices_NK), ragged=True)
-            reconstruction_ND = reconstruction_ND + summed_by_token(added, added.values_M, self.W_dec_FD)
+            kept_M = torch.nonzero((pairs.latents_M >= first) & (pairs.latents_M < after)).squeeze(1)
+            reconstruction_ND = pairs.where(kept_M).decode(f_M[kept_M], self.W_dec_FD, reconstruction_ND)
             yield reconstruction_ND

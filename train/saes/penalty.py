@@ -33,10 +33,10 @@ class PenaltyWeight(nn.Module):
         self.steered: Tensor
 
     @torch.no_grad()
-    def steer(self, active_N: Tensor, k: int) -> None:
-        """active_N: latents active on each token of a training batch."""
+    def steer(self, l0: Tensor, k: int) -> None:
+        """l0: the mean number of active latents over the tokens of a training batch."""
         if self.fixed is None:
-            ratio = (active_N.float().mean() / k).clamp(min=1e-3)
+            ratio = (l0 / k).clamp(min=1e-3)
             self.steered *= torch.exp(RATE * ratio.log().clamp(-1, 1))
 
     def forward(self, sparsity_factor: float) -> Tensor | float:

@@ -30,12 +30,13 @@ HASH_FACTOR = 997.0
 class Rows(NamedTuple):
     """What the SAE reads: token_R and its layer at_R, an index into the recipe's layers.
 
-    scale_R: what x is multiplied by. weights_R: the rows' weights in the loss, summing to 1; None: all alike.
+    scale_R: what x is multiplied by; None: by nothing. weights_R: the rows' weights in the loss, summing to 1; None:
+    all alike.
     """
 
     token_R: Tensor
     at_R: Tensor
-    scale_R: Tensor
+    scale_R: Tensor | None = None
     weights_R: Tensor | None = None
 
 
@@ -46,11 +47,9 @@ def rows(router: str, w_NL: Tensor, *, training: bool) -> Rows:
         top = w_NL.topk(2, dim=1)
         share_N2 = top.values / top.values.sum(1, keepdim=True)
         token_R = token_N.repeat_interleave(2)
-        ones_R = torch.ones_like(token_R, dtype=w_NL.dtype)
-        return Rows(token_R, top.indices.flatten(), ones_R, share_N2.flatten() / len(w_NL))
+        return Rows(token_R, top.indices.flatten(), None, share_N2.flatten() / len(w_NL))
     at_N = w_NL.argmax(1)
-    scale_N = w_NL.gather(1, at_N[:, None]).squeeze(1)
-    return Rows(token_N, at_N, scale_N if router in SCALED else torch.ones_like(scale_N))
+    return Rows(token_N, at_N, w_NL.gather(1, at_N[:, None]).squeeze(1) if router in SCALED else None)
 
 
 def hashed_layers(r_NL: Tensor) -> Tensor:

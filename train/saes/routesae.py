@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from routesae.train.losses import Objective
+from routesae.train.saes.normalise import NormalisedLayers, as_layers
 from routesae.train.saes.routers import CONTROLS, balance_loss, hashed_layers, rows
 from routesae.train.saes.sae import SAE, Forward, Recipe
 from routesae.train.saes.single import SingleLayerSAE, checked
@@ -42,45 +44,52 @@ class RouteSAE(SAE):
         router_LD = (torch.rand(len(recipe.layers), recipe.width, generator=generator) * 2 - 1) * bound
         self.router_LD = nn.Parameter(router_LD, requires_grad=recipe.router not in CONTROLS)
 
-    def forward(self, x_LND: Tensor) -> Forward:
-        self.shared.k = self.k
-        w_NL = self.routing(x_LND)
+    def forward(self, x: NormalisedLayers) -> Forward:
+        self.shared.k, self.shared.chunk_rows = self.k, self.chunk_rows
+        w_NL = self.routing(x)
         if self.recipe.routing == "soft":
-            return self.shared.autoencode(_weighted(x_LND, w_NL))._replace(routing_NL=w_NL)
+            return self.shared.autoencode(x.weighted(w_NL))._replace(routing_NL=w_NL)
         read = rows(self.recipe.router, w_NL, training=self.training)
-        x_RD = x_LND[read.at_R, read.token_R] * read.scale_R[:, None]
+        x_RD = x.rows(read.at_R, read.token_R)
+        if read.scale_R is not None:
+            x_RD = x_RD * read.scale_R[:, None]
         out = self.shared.autoencode(x_RD, read.weights_R)._replace(routing_NL=w_NL)
         if not (self.training and self.recipe.balance):
             return out
         balance = self.recipe.balance * balance_loss(w_NL, read.at_R)
         return out._replace(auxiliary=balance if out.auxiliary is None else out.auxiliary + balance)
 
-    def loss(self, out: Forward, dead_F: Tensor, sparsity_factor: float = 1.0) -> Tensor:
+    def loss(self, out: Forward, dead_F: Tensor, sparsity_factor: float = 1.0) -> Objective:
         return self.shared.loss(out, dead_F, sparsity_factor)
 
     @torch.no_grad()
-    def initialise(self, x_LND: Tensor) -> None:
-        w_NL = self.routing(x_LND)
+    def initialise(self, x: NormalisedLayers | Tensor) -> None:
+        x = as_layers(x)
+        w_NL = self.routing(x)
         if self.recipe.routing == "soft":
-            self.shared.centre(_weighted(x_LND, w_NL))
+            self.shared.centre(x.weighted(w_NL))
         else:
-            routes = self.routes(x_LND)
-            self.shared.centre(x_LND[routes.at_N, torch.arange(len(w_NL))] * routes.scale_N[:, None])
+            routes = self.routes(x)
+            token_N = torch.arange(x.tokens, device=x.device)
+            self.shared.centre(x.rows(routes.at_N, token_N) * routes.scale_N[:, None])
 
-    def routing(self, x_LND: Tensor) -> Tensor:
+    def routing(self, x: NormalisedLayers | Tensor) -> Tensor:
         """w_NL, the router's softmax over the layers."""
-        gathered_ND = x_LND.mean(0) if self.recipe.aggregate == "mean" else x_LND.sum(0)
-        with torch.autocast(x_LND.device.type, enabled=False):  # bfloat16 would move tokens to other layers
+        x = as_layers(x)
+        gathered_ND = x.total() / len(x) if self.recipe.aggregate == "mean" else x.total()
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 would move tokens to other layers
             r_NL = gathered_ND @ self.router_LD.T
         if self.recipe.router == "random":
-            return nn.functional.one_hot(hashed_layers(r_NL), len(x_LND)).to(r_NL.dtype)
+            return nn.functional.one_hot(hashed_layers(r_NL), len(x)).to(r_NL.dtype)
         return torch.softmax(r_NL, dim=1)
 
     @torch.no_grad()
-    def routes(self, x_LND: Tensor) -> Routes:
+    def routes(self, x: NormalisedLayers | Tensor) -> Routes:
         """Where each token goes in use."""
-        read = rows(self.recipe.router, self.routing(x_LND), training=False)
-        return Routes(read.at_R, read.scale_R)
+        x = as_layers(x)
+        read = rows(self.recipe.router, self.routing(x), training=False)
+        scale_R = read.scale_R if read.scale_R is not None else torch.ones(len(read.at_R), device=x.device)
+        return Routes(read.at_R, scale_R)
 
     def rate_factors(self) -> dict[nn.Parameter, float]:
         return self.shared.rate_factors()
@@ -101,11 +110,3 @@ class RouteSAE(SAE):
         shape = (len(self.recipe.layers), self.recipe.width)
         router_LD = checked(files[ROUTER], {"router": shape}, ROUTER)["router"]
         self.router_LD = nn.Parameter(router_LD, requires_grad=self.router_LD.requires_grad)
-
-
-def _weighted(x_LND: Tensor, w_NL: Tensor) -> Tensor:
-    """Σ_ℓ w_ℓ x^ℓ, in float32 also where autocast is on."""
-    x_ND = torch.zeros_like(x_LND[0])
-    for at, layer_ND in enumerate(x_LND):
-        x_ND = x_ND + layer_ND * w_NL[:, at, None]
-    return x_ND

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from routesae.reporting import WrongInput
 from routesae.train.kernels import AnyLatents
-from routesae.train.saes.normalise import NORMALIZATIONS
+from routesae.train.losses import Objective
+from routesae.train.saes.normalise import NORMALIZATIONS, NormalisedLayers, as_layers
 from routesae.train.saes.routers import ROUTERS
 
 ROUTINGS = ("hard", "soft")
@@ -110,7 +111,8 @@ class Forward(NamedTuple):
 
 
 class SAE(nn.Module, ABC):
-    """A sparse autoencoder over x_LND: the normalised hidden states of `recipe.layers`, in that order, float32.
+    """A sparse autoencoder over x: the normalised hidden states of `recipe.layers`, in that order, float32. What takes
+    an x takes a plain x_LND too.
 
     A new variant is a file with a subclass and a line in routesae.train.saes.SAES.
 
@@ -123,21 +125,22 @@ class SAE(nn.Module, ABC):
         super().__init__()
         self.recipe = recipe
         self.k = recipe.k  # the trainer lowers it to recipe.k step by step where k is annealed
+        self.chunk_rows: int | None = None  # tokens encoded at a time; None: what is fastest
 
     @abstractmethod
-    def forward(self, x_LND: Tensor) -> Forward:
+    def forward(self, x: NormalisedLayers) -> Forward:
         """Reconstruct, with gradients where they are enabled. What a variant learns from a batch beside gradients
         (a threshold, λ) it learns here, in training mode only."""
 
     @abstractmethod
-    def loss(self, out: Forward, dead_F: Tensor, sparsity_factor: float = 1.0) -> Tensor:
+    def loss(self, out: Forward, dead_F: Tensor, sparsity_factor: float = 1.0) -> Objective:
         """The training objective of a pass.
 
         dead_F (bool) marks latents not active for `dead_after_tokens`; sparsity_factor, 0 to 1, warms λ up.
         """
 
     @abstractmethod
-    def initialise(self, x_LND: Tensor) -> None:
+    def initialise(self, x: NormalisedLayers | Tensor) -> None:
         """Set what starts from the data, given a sample of it."""
 
     @abstractmethod
@@ -168,7 +171,8 @@ class SAE(nn.Module, ABC):
         for W_dec_FD in self.decoders():
             grad_FD = W_dec_FD.grad
             assert grad_FD is not None
-            grad_FD.sub_((grad_FD * W_dec_FD).sum(1, keepdim=True) * W_dec_FD)
+            along_F1 = (grad_FD * W_dec_FD).sum(1, keepdim=True)
+            grad_FD.addcmul_(W_dec_FD, along_F1, value=-1)
 
     @torch.no_grad()
     def normalise_decoder(self, step: int, *, last: bool = False) -> None:
@@ -181,8 +185,8 @@ class SAE(nn.Module, ABC):
         for W_dec_FD in self.decoders():
             W_dec_FD.div_(torch.linalg.vector_norm(W_dec_FD, dim=1, keepdim=True))
 
-    def __call__(self, x_LND: Tensor) -> Forward:
-        out: Forward = super().__call__(x_LND)
+    def __call__(self, x: NormalisedLayers | Tensor) -> Forward:
+        out: Forward = super().__call__(as_layers(x))
         return out
 
     @property

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from routesae.reporting import WrongInput
 from routesae.train.kernels import AnyLatents, decode
-from routesae.train.losses import AUXK_WEIGHT, auxk, norm_mse
-from routesae.train.saes.normalise import geometric_median
+from routesae.train.losses import AUXK_WEIGHT, Objective, auxk, norm_mse
+from routesae.train.saes.normalise import NormalisedLayers, geometric_median
 from routesae.train.saes.sae import SAE, Forward, Recipe
+from routesae.train.search import Encoder
 
 WEIGHTS = "sae_weights.safetensors"
 
@@ -69,22 +70,25 @@ class SingleLayerSAE(SAE):
         """λ now; sparsity_factor, 0 to 1, warms it up."""
         raise AssertionError(f"{self.recipe.sae} has no penalty")
 
-    def forward(self, x_LND: Tensor) -> Forward:
-        return self.autoencode(x_LND[0])
+    def forward(self, x: NormalisedLayers) -> Forward:
+        return self.autoencode(x[0])
 
-    def loss(self, out: Forward, dead_F: Tensor, sparsity_factor: float = 1.0) -> Tensor:
-        loss = norm_mse(out.x_ND, out.reconstruction_ND, out.weights_N)
+    def encoder(self) -> Encoder:
+        return Encoder(self.W_enc_FD, self.b_enc_F, self.b_dec_D, self.chunk_rows)
+
+    def loss(self, out: Forward, dead_F: Tensor, sparsity_factor: float = 1.0) -> Objective:
+        error = loss = norm_mse(out.x_ND, out.reconstruction_ND, out.weights_N)
         if out.penalty is not None:
             loss = loss + self.penalty_weight(sparsity_factor) * out.penalty
         if out.auxiliary is not None:
             loss = loss + out.auxiliary
         if self.has_auxk and not self.recipe.published:
-            weights = (self.W_enc_FD, self.b_enc_F, self.W_dec_FD, self.b_dec_D)
-            loss = loss + AUXK_WEIGHT * auxk(out.x_ND, out.reconstruction_ND, *weights, dead_F, out.weights_N)
-        return loss
+            given = (out.x_ND, out.reconstruction_ND, self.encoder(), self.W_dec_FD, dead_F)
+            loss = loss + AUXK_WEIGHT * auxk(*given, out.weights_N)
+        return Objective(loss, error)
 
-    def initialise(self, x_LND: Tensor) -> None:
-        self.centre(x_LND[0])
+    def initialise(self, x: NormalisedLayers | Tensor) -> None:
+        self.centre(x[0])
 
     @torch.no_grad()
     def centre(self, x_ND: Tensor) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from routesae.train.kernels import Latents, sparse_autoencode, topk_latents
+from routesae.train.kernels import Latents, encode_topk, topk_latents
 from routesae.train.saes.sae import Forward
 from routesae.train.saes.single import SingleLayerSAE
 
@@ -28,12 +28,15 @@ class TopK(SingleLayerSAE):
     has_auxk = True
 
     def autoencode(self, x_ND: Tensor, weights_N: Tensor | None = None) -> Forward:
-        weights = (self.W_enc_FD, self.b_enc_F, self.W_dec_FD, self.b_dec_D)
-        return Forward(x_ND, *sparse_autoencode(x_ND, *weights, self.encode(x_ND)), weights_N=weights_N)
+        pairs, z_M = encode_topk(x_ND, self.encoder(), self.k)
+        f_M = z_M.relu()
+        reconstruction_ND = pairs.decode(f_M, self.W_dec_FD, self.b_dec_D)
+        latents = Latents(f_M.view(len(x_ND), -1), pairs.latents_M.view(len(x_ND), -1))
+        return Forward(x_ND, reconstruction_ND, latents, weights_N=weights_N)
 
     @torch.no_grad()
     def encode(self, x_ND: Tensor) -> Latents:
-        return topk_latents(x_ND, self.W_enc_FD, self.b_enc_F, self.b_dec_D, self.k)
+        return topk_latents(x_ND, self.encoder(), self.k)
 
     def lens_config(self) -> dict[str, Any]:
         return {"k": self.recipe.k, "rescale_acts_by_decoder_norm": False}

@@ -7,16 +7,15 @@
 The decoder's rows are free: the penalty weighs them, so that shrinking f and growing d gains nothing.
 With --recipe published: unit rows, and λ times the plain mean of f over tokens and latents.
 
-Dimension letters: N tokens, D width, F latents.
+Dimension letters: N tokens, D width, F latents, P pairs of a token and a latent: all, or those that can be active.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from routesae.train.kernels import DenseLatents, threshold_latents
+from routesae.train.kernels import DenseLatents, encode_above, threshold_latents
 from routesae.train.losses import mean_over_rows
 from routesae.train.saes.penalty import PenaltyWeight
 from routesae.train.saes.sae import Forward, Recipe
@@ -31,12 +30,18 @@ class Vanilla(SingleLayerSAE):
         self.penalty = PenaltyWeight(recipe)
 
     def autoencode(self, x_ND: Tensor, weights_N: Tensor | None = None) -> Forward:
-        f_NF = F.linear(x_ND - self.b_dec_D, self.W_enc_FD, self.b_enc_F).relu()
+        pairs, z_P = encode_above(x_ND, self.encoder(), torch.zeros_like(self.b_enc_F))
+        f_P = z_P.relu()
+        latents = pairs.latents(f_P)
         if self.training:
-            self.penalty.steer((f_NF > 0).sum(1), self.k)
-        penalty_N = f_NF.mean(1) if self.recipe.published else f_NF @ self.W_dec_FD.norm(dim=1)
+            self.penalty.steer(latents.active_counts(self.recipe.latents).sum() / len(x_ND), self.k)
+        if self.recipe.published:
+            penalty_N = pairs.by_token(f_P) / self.recipe.latents
+        else:
+            penalty_N = pairs.by_token(f_P, self.W_dec_FD.norm(dim=1))
+        reconstruction_ND = pairs.decode(f_P, self.W_dec_FD, self.b_dec_D)
         penalty = mean_over_rows(penalty_N, weights_N)
-        return Forward(x_ND, f_NF @ self.W_dec_FD + self.b_dec_D, DenseLatents(f_NF), penalty, weights_N=weights_N)
+        return Forward(x_ND, reconstruction_ND, latents, penalty, weights_N=weights_N)
 
     def penalty_weight(self, sparsity_factor: float) -> Tensor | float:
         weight: Tensor | float = self.penalty(sparsity_factor)
@@ -44,7 +49,7 @@ class Vanilla(SingleLayerSAE):
 
     @torch.no_grad()
     def encode(self, x_ND: Tensor) -> DenseLatents:
-        return threshold_latents(x_ND, self.W_enc_FD, self.b_enc_F, self.b_dec_D, torch.zeros_like(self.b_enc_F))
+        return threshold_latents(x_ND, self.encoder(), torch.zeros_like(self.b_enc_F))
 
     def decoders(self) -> list[nn.Parameter]:
         return [self.W_dec_FD] if self.recipe.published else []

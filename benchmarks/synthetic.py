@@ -1,0 +1,112 @@
+"""Caches of random hidden states, as large as a measurement of the disk or of memory needs, and the page cache.
+
+The rows are as good as any: nothing measured on them depends on what the numbers are. They go through the project's
+own writer, so the files are those of a harvest.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from routesae.harvest import arrays
+from routesae.harvest.cache import Cache, Manifest, ShardRecord, begin_cache, write_shard
+from routesae.harvest.statistics import TokenStatistics, row_statistics
+
+CONTEXT = 256
+PIECE_ROWS = 4096  # random rows, repeated to the length of a shard
+
+
+def synthetic_cache(path: Path, *, layers: int, tokens: int, shard_tokens: int, width: int = 2048) -> Cache:
+    """About `tokens` float16 hidden states of `layers` layers: every position is kept. path: not there yet."""
+    names = ("model", "config_hash", "tokenizer_hash", "tokens_hash", "corpus", "split", "text_field")
+    nought = ("min_chars", "documents_short", "documents_malformed", "seed", "skip_positions")
+    rows = -(-tokens // CONTEXT)
+    manifest = Manifest(
+        **dict.fromkeys(names, "synthetic"),
+        **dict.fromkeys(nought, 0),
+        revision=None,
+        lm_dtype="float32",
+        model_layers=layers,
+        layers=tuple(range(1, layers + 1)),
+        width=width,
+        context=CONTEXT,
+        rows=rows,
+        shard_rows=max(1, shard_tokens // CONTEXT),
+        kept_tokens=rows * CONTEXT,
+        dtype="float16",
+        overflow="error",
+        compress="none",
+        corpus_fingerprint="",
+        documents=1,
+        tokens_asked=tokens,
+        special_ids=(),
+        keep_special=True,
+        versions={},
+    )
+    tokens_ST = np.zeros((rows, CONTEXT), np.int32)
+    prepared = path / "prepared"
+    prepared.mkdir(parents=True)
+    arrays.write_array(prepared / "tokens", tokens_ST)
+    arrays.write_array(prepared / "document_starts", np.zeros(1, np.int64))
+    begin_cache(path, manifest, prepared)
+    rng = np.random.default_rng(0)
+    piece_nD = rng.standard_normal((PIECE_ROWS, width), np.float32).astype(np.float16)
+    for index in range(manifest.shard_count):
+        _write(path, manifest, tokens_ST, piece_nD, index)
+    return Cache(path)
+
+
+def _write(path: Path, manifest: Manifest, tokens_ST: arrays.Array, piece_nD: arrays.Array, index: int) -> None:
+    first, after = manifest.shard_range(index)
+    n = (after - first) * CONTEXT
+    hidden_nD = np.resize(piece_nD, (n, manifest.width))
+    of_a_layer = row_statistics(torch.from_numpy(piece_nD))
+    mean_nL, std_nL = (np.tile(np.resize(of.numpy(), (n, 1)), len(manifest.layers)) for of in of_a_layer)
+    order = np.random.default_rng(index).permutation(n).astype(np.int32)
+
+    def record(hashes: dict[str, str]) -> ShardRecord:
+        return ShardRecord(
+            index=index, rows=(first, after), kept=n, weights_hash="", batch_sequences=1, statistics={}, hashes=hashes
+        )
+
+    write_shard(
+        path,
+        manifest,
+        tokens_ST[first:after],
+        order,
+        ((layer, hidden_nD) for layer in manifest.layers),
+        record,
+        index,
+        TokenStatistics(mean_nL, std_nL),
+    )
+
+
+def drop_from_page_cache(files: Sequence[Path]) -> None:
+    """Have the next read of each come from the disk. Raises RuntimeError where the kernel keeps a page in memory."""
+    for file in files:
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)  # a page that is not written yet cannot be dropped
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+    kept = sum(map(resident_bytes, files))
+    if kept > 0.01 * sum(file.stat().st_size for file in files):
+        raise RuntimeError(f"the kernel keeps {kept:,} bytes of {files[0].parent} and others in memory")
+
+
+def resident_bytes(file: Path) -> int:
+    """Bytes of the file that are in the page cache."""
+    mapped = np.memmap(file, np.uint8, "r")
+    pages = -(-len(mapped) // mmap.PAGESIZE)
+    found = (ctypes.c_ubyte * pages)()
+    libc = ctypes.CDLL(None, use_errno=True)
+    address, length = ctypes.c_void_p(mapped.ctypes.data), ctypes.c_size_t(len(mapped))
+    if libc.mincore(address, length, found) != 0:
+        raise OSError(ctypes.get_errno(), "mincore", str(file))
+    return int((np.frombuffer(found, np.uint8) & 1).sum()) * mmap.PAGESIZE

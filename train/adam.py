@@ -1,0 +1,62 @@
+"""Adam (1412.6980): gradients in, parameters one step further; a learning rate of its own for each parameter.
+
+    m ← β₁m + (1−β₁)g,   v ← β₂v + (1−β₂)g²,   θ ← θ − lr·m̂/(√v̂ + ε)       m̂, v̂: m, v over 1−βᵗ
+
+PyTorch's fused kernel, called as a function: its optimiser class imports the compiler, which takes as long as the rest
+of PyTorch, before the first step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adam import adam
+
+BETAS = (0.9, 0.999)
+EPSILON = 6.25e-10  # 2406.04093, appendix A.2: rarely active latents have tiny gradients
+
+
+class Adam:
+    """Moments and step counts of `parameters`. factors: each one's learning rate in units of the run's."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], factors: Sequence[float]):
+        self.parameters = list(parameters)
+        self.factors = list(factors)
+        self.steps = [torch.zeros((), device=p.device) for p in self.parameters]
+        self.means = [torch.zeros_like(p, requires_grad=False) for p in self.parameters]
+        self.squares = [torch.zeros_like(p, requires_grad=False) for p in self.parameters]
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """One step of every parameter that has a gradient."""
+        for factor in sorted(set(self.factors)):
+            at = [i for i, p in enumerate(self.parameters) if self.factors[i] == factor and p.grad is not None]
+            adam(
+                [self.parameters[i] for i in at],
+                [grad for i in at if (grad := self.parameters[i].grad) is not None],
+                [self.means[i] for i in at],
+                [self.squares[i] for i in at],
+                [],
+                [self.steps[i] for i in at],
+                fused=True,
+                amsgrad=False,
+                beta1=BETAS[0],
+                beta2=BETAS[1],
+                lr=lr * factor,
+                weight_decay=0.0,
+                eps=EPSILON,
+                maximize=False,
+            )
+
+    def zero_grad(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By name, for a checkpoint."""
+        named = {}
+        for at, (step, mean, square) in enumerate(zip(self.steps, self.means, self.squares, strict=True)):
+            named |= {f"adam.{at}.step": step, f"adam.{at}.exp_avg": mean, f"adam.{at}.exp_avg_sq": square}
+        return named
