@@ -19,6 +19,7 @@ test: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	PYTHON=$(BIN)/python tests/types.sh
+	tests/browser.sh
 	$(BIN)/pytest
 
 clean:

@@ -4,143 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 import click
 
 from routesae import __version__
-from routesae.reporting import FailedRun, Progress, Stopped, WrongInput
+from routesae.reporting import FailedRun, WrongInput
+from routesae.terminal import COUNT, Commands, Numbers, progress, shown, side_by_side, table
 
-if TYPE_CHECKING:
-    from tqdm import tqdm
-
-log = logging.getLogger("routesae")
 COMMANDLINE = click.core.ParameterSource.COMMANDLINE
-LOG_LINE_SECONDS = 10.0  # between progress lines where there is no terminal
-
-
-class Count(click.ParamType[int]):
-    """A number of things: 200000, 200k, 10M, 1.5B."""
-
-    name = "count"
-    suffixes: ClassVar = {"k": 10**3, "m": 10**6, "b": 10**9}
-    limit = 10**15
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        number, factor = value.strip().lower(), 1
-        if number and number[-1] in self.suffixes:
-            number, factor = number[:-1], self.suffixes[number[-1]]
-        try:
-            count = Decimal(number) * factor  # exact: as a float 16.1k is no whole number
-            if count == int(count) and abs(count) <= self.limit:
-                return int(count)
-        except (InvalidOperation, OverflowError, ValueError):
-            pass
-        return self.fail(f"{value!r} is not a whole number such as 200000, 200k or 10M", param, ctx)
-
-
-COUNT = Count()
-
-
-class Commands(click.Group):
-    """Turns what the rooms raise into one line and an exit code: 2 wrong input, 1 failed run, 130 Ctrl-C."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except WrongInput as error:
-            self._end(error, 2)
-        except Stopped as error:
-            self._end(error, error.code)
-        except (FailedRun, OSError) as error:
-            self._end(error, 1)
-        except KeyboardInterrupt:
-            self._end(
-                "stopped; the same command goes on where harvest stood, train with --resume",
-                130,
-            )
-
-    def _end(self, message: object, code: int) -> None:
-        click.echo(f"routesae: {message}", err=True)
-        sys.exit(code)
-
-
-@contextmanager
-def progress() -> Iterator[Callable[[Progress], None]]:
-    """A bar with rate and time left on a terminal; a log line every ten seconds elsewhere."""
-    bars: dict[str, tqdm[Any]] = {}
-    starts: dict[str, tuple[float, int, int]] = {}  # when a stage began, where it stood then, and where it stands
-    last_line = time.monotonic()
-
-    def bar(now: Progress) -> None:
-        from tqdm import tqdm
-
-        if now.stage in bars and now.done < bars[now.stage].n:  # the same work on the next SAE
-            bars.pop(now.stage).close()
-        if now.stage not in bars:
-            for other in bars.values():
-                other.close()
-            scale = now.unit == "tokens"
-            bars[now.stage] = tqdm(total=now.total, unit=f" {now.unit}", unit_scale=scale, desc=now.stage)
-        bars[now.stage].set_postfix(now.facts, refresh=False)
-        bars[now.stage].update(now.done - bars[now.stage].n)
-
-    def line(now: Progress) -> None:
-        nonlocal last_line
-        if now.stage in starts and now.done < starts[now.stage][2]:  # the same work on the next SAE
-            del starts[now.stage]
-        began, done, _ = starts.get(now.stage, (time.monotonic(), now.done, 0))
-        starts[now.stage] = (began, done, now.done)
-        if time.monotonic() - last_line < LOG_LINE_SECONDS and now.done != now.total:
-            return
-        last_line = time.monotonic()
-        rate = (now.done - done) / max(last_line - began, 1e-9)
-        facts = dict(now.facts)
-        if rate:
-            facts |= {f"{now.unit}/s": f"{rate:,.0f}" if rate > 10 else f"{rate:.2f}"}
-            facts |= {"left": f"{(now.total - now.done) / rate:,.0f} s"}
-        shown = "".join(f", {name} {value}" for name, value in facts.items())
-        log.info("%s: %s of %s %s%s", now.stage, f"{now.done:,}", f"{now.total:,}", now.unit, shown)
-
-    if not sys.stderr.isatty():
-        yield line
-        return
-    from tqdm.contrib.logging import logging_redirect_tqdm
-
-    try:
-        with logging_redirect_tqdm():
-            yield bar
-    finally:
-        for open_bar in bars.values():
-            open_bar.close()
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Rows of named values for a person; numbers to four digits, absent ones as a dash."""
-    from tabulate import tabulate
-
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    cells = [[_cell(row.get(name)) for name in names] for row in rows]
-    return tabulate(cells, headers=names, disable_numparse=True, stralign="right")
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, dict):  # shares of layers: the largest three
-        top = sorted(value.items(), key=lambda item: -item[1])[:3]
-        return ", ".join(f"{key}: {share:.0%}" for key, share in top)
-    if isinstance(value, float):
-        return f"{value:.4f}" if abs(value) < 100 else f"{value:,.1f}"
-    return str(value)
 
 
 @click.group(cls=Commands, context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
@@ -154,6 +29,9 @@ def main(quiet: bool) -> None:
     routesae train --cache shards/         train an SAE on them, no LM in sight
     routesae analyze --metric KLDiv        score every SAE under saes/
     """
+    # Buffers of many megabytes on huge pages: on small ones a CPU spends a third of a step on page faults. torch
+    # reads this once, when it first allocates.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     level = logging.WARNING if quiet else logging.INFO
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("routesae").setLevel(level)
@@ -177,7 +55,7 @@ def main(quiet: bool) -> None:
 @click.option("--tokens", type=COUNT, default="10M", help="Tokens of the corpus to run, such as 200k or 10M.")
 @click.option("--context", default=512, help="Tokens a row, that is, a sequence of the LM.")
 @click.option("--shard-tokens", type=COUNT, default=65_536, help="Tokens a shard; two shards are held in memory.")
-@click.option("--batch-sequences", type=int, help="Rows a forward pass.  [default: 8 on a CPU, 32 on CUDA]")
+@click.option("--batch-sequences", type=int, help="Rows a forward pass.  [default: 8 on a CPU, what fits on CUDA]")
 @click.option("--dtype", default="float16", metavar="float16|float32", help="Of the hidden states on disk.")
 @click.option(
     "--overflow",
@@ -274,6 +152,7 @@ def harvest(**options: Any) -> None:
     help="Tokens without activity that make a latent dead.  [default: 10M, or a quarter of a shorter run]",
 )
 @click.option("--precision", default="auto", metavar="auto|float32|bfloat16", help="auto is bfloat16 on CUDA alone.")
+@click.option("--max-memory", type=COUNT, help="Bytes that encoding may take at a time, such as 64M.  [default: any]")
 @click.option("--log", multiple=True, metavar="NAME", help="Beside metrics.jsonl: tensorboard, wandb, trackio.")
 @click.option("--log-every-steps", default=10, help="Steps between lines of metrics.jsonl.")
 @click.option("--checkpoint-every", default=1000, help="Steps between checkpoints.")
@@ -379,12 +258,28 @@ def ablation(ctx: click.Context, /, config: str | None, plot: bool, out: str, **
 @click.option("--cache", default="shards", type=click.Path(), help="Folder that harvest wrote.")
 @click.option("--tokens", type=COUNT, help="Held-out tokens to score on.  [default: all]")
 @click.option("--batch-sequences", default=8, help="Rows a forward pass of the LM.")
+@click.option(
+    "--infer-k",
+    default=(),
+    type=Numbers(COUNT),
+    help="Score with so many active latents a token, a row of the table for each: 16,32,64.  [default: as trained]",
+)
+@click.option(
+    "--theta",
+    default=(),
+    type=Numbers(click.FLOAT),
+    help="Score with latents active above it alone, on the SAE's normalised input: 0.5,1.  [default: as trained]",
+)
+@click.option("--seed", default=0, help="Of the draws of rows that confidence intervals are made of.")
 @click.option("--model", help="Where the LM is, if not where the cache says.")
 @click.option("--device", default="auto", metavar="auto|cpu|cuda[:i]", help="Where SAEs and LM run.")
 @click.option("--lm-dtype", default="auto", metavar="auto|float32|bfloat16", help="Precision of the LM.")
 @click.option("--json", "json_file", type=click.Path(), help="Write the results to this file too, for programs.")
 def analyze(json_file: str | None, **options: Any) -> None:
-    """Score SAEs on the held-out rows of a cache."""
+    """Score SAEs on the held-out rows of a cache.
+
+    What follows ± is half of a 95 % confidence interval, by bootstrap over rows; --json has both its ends.
+    """
     from routesae.analyze.run import AnalyzeSettings
     from routesae.analyze.run import analyze as run
 
@@ -396,8 +291,241 @@ def analyze(json_file: str | None, **options: Any) -> None:
         results = run(AnalyzeSettings(**options), report)
     if json_file is not None:
         Path(json_file).write_text(json.dumps(results, indent=2) + "\n")
-    click.echo(table([{key: value for key, value in row.items() if key != "folder"} for row in results["saes"]]))
+    click.echo(table([shown(row) for row in results["saes"]]))
     click.echo(f"on {results['tokens_scored']:,} held-out tokens")
+
+
+@main.command(epilog="Example: routesae clamp --sae saes/topk --set 1234=30 --prompt 'My favourite place is'")
+@click.option(
+    "--sae",
+    type=click.Path(),
+    help="SAE folder, or user/repo[/folder][@revision] on the hub.  [default: the only one under --out]",
+)
+@click.option("--out", default="saes", type=click.Path(), help="Folder of SAE folders.")
+@click.option("--add", multiple=True, metavar="LATENT=VALUE", help="Add VALUE to the latent at every token.")
+@click.option("--multiply", multiple=True, metavar="LATENT=VALUE", help="Multiply the latent by VALUE where active.")
+@click.option("--set", multiple=True, metavar="LATENT=VALUE", help="Make the latent VALUE at every token.")
+@click.option("--ablate", multiple=True, metavar="LATENT", help="Make the latent 0.")
+@click.option(
+    "--error-term/--no-error-term",
+    default=True,
+    help="Add back what the SAE fails to reconstruct, so that nothing else changes; the published code does not.",
+)
+@click.option("--prompt", multiple=True, metavar="TEXT", help="To go on from; may be given several times.")
+@click.option(
+    "--prompts",
+    type=click.Path(),
+    help="A .txt, a prompt a line, or a .jsonl[.gz] of texts, messages or HH-RLHF pairs.",
+)
+@click.option("--text-field", default="prompt", help="Field of the .jsonl that holds the text.")
+@click.option(
+    "--hh",
+    default="conversation",
+    metavar="conversation|text",
+    help="HH-RLHF pairs: a prompt a human turn, or both replies in one text.",
+)
+@click.option("--max-prompts", type=COUNT, help="Only the first so many.  [default: all]")
+@click.option("--chat/--no-chat", default=None, help="Use the chat template.  [default: where the tokenizer has one]")
+@click.option("--max-new-tokens", default=64, help="Longest text, in tokens.")
+@click.option("--temperature", type=float, help="Draw tokens at it.  [default: the likeliest token each time]")
+@click.option("--seed", default=0, help="Of the draws, the same for both texts.")
+@click.option("--batch-sequences", default=8, help="Prompts a forward pass of the LM.")
+@click.option("--model", help="Where the LM is, if not where the SAE says.")
+@click.option("--device", default="auto", metavar="auto|cpu|cuda[:i]", help="Where SAE and LM run.")
+@click.option("--lm-dtype", default="auto", metavar="auto|float32|bfloat16", help="Precision of the LM.")
+@click.option("--json", "json_file", type=click.Path(), help="Write texts, token ids and settings to this file too.")
+def clamp(json_file: str | None, **options: Any) -> None:
+    """Generate text with an SAE's latents changed, beside the text without.
+
+    VALUE is in the SAE's own activation units, those of its normalised input. Changes may be several, one a latent,
+    and hold at every token, of the prompt and generated, but special tokens and the first.
+    """
+    from routesae.analyze.clamp.run import ClampSettings
+    from routesae.analyze.clamp.run import clamp as run
+
+    if json_file is not None and not Path(json_file).absolute().parent.is_dir():
+        raise WrongInput(f"--json {json_file}: there is no folder {Path(json_file).parent} to write it to")
+    with progress() as report:
+        results = run(ClampSettings(**options), report)
+    if json_file is not None:
+        Path(json_file).write_text(json.dumps(results, indent=2) + "\n")
+    for text in results["texts"]:
+        click.echo(side_by_side(text))
+
+
+@main.command(epilog="Example: routesae contexts --sae saes/topk --threshold 4")
+@click.option(
+    "--sae",
+    "saes",
+    multiple=True,
+    type=click.Path(),
+    help="SAE folder, or user/repo[/folder][@revision] on the hub; may be given several times.  "
+    "[default: all under --out]",
+)
+@click.option("--out", default="saes", type=click.Path(), help="Folder of SAE folders.")
+@click.option("--cache", default="shards", type=click.Path(), help="Folder that harvest wrote.")
+@click.option("--threshold", default=15.0, help="Activations above it count; on the SAE's normalised input.")
+@click.option("--per-class", default=2, help="Contexts, at most, of tokens alike but for case and blanks.")
+@click.option("--max-classes", default=32, help="Latents of more token classes are left out.")
+@click.option("--min-contexts", default=5, help="Latents of fewer contexts are left out.")
+@click.option("--top", type=int, metavar="N", help="Every latent's N strongest, instead of what the rule keeps.")
+@click.option("--window", default=64, help="Tokens of a context, at most; it ends where its sentence ends.")
+@click.option("--samples", default=5, help="Further contexts of each third, strong, middle, weak, of a sample.")
+@click.option("--seed", default=0, help="Of that sample.")
+@click.option("--batch-tokens", type=COUNT, default=4096, help="Tokens the SAE reads at a time.")
+@click.option("--model", help="Where the tokenizer is, if not where the cache says.")
+@click.option("--device", default="auto", metavar="auto|cpu|cuda[:i]", help="Where SAEs run.")
+def contexts(**options: Any) -> None:
+    """Write the text that every latent is active on, from the cache and the tokenizer alone.
+
+    Into the SAE's folder: contexts.json, in the shape of the published RouteSAE code, contexts.parquet and
+    latents.parquet. The features counted are the latents that the published rule keeps.
+    """
+    from routesae.analyze.contexts.run import ContextSettings
+    from routesae.analyze.contexts.run import contexts as run
+
+    with progress() as report:
+        results = run(ContextSettings(**options), report)
+    click.echo(table([result.row() for result in results]))
+    for result in results:
+        click.echo(f"{result.folder}: contexts.json, contexts.parquet, latents.parquet")
+
+
+@main.command(epilog="Example: routesae interpret --sae saes/routesae_hard_16384_k64 --model gpt-4o --max-cost 2")
+@click.option(
+    "--sae",
+    "saes",
+    multiple=True,
+    type=click.Path(),
+    help="SAE folder that contexts wrote into; may be given several times.  [default: all under --out with contexts]",
+)
+@click.option("--out", default="saes", type=click.Path(), help="Folder of SAE folders.")
+@click.option(
+    "--latents", default="100", metavar="N|all", help="A seeded sample of those that contexts kept, or all."
+)
+@click.option("--examples", default=64, help="Contexts shown of a latent, the strongest.")
+@click.option("--seed", default=0, help="Of the sample.")
+@click.option(
+    "--prompt", type=click.Path(), help="Template of the question, with $examples in it.  [default: the paper's]"
+)
+@click.option(
+    "--score",
+    "scores",
+    multiple=True,
+    metavar="detection|fuzzing",
+    help="Test explanations on texts held out from them: balanced accuracy. May be given several times.",
+)
+@click.option("--cache", type=click.Path(), help="For detection: where the cache is, if not where contexts found it.")
+@click.option("--device", default="auto", metavar="auto|cpu|cuda[:i]", help="For detection: where the SAE runs.")
+@click.option("--model", default="gpt-4o", help="Chat model; with Azure, the deployment.")
+@click.option(
+    "--base-url",
+    metavar="URL",
+    help="Of a compatible server (vLLM, Ollama, llama.cpp), or Azure's endpoint.  [default: OpenAI]",
+)
+@click.option("--api-version", metavar="DATE", help="Azure's; makes it Azure.")
+@click.option(
+    "--key-env",
+    metavar="NAME",
+    help="Environment variable that holds the key.  [default: OPENAI_API_KEY, with Azure AZURE_OPENAI_API_KEY]",
+)
+@click.option("--concurrency", default=8, help="Requests under way at once.")
+@click.option("--timeout", default=120.0, help="Seconds for a request.")
+@click.option("--retries", default=6, help="Tries after the first, where a server is busy, fails or stays silent.")
+@click.option("--temperature", default=0.1, help="Of the chat model.")
+@click.option("--max-output-tokens", default=512, help="Of an answer; reasoning models want thousands.")
+@click.option(
+    "--max-cost", type=float, help="US dollars, with what earlier runs spent on these SAEs.  [default: no limit]"
+)
+@click.option("--prices", type=click.Path(), help="TOML file of US dollars a million tokens, by model.")
+@click.option("--dry-run", is_flag=True, help="Only show the prompts and about what they would cost.")
+@click.option("--retry-unparsed", is_flag=True, help="Ask again where an answer was no answer to the question.")
+@click.option("--overwrite", is_flag=True, help="Begin anew; earlier answers are lost.")
+def interpret(latents: str, dry_run: bool, **options: Any) -> None:
+    """Have a chat model explain latents: category, monosemanticity from 1 to 5, explanation.
+
+    Each answer is kept as it comes, and the same command goes on with a stopped one. The key is read from the
+    environment and written nowhere.
+    """
+    from dataclasses import fields
+
+    from routesae.analyze.interpret.chat import ChatSettings
+    from routesae.analyze.interpret.run import InterpretSettings, estimate, row_of
+    from routesae.analyze.interpret.run import interpret as run
+
+    chat = ChatSettings(**{field.name: options.pop(field.name) for field in fields(ChatSettings)})
+    settings = InterpretSettings(chat=chat, latents=count_or_all(latents), **options)
+    if dry_run:
+        expected = estimate(settings)
+        for name, prompt in expected.prompts.items():
+            click.echo(f"---- {name}\n{prompt}")
+        click.echo(f"---- {expected}")
+        return
+    with progress() as report:
+        summaries = run(settings, report)
+    click.echo(table([row_of(summary) for summary in summaries]))
+
+
+def count_or_all(text: str) -> int | None:
+    """--latents: a number, or None for all."""
+    return None if text.strip().lower() == "all" else COUNT.convert(text, None, None)
+
+
+@main.command(epilog="Example: routesae report --scores scores.json --model demo")
+@click.option(
+    "--sae",
+    "saes",
+    multiple=True,
+    type=click.Path(),
+    help="SAE folder, or user/repo[/folder][@revision] on the hub; may be given several times.  "
+    "[default: all under --out]",
+)
+@click.option("--out", default="saes", type=click.Path(), help="Folder of SAE folders.")
+@click.option("--html", default="report.html", type=click.Path(), help="File to write.")
+@click.option("--scores", type=click.Path(), help="File of analyze --json, for the metrics that need the LM.")
+@click.option(
+    "--cache",
+    type=click.Path(),
+    help="For routing by token.  [default: the one that contexts read, where it is still there]",
+)
+@click.option("--model", help="Hub id, folder, .gguf or demo: shows what latents do to the logits.  [default: none]")
+@click.option("--contexts", default=8, help="Strongest shown of a latent; of each third of its sample a quarter.")
+@click.option("--device", default="auto", metavar="auto|cpu|cuda[:i]", help="Where SAEs and LM run.")
+@click.option("--lm-dtype", default="auto", metavar="auto|float32|bfloat16", help="Precision of the LM.")
+def report(**options: Any) -> None:
+    """Write one HTML page of the SAEs: compared, their training, routing and densities, and every latent to look at.
+
+    A browser opens it from disk; it needs no network. Latents can be looked at of the SAEs that `routesae contexts`
+    has read, with their explanations where `routesae interpret` has written any.
+    """
+    from routesae.analyze.report.run import ReportSettings, write_report
+    from routesae.reporting import human_bytes
+
+    with progress() as show:
+        page = write_report(ReportSettings(**options), show)
+    click.echo(f"{page.path}: {page.saes} SAEs, {page.latents:,} latents to look at, {human_bytes(page.bytes)}")
+
+
+@main.command(epilog="Example: routesae run --config examples/pipeline.toml")
+@click.option("--config", required=True, type=click.Path(), help="TOML file with a table a stage, of its flags.")
+def run(config: str) -> None:
+    """Harvest, train, analyze, contexts, interpret and report in one go, as a TOML file says.
+
+    A stage whose inputs have not changed and whose output is there is skipped; a stage without a table is not run.
+    The same command goes on with a stopped one.
+    """
+    from routesae.analyze.pipeline import run_pipeline
+    from routesae.analyze.pipeline_settings import read_pipeline
+    from routesae.analyze.run import described
+
+    settings = read_pipeline(config)
+    with progress() as report:
+        result = run_pipeline(settings, report)
+    if result.scores is not None:
+        found = {str(folder): described(folder) for folder in result.saes}
+        click.echo(table([shown(row | found.get(row["folder"], {})) for row in result.scores["saes"]]))
+    click.echo("; ".join(f"{stage}: {'done' if ran else 'unchanged'}" for stage, ran in result.stages.items()))
+    click.echo(f"{settings.out}: {', '.join(sorted(file.name for file in settings.out.iterdir() if file.is_file()))}")
 
 
 @main.command(epilog="Example: routesae convert sum_hard_K64_1B_data_16384.pt --layers 4-12 --name llama")

@@ -39,7 +39,7 @@ def require_spliceable(sae: SAE) -> None:
     if sae.recipe.routing == "soft" and isinstance(sae, RouteSAE):
         raise WrongInput(
             "a routesae with soft routing cannot be spliced: its input mixes all layers, which has no inverse; "
-            "leave out KLDiv, DeltaCE and Recovered, or train with --routing hard"
+            "leave out KLDiv, DeltaCE, Recovered and clamp, or train with --routing hard"
         )
 
 
@@ -61,8 +61,20 @@ def edits(sae: SAE, hidden: Mapping[int, Tensor], kept_BT: Tensor, *, zero: bool
         reconstruct = _by_crosscoder(sae, {layer: hidden[layer][kept_BT] for layer in sae.recipe.layers})
     else:
         reconstruct = dict.fromkeys(spliced_layers(sae), _by_dictionary(sae))
+    return edits_by(sae, hidden, kept_BT, reconstruct)
+
+
+def edits_by(
+    sae: SAE, hidden: Mapping[int, Tensor], kept_BT: Tensor, reconstruct: Mapping[int, Reconstruct]
+) -> dict[int, Edit]:
+    """The same splice with something else in the place of the reconstructions: {layer: what gives it}.
+
+    A layer at which no position is replaced has no edit. hidden is looked at where `sae` has a router, to route.
+    """
     sites = _sites(sae, hidden, kept_BT)
-    return {layer: _replacing(site, reconstruct[layer]) for layer, site in sites.items()}
+    return {
+        layer: _replacing(site, reconstruct[layer]) for layer, site in sites.items() if bool(site.positions_BT.any())
+    }
 
 
 def _sites(sae: SAE, hidden: Mapping[int, Tensor], kept_BT: Tensor) -> dict[int, Site]:
@@ -70,14 +82,14 @@ def _sites(sae: SAE, hidden: Mapping[int, Tensor], kept_BT: Tensor) -> dict[int,
         ones_BT = torch.ones(kept_BT.shape, device=kept_BT.device)
         return dict.fromkeys(spliced_layers(sae), Site(kept_BT, ones_BT))
     layers = sae.recipe.layers
-    normalised = [_normalised(sae, hidden[layer].flatten(0, 1)).x_ND for layer in layers]
-    routes = sae.routes(torch.stack(normalised))
+    x = [normalised(sae, hidden[layer].flatten(0, 1)).x_ND for layer in layers]
+    routes = sae.routes(torch.stack(x))
     at_BT, scale_BT = routes.at_N.view(kept_BT.shape), routes.scale_N.view(kept_BT.shape)
-    sites = {layer: Site(kept_BT & (at_BT == at), scale_BT) for at, layer in enumerate(layers)}
-    return {layer: site for layer, site in sites.items() if bool(site.positions_BT.any())}
+    return {layer: Site(kept_BT & (at_BT == at), scale_BT) for at, layer in enumerate(layers)}
 
 
-def _normalised(sae: SAE, hidden_mD: Tensor) -> Normalised:
+def normalised(sae: SAE, hidden_mD: Tensor) -> Normalised:
+    """Hidden states as `sae` reads them; a dataset's scale is in a finished SAE's weights."""
     if sae.recipe.normalize == "token":
         return normalise(hidden_mD)
     x_mD = hidden_mD.float()
@@ -100,7 +112,7 @@ def _by_dictionary(sae: SAE) -> Reconstruct:
     assert isinstance(dictionary, SingleLayerSAE)
 
     def reconstruct(hidden_mD: Tensor, scale_m1: Tensor) -> Tensor:
-        x = _normalised(sae, hidden_mD)
+        x = normalised(sae, hidden_mD)
         latents = dictionary.encode(x.x_ND * scale_m1)
         return x.undo(dictionary.decode(latents) / scale_m1)
 
@@ -109,7 +121,7 @@ def _by_dictionary(sae: SAE) -> Reconstruct:
 
 def _by_crosscoder(sae: Crosscoder, clean: Mapping[int, Tensor]) -> dict[int, Reconstruct]:
     """clean: {layer: hidden_mD} at the positions to be replaced, which is all that a crosscoder looks at."""
-    x = {layer: _normalised(sae, hidden_mD) for layer, hidden_mD in clean.items()}
+    x = {layer: normalised(sae, hidden_mD) for layer, hidden_mD in clean.items()}
     with torch.no_grad():
         out = sae(torch.stack([x[layer].x_ND for layer in clean]))
     by_layer = out.reconstruction_ND.chunk(len(clean), dim=1)

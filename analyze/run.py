@@ -1,17 +1,25 @@
-"""The stage analyze: a cache, SAEs and the names of metrics in; one row of numbers an SAE out.
+"""The stage analyze: a cache, SAEs and the names of metrics in; one row of numbers an SAE and sparsity out.
 
-The LM is loaded only where a metric needs it, and only if it is the one the cache was harvested from.
+Every number has a 95 % confidence interval where there is one (routesae.analyze.intervals). The LM is loaded only
+where a metric needs it, and only if it is the one the cache was harvested from.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
 
 from routesae import __version__
+from routesae.analyze.contexts.file import read_facts
+from routesae.analyze.identity import cache_identity, sae_identity, versions
+from routesae.analyze.intervals import draws, intervals, rows_of_cache_scores, rows_of_lm_scores
+from routesae.analyze.sparsity import Sparsity, at_sparsity, has_other_sparsities
 from routesae.harvest.cache import Cache, Manifest
 from routesae.harvest.device import pick_device, pick_lm_dtype
 from routesae.harvest.tokens import kept_positions
@@ -41,6 +49,7 @@ LM_METRICS: dict[str, Callable[[LMScores], dict[str, Any]]] = {
     "Recovered": lambda scores: {"Recovered": scores.recovered},
 }
 METRICS = (*CACHE_METRICS, *LM_METRICS)
+INTERPRETATIONS = "interpretations.json"  # the summary that `routesae interpret` writes into an SAE's folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +64,12 @@ class AnalyzeSettings:
     tokens: int | None = None
     """Held-out tokens to score on, in whole rows; None for all."""
     batch_sequences: int = 8
+    infer_k: tuple[int, ...] = ()
+    """Score with so many active latents a token, a row for each; none for what each SAE does by itself."""
+    theta: tuple[float, ...] = ()
+    """Score with the latents above so much active, a row for each."""
+    seed: int = 0
+    """Of the draws that confidence intervals are made of."""
     model: str | None = None
     """Where the LM is now; None for where the manifest says it was."""
     device: str = "auto"
@@ -67,6 +82,14 @@ class AnalyzeSettings:
             raise WrongInput(f"--tokens {self.tokens} is below 1")
         if self.batch_sequences < 1:
             raise WrongInput(f"--batch-sequences {self.batch_sequences} is below 1")
+        if self.seed < 0:
+            raise WrongInput(f"--seed {self.seed} is below 0")
+        self.sparsities()
+
+    def sparsities(self) -> list[Sparsity | None]:
+        """One an SAE's row; None for what the SAE does by itself. Raises WrongInput where one is impossible."""
+        by_k = [Sparsity(k=k) for k in dict.fromkeys(self.infer_k)]
+        return [*by_k, *(Sparsity(theta=theta) for theta in dict.fromkeys(self.theta))] or [None]
 
 
 def analyze(settings: AnalyzeSettings, report: Report = silent) -> dict[str, Any]:
@@ -77,37 +100,112 @@ def analyze(settings: AnalyzeSettings, report: Report = silent) -> dict[str, Any
     cache = Cache(settings.cache)
     cache.require_whole()
     device = pick_device(settings.device)
-    given = {fetch_sae(sae): sae for sae in settings.saes}
-    folders = list(given) or find_saes(Path(settings.out))
-    fetched = {folder: sae for folder, sae in given.items() if folder != Path(sae)}  # what is named by a commit here
-    saes = {fetched.get(folder) or _name(folder, folders): load_sae(folder, device) for folder in folders}
-    for folder, sae in zip(folders, saes.values(), strict=True):
-        try:
-            require_fit(sae, cache)
-        except WrongInput as misfit:
-            raise WrongInput(f"{folder}: {misfit}") from misfit
+    opened = open_saes(settings.saes, Path(settings.out), cache, device)
+    subjects = subjects_of(opened, settings.sparsities())
+    known = {name: described(sae.beside) for name, sae in opened.items()}
     first, after = held_out_rows(cache, settings.tokens)
-    rows: dict[str, dict[str, Any]] = {name: _identity(sae) for name, sae in saes.items()}
+    rows = {key: _identity(subject, opened[subject.name].folder) for key, subject in subjects.items()}
+    saes = {key: subject.sae for key, subject in subjects.items()}
+    drawn_RS = draws(after - first, settings.seed)
     if wanted := [metric for metric in settings.metrics if metric in CACHE_METRICS]:
-        for name, sae in saes.items():
+        for key, sae in saes.items():
             scores = score_on_cache(sae, cache, first, after, report)
-            for metric in wanted:
-                rows[name] |= CACHE_METRICS[metric](scores)
+            values = [CACHE_METRICS[metric](scores) for metric in wanted]
+            _add(rows[key], values, rows_of_cache_scores(scores), drawn_RS)
     if wanted := [metric for metric in settings.metrics if metric in LM_METRICS]:
-        for name, lm_scores in _lm_scores(settings, cache, saes, (first, after), wanted, report).items():
-            for metric in wanted:
-                rows[name] |= LM_METRICS[metric](lm_scores)
+        for key, lm_scores in _lm_scores(settings, cache, saes, (first, after), wanted, report).items():
+            values = [LM_METRICS[metric](lm_scores) for metric in wanted]
+            _add(rows[key], values, rows_of_lm_scores(lm_scores), drawn_RS)
     return {
         "routesae": __version__,
+        "versions": versions(),
         "settings": asdict(settings),
-        "cache": {"path": str(cache.path.resolve()), **cache.manifest.to_dict()},
+        "device": str(device),
+        "cache": cache_identity(cache),
         "rows_scored": [first, after],
         "tokens_scored": (after - first) * cache.manifest.context,
-        "saes": [
-            {"sae": name, "folder": str(folder), **row}
-            for folder, (name, row) in zip(folders, rows.items(), strict=True)
-        ],
+        "identities": {name: sae_identity(sae.folder, sae.sae) for name, sae in opened.items()},
+        "saes": [row | known[subjects[key].name] for key, row in rows.items()],
     }
+
+
+def _add(row: dict[str, Any], values: Sequence[dict[str, Any]], of_rows: Mapping[str, Any], drawn_RS: Any) -> None:
+    """Put metrics' numbers into a row of the results, and their intervals into its own."""
+    for named in values:
+        row |= named
+        numbers = [name for name, value in named.items() if value is not None]
+        row.setdefault("intervals", {}).update(intervals(numbers, of_rows, drawn_RS))
+
+
+class Subject(NamedTuple):
+    """What one row of the results is of: an SAE, or a view of it at another sparsity than its own."""
+
+    name: str
+    sparsity: Sparsity | None
+    sae: SAE
+
+
+def subjects_of(opened: Mapping[str, OpenSAE], sparsities: Sequence[Sparsity | None]) -> dict[str, Subject]:
+    """Every SAE at every sparsity. Raises WrongInput naming those that have no other than their own."""
+    fixed = [name for name, one in opened.items() if not has_other_sparsities(one.sae)]
+    given = [sparsity for sparsity in sparsities if sparsity is not None]
+    if fixed and given:
+        raise WrongInput(
+            f"{given[0].flag} is not for gated SAEs, whose gate and magnitude are two numbers: {', '.join(fixed)}; "
+            "name the others with --sae"
+        )
+    subjects = {}
+    for name, one in opened.items():
+        for sparsity in sparsities:
+            try:
+                sae = one.sae if sparsity is None else at_sparsity(one.sae, sparsity)
+            except WrongInput as refusal:
+                raise WrongInput(f"{name}: {refusal}") from refusal
+            subjects[name if sparsity is None else f"{name}, {sparsity}"] = Subject(name, sparsity, sae)
+    return subjects
+
+
+class OpenSAE(NamedTuple):
+    """An SAE, where it is and where files about it go: into the same folder, unless that is the hub's cache."""
+
+    folder: Path
+    beside: Path
+    sae: SAE
+
+
+def open_saes(given: Sequence[str], out: Path, cache: Cache, device: torch.device) -> dict[str, OpenSAE]:
+    """The SAEs given, or all under `out`, by a name that tells them apart.
+
+    Raises WrongInput where there is none, or one cannot be loaded or does not fit the cache.
+    """
+    references = {fetch_sae(sae): sae for sae in given}
+    folders = list(references) or find_saes(out)
+    opened = {}
+    for folder in folders:
+        reference = references.get(folder)
+        fetched = reference is not None and folder != Path(reference)
+        name = reference if reference is not None and fetched else _name(folder, folders)  # not by a commit
+        beside = out / name.replace("/", "--") if fetched else folder
+        opened[name] = OpenSAE(folder, beside, load_sae(folder, device))
+        try:
+            require_fit(opened[name].sae, cache)
+        except WrongInput as misfit:
+            raise WrongInput(f"{folder}: {misfit}") from misfit
+    return opened
+
+
+def described(folder: Path) -> dict[str, Any]:
+    """What `contexts` and `interpret` found of the SAE in `folder`: Features, the latents that the published rule
+    keeps, and Score, the explainer's mean; each only where its file is there."""
+    found: dict[str, Any] = {}
+    if (facts := read_facts(folder)) is not None:
+        found["Features"] = facts["features"]
+    if (summary := folder / INTERPRETATIONS).is_file():
+        try:
+            found["Score"] = json.loads(summary.read_bytes())["score"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise WrongInput(f"{summary} cannot be read ({error!r}); run routesae interpret again") from error
+    return found
 
 
 def _name(folder: Path, folders: Sequence[Path]) -> str:
@@ -115,13 +213,19 @@ def _name(folder: Path, folders: Sequence[Path]) -> str:
     return folder.name if len(same_name) == 1 and folder.name else str(folder)
 
 
-def _identity(sae: SAE) -> dict[str, Any]:
-    layers = sae.recipe.layers
-    return {
-        "variant": sae.recipe.sae,
+def _identity(subject: Subject, folder: Path) -> dict[str, Any]:
+    recipe, sparsity = subject.sae.recipe, subject.sparsity
+    layers = recipe.layers
+    row: dict[str, Any] = {
+        "sae": subject.name,
+        "folder": str(folder),
+        "variant": recipe.sae,
         "layers": str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}",
-        "latents": sae.recipe.latents,
+        "latents": recipe.latents,
     }
+    if sparsity is not None:
+        row |= {"infer_k": sparsity.k} if sparsity.k is not None else {"theta": sparsity.theta}
+    return row
 
 
 def held_out_rows(cache: Cache, tokens: int | None) -> tuple[int, int]:
@@ -171,16 +275,25 @@ def _lm_scores(
     )
 
 
-def load_harvested_lm(cache: Cache, model: str, device: str, lm_dtype: str) -> LanguageModel:
-    """The whole LM that the cache was harvested from. Raises WrongInput where `model` is another one."""
+def load_harvested_tokenizer(cache: Cache, model: str) -> Any:
+    """The tokenizer that the cache's text went through. Raises WrongInput where `model`'s is another one."""
     from routesae.harvest import lm
     from routesae.harvest.tokens import tokenizer_hash
 
     manifest = cache.manifest
-    revision = manifest.revision if model == manifest.model else None
-    config, tokenizer = lm.load_config(model, revision), lm.load_tokenizer(model, revision)
-    _require_same("config", lm.config_hash(config), manifest.config_hash, model, manifest)
+    tokenizer = lm.load_tokenizer(model, manifest.revision if model == manifest.model else None)
     _require_same("tokenizer", tokenizer_hash(tokenizer), manifest.tokenizer_hash, model, manifest)
+    return tokenizer
+
+
+def load_harvested_lm(cache: Cache, model: str, device: str, lm_dtype: str) -> LanguageModel:
+    """The whole LM that the cache was harvested from. Raises WrongInput where `model` is another one."""
+    from routesae.harvest import lm
+
+    manifest = cache.manifest
+    revision = manifest.revision if model == manifest.model else None
+    _require_same("config", lm.config_hash(lm.load_config(model, revision)), manifest.config_hash, model, manifest)
+    load_harvested_tokenizer(cache, model)
     picked = pick_device(device)
     loaded = lm.load_lm(model, revision, device=picked, lm_dtype=pick_lm_dtype(lm_dtype, picked))
     _require_same("weights", lm.weights_hash(loaded), cache.weights_hash(), model, manifest)

@@ -60,16 +60,22 @@ def spliced_pass(lm: LanguageModel, token_ids_BT: Tensor, clean: CleanPass, edit
     start_BTD = edits[first](clean.hidden[first])
     with ExitStack() as stack:
         stack.enter_context(_starting_at(lm, first, start_BTD, in_tuple=clean.in_tuples))
-        for layer, edit in edits.items():
-            if layer != first:
-                handle = lm.blocks[layer - 1].register_forward_hook(_editing(edit))
-                stack.callback(handle.remove)
+        stack.enter_context(editing(lm, {layer: edit for layer, edit in edits.items() if layer != first}))
         final_BTD = lm.body(input_ids=token_ids_BT, use_cache=False)[0]
     assert isinstance(final_BTD, Tensor)
     return final_BTD
 
 
-def _editing(edit: Edit) -> Callable[..., Any]:
+@contextmanager
+def editing(lm: LanguageModel, edits: Mapping[int, Edit]) -> Iterator[None]:
+    """While open, every forward pass has edits[ℓ] applied to the output of each layer ℓ."""
+    with ExitStack() as stack:
+        for layer, edit in edits.items():
+            stack.callback(lm.blocks[layer - 1].register_forward_hook(_hook(edit)).remove)
+        yield
+
+
+def _hook(edit: Edit) -> Callable[..., Any]:
     def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
         hidden_BTD = edit(block_hidden(output))
         return (hidden_BTD, *output[1:]) if isinstance(output, tuple) else hidden_BTD

@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from routesae.analyze.contexts_collect import Collector, Wanted
-from routesae.analyze.contexts_table import choose, context_batches, kept_by_rule
-from routesae.analyze.contexts_windows import Vocabulary
+from routesae.analyze.contexts.collect import Collector, Wanted
+from routesae.analyze.contexts.table import choose, context_batches, kept_by_rule
+from routesae.analyze.contexts.windows import Vocabulary
 from routesae.analyze.run import load_harvested_tokenizer
 from routesae.harvest.cache import Cache
 from routesae.train.batches import Batch, Selection, cut_plans, load

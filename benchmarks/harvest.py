@@ -32,7 +32,7 @@ from routesae.harvest.settings import HarvestSettings
 from routesae.harvest.statistics import TokenStatistics, stored_statistics
 from routesae.reporting import silent
 
-SHARDS_A_ROUND = 2  # so that one is written while another is filled
+SHARDS_A_ROUND = 4  # the last one's writing has nothing to hide beside, as in a harvest of thousands
 
 
 def main() -> None:

@@ -20,7 +20,8 @@ UPSTREAM = {
     "harvest": ("reporting",),
     "train": ("reporting", "harvest"),
     "analyze": ("reporting", "harvest", "train"),
-    "cli": ("reporting", "harvest", "train", "analyze"),
+    "terminal": ("reporting",),
+    "cli": ("reporting", "terminal", "harvest", "train", "analyze"),
 }
 LANGUAGE_MODEL_LIBRARIES = {"transformers", "datasets", "openai"}
 NAMES_OF_NOTHING = ("utils", "util", "common", "helpers", "helper", "misc", "base")
@@ -56,6 +57,9 @@ def import_time_tree(file: Path) -> ast.Module:
 
     class Runs(ast.NodeTransformer):
         def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+            return None
+
+        def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> None:
             return None
 
         def visit_If(self, node: ast.If) -> ast.If | None:
@@ -136,7 +140,7 @@ def test_command_line_imports_no_room_when_it_is_imported() -> None:
 def test_nobody_but_the_command_line_prints() -> None:
     found = []
     for file in files():
-        if file != Path("cli.py"):
+        if file not in (Path("cli.py"), Path("terminal.py")):
             tree = parsed(file)
             written = [ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
             found += [f"{file} calls {name}" for name in written if name in ("print", "click.echo", "echo", "pprint")]

@@ -23,10 +23,11 @@ from click.testing import CliRunner, Result
 
 from routesae import __version__
 from routesae.analyze.run import AnalyzeSettings
-from routesae.cli import COUNT, main, progress, table
+from routesae.cli import main
 from routesae.harvest.cache import Cache
 from routesae.harvest.settings import HarvestSettings
 from routesae.reporting import Progress
+from routesae.terminal import COUNT, progress, table
 from routesae.train.checkpoint import save_sae
 from routesae.train.run import train
 from routesae.train.saes import Recipe, build
@@ -77,6 +78,7 @@ OPTIONS = {
         "--log",
         "--log-every-steps",
         "--lr",
+        "--max-memory",
         "--name",
         "--normalize",
         "--out",
@@ -101,13 +103,61 @@ OPTIONS = {
         "--cache",
         "--device",
         "--help",
+        "--infer-k",
         "--json",
         "--lm-dtype",
         "--metric",
         "--model",
         "--out",
         "--sae",
+        "--seed",
+        "--theta",
         "--tokens",
+        "-h",
+    ],
+    "contexts": [
+        "--batch-tokens",
+        "--cache",
+        "--device",
+        "--help",
+        "--max-classes",
+        "--min-contexts",
+        "--model",
+        "--out",
+        "--per-class",
+        "--sae",
+        "--samples",
+        "--seed",
+        "--threshold",
+        "--top",
+        "--window",
+        "-h",
+    ],
+    "interpret": [
+        "--api-version",
+        "--base-url",
+        "--cache",
+        "--concurrency",
+        "--device",
+        "--dry-run",
+        "--examples",
+        "--help",
+        "--key-env",
+        "--latents",
+        "--max-cost",
+        "--max-output-tokens",
+        "--model",
+        "--out",
+        "--overwrite",
+        "--prices",
+        "--prompt",
+        "--retries",
+        "--retry-unparsed",
+        "--sae",
+        "--score",
+        "--seed",
+        "--temperature",
+        "--timeout",
         "-h",
     ],
     "ablation": [
@@ -131,6 +181,45 @@ OPTIONS = {
         "--tokens",
         "-h",
     ],
+    "clamp": [
+        "--ablate",
+        "--add",
+        "--batch-sequences",
+        "--chat",
+        "--device",
+        "--error-term",
+        "--help",
+        "--hh",
+        "--json",
+        "--lm-dtype",
+        "--max-new-tokens",
+        "--max-prompts",
+        "--model",
+        "--multiply",
+        "--out",
+        "--prompt",
+        "--prompts",
+        "--sae",
+        "--seed",
+        "--set",
+        "--temperature",
+        "--text-field",
+        "-h",
+    ],
+    "report": [
+        "--cache",
+        "--contexts",
+        "--device",
+        "--help",
+        "--html",
+        "--lm-dtype",
+        "--model",
+        "--out",
+        "--sae",
+        "--scores",
+        "-h",
+    ],
+    "run": ["--config", "--help", "-h"],
     "convert": [
         "--aggregate",
         "--help",
@@ -158,7 +247,21 @@ OPTIONS = {
     "cache info": ["--help", "-h", "path"],
     "cache verify": ["--help", "-h", "path"],
 }
-LEAVES = ("harvest", "train", "ablation", "analyze", "convert", "push", "cache info", "cache verify")
+LEAVES = (
+    "harvest",
+    "train",
+    "ablation",
+    "analyze",
+    "contexts",
+    "clamp",
+    "interpret",
+    "report",
+    "run",
+    "convert",
+    "push",
+    "cache info",
+    "cache verify",
+)
 SMALL = ("--latents", "64", "--k", "8", "--batch-tokens", "1024", "--device", "cpu")
 
 
@@ -364,12 +467,15 @@ def test_table_and_json_hold_the_same_numbers(tiny_cache: Cache, saes: Path, tmp
     assert len(lines) == len(scores["saes"]) == 2
     for line, row in zip(lines, scores["saes"], strict=True):
         shown = dict(zip(header.split(), line.split(), strict=True))
-        assert set(row) - set(shown) == {"folder"}
-        for name, value in shown.items():
+        assert set(row) - set(shown) == {"folder", "intervals"}
+        for name, cell in shown.items():
+            value, _, half = cell.partition("±")
             if isinstance(row[name], float):
                 digits = len(value.partition(".")[2])
                 assert digits >= 1
                 assert float(value.replace(",", "")) == round(row[name], digits)
+                low, high = row["intervals"][name]
+                assert float(half) == round((high - low) / 2, digits)
             else:
                 assert value == str(row[name])
         for name in ("NormMSE", "L0", "KLDiv", "KLDiv_seq", "DeltaCE", "CE_clean", "Recovered"):
@@ -760,7 +866,7 @@ def test_the_same_work_on_a_second_sae_starts_its_rate_anew(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     clock = iter(range(0, 10_000, 20))  # every look at it is 20 s later, so that each report is a line
-    monkeypatch.setattr("routesae.cli.time.monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr("routesae.terminal.time.monotonic", lambda: float(next(clock)))
     monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)
     with caplog.at_level("INFO", logger="routesae"), progress() as report:
         for _ in range(2):

@@ -1,9 +1,9 @@
 """Adam (1412.6980): gradients in, parameters one step further; a learning rate of its own for each parameter.
 
-    m ← β₁m + (1−β₁)g,   v ← β₂v + (1−β₂)g²,   θ ← θ − lr·m̂/(√v̂ + ε)       m̂, v̂: m, v over 1−βᵗ
+    m ← β₁m + (1−β₁)g,   v ← β₂v + (1−β₂)g²,   θ ← θ − lr·m̂/(√v̂ + ε)     m̂, v̂: m, v over 1−βᵗ
 
-PyTorch's fused kernel, called as a function: its optimiser class imports the compiler, which takes as long as the rest
-of PyTorch, before the first step.
+PyTorch's fused kernel, called as a function: its optimiser class imports the compiler, which takes as long as all
+the rest of PyTorch, before the first step.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Adam:
 
     def tensors(self) -> dict[str, Tensor]:
         """By name, for a checkpoint."""
-        named = {}
+        named: dict[str, Tensor] = {}
         for at, (step, mean, square) in enumerate(zip(self.steps, self.means, self.squares, strict=True)):
             named |= {f"adam.{at}.step": step, f"adam.{at}.exp_avg": mean, f"adam.{at}.exp_avg_sq": square}
         return named

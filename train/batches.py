@@ -188,6 +188,8 @@ class Reader:
         self.columns = [manifest.layers.index(layer) for layer in self.layers]
         self.cache_layers = len(manifest.layers)
         self.compressed = manifest.compress != "none"
+        if self.compressed:
+            import zarr  # noqa: F401  # before a loader's thread starts: see _running
         self.row_bytes = manifest.token_bytes // self.cache_layers
         self.files = RowFiles()
 

@@ -146,8 +146,14 @@ class _Sums:
         shift_D = torch.as_tensor(self.sum_D) / self.readings_S.sum()
         deviations_S = self.deviations_S - self.readings_S * shift_D.square().sum()
         routed_SL = None if self.routed_SL is None else self.routed_SL.cpu()
-        given = (self.readings_S, self.shares_S, self.errors_S, deviations_S, self.active_S)
-        return RowSums(*(sums_S.cpu() for sums_S in given), routed_SL)
+        return RowSums(
+            readings_S=self.readings_S.cpu(),
+            shares_S=self.shares_S.cpu(),
+            errors_S=self.errors_S.cpu(),
+            deviations_S=deviations_S.cpu(),
+            active_S=self.active_S.cpu(),
+            routed_SL=routed_SL,
+        )
 
 
 def _token_rows(selection: Selection, first_row: int) -> torch.Tensor:

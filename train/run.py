@@ -22,7 +22,7 @@ import torch
 
 from routesae import __version__
 from routesae.harvest.cache import Cache
-from routesae.harvest.device import pick_device
+from routesae.harvest.device import keep_freed_memory, pick_device
 from routesae.reporting import FailedRun, Progress, Report, Stopped, WrongInput, silent
 from routesae.train.batches import Batch, Plan, Selection, epoch_plans, load, read_sample
 from routesae.train.checkpoint import commit_folder, save_sae
@@ -71,6 +71,7 @@ def train(settings: TrainSettings, report: Report = silent) -> list[TrainResult]
     if not jobs:
         return []
     begun = first_step(jobs, settings)
+    keep_freed_memory()
     with ExitStack() as stack:
         pace = pace_of(selection, settings, device)
         trainees = [_trainee(job, settings, pace, device, stack) for job in jobs]

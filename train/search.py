@@ -168,7 +168,8 @@ def _margin(x_ND: Tensor, encoder: Encoder) -> Tensor:
     if encoder.b_dec_D is not None:
         longest = longest + torch.linalg.vector_norm(encoder.b_dec_D)
     spread_F = torch.linalg.vector_norm(encoder.W_enc_FD, dim=1) * (longest / x_ND.shape[1] ** 0.5)
-    return MARGIN * (spread_F if encoder.b_enc_F is None else spread_F + encoder.b_enc_F.abs() / 8)
+    margin_F: Tensor = MARGIN * (spread_F if encoder.b_enc_F is None else spread_F + encoder.b_enc_F.abs() / 8)
+    return margin_F
 
 
 def _positive(z_nF: Tensor) -> tuple[Tensor, Tensor]:

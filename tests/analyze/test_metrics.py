@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from routesae.analyze import metrics
 from routesae.analyze.metrics import LMScores, score_with_lm
+from routesae.analyze.sparsity import Sparsity, at_sparsity
 from routesae.harvest.lm import LanguageModel, find_blocks, load_lm
 from routesae.harvest.tokens import kept_positions
 from routesae.reporting import FailedRun, Progress, WrongInput
@@ -451,6 +452,63 @@ def test_saes_of_one_layer_share_clean_and_zero_passes(llama: LanguageModel) -> 
     assert len(calls) == 4  # clean, a, b, zeros
 
 
+def test_views_of_one_routesae_share_clean_and_zero_passes(llama: LanguageModel) -> None:
+    calls: list[int] = []
+    sae = random_sae("routesae", (2, 3, 5))
+    views = {str(k): at_sparsity(sae, Sparsity(k=k)) for k in (4, 8, 16)}
+    handle = llama.blocks[-1].mlp.register_forward_hook(lambda module, inputs, out: calls.append(1))
+    together = scored(llama, ROWS, own=sae, **views)
+    handle.remove()
+    assert len(calls) == 6  # clean, four, zeros
+    assert len({scores.kl_div for scores in together.values()}) == 4
+    assert len({scores.ce_zero for scores in together.values()}) == 1
+
+
+@pytest.mark.parametrize("sparsity", [Sparsity(k=5), Sparsity(theta=0.8)], ids=str)
+@pytest.mark.parametrize("name", ["topk at layer 2", "jumprelu", "routesae, sum", "routesae, top2", "mlsae"])
+def test_views_score_as_the_naive_ones_of_their_equation(
+    llama: LanguageModel, name: str, sparsity: Sparsity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def naive_view(dictionary: SingleLayerSAE, x_D: Tensor) -> Tensor:
+        z_F = dictionary.W_enc_FD @ (x_D - dictionary.b_dec_D) + dictionary.b_enc_F
+        floor = sparsity.theta if sparsity.k is None else float(z_F.sort(descending=True).values[sparsity.k])
+        return torch.where(z_F > floor, z_F.clamp(min=0), torch.zeros(()))
+
+    variant, layers, changes = SPLICED[name]
+    sae = random_sae(variant, layers, **changes)
+    own = as_dict(scored(llama, sae=sae)["sae"])
+    monkeypatch.setattr(f"{__name__}.naive_latents", naive_view)
+    expected = naive_scores(llama, sae, *rows_and_kept())
+    assert abs(expected["KLDiv"] - own["KLDiv"]) > 10 * TOLERANCE
+    assert as_dict(scored(llama, sae=at_sparsity(sae, sparsity))["sae"]) == pytest.approx(expected, abs=TOLERANCE)
+
+
+def test_sums_by_row_are_those_of_each_row_alone(llama: LanguageModel) -> None:
+    sae, (ids_ST, kept_ST) = random_sae("routesae", (2, 3, 5)), rows_and_kept()
+    scores = scored(llama, sae=sae)["sae"]
+    assert scores.ce_zero_S is not None
+    for row in range(ROWS):
+        alone = score_with_lm(llama, {"sae": sae}, ids_ST[row : row + 1], kept_ST[row : row + 1], batch_sequences=1)
+        one = alone["sae"]
+        assert one.ce_zero_S is not None
+        found = [scores.kl_S[row], scores.ce_clean_S[row], scores.ce_spliced_S[row], scores.ce_zero_S[row]]
+        expected = [one.kl_S[0], one.ce_clean_S[0], one.ce_spliced_S[0], one.ce_zero_S[0]]
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("held", [1, 3])
+def test_scores_do_not_depend_on_how_many_passes_are_held(
+    llama: LanguageModel, held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saes = {str(seed): random_sae("topk", (3,), seed=seed) for seed in range(4)}
+    expected = scored(llama, **saes)
+    monkeypatch.setattr(metrics, "PASSES_HELD", held)
+    found = scored(llama, **saes)
+    assert {name: as_dict(scores) for name, scores in found.items()} == {
+        name: as_dict(scores) for name, scores in expected.items()
+    }
+
+
 def test_zero_passes_run_only_where_recovered_is_wanted(llama: LanguageModel) -> None:
     calls: list[int] = []
     handle = llama.blocks[-1].mlp.register_forward_hook(lambda module, inputs, out: calls.append(1))
@@ -481,7 +539,7 @@ def test_lm_is_unpatched_after_scoring_and_after_an_interrupt(llama: LanguageMod
     with pytest.raises(KeyboardInterrupt):
         score_with_lm(llama, {"sae": sae}, *rows_and_kept(), batch_sequences=2, report=interrupt)
     assert patches(llama) == before
-    assert scored(llama, sae=sae) == expected
+    assert as_dict(scored(llama, sae=sae)["sae"]) == as_dict(expected["sae"])
 
 
 def test_progress_ends_at_every_token_of_the_rows(llama: LanguageModel) -> None:

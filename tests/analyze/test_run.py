@@ -14,11 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import xxhash
 from click.testing import CliRunner
 from safetensors.torch import load_file
 from torch import Tensor
 
 from routesae import __version__
+from routesae.analyze.identity import cache_identity
+from routesae.analyze.intervals import SCORES
 from routesae.analyze.run import CACHE_METRICS, LM_METRICS, AnalyzeSettings, analyze
 from routesae.cli import main
 from routesae.harvest.cache import Cache
@@ -140,7 +143,7 @@ def test_an_sae_given_twice_is_no_crash(tiny_cache: Cache, saes: Path) -> None:
 
 def test_only_the_metrics_asked_for_are_reported(tiny_cache: Cache, saes: Path) -> None:
     topk = str(saes / "topk")
-    identity = {"sae", "folder", "variant", "layers", "latents"}
+    identity = {"sae", "folder", "variant", "layers", "latents", "intervals"}
     assert set(scores(tiny_cache, "NormMSE", "L0", saes=(topk,))["saes"][0]) - identity == {"NormMSE", "L0"}
     assert set(scores(tiny_cache, "KLDiv", saes=(topk,))["saes"][0]) - identity == {"KLDiv", "KLDiv_seq"}
 
@@ -197,6 +200,9 @@ def test_every_variant_gets_every_number(
     assert row["KLDiv"] > 0
     assert row["KLDiv_seq"] == pytest.approx(row["KLDiv"] * tiny_cache.manifest.context)
     assert all(math.isfinite(row[name]) for name in ("DeltaCE", "CE_clean", "Recovered"))
+    assert set(row["intervals"]) == {name for name in SCORES if row[name] is not None}
+    for name, (low, high) in row["intervals"].items():
+        assert low <= row[name] <= high or abs(high - low) < 1e-6, name
 
 
 def lens_sae(architecture: str, normalize: str, folder: Path) -> Any:
@@ -277,10 +283,38 @@ def test_result_says_what_it_was_computed_from(tiny_cache: Cache, saes: Path) ->
     assert result["cache"]["path"] == str(tiny_cache.path.resolve())
     assert result["cache"]["model"] == tiny_cache.manifest.model
     assert result["cache"]["corpus_fingerprint"] == tiny_cache.manifest.corpus_fingerprint
+    assert result["cache"]["lm_weights"] == tiny_cache.weights_hash()
+    assert {"python", "torch", "transformers", "numpy"} < set(result["versions"])
+    topk = result["identities"]["topk"]
+    weights = saes / "topk" / "sae_weights.safetensors"
+    assert topk["weights"] == {weights.name: xxhash.xxh3_128(weights.read_bytes()).hexdigest()}
+    assert (topk["recipe"]["sae"], topk["recipe"]["k"]) == ("topk", 8)
     shares = result["saes"][0]["Shares"]
     assert set(shares) == {"2", "3", "4", "5"}
     assert sum(shares.values()) == pytest.approx(1)
     assert result["saes"][1]["Shares"] is None
+
+
+def test_the_seed_fixes_the_intervals_and_moves_no_score(tiny_cache: Cache, saes: Path) -> None:
+    first, again, other = (scores(tiny_cache, "NormMSE", out=str(saes), seed=seed)["saes"] for seed in (0, 0, 1))
+    assert first == again
+    assert [row["NormMSE"] for row in first] == [row["NormMSE"] for row in other]
+    assert [row["intervals"] for row in first] != [row["intervals"] for row in other]
+
+
+def test_one_row_has_no_intervals(tiny_cache: Cache, saes: Path) -> None:
+    for row in scores(tiny_cache, "NormMSE", "KLDiv", out=str(saes), tokens=1)["saes"]:
+        assert row["intervals"] == {}
+
+
+def test_the_fingerprint_of_a_cache_changes_with_its_hidden_states(tiny_cache: Cache, tmp_path: Path) -> None:
+    copied = Cache(shutil.copytree(tiny_cache.path, tmp_path / "shards"))
+    assert cache_identity(copied)["fingerprint"] == cache_identity(tiny_cache)["fingerprint"]
+    attributes = copied.path / "shard-00001" / "zarr.json"
+    record = json.loads(attributes.read_text())
+    record["attributes"]["hashes"]["layer_03"] = "0" * 16  # as other hidden states would have it
+    attributes.write_text(json.dumps(record))
+    assert cache_identity(copied)["fingerprint"] != cache_identity(tiny_cache)["fingerprint"]
 
 
 def test_soft_routing_is_scored_on_the_cache_and_refused_for_the_lm(tiny_cache: Cache, tmp_path: Path) -> None:

@@ -111,8 +111,8 @@ class Forward(NamedTuple):
 
 
 class SAE(nn.Module, ABC):
-    """A sparse autoencoder over x: the normalised hidden states of `recipe.layers`, in that order, float32. What takes
-    an x takes a plain x_LND too.
+    """A sparse autoencoder over x: the normalised hidden states of `recipe.layers`, in that order, float32. What
+    takes an x takes a plain x_LND too.
 
     A new variant is a file with a subclass and a line in routesae.train.saes.SAES.
 

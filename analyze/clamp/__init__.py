@@ -1,0 +1,1 @@
+"""Text generated with latents changed."""

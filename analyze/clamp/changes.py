@@ -1,0 +1,163 @@
+"""Changes to latents in; what they do to an SAE's place in the LM out.
+
+    f'_i = f_i + v (add),  v·f_i (multiply),  v (set),  0 (ablate);   f'_j = f_j for every other latent
+    h'   = h + σ · (f' − f) W_dec / w        with the error term: only the changed latents' directions move
+    h'   = σ · (f' W_dec + b_dec) / w + μ    without (the published code): what the SAE fails to reconstruct is gone
+
+f is in the SAE's own units, those of its normalised input (h − μ) / σ, times w, by which a routesae's router scales
+it; both are undone on the way out. Changes apply at every kept position, also where a latent is not active. A
+crosscoder reads h at all layers of the clean pass, and h' takes the place of each layer's output.
+
+Dimension letters: B rows, T tokens fed, L layers, m positions, D width, F latents, C changed latents.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from routesae.analyze.replacement import Reconstruct, edits_by, normalised, require_spliceable, spliced_layers
+from routesae.analyze.splice import Edit
+from routesae.reporting import WrongInput
+from routesae.train.kernels import AnyLatents, Latents
+from routesae.train.saes import SAE, Crosscoder, RouteSAE, SingleLayerSAE
+
+CHANGES: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "add": lambda f_m, value: f_m + value,
+    "multiply": lambda f_m, value: f_m * value,
+    "set": lambda f_m, value: torch.full_like(f_m, value),
+    "ablate": lambda f_m, value: torch.zeros_like(f_m),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """One latent made another. how: one of CHANGES. value: unused by ablate."""
+
+    latent: int
+    how: str
+    value: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.how not in CHANGES:
+            raise WrongInput(f"change {self.how!r} is none of {', '.join(CHANGES)}")
+        if not math.isfinite(self.value):
+            raise WrongInput(f"{self}: {self.value} is not a finite number")
+
+    def __str__(self) -> str:
+        return f"--{self.how} {self.latent}" + (f"={self.value:g}" if self.how != "ablate" else "")
+
+
+def parse_change(how: str, given: str) -> Change:
+    """ "1234=20" as a Change; "1234" for ablate. Raises WrongInput for anything else."""
+    latent, equals, value = given.partition("=")
+    form = "LATENT such as 1234" if how == "ablate" else "LATENT=VALUE such as 1234=20"
+    try:
+        if bool(equals) == (how == "ablate"):
+            raise ValueError
+        return Change(latent=int(latent), how=how, value=float(value) if equals else 0.0)
+    except WrongInput:
+        raise
+    except ValueError:
+        raise WrongInput(f"--{how} {given!r} is no {form}") from None
+
+
+def require_distinct(changes: Sequence[Change]) -> None:
+    """Raises WrongInput where two changes are to one latent."""
+    first: dict[int, Change] = {}
+    for change in changes:
+        if change.latent in first:
+            raise WrongInput(
+                f"latent {change.latent} is changed twice, by {first[change.latent]} and {change}; give it one change"
+            )
+        first[change.latent] = change
+
+
+class Clamp:
+    """An SAE spliced into the LM with some of its latents changed.
+
+    error_term: add back what the SAE fails to reconstruct. Raises WrongInput for a latent that the SAE has not, for
+    two changes to one latent, and for an SAE that cannot be spliced.
+    """
+
+    def __init__(self, sae: SAE, changes: Sequence[Change], *, error_term: bool = True):
+        require_spliceable(sae)
+        require_distinct(changes)
+        for change in changes:
+            if not 0 <= change.latent < sae.recipe.latents:
+                raise WrongInput(
+                    f"{change}: the SAE has {sae.recipe.latents} latents, 0 to {sae.recipe.latents - 1}, "
+                    f"and no latent {change.latent}"
+                )
+        self.sae = sae
+        self.changes = tuple(changes)
+        self.error_term = error_term
+        self.latents_C = torch.tensor([change.latent for change in changes], dtype=torch.int64, device=sae.device)
+
+    @property
+    def layers_read(self) -> tuple[int, ...]:
+        """Layers whose unmodified output `edits` needs: all that a router or a crosscoder reads, else none."""
+        return self.sae.recipe.layers if isinstance(self.sae, RouteSAE | Crosscoder) else ()
+
+    @torch.no_grad()
+    def edits(self, hidden: Mapping[int, Tensor], kept_BT: Tensor) -> dict[int, Edit]:
+        """{layer: edit} for one pass. hidden: {layer: hidden_BTD} of `layers_read`, from a pass without edits.
+
+        kept_BT: bool, the positions to be replaced.
+        """
+        if not bool(kept_BT.any()):
+            return {}
+        if isinstance(self.sae, Crosscoder):
+            by_layer = self._by_crosscoder(self.sae, {layer: hidden[layer][kept_BT] for layer in self.layers_read})
+        else:
+            by_layer = dict.fromkeys(spliced_layers(self.sae), self._by_dictionary)
+        return edits_by(self.sae, hidden, kept_BT, by_layer)
+
+    def _by_dictionary(self, hidden_mD: Tensor, scale_m1: Tensor) -> Tensor:
+        dictionary = self.sae.shared if isinstance(self.sae, RouteSAE) else self.sae
+        assert isinstance(dictionary, SingleLayerSAE)
+        x = normalised(self.sae, hidden_mD)
+        latents = dictionary.encode(x.x_ND * scale_m1)
+        moved_mD = self._moved(latents, dictionary.W_dec_FD)
+        if self.error_term:
+            return hidden_mD.float() + moved_mD / scale_m1 * x.std_N1
+        return x.undo((dictionary.decode(latents) + moved_mD) / scale_m1)
+
+    def _by_crosscoder(self, sae: Crosscoder, clean: Mapping[int, Tensor]) -> dict[int, Reconstruct]:
+        x = {layer: normalised(sae, hidden_mD) for layer, hidden_mD in clean.items()}
+        out = sae(torch.stack([x[layer].x_ND for layer in clean]))
+        moved_mLD = self._moved(out.latents, sae.W_dec_FC).view(-1, len(clean), sae.recipe.width)
+        plain_mLD = out.reconstruction_ND.view(-1, len(clean), sae.recipe.width)
+
+        def given(new_mD: Tensor) -> Reconstruct:
+            return lambda hidden_mD, scale_m1: new_mD
+
+        new: dict[int, Reconstruct] = {}
+        for at, (layer, hidden_mD) in enumerate(clean.items()):
+            if self.error_term:
+                new[layer] = given(hidden_mD.float() + moved_mLD[:, at] * x[layer].std_N1)
+            else:
+                new[layer] = given(x[layer].undo(plain_mLD[:, at] + moved_mLD[:, at]))
+        return new
+
+    def _moved(self, latents: AnyLatents, W_dec: Tensor) -> Tensor:
+        """(f' − f) W_dec: how far the changes move a reconstruction, on the normalised input's scale."""
+        f_mC = active(latents, self.latents_C, self.sae.recipe.latents)
+        changed_mC = f_mC.clone()
+        for at, change in enumerate(self.changes):
+            changed_mC[:, at] = CHANGES[change.how](f_mC[:, at], change.value)
+        return (changed_mC - f_mC) @ W_dec[self.latents_C]
+
+
+def active(latents: AnyLatents, latents_C: Tensor, size: int) -> Tensor:
+    """f_mC: the values of some of `size` latents, 0 where one is not active."""
+    if not isinstance(latents, Latents):
+        return latents.dense(size)[:, latents_C]
+    f_mC = latents.values_NK.new_empty(len(latents.values_NK), len(latents_C))
+    for at, latent in enumerate(latents_C):
+        f_mC[:, at] = (latents.values_NK * (latents.indices_NK == latent)).sum(1)
+    return f_mC

@@ -1,0 +1,1 @@
+"""What every latent is active on, as text."""

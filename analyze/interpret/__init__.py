@@ -1,0 +1,1 @@
+"""What a chat model makes of each latent."""

@@ -1,0 +1,101 @@
+"""Decoder rows in; each latent's nearest latents, and the tokens it makes likelier and less likely, out.
+
+The logit effect of a latent is the logit lens of its decoder row d, scaled to a root mean square of 1:
+
+    e_V = (head(norm(d)) − head(norm(−d))) / 2
+
+with the LM's own final norm and head. The half-difference leaves out what is not of d: a LayerNorm's and a head's
+bias. With an RMSNorm it is W_U (γ ⊙ d) exactly. What the blocks in between would do to d is not in it. For a
+crosscoder d is the row of the last layer it writes to.
+
+Dimension letters: F latents, D width, C numbers of a decoder row (D, or L·D of a crosscoder), n latents at a time, V
+vocabulary, K neighbours or tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from routesae.analyze.splice import CleanPass, clean_pass, logits, spliced_pass
+from routesae.harvest.lm import LanguageModel
+from routesae.train.saes import SAE
+
+NEAREST, TOKENS = 5, 10
+
+
+class Neighbours(NamedTuple):
+    latent_nK: Tensor
+    cosine_nK: Tensor
+
+
+class Effects(NamedTuple):
+    """Texts of the tokens and their logits: the likelier first, then those that become least likely first."""
+
+    promoted: list[list[tuple[str, float]]]
+    suppressed: list[list[tuple[str, float]]]
+
+
+def decoder_of(sae: SAE) -> Tensor:
+    """W_dec [F, D], of a crosscoder [F, L, D], on the SAE's device."""
+    (W_dec,) = (tensors["W_dec"] for tensors in sae.files().values() if "W_dec" in tensors)
+    return W_dec.detach().float()
+
+
+def unit_rows(W_dec: Tensor) -> Tensor:
+    """[F, C] at unit norm; a row of zeros stays one, and is near to nothing."""
+    W_FC = W_dec.flatten(1)
+    norm_F1: Tensor = torch.linalg.vector_norm(W_FC, dim=1, keepdim=True)
+    return W_FC / norm_F1.clamp_min(1e-12)
+
+
+def nearest(unit_FC: Tensor, first: int, after: int) -> Neighbours:
+    """The NEAREST latents by cosine of each of first … after-1, the nearest first; itself left out.
+
+    Memory: n·F numbers.
+    """
+    cosine_nF = unit_FC[first:after] @ unit_FC.T
+    rows_n = torch.arange(after - first, device=unit_FC.device)
+    cosine_nF[rows_n, rows_n + first] = -2
+    cosine_nK, latent_nK = cosine_nF.topk(min(NEAREST, len(unit_FC) - 1), dim=1)
+    return Neighbours(latent_nK, cosine_nK)
+
+
+class LogitLens:
+    """The end of an LM, from its last block's output to the logits. texts: of its tokens, by id."""
+
+    def __init__(self, lm: LanguageModel, texts: Sequence[str]):
+        self.lm, self.texts = lm, texts
+        self.last = len(lm.blocks)
+        some_token_11 = torch.zeros(1, 1, dtype=torch.int64, device=lm.device)
+        self._shape = clean_pass(lm, some_token_11, [self.last])  # only for what the LM's blocks return
+
+    def effects(self, W_dec: Tensor) -> Effects:
+        """Of decoder rows [n, D], of a crosscoder [n, L, D]."""
+        d_nD = W_dec[:, -1] if W_dec.ndim == 3 else W_dec
+        effect_nV = self.logits(d_nD)[:, : len(self.texts)]
+        return Effects(self._strongest(effect_nV), self._strongest(effect_nV, sign=-1))
+
+    def logits(self, d_nD: Tensor) -> Tensor:
+        """e [n, V], float32."""
+        rms_n1 = d_nD.square().mean(1, keepdim=True).sqrt().clamp_min(1e-12)
+        d_nD = (d_nD / rms_n1).to(self.lm.device)
+        return (self._ended(d_nD) - self._ended(-d_nD)) / 2
+
+    def _ended(self, d_nD: Tensor) -> Tensor:
+        like_BTD = self._shape.hidden[self.last]
+        start_n1D = d_nD[:, None].to(like_BTD.dtype)
+        given = CleanPass(self._shape.final_BTD, {self.last: start_n1D}, self._shape.in_tuples)
+        some_tokens_n1 = torch.zeros(len(d_nD), 1, dtype=torch.int64, device=self.lm.device)
+        final_n1D = spliced_pass(self.lm, some_tokens_n1, given, {self.last: lambda hidden_BTD: hidden_BTD})
+        return logits(self.lm, final_n1D[:, 0])
+
+    def _strongest(self, effect_nV: Tensor, sign: int = 1) -> list[list[tuple[str, float]]]:
+        value_nK, token_nK = (sign * effect_nV).topk(min(TOKENS, effect_nV.shape[1]), dim=1)
+        return [
+            [(self.texts[token], sign * value) for token, value in zip(tokens, values, strict=True)]
+            for tokens, values in zip(token_nK.tolist(), value_nK.tolist(), strict=True)
+        ]

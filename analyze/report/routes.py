@@ -1,0 +1,101 @@
+"""A routesae and a cache in; to which layers it sends which tokens, by token class, out.
+
+A token class is what a token spells without blanks and case. Read are the held-out rows, or all where none are held
+out. With hard routing a token counts for its layer; with soft routing for each layer by its weight.
+
+Dimension letters: L layers, N tokens, C token classes.
+"""
+
+from __future__ import annotations
+
+from contextlib import closing
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from routesae.analyze.contexts.windows import Vocabulary
+from routesae.harvest.arrays import BadArray
+from routesae.harvest.cache import Cache, damaged
+from routesae.reporting import Progress, Report, WrongInput, silent
+from routesae.train.batches import Plan, Selection, cut_plans, load
+from routesae.train.evaluate import BATCH_TOKENS, require_fit
+from routesae.train.saes import SAE
+from routesae.train.saes.normalise import with_statistics
+from routesae.train.saes.routesae import RouteSAE
+
+CLASSES = 40
+
+
+class RoutesByClass(NamedTuple):
+    """layers: of the SAE. tokens: read. classes: the most frequent, with counts. shares: of each, one a layer."""
+
+    layers: list[int]
+    tokens: int
+    held_out: bool
+    classes: list[str]
+    counts: list[int]
+    shares: list[list[float]]
+
+
+@torch.no_grad()
+def routes_by_class(sae: SAE, cache: Cache, vocabulary: Vocabulary, report: Report = silent) -> RoutesByClass:
+    """Route every token read once. Raises WrongInput where SAE and cache do not fit."""
+    assert isinstance(sae, RouteSAE)
+    require_fit(sae, cache)
+    held_out = cache.manifest.train_rows < cache.manifest.rows
+    first = cache.manifest.train_rows if held_out else 0
+    selection = Selection(cache, first, cache.manifest.rows, sae.recipe.layers)
+    if not len(selection):
+        raise WrongInput(f"{cache.path} has no kept token in rows {first} to {cache.manifest.rows - 1}")
+    class_n = _classes(selection, vocabulary)
+    weight_CL = torch.zeros(len(vocabulary.class_names), len(sae.recipe.layers), dtype=torch.float64)
+    plans, blocks = (
+        cut_plans(iter(selection.blocks()), BATCH_TOKENS),
+        cut_plans(iter(selection.blocks()), BATCH_TOKENS),
+    )
+    done = 0
+    with closing(load(selection, plans, BATCH_TOKENS, sae.device)) as batches:
+        for batch, plan in zip(batches, blocks, strict=True):
+            class_N = _of_plan(class_n, plan)
+            routed_NL = _routed(sae, with_statistics(sae.recipe.normalize, 1.0, *batch))
+            weight_CL.index_add_(0, class_N, routed_NL.double().cpu())
+            done += len(class_N)
+            report(Progress("routes", done, len(selection), "tokens", {}))
+    count_C = torch.bincount(torch.cat(class_n), minlength=len(weight_CL))
+    top = [c for c in count_C.argsort(descending=True, stable=True)[:CLASSES].tolist() if count_C[c]]
+    return RoutesByClass(
+        layers=list(sae.recipe.layers),
+        tokens=len(selection),
+        held_out=held_out,
+        classes=[vocabulary.class_names[c] for c in top],
+        counts=[int(count_C[c]) for c in top],
+        shares=[[round(share, 4) for share in (weight_CL[c] / count_C[c]).tolist()] for c in top],
+    )
+
+
+def _routed(sae: RouteSAE, x: Any) -> Tensor:
+    """[N, L]: each token's layers, summing to 1."""
+    if sae.recipe.routing == "soft":
+        return sae.routing(x)
+    return torch.nn.functional.one_hot(sae.routes(x).at_N, len(sae.recipe.layers))
+
+
+def _classes(selection: Selection, vocabulary: Vocabulary) -> list[Tensor]:
+    """Of each shard's selected rows, in stored order, the token class."""
+    token_ids_ST = selection.cache.tokens()
+    found = []
+    for shard, rows in zip(selection.shards, selection.rows, strict=True):
+        try:
+            order_n = shard.read("order").astype(np.int64)
+        except BadArray as bad:
+            raise damaged(shard.path, bad) from bad
+        begin, after = shard.record.rows
+        ids_n = np.asarray(token_ids_ST[begin:after]).reshape(-1)[order_n if rows is None else order_n[rows]]
+        found.append(torch.from_numpy(vocabulary.class_V[ids_n]))
+    return found
+
+
+def _of_plan(class_n: list[Tensor], plan: Plan) -> Tensor:
+    return torch.cat([class_n[block.shard][block.first : block.after] for block in plan])

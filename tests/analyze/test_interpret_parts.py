@@ -1,0 +1,244 @@
+"""What interpret is made of: strict answers, the ledger, prices, addresses and waiting times."""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from routesae.analyze.interpret.answers import Explanation, Unparsed, parse_explanation, parse_predictions
+from routesae.analyze.interpret.chat import ChatSettings, read_answer, retry_after
+from routesae.analyze.interpret.ledger import Ledger, read_lines
+from routesae.analyze.interpret.prices import Budget, Price, Used, price_of
+from routesae.analyze.interpret.run import InterpretSettings
+from routesae.reporting import WrongInput
+
+SAID = '{"category": "High-Level", "score": 3, "explanation": " lists "}'
+
+
+# ---------------------------------------------------------------------------------------------------- answers
+
+
+@pytest.mark.parametrize("text", [SAID, f"\n {SAID}\n", f"```json\n{SAID}\n```", f"```\n{SAID}\n```\n"])
+def test_an_explanation_parses(text: str) -> None:
+    assert parse_explanation(text) == Explanation("high-level", 3, "lists")
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("", "no JSON"),
+        ("I think it is low-level, score 5", "no JSON"),
+        (f"Sure! {SAID}", "no JSON"),
+        (f"{SAID} {SAID}", "no JSON"),
+        (SAID[:-1], "no JSON"),
+        ("[" * 100_000, "no JSON"),
+        (f"[{SAID}]", "no JSON object"),
+        ('{"category": "low-level", "score": 3}', "its keys"),
+        (SAID.replace("}", ', "more": 1}'), "its keys"),
+        (SAID.replace('"score": 3', '"score": 3, "score": 5'), "twice"),
+        (SAID.replace("High-Level", "mid-level"), "category"),
+        (SAID.replace('"High-Level"', "null"), "category"),
+        (SAID.replace("3", "0"), "score"),
+        (SAID.replace("3", "6"), "score"),
+        (SAID.replace("3", "3.0"), "score"),
+        (SAID.replace("3", '"3"'), "score"),
+        (SAID.replace("3", "true"), "score"),
+        (SAID.replace("3", "NaN"), "score"),
+        (SAID.replace(" lists ", "  "), "empty"),
+        (SAID.replace('" lists "', "[]"), "empty"),
+    ],
+)
+def test_what_is_no_explanation_is_never_taken_for_one(text: str, complaint: str) -> None:
+    with pytest.raises(Unparsed, match=complaint):
+        parse_explanation(text)
+
+
+def test_predictions_are_as_many_as_were_asked_for_and_true_or_false() -> None:
+    assert parse_predictions('{"predictions": [true, false]}', 2) == (True, False)
+    for text in ('{"predictions": [true]}', '{"predictions": [1, 0]}', '{"predictions": null}', "[true, false]"):
+        with pytest.raises(Unparsed):
+            parse_predictions(text, 2)
+
+
+def test_counts_that_are_no_counts_are_none() -> None:
+    usage = {"prompt_tokens": -5, "completion_tokens": True}
+    body = {"choices": [{"message": {"content": "x"}}], "usage": usage}
+    answer = read_answer(json.dumps(body), structured=True)
+    assert (answer.text, answer.problem, answer.input_tokens, answer.output_tokens) == ("x", None, 0, 0)
+
+
+# ----------------------------------------------------------------------------------------------------- ledger
+
+
+def test_a_torn_last_line_is_dropped_and_what_follows_stands_on_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    with Ledger(path, {"model": "a"}) as ledger:
+        ledger.add({"latent": 1})
+    whole = path.read_bytes()
+    for torn in (b"{", b'{"latent": 2}', b"\x00\x00"):
+        path.write_bytes(whole + torn)
+        with Ledger(path, {"model": "a"}) as ledger:
+            assert ledger.lines == [{"latent": 1}]
+            ledger.add({"latent": 3})
+        assert read_lines(path, path.read_bytes()) == ({"model": "a"}, [{"latent": 1}, {"latent": 3}])
+    path.write_bytes(whole[:5])  # killed while the head was written
+    with Ledger(path, {"model": "b"}) as ledger:
+        assert ledger.lines == []
+
+
+def test_a_damaged_line_is_named_and_nothing_is_lost(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    with Ledger(path, {"model": "a"}) as ledger:
+        ledger.add({"latent": 1})
+        ledger.add({"latent": 2})
+    damaged = path.read_bytes().replace(b'{"latent": 1}', b'{"latent": 1')
+    path.write_bytes(damaged)
+    with pytest.raises(WrongInput, match=r"line 2 of .* is damaged"):
+        Ledger(path, {"model": "a"})
+    assert path.read_bytes() == damaged
+
+
+def test_each_answer_is_on_the_disk_before_add_returns(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    with Ledger(path, {"model": "a"}) as ledger:
+        for n in range(3):
+            ledger.add({"latent": n})
+            assert json.loads(path.read_text().splitlines()[-1]) == {"latent": n}
+
+
+def test_a_ledger_about_something_else_is_refused_unless_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    with Ledger(path, {"model": "a"}) as ledger:
+        ledger.add({"latent": 1})
+    with pytest.raises(WrongInput, match=r"begun with model 'a', now it is 'b'.*--overwrite"):
+        Ledger(path, {"model": "b"})
+    with Ledger(path, {"model": "b"}, overwrite=True) as ledger:
+        assert ledger.lines == []
+
+
+# ------------------------------------------------------------------------------------------------------ prices
+
+
+def test_a_users_price_goes_before_the_packaged_one_and_a_dated_model_costs_its_models(tmp_path: Path) -> None:
+    own = tmp_path / "prices.toml"
+    own.write_text('["gpt-4o"]\ninput = 1\noutput = 2\n["llama"]\ninput = 0\noutput = 0\n')
+    assert price_of("gpt-4o-2024-08-06", None) == price_of("gpt-4o", None) == Price(2.5, 10.0)
+    assert price_of("gpt-4o-mini-2024-07-18", None) == Price(0.15, 0.6)
+    assert price_of("gpt-4o-2024-08-06", str(own)) == Price(1, 2)
+    assert price_of("gpt-4o-mini", str(own)) == Price(0.15, 0.6)
+    assert price_of("llama", str(own)) == Price(0, 0)
+    assert price_of("gpt-4o-realtime", None) is None
+
+
+@pytest.mark.parametrize(
+    ("written", "complaint"),
+    [
+        ("gpt-4o = ", "is no TOML"),
+        ('["a"]\ninput = 1\n', "needs input"),
+        ("a = 1\n", "needs input"),
+        ('["a"]\ninput = -1\noutput = 1\n', "-1"),
+        ('["a"]\ninput = nan\noutput = 1\n', "nan"),
+        ('["a"]\ninput = "1"\noutput = 1\n', "'1'"),
+    ],
+)
+def test_a_price_table_that_is_none_is_refused(tmp_path: Path, written: str, complaint: str) -> None:
+    own = tmp_path / "prices.toml"
+    own.write_text(written)
+    with pytest.raises(WrongInput, match=complaint):
+        price_of("a", str(own))
+    with pytest.raises(WrongInput, match="cannot be read"):
+        price_of("a", str(tmp_path / "absent.toml"))
+
+
+def test_a_budget_counts_requests_under_way_and_waits_for_them() -> None:
+    async def run() -> None:
+        budget = Budget(Price(0, 1_000_000), 10.0)
+        most = Used(0, 4)
+        assert await budget.reserve(most)
+        assert await budget.reserve(most)
+        third = asyncio.create_task(budget.reserve(most))
+        await asyncio.sleep(0.02)
+        assert not third.done()
+        await budget.settle(most, Used(0, 1))
+        assert await third  # 1 spent, 8 under way
+        last = asyncio.create_task(budget.reserve(most))
+        await budget.settle(most, most)
+        await budget.settle(most, most)
+        assert not await last
+        assert (budget.spent, budget.exhausted) == (9.0, True)
+
+    asyncio.run(run())
+
+
+# ---------------------------------------------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({}, None),
+        ({"retry-after": "3"}, 3.0),
+        ({"retry-after": "0.5"}, 0.5),
+        ({"retry-after": "-3"}, 0.0),
+        ({"retry-after-ms": "250", "retry-after": "9"}, 0.25),
+        ({"retry-after": "soon"}, None),
+        ({"retry-after": "nan"}, None),
+    ],
+)
+def test_what_a_server_asks_to_wait(headers: dict[str, str], seconds: float | None) -> None:
+    assert retry_after(headers) == seconds
+
+
+def test_a_date_to_wait_for() -> None:
+    found = retry_after({"retry-after": email.utils.formatdate(time.time() + 100, usegmt=True)})
+    assert found is not None
+    assert 95 < found < 101
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"base_url": "localhost:8000"}, "is no address"),
+        ({"base_url": "ftp://host/v1"}, "is no address"),
+        ({"base_url": "http://host:99999/v1"}, "is no address"),
+        ({"base_url": "https://me:secret@host/v1"}, "may hold no user"),
+        ({"base_url": "https://host/v1?api-key=secret"}, "may hold no user"),
+        ({"concurrency": 0}, "--concurrency 0 is below 1"),
+        ({"timeout": 0.0}, "--timeout"),
+        ({"timeout": float("nan")}, "--timeout"),
+        ({"retries": -1}, "--retries"),
+        ({"max_output_tokens": 0}, "--max-output-tokens"),
+        ({"model": " "}, "--model"),
+    ],
+)
+def test_impossible_chat_settings_are_refused_without_showing_a_secret(changes: dict, complaint: str) -> None:
+    with pytest.raises(WrongInput, match=complaint) as refusal:
+        ChatSettings(**changes)
+    assert "secret" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"latents": 0}, "--latents 0"),
+        ({"examples": 0}, "--examples 0"),
+        ({"scores": ("simulation",)}, "--score 'simulation' is none of detection, fuzzing"),
+        ({"max_cost": 0.0}, "--max-cost"),
+        ({"max_cost": float("inf")}, "--max-cost"),
+    ],
+)
+def test_impossible_settings_are_refused(changes: dict, complaint: str) -> None:
+    with pytest.raises(WrongInput, match=complaint):
+        InterpretSettings(**changes)
+
+
+def test_a_key_no_header_can_hold_is_refused_unseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-se\ncret")
+    with pytest.raises(WrongInput, match="OPENAI_API_KEY") as refusal:
+        ChatSettings().key()
+    assert "cret" not in str(refusal.value)
