@@ -40,6 +40,16 @@ def modules_on_disk() -> set[str]:
     }
 
 
+def data_on_disk() -> set[str]:
+    """Paths inside the wheel of what the rooms read beside their modules: templates, scripts, tables."""
+    files = (file for room in ("harvest", "train", "analyze") for file in (ROOT / room).rglob("*"))
+    return {
+        f"routesae/{file.relative_to(ROOT)}"
+        for file in files
+        if file.is_file() and file.suffix not in (".py", ".pyc") and "__pycache__" not in file.parts
+    }
+
+
 def clean_environment() -> dict[str, str]:
     """The environment without what would put the checkout or this Python's packages on a new one's path."""
     return {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL_ENV", "PIP_"))}
@@ -88,7 +98,8 @@ def test_wheel_holds_every_module_and_the_type_marker_and_nothing_else(wheel: Pa
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert len(modules_on_disk()) > 25
-    assert names == modules_on_disk() | {"routesae/py.typed"}
+    assert len(data_on_disk()) > 6
+    assert names == modules_on_disk() | data_on_disk() | {"routesae/py.typed"}
 
 
 def test_wheel_says_who_it_is(wheel: Path) -> None:
