@@ -30,7 +30,7 @@ def test_memory_that_was_freed_is_not_faulted_in_again() -> None:
     def faults(how: str) -> int:
         command = [sys.executable, "-c", FORWARD_PASSES, how]
         # glibc moves its own threshold by what it happens to see freed first; this holds it still
-        environment = {**os.environ, "MALLOC_TRIM_THRESHOLD_": "131072"}
+        environment = {**os.environ, "MALLOC_TRIM_THRESHOLD_": "131072", "THP_MEM_ALLOC_ENABLE": "0"}
         ended = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
         return int(ended.stdout)
 
