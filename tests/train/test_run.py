@@ -9,7 +9,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from routesae.harvest.cache import Cache
 from routesae.reporting import FailedRun, Progress, Report, Stopped, WrongInput, silent
+from routesae.train import search
 from routesae.train.batches import Selection
 from routesae.train.checkpoint import find_saes, load_sae
 from routesae.train.evaluate import score_on_cache
@@ -626,3 +627,37 @@ def test_a_run_whose_last_step_broke_the_weights_writes_no_sae(settings: Setting
     with pytest.raises(FailedRun, match=r"lower --lr 1e\+30"):
         only(settings(lr=1e30, tokens=1))
     assert visible(tmp_path / "saes") == []
+
+
+@pytest.mark.parametrize("variant", EVERY_SAE, ids=IDS)
+def test_max_memory_bounds_the_rows_encoded_at_a_time_and_changes_no_result(
+    tiny_cache: Cache,
+    settings: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    variant: dict[str, Any],
+) -> None:
+    widest = 0
+    inner = search.pre_activations
+
+    def watched(*args: Any) -> Iterator[tuple[slice, Tensor]]:
+        nonlocal widest
+        for rows, z_nF in inner(*args):
+            widest = max(widest, z_nF.numel() * 4)
+            yield rows, z_nF
+
+    monkeypatch.setattr(search, "pre_activations", watched)
+    free = only(settings(**variant, out=str(tmp_path / "free")))
+    unbounded, widest = widest, 0
+    limit = unbounded // 3
+    bounded = only(settings(**variant, out=str(tmp_path / "bounded"), max_memory=limit))
+    assert 0 < widest <= limit < unbounded
+    errors = [[line["norm_mse"] for line in metrics(result)] for result in (free, bounded)]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-4)
+
+
+def test_a_max_memory_below_one_token_is_refused_with_what_it_takes(tiny_cache: Cache, settings: Settings) -> None:
+    with pytest.raises(
+        WrongInput, match=r"--max-memory 7 bytes do not hold the 64 pre-activations .* give 256 or more"
+    ):
+        train(settings(sae="topk", layer=3, latents=64, max_memory=7))
