@@ -8,12 +8,16 @@ rotates from round to round; medians over the rounds after two of warm-up. What 
 A vanilla, gated, jumprelu or crosscoder costs more the more latents are active, so these are timed twice: "start", at
 their own initial weights, L0 of each in the table; and "sparse", with every contender's bias or threshold set so that
 k latents are active.
+
+The process is set up as `routesae train` sets up its own: huge pages, freed memory kept. Every contender has that;
+THP_MEM_ALLOC_ENABLE=0 before the command turns the former off.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import os
 import statistics
 import tempfile
 import time
@@ -22,11 +26,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # before torch is imported, as the command line has it
+
 import record
 import torch
 from step_peers import Contender, Rows, Task, contenders, ours, read_batches
 
 from routesae.harvest.cache import Cache
+from routesae.harvest.device import keep_freed_memory
 
 WARM_UP_ROUNDS = 2
 BATCHES = 2
@@ -71,6 +78,7 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", metavar="NAME", help="only these and routesae")
     parser.add_argument("--json", type=Path, help="append raw lines to this file")
     args = parser.parse_args()
+    keep_freed_memory()
     cache = Cache(args.cache)
     layers = tuple(cache.manifest.layers)
     layer = args.layer if args.layer is not None else layers[len(layers) // 2]

@@ -51,7 +51,7 @@ class Latents(NamedTuple):
 
     def active_counts(self, latents: int) -> Tensor:
         """int64 [F]: on how many of the N tokens each latent is active."""
-        return torch.bincount(self.indices_NK[self.values_NK > 0], minlength=latents)
+        return _counted(self.indices_NK.flatten(), self.values_NK.flatten() > 0, latents)
 
     def dense(self, latents: int) -> Tensor:
         """f_NF, for what has to see every latent."""
@@ -94,7 +94,7 @@ class RaggedLatents(NamedTuple):
 
     def active_counts(self, latents: int) -> Tensor:
         """int64 [F]: on how many of the N tokens each latent is active."""
-        return torch.bincount(self.pairs.latents_M[self.values_M > 0], minlength=latents)
+        return _counted(self.pairs.latents_M, self.values_M > 0, latents)
 
     def dense(self, latents: int) -> Tensor:
         f_NF = self.values_M.new_zeros(self.pairs.tokens, latents)
@@ -103,6 +103,11 @@ class RaggedLatents(NamedTuple):
     def active(self) -> Active:
         at_M = torch.nonzero(self.values_M > 0).squeeze(1)
         return Active(self.pairs.tokens_M[at_M], self.pairs.latents_M[at_M], self.values_M[at_M])
+
+
+def _counted(latents_M: Tensor, active_M: Tensor, latents: int) -> Tensor:
+    """int64 [F]: how many of the pairs that are active each latent has; exact, as the sums are float64."""
+    return torch.bincount(latents_M, weights=active_M.double(), minlength=latents).long()
 
 
 AnyLatents = Latents | DenseLatents | RaggedLatents
@@ -183,12 +188,13 @@ class Pairs:
         """
         order_M = torch.argsort(self.latents_M.to(torch.int32), stable=True)
         counts_F = torch.bincount(self.latents_M, minlength=self.latents_in_all)
-        return order_M, self.tokens_M[order_M], torch.cumsum(counts_F, 0) - counts_F
+        return order_M, self.tokens_M.index_select(0, order_M), torch.cumsum(counts_F, 0) - counts_F
 
     def rows_by_latent(self, weights_M: Tensor, rows_ND: Tensor) -> Tensor:
         """[F, D]: for each latent the sum of its tokens' rows, weighted; zero where it has none."""
         order_M, tokens_M, offsets_F = self._grouped
-        return F.embedding_bag(tokens_M, rows_ND, offsets_F, mode="sum", per_sample_weights=weights_M[order_M])
+        weights_M = weights_M.index_select(0, order_M)  # several times faster than [order_M] on a CPU
+        return F.embedding_bag(tokens_M, rows_ND, offsets_F, mode="sum", per_sample_weights=weights_M)
 
 
 class _Decode(torch.autograd.Function):
@@ -277,7 +283,7 @@ def _batchtopk(x_ND: Tensor, encoder: Encoder, k: int) -> tuple[Tensor, Tensor, 
         return tokens_M, latents_M, z_M
     least = torch.kthvalue(-z_M, wanted).values.neg()
     kept = torch.nonzero(z_M >= least).squeeze(1)
-    return tokens_M[kept], latents_M[kept], z_M[kept]
+    return tokens_M.index_select(0, kept), latents_M.index_select(0, kept), z_M.index_select(0, kept)
 
 
 def encode_above(x_ND: Tensor, encoder: Encoder, floor_F: Tensor) -> tuple[Pairs | AllPairs, Tensor]:

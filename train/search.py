@@ -159,7 +159,7 @@ def all_above(x_ND: Tensor, encoder: Encoder, floor_F: Tensor) -> tuple[Tensor, 
     z_M = row_products(tokens_M, latents_M, encoder.W_enc_FD, x_ND)
     z_M += encoder.bias().index_select(0, latents_M)
     kept = torch.nonzero(z_M > floor_F.index_select(0, latents_M)).squeeze(1)
-    return tokens_M[kept], latents_M[kept], z_M[kept]
+    return tokens_M.index_select(0, kept), latents_M.index_select(0, kept), z_M.index_select(0, kept)
 
 
 def _margin(x_ND: Tensor, encoder: Encoder) -> Tensor:
