@@ -34,7 +34,7 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, shared_P: Tensor, b_gate: Tensor, e_r: Tensor, b_mag: Tensor) -> tuple[Tensor, Tensor]:
         gate_P = (shared_P + b_gate).relu_()
-        f_P = torch.addcmul(b_mag, e_r, shared_P).relu_().masked_fill_(gate_P == 0, 0)
+        f_P = _where_positive(gate_P, torch.addcmul(b_mag, e_r, shared_P).relu_())
         ctx.save_for_backward(shared_P, e_r, gate_P, f_P)
         return gate_P, f_P
 
@@ -42,10 +42,16 @@ class _Gate(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         shared_P, e_r, gate_P, f_P = ctx.saved_tensors
         g_gate_P, g_f_P = grads
-        d_gate_P, d_f_P = g_gate_P.masked_fill(gate_P == 0, 0), g_f_P.masked_fill(f_P == 0, 0)
+        d_gate_P, d_f_P = _where_positive(gate_P, g_gate_P), _where_positive(f_P, g_f_P)
         d_b_gate, d_b_mag = d_gate_P.sum_to_size(e_r.shape), d_f_P.sum_to_size(e_r.shape)
         d_shared_P = torch.addcmul(d_gate_P, d_f_P, e_r)
         return d_shared_P, d_b_gate, (d_f_P * shared_P).sum_to_size(e_r.shape), d_b_mag
+
+
+def _where_positive(of_P: Tensor, values_P: Tensor) -> Tensor:
+    """values where `of` is above 0, else 0: ReLU's own gradient, several times as fast as a mask."""
+    kept_P: Tensor = torch.ops.aten.threshold_backward(values_P, of_P, 0)
+    return kept_P
 
 
 class Gated(SingleLayerSAE):
