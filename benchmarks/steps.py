@@ -3,8 +3,8 @@
     benchmarks/environment.sh
     benchmarks/.venv/bin/python benchmarks/steps.py --cache CACHE --json benchmarks/results/steps.jsonl
 
-For every case (variant, latents, k), each round runs one step of every contender on the same batch, in an order that
-rotates from round to round; medians over the rounds after two of warm-up. What a contender is: step_peers.py.
+For every case (variant, latents, k), each round runs two steps of every contender on the same batch, the second
+timed, in an order that rotates from round to round; medians over the rounds after one of warm-up. What a contender is: step_peers.py.
 A vanilla, gated, jumprelu or crosscoder costs more the more latents are active, so these are timed twice: "start", at
 their own initial weights, L0 of each in the table; and "sparse", with every contender's bias or threshold set so that
 k latents are active.
@@ -35,7 +35,7 @@ from step_peers import Contender, Rows, Task, contenders, ours, read_batches
 from routesae.harvest.cache import Cache
 from routesae.harvest.device import keep_freed_memory
 
-WARM_UP_ROUNDS = 2
+WARM_UP_ROUNDS = 1
 BATCHES = 2
 STATES = ("sparse", "start")
 
@@ -132,8 +132,10 @@ def rounds(field: list[Contender], batches: list[Rows], count: int) -> dict[str,
     for at in range(WARM_UP_ROUNDS + count):
         turn = at % len(field)
         for contender in field[turn:] + field[:turn]:
+            batch = batches[at % len(batches)]
+            contender.step(batch)  # brings its own weights and moments back into the caches, as in a run of its own
             began = time.perf_counter()
-            contender.step(batches[at % len(batches)])
+            contender.step(batch)
             taken = time.perf_counter() - began
             if at >= WARM_UP_ROUNDS:
                 seconds[contender.name].append(taken)
