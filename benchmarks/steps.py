@@ -4,7 +4,8 @@
     benchmarks/.venv/bin/python benchmarks/steps.py --cache CACHE --json benchmarks/results/steps.jsonl
 
 For every case (variant, latents, k), each round runs two steps of every contender on the same batch, the second
-timed, in an order that rotates from round to round; medians over the rounds after one of warm-up. What a contender is: step_peers.py.
+timed, in an order that rotates from round to round; medians over the rounds after one of warm-up. What a contender
+is: step_peers.py.
 A vanilla, gated, jumprelu or crosscoder costs more the more latents are active, so these are timed twice: "start", at
 their own initial weights, L0 of each in the table; and "sparse", with every contender's bias or threshold set so that
 k latents are active.
