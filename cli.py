@@ -18,6 +18,19 @@ from routesae.terminal import COUNT, Commands, Numbers, progress, shown, side_by
 COMMANDLINE = click.core.ParameterSource.COMMANDLINE
 
 
+# Options that mean the same in several commands.
+SAES = click.option(
+    "--sae",
+    "saes",
+    multiple=True,
+    type=click.Path(),
+    help="SAE folder, or user/repo[/folder][@revision] on the hub; may be given several times.  "
+    "[default: all under --out]",
+)
+SAES_FOLDER = click.option("--out", default="saes", type=click.Path(), help="Folder of SAE folders.")
+CACHE = click.option("--cache", default="shards", type=click.Path(), help="Folder that harvest wrote.")
+
+
 @click.group(cls=Commands, context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 @click.option("--quiet", is_flag=True, help="Only warnings, errors and results.")
@@ -100,7 +113,7 @@ def harvest(**options: Any) -> None:
 
 @main.command(epilog="Example: routesae train --cache shards/ --sae topk --sae jumprelu --layer 12 --k 32 --k 64")
 @click.option("--config", type=click.Path(), help="TOML file with the names of these flags; flags win.")
-@click.option("--cache", default="shards", type=click.Path(), help="Folder that harvest wrote.")
+@CACHE
 @click.option(
     "--sae",
     multiple=True,
@@ -160,7 +173,7 @@ def harvest(**options: Any) -> None:
 @click.option("--seed", default=0, help="Of weights and batch order.")
 @click.option("--device", default="auto", metavar="auto|cpu|cuda[:i]", help="Where to train.")
 @click.option("--name", help="Folder of the SAE under --out.  [default: from variant, layer, latents and k]")
-@click.option("--out", default="saes", type=click.Path(), help="Folder of SAE folders.")
+@SAES_FOLDER
 @click.option("--overwrite", is_flag=True, help="Replace an SAE of the same name.")
 @click.pass_context
 def train(ctx: click.Context, /, config: str | None, **options: Any) -> None:
@@ -194,7 +207,7 @@ def given_options(ctx: click.Context, options: dict[str, Any]) -> dict[str, Any]
 
 @main.command(epilog="Example: routesae ablation --cache shards/ --layer 12 --k 32 --k 64 --epochs 2")
 @click.option("--config", type=click.Path(), help="TOML file with the names of train's flags; flags win.")
-@click.option("--cache", default="shards", type=click.Path(), help="Folder that harvest wrote.")
+@CACHE
 @click.option(
     "--sae",
     multiple=True,
@@ -246,16 +259,9 @@ def ablation(ctx: click.Context, /, config: str | None, plot: bool, out: str, **
     help="NormMSE, FVU, L0, Dead or Routing, from the cache alone; KLDiv, DeltaCE or Recovered, with the LM. "
     "May be given several times.  [default: those of the cache]",
 )
-@click.option(
-    "--sae",
-    "saes",
-    multiple=True,
-    type=click.Path(),
-    help="SAE folder, or user/repo[/folder][@revision] on the hub; may be given several times.  "
-    "[default: all under --out]",
-)
-@click.option("--out", default="saes", type=click.Path(), help="Folder of SAE folders.")
-@click.option("--cache", default="shards", type=click.Path(), help="Folder that harvest wrote.")
+@SAES
+@SAES_FOLDER
+@CACHE
 @click.option("--tokens", type=COUNT, help="Held-out tokens to score on.  [default: all]")
 @click.option("--batch-sequences", default=8, help="Rows a forward pass of the LM.")
 @click.option(
@@ -301,7 +307,7 @@ def analyze(json_file: str | None, **options: Any) -> None:
     type=click.Path(),
     help="SAE folder, or user/repo[/folder][@revision] on the hub.  [default: the only one under --out]",
 )
-@click.option("--out", default="saes", type=click.Path(), help="Folder of SAE folders.")
+@SAES_FOLDER
 @click.option("--add", multiple=True, metavar="LATENT=VALUE", help="Add VALUE to the latent at every token.")
 @click.option("--multiply", multiple=True, metavar="LATENT=VALUE", help="Multiply the latent by VALUE where active.")
 @click.option("--set", multiple=True, metavar="LATENT=VALUE", help="Make the latent VALUE at every token.")
@@ -354,16 +360,9 @@ def clamp(json_file: str | None, **options: Any) -> None:
 
 
 @main.command(epilog="Example: routesae contexts --sae saes/topk --threshold 4")
-@click.option(
-    "--sae",
-    "saes",
-    multiple=True,
-    type=click.Path(),
-    help="SAE folder, or user/repo[/folder][@revision] on the hub; may be given several times.  "
-    "[default: all under --out]",
-)
-@click.option("--out", default="saes", type=click.Path(), help="Folder of SAE folders.")
-@click.option("--cache", default="shards", type=click.Path(), help="Folder that harvest wrote.")
+@SAES
+@SAES_FOLDER
+@CACHE
 @click.option("--threshold", default=15.0, help="Activations above it count; on the SAE's normalised input.")
 @click.option("--per-class", default=2, help="Contexts, at most, of tokens alike but for case and blanks.")
 @click.option("--max-classes", default=32, help="Latents of more token classes are left out.")
@@ -399,7 +398,7 @@ def contexts(**options: Any) -> None:
     type=click.Path(),
     help="SAE folder that contexts wrote into; may be given several times.  [default: all under --out with contexts]",
 )
-@click.option("--out", default="saes", type=click.Path(), help="Folder of SAE folders.")
+@SAES_FOLDER
 @click.option(
     "--latents", default="100", metavar="N|all", help="A seeded sample of those that contexts kept, or all."
 )
@@ -472,15 +471,8 @@ def count_or_all(text: str) -> int | None:
 
 
 @main.command(epilog="Example: routesae report --scores scores.json --model demo")
-@click.option(
-    "--sae",
-    "saes",
-    multiple=True,
-    type=click.Path(),
-    help="SAE folder, or user/repo[/folder][@revision] on the hub; may be given several times.  "
-    "[default: all under --out]",
-)
-@click.option("--out", default="saes", type=click.Path(), help="Folder of SAE folders.")
+@SAES
+@SAES_FOLDER
 @click.option("--html", default="report.html", type=click.Path(), help="File to write.")
 @click.option("--scores", type=click.Path(), help="File of analyze --json, for the metrics that need the LM.")
 @click.option(
@@ -542,7 +534,7 @@ def run(config: str) -> None:
 @click.option("--aggregate", metavar="sum|mean", help="routesae.  [default: from the file name, else sum]")
 @click.option("--model", help="Hub id of the LM it was trained on, kept in its cfg.json.")
 @click.option("--name", help="Folder of the SAE under --out.  [default: the file's name]")
-@click.option("--out", default="saes", type=click.Path(), help="Folder of SAE folders.")
+@SAES_FOLDER
 @click.option("--overwrite", is_flag=True, help="Replace an SAE of the same name.")
 def convert(**options: Any) -> None:
     """Make an SAE folder of a checkpoint of the published RouteSAE code.
