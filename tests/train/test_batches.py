@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import cache as remembered
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ import pytest
 import torch
 
 from routesae.harvest import arrays
-from routesae.harvest.cache import Cache, Manifest, ShardRecord, begin_cache, write_shard
+from routesae.harvest.cache import Cache
+from routesae.harvest.manifest import Manifest, ShardRecord
 from routesae.harvest.statistics import row_statistics
+from routesae.harvest.writing import begin_cache, write_shard
 from routesae.reporting import FailedRun, WrongInput
 from routesae.train import rows
 from routesae.train.batches import (
@@ -474,8 +476,10 @@ def test_a_sample_is_the_first_tokens_of_the_first_epoch(position_cache: Cache) 
 
 
 def descriptors_of(folder: Path) -> list[str]:
-    links = [Path("/proc/self/fd", name) for name in os.listdir("/proc/self/fd")]
-    targets = [str(link.readlink()) for link in links if link.is_symlink()]
+    targets = []
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):  # a reader thread has closed it meanwhile
+            targets.append(str(Path("/proc/self/fd", name).readlink()))
     return [target for target in targets if target.startswith(str(folder))]
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from routesae.train import search
 from routesae.train.search import (
+    CPU_CHUNK_ROWS,
     Encoder,
     all_above,
     largest,
@@ -260,19 +261,19 @@ def test_all_above_in_float64_is_z_above_the_floor_to_the_last_pair() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["normal", "no bias", "a few dimensions far off, which b_dec holds"])
 def test_pre_activations_come_in_order_and_once_and_within_their_precision(kind: str, dtype: torch.dtype) -> None:
-    given = problem(kind, n=1100, width=31, latents=40)
+    chunk, n = CPU_CHUNK_ROWS.get(dtype, 512), 2100
+    given = problem(kind, n=n, width=31, latents=40)
     given = given_in("float64" if dtype == torch.float64 else "float32", given)
     z_NF, rounding = given.exact()
-    chunk = 1024 if dtype == torch.bfloat16 else 512
     # Centred before it is rounded, or bfloat16's error would be that of the offsets.
     error = rounding if dtype != torch.bfloat16 else 0.02 * float(z_NF.std())
     begin = 0
     for rows, z_nF in pre_activations(given.x_ND, given.encoder, dtype):
-        assert (rows.start, rows.stop) == (begin, min(begin + chunk, 1100))
+        assert (rows.start, rows.stop) == (begin, min(begin + chunk, n))
         assert z_nF.dtype == dtype
         assert float((z_nF.double() - z_NF[rows]).abs().mean()) < error
         begin = rows.stop
-    assert begin == 1100
+    assert begin == n
 
 
 def test_only_float32_rows_are_proposed_for_and_in_what_autocast_or_the_cpu_prefers(
