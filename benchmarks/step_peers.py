@@ -115,10 +115,14 @@ class Task:
     layers: tuple[int, ...]
 
 
-def ours(task: Task, cache: Cache, batch: Rows, stack: contextlib.ExitStack, out: Path) -> Contender:
+def ours(
+    task: Task, cache: Cache, batch: Rows, stack: contextlib.ExitStack, out: Path, recipe_of_published: bool = False
+) -> Contender:
+    """recipe_of_published: with the published code's objective, which for gated has two products fewer."""
     sae, _, routing = task.variant.partition(" ")
     flags: dict[str, Any] = {"sae": sae, "latents": task.latents, "k": task.k, "lr": LR, "cache": str(cache.path)}
     flags |= {"routing": routing} if routing else {} if sae == "crosscoder" else {"layer": task.layers[0]}
+    flags |= {"recipe": "published", "sparsity": SPARSITY} if recipe_of_published else {}
     settings = settings_of(flags | {"out": str(out), "batch_tokens": len(batch.flat), "epochs": LONG // 1000})
     (job,) = jobs_of(settings, cache, CPU)
     # A routesae reads every layer of its cache; timing one of fewer needs no cache of fewer.
@@ -146,7 +150,8 @@ def ours(task: Task, cache: Cache, batch: Rows, stack: contextlib.ExitStack, out
         ),
         "crosscoder": lambda: Gate(weight=lambda: parts.W_enc_FC, bias_F=parts.b_enc_F),
     }
-    return Contender("routesae", step, gates[task.variant]() if task.variant in gates else None)
+    name = "routesae, published recipe" if recipe_of_published else "routesae"
+    return Contender(name, step, gates[task.variant]() if task.variant in gates else None)
 
 
 class _Layer(nn.Module):

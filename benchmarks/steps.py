@@ -111,6 +111,8 @@ def run(task: Task, state: str, cache: Cache, batches: list[Rows], args: argpars
     with tempfile.TemporaryDirectory() as out, ExitStack() as stack:
         torch.manual_seed(0)
         field = [ours(task, cache, batches[0], stack, Path(out))]
+        if task.variant == "gated":
+            field.append(ours(task, cache, batches[0], stack, Path(out, "published"), recipe_of_published=True))
         field += [one for one in contenders(task) if not args.contenders or one.name in args.contenders]
         for contender in field:
             if state == "sparse" and contender.gate is not None:

@@ -22,6 +22,7 @@ NORMALIZATIONS = ("token", "dataset", "none")
 EPSILON = 1e-6
 WEIGHTED_CHUNK_ROWS = 256
 MEDIAN_STEPS = 20  # Weiszfeld's iteration is well settled by then on normalised hidden states
+MEDIAN_STILL = 1e-5  # a last move so much shorter than the distance to the rows
 
 
 class Normalised(NamedTuple):
@@ -186,6 +187,10 @@ def geometric_median(x_ND: Tensor) -> Tensor:
     """The point of least summed distance to the N rows, by Weiszfeld's iteration from the mean."""
     median_D = x_ND.mean(0)
     for _ in range(MEDIAN_STEPS):
-        weights_N = 1 / torch.linalg.vector_norm(x_ND - median_D, dim=1).clamp(min=EPSILON)
+        before_D = median_D
+        weights_N = 1 / torch.linalg.vector_norm(x_ND - before_D, dim=1).clamp(min=EPSILON)
         median_D = weights_N @ x_ND / weights_N.sum()
+        distance = len(x_ND) / weights_N.sum()  # to the rows, their harmonic mean
+        if torch.linalg.vector_norm(median_D - before_D) <= MEDIAN_STILL * distance:
+            break
     return median_D
