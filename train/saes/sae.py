@@ -18,6 +18,7 @@ from routesae.train.kernels import AnyLatents
 from routesae.train.losses import Objective
 from routesae.train.saes.normalise import NORMALIZATIONS, NormalisedLayers, as_layers
 from routesae.train.saes.routers import ROUTERS
+from routesae.train.search import row_products
 
 ROUTINGS = ("hard", "soft")
 AGGREGATES = ("sum", "mean")
@@ -171,8 +172,9 @@ class SAE(nn.Module, ABC):
         for W_dec_FD in self.decoders():
             grad_FD = W_dec_FD.grad
             assert grad_FD is not None
-            along_F1 = (grad_FD * W_dec_FD).sum(1, keepdim=True)
-            grad_FD.addcmul_(W_dec_FD, along_F1, value=-1)
+            row_F = torch.arange(len(grad_FD), device=grad_FD.device)
+            along_F = row_products(row_F, row_F, W_dec_FD, grad_FD)  # no third [F, D] is made
+            grad_FD.addcmul_(W_dec_FD, along_F[:, None], value=-1)
 
     @torch.no_grad()
     def normalise_decoder(self, step: int, *, last: bool = False) -> None:
