@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO := demo
 SAE_FLAGS := --cache $(DEMO)/shards --out $(DEMO)/saes --latents 4608 --k 64 --epochs 4 --lr 2e-3
 
-.PHONY: demo test clean
+.PHONY: demo test slow clean
 
 demo: $(VENV)/installed
 	$(BIN)/routesae harvest --model demo --data demo --tokens 140k --context 256 --shard-tokens 16k --layers 7-22 \
@@ -13,7 +13,9 @@ demo: $(VENV)/installed
 	$(BIN)/routesae train $(SAE_FLAGS) --sae topk --sae batchtopk --sae routesae --layer 15 --resume
 	$(BIN)/routesae analyze --cache $(DEMO)/shards --out $(DEMO)/saes --json $(DEMO)/scores.json \
 		--metric NormMSE --metric L0 --metric Dead --metric Routing --metric KLDiv --metric DeltaCE --metric Recovered
-	@echo "shards in $(DEMO)/shards, SAEs in $(DEMO)/saes, the table as JSON in $(DEMO)/scores.json"
+	$(BIN)/routesae contexts --cache $(DEMO)/shards --out $(DEMO)/saes --threshold 4
+	$(BIN)/routesae report --out $(DEMO)/saes --scores $(DEMO)/scores.json --html $(DEMO)/report.html
+	@echo "shards in $(DEMO)/shards, SAEs in $(DEMO)/saes, scores in $(DEMO)/scores.json; open $(DEMO)/report.html"
 
 test: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -21,6 +23,9 @@ test: $(VENV)/installed
 	PYTHON=$(BIN)/python tests/types.sh
 	tests/browser.sh
 	$(BIN)/pytest
+
+slow: $(VENV)/installed
+	$(BIN)/pytest -m slow
 
 clean:
 	rm -rf $(VENV) $(DEMO) build *.egg-info

@@ -3,22 +3,59 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
-import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from routesae import __version__
-from routesae.reporting import FailedRun, WrongInput
-from routesae.terminal import COUNT, Commands, Numbers, progress, shown, side_by_side, table
+from routesae.reporting import FailedRun, Report, WrongInput
+from routesae.terminal import COUNT, Commands, Numbers, shown, side_by_side, table
+from routesae.watch import Watch, configure_logging, status_beside, status_in, watched
 
 COMMANDLINE = click.core.ParameterSource.COMMANDLINE
 
 
+def watch_as(ctx: click.Context, parameter: click.Parameter, value: Any) -> None:
+    """Note in the outermost context how the run wants to be watched."""
+    root = ctx.find_root()
+    if value and parameter.name is not None:
+        root.obj = replace(root.obj or Watch(), **{parameter.name: value})
+        configure_logging(root.obj)
+
+
+def keep_blocks(ctx: click.Context, parameter: click.Parameter, value: Any) -> None:
+    """--cache-dir and --cache-bytes hold for the whole process, whatever the command then opens."""
+    if value is not None:
+        from routesae.harvest import blocks
+
+        name = {"cache_dir": "folder", "cache_bytes": "limit"}[str(parameter.name)]
+        blocks.choose(replace(blocks.chosen(), **{name: value}))
+
+
 # Options that mean the same in several commands.
+QUIET = click.option(
+    "--quiet", is_flag=True, expose_value=False, callback=watch_as, help="Only warnings, errors and results."
+)
+LOG_JSON = click.option(
+    "--log-json",
+    "as_json",
+    is_flag=True,
+    expose_value=False,
+    callback=watch_as,
+    help="Log and progress on standard error as a JSON object a line.",
+)
+STATUS = click.option(
+    "--status",
+    type=click.Path(path_type=Path),
+    expose_value=False,
+    callback=watch_as,
+    help="File that says in JSON how far the run is; where a folder is filled, its status.json does so anyway.",
+)
 SAES = click.option(
     "--sae",
     "saes",
@@ -28,13 +65,56 @@ SAES = click.option(
     "[default: all under --out]",
 )
 SAES_FOLDER = click.option("--out", default="saes", type=click.Path(), help="Folder of SAE folders.")
-CACHE = click.option("--cache", default="shards", type=click.Path(), help="Folder that harvest wrote.")
+CACHE_DIR = click.option(
+    "--cache-dir",
+    type=click.Path(path_type=Path),
+    envvar="ROUTESAE_CACHE_DIR",
+    expose_value=False,
+    callback=keep_blocks,
+    help="Where blocks read from an object store, and shards on their way to one, are kept.  "
+    "[default: routesae in the user's cache folder]",
+)
+CACHE_BYTES = click.option(
+    "--cache-bytes",
+    type=COUNT,
+    envvar="ROUTESAE_CACHE_BYTES",
+    expose_value=False,
+    callback=keep_blocks,
+    help="Bytes of blocks that a process keeps there, such as 500M or 20B (billion).  [default: 10B]",
+)
+CACHE_FOLDER = click.option("--cache", default="shards", type=click.Path(), help="Folder or URL that harvest wrote.")
+
+
+def CACHE(command: Any) -> Any:  # noqa: N802  # an option as those above
+    """A cache, and where what of it comes from an object store is kept."""
+    return CACHE_FOLDER(CACHE_DIR(CACHE_BYTES(command)))
+
+
+def long_run(command: Any) -> Any:
+    """The options of every command that may take a while."""
+    return QUIET(LOG_JSON(STATUS(command)))
+
+
+def watching(status: Path | None = None) -> AbstractContextManager[Report]:
+    """What the running command reports to. status: the file it keeps where --status names no other."""
+    ctx = click.get_current_context()
+    watch = ctx.find_root().obj or Watch()
+    if watch.status is not None and not watch.status.absolute().parent.is_dir():
+        raise WrongInput(f"--status {watch.status}: there is no folder {watch.status.parent} to write it to")
+    return watched(watch, str(ctx.info_name), status)
+
+
+def status_of(saes: Sequence[str], out: str) -> Path | None:
+    """The status file of a command that writes into SAE folders: in the one it is about, or where they all are."""
+    return status_in(saes[0] if len(saes) == 1 and Path(saes[0]).is_dir() else out)
 
 
 @click.group(cls=Commands, context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
-@click.option("--quiet", is_flag=True, help="Only warnings, errors and results.")
-def main(quiet: bool) -> None:
+@QUIET
+@LOG_JSON
+@click.pass_context
+def main(ctx: click.Context) -> None:
     """Sparse autoencoders over the middle layers of language models, the model paid for once.
 
     \b
@@ -45,11 +125,7 @@ def main(quiet: bool) -> None:
     # Buffers of many megabytes on huge pages: on small ones a CPU spends a third of a step on page faults. torch
     # reads this once, when it first allocates.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    level = logging.WARNING if quiet else logging.INFO
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("routesae").setLevel(level)
-    for retrying in ("huggingface_hub", "httpx", "httpcore"):  # the last failure is reported, once, as an error
-        logging.getLogger(retrying).setLevel(logging.ERROR)
+    configure_logging(ctx.obj or Watch())
 
 
 @main.command(epilog="Example: routesae harvest --model demo --data demo --tokens 200k --context 256")
@@ -69,7 +145,12 @@ def main(quiet: bool) -> None:
 @click.option("--context", default=512, help="Tokens a row, that is, a sequence of the LM.")
 @click.option("--shard-tokens", type=COUNT, default=65_536, help="Tokens a shard; two shards are held in memory.")
 @click.option("--batch-sequences", type=int, help="Rows a forward pass.  [default: 8 on a CPU, what fits on CUDA]")
-@click.option("--dtype", default="float16", metavar="float16|float32", help="Of the hidden states on disk.")
+@click.option(
+    "--dtype",
+    default="float16",
+    metavar="float16|float32|int8",
+    help="Of the hidden states on disk. int8 takes half of float16's bytes; cache info says what it lost.",
+)
 @click.option(
     "--overflow",
     default="error",
@@ -92,17 +173,23 @@ def main(quiet: bool) -> None:
     metavar="auto|float32|bfloat16",
     help="Precision of the LM; auto is bfloat16 on CUDA and float32 on a CPU.",
 )
-@click.option("--out", default="shards", type=click.Path(), help="Folder of the cache.")
+@click.option(
+    "--worker", type=int, help="Of several that share the work, which this is, from 0.  [default: torchrun's RANK]"
+)
+@click.option("--workers", type=int, help="How many share the work.  [default: torchrun's WORLD_SIZE, else 1]")
+@click.option("--out", default="shards", type=click.Path(), help="Folder of the cache, or a URL: s3://bucket/shards.")
+@CACHE_DIR
+@long_run
 def harvest(**options: Any) -> None:
     """Run the LM once over a corpus and write shards.
 
     A shard holds the hidden states of the model's middle layers as fp16 Zarr arrays, one a layer. The same
-    command goes on where a stopped one stood.
+    command goes on where a stopped one stood; given several times at once, they share the work.
     """
     from routesae.harvest.run import harvest as run
     from routesae.harvest.settings import HarvestSettings
 
-    with progress() as report:
+    with watching(status_beside(options["out"], options["worker"])) as report:
         cache = run(HarvestSettings(**options), report)
     manifest = cache.manifest
     click.echo(
@@ -172,17 +259,23 @@ def harvest(**options: Any) -> None:
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint of the same command.")
 @click.option("--seed", default=0, help="Of weights and batch order.")
 @click.option("--device", default="auto", metavar="auto|cpu|cuda[:i]", help="Where to train.")
+@click.option("--shard", is_flag=True, help="Divide weights and Adam's moments among torchrun's processes.")
+@click.option("--cpu-offload", is_flag=True, help="Keep them in host memory between steps, for an SAE too large.")
 @click.option("--name", help="Folder of the SAE under --out.  [default: from variant, layer, latents and k]")
 @SAES_FOLDER
 @click.option("--overwrite", is_flag=True, help="Replace an SAE of the same name.")
+@click.option("--verify", is_flag=True, help="Compare every checksum of the cache first, which reads all of it.")
+@long_run
 @click.pass_context
 def train(ctx: click.Context, /, config: str | None, **options: Any) -> None:
     """Train SAEs on a cache, all in one pass. No LM is loaded."""
     from routesae.train.run import train as run
     from routesae.train.settings import settings_of
 
-    with progress() as report:
-        results = run(settings_of(given_options(ctx, options), config), report)
+    settings = settings_of(given_options(ctx, options), config)
+    first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes, the one that reports for all
+    with watching(status_in(settings.out) if first else None) as report:
+        results = run(settings, report)
     for result in results:
         if result.held_out is None:
             click.echo(f"{result.folder}: no held-out rows to score it on")
@@ -228,12 +321,20 @@ def given_options(ctx: click.Context, options: dict[str, Any]) -> dict[str, Any]
 @click.option("--model", help="Where the LM is, if not where the cache says.")
 @click.option("--lm-dtype", default="auto", metavar="auto|float32|bfloat16", help="Precision of the LM.")
 @click.option("--plot/--no-plot", default=True, help="Draw pareto.png and pareto.svg; needs the extra plot.")
+@click.option(
+    "--contexts", is_flag=True, help="Collect contexts too, for the column Features; reads the cache again."
+)
+@click.option("--threshold", default=15.0, help="Of contexts: activations above it count.")
 @click.option("--out", default="ablation", type=click.Path(), help="Folder of SAEs, table and plot.")
+@long_run
 @click.pass_context
-def ablation(ctx: click.Context, /, config: str | None, plot: bool, out: str, **options: Any) -> None:
+def ablation(
+    ctx: click.Context, /, config: str | None, plot: bool, out: str, contexts: bool, threshold: float, **options: Any
+) -> None:
     """Train the variants in one pass over a cache, score all, and compare: table, CSV, JSON and Pareto plot.
 
-    The same command goes on with a stopped one.
+    The same command goes on with a stopped one. Features, the latents that the published rule keeps, and Score are
+    columns where contexts, and interpret, have read the SAEs.
     """
     from routesae.analyze.ablation import VARIANTS
     from routesae.analyze.ablation import ablation as run
@@ -244,8 +345,8 @@ def ablation(ctx: click.Context, /, config: str | None, plot: bool, out: str, **
     flags = given_options(ctx, options) | {"resume": True, "out": str(Path(out) / "saes")}
     settings = settings_of({"sae": VARIANTS} | flags if config is None else flags, config)
     Path(out).mkdir(parents=True, exist_ok=True)
-    with progress() as report:
-        rows = run(settings, scoring, Path(out), plot=plot, report=report)
+    with watching(status_in(out)) as report:
+        rows = run(settings, scoring, Path(out), plot=plot, threshold=threshold if contexts else None, report=report)
     click.echo(table(rows))
     click.echo(f"{out}: ablation.csv, ablation.json" + (", pareto.png, pareto.svg" if plot else ""))
 
@@ -281,6 +382,7 @@ def ablation(ctx: click.Context, /, config: str | None, plot: bool, out: str, **
 @click.option("--device", default="auto", metavar="auto|cpu|cuda[:i]", help="Where SAEs and LM run.")
 @click.option("--lm-dtype", default="auto", metavar="auto|float32|bfloat16", help="Precision of the LM.")
 @click.option("--json", "json_file", type=click.Path(), help="Write the results to this file too, for programs.")
+@long_run
 def analyze(json_file: str | None, **options: Any) -> None:
     """Score SAEs on the held-out rows of a cache.
 
@@ -293,7 +395,7 @@ def analyze(json_file: str | None, **options: Any) -> None:
         raise WrongInput(f"--json {json_file}: there is no folder {Path(json_file).parent} to write it to")
     if not options["metrics"]:
         del options["metrics"]  # the settings' own default
-    with progress() as report:
+    with watching() as report:
         results = run(AnalyzeSettings(**options), report)
     if json_file is not None:
         Path(json_file).write_text(json.dumps(results, indent=2) + "\n")
@@ -340,6 +442,7 @@ def analyze(json_file: str | None, **options: Any) -> None:
 @click.option("--device", default="auto", metavar="auto|cpu|cuda[:i]", help="Where SAE and LM run.")
 @click.option("--lm-dtype", default="auto", metavar="auto|float32|bfloat16", help="Precision of the LM.")
 @click.option("--json", "json_file", type=click.Path(), help="Write texts, token ids and settings to this file too.")
+@long_run
 def clamp(json_file: str | None, **options: Any) -> None:
     """Generate text with an SAE's latents changed, beside the text without.
 
@@ -351,7 +454,7 @@ def clamp(json_file: str | None, **options: Any) -> None:
 
     if json_file is not None and not Path(json_file).absolute().parent.is_dir():
         raise WrongInput(f"--json {json_file}: there is no folder {Path(json_file).parent} to write it to")
-    with progress() as report:
+    with watching() as report:
         results = run(ClampSettings(**options), report)
     if json_file is not None:
         Path(json_file).write_text(json.dumps(results, indent=2) + "\n")
@@ -374,6 +477,7 @@ def clamp(json_file: str | None, **options: Any) -> None:
 @click.option("--batch-tokens", type=COUNT, default=4096, help="Tokens the SAE reads at a time.")
 @click.option("--model", help="Where the tokenizer is, if not where the cache says.")
 @click.option("--device", default="auto", metavar="auto|cpu|cuda[:i]", help="Where SAEs run.")
+@long_run
 def contexts(**options: Any) -> None:
     """Write the text that every latent is active on, from the cache and the tokenizer alone.
 
@@ -383,7 +487,7 @@ def contexts(**options: Any) -> None:
     from routesae.analyze.contexts.run import ContextSettings
     from routesae.analyze.contexts.run import contexts as run
 
-    with progress() as report:
+    with watching(status_of(options["saes"], options["out"])) as report:
         results = run(ContextSettings(**options), report)
     click.echo(table([result.row() for result in results]))
     for result in results:
@@ -415,6 +519,8 @@ def contexts(**options: Any) -> None:
     help="Test explanations on texts held out from them: balanced accuracy. May be given several times.",
 )
 @click.option("--cache", type=click.Path(), help="For detection: where the cache is, if not where contexts found it.")
+@CACHE_DIR
+@CACHE_BYTES
 @click.option("--device", default="auto", metavar="auto|cpu|cuda[:i]", help="For detection: where the SAE runs.")
 @click.option("--model", default="gpt-4o", help="Chat model; with Azure, the deployment.")
 @click.option(
@@ -440,6 +546,7 @@ def contexts(**options: Any) -> None:
 @click.option("--dry-run", is_flag=True, help="Only show the prompts and about what they would cost.")
 @click.option("--retry-unparsed", is_flag=True, help="Ask again where an answer was no answer to the question.")
 @click.option("--overwrite", is_flag=True, help="Begin anew; earlier answers are lost.")
+@long_run
 def interpret(latents: str, dry_run: bool, **options: Any) -> None:
     """Have a chat model explain latents: category, monosemanticity from 1 to 5, explanation.
 
@@ -460,7 +567,7 @@ def interpret(latents: str, dry_run: bool, **options: Any) -> None:
             click.echo(f"---- {name}\n{prompt}")
         click.echo(f"---- {expected}")
         return
-    with progress() as report:
+    with watching(status_of(settings.saes, settings.out)) as report:
         summaries = run(settings, report)
     click.echo(table([row_of(summary) for summary in summaries]))
 
@@ -480,10 +587,13 @@ def count_or_all(text: str) -> int | None:
     type=click.Path(),
     help="For routing by token.  [default: the one that contexts read, where it is still there]",
 )
+@CACHE_DIR
+@CACHE_BYTES
 @click.option("--model", help="Hub id, folder, .gguf or demo: shows what latents do to the logits.  [default: none]")
 @click.option("--contexts", default=8, help="Strongest shown of a latent; of each third of its sample a quarter.")
 @click.option("--device", default="auto", metavar="auto|cpu|cuda[:i]", help="Where SAEs and LM run.")
 @click.option("--lm-dtype", default="auto", metavar="auto|float32|bfloat16", help="Precision of the LM.")
+@long_run
 def report(**options: Any) -> None:
     """Write one HTML page of the SAEs: compared, their training, routing and densities, and every latent to look at.
 
@@ -493,13 +603,14 @@ def report(**options: Any) -> None:
     from routesae.analyze.report.run import ReportSettings, write_report
     from routesae.reporting import human_bytes
 
-    with progress() as show:
+    with watching() as show:
         page = write_report(ReportSettings(**options), show)
     click.echo(f"{page.path}: {page.saes} SAEs, {page.latents:,} latents to look at, {human_bytes(page.bytes)}")
 
 
 @main.command(epilog="Example: routesae run --config examples/pipeline.toml")
 @click.option("--config", required=True, type=click.Path(), help="TOML file with a table a stage, of its flags.")
+@long_run
 def run(config: str) -> None:
     """Harvest, train, analyze, contexts, interpret and report in one go, as a TOML file says.
 
@@ -508,14 +619,12 @@ def run(config: str) -> None:
     """
     from routesae.analyze.pipeline import run_pipeline
     from routesae.analyze.pipeline_settings import read_pipeline
-    from routesae.analyze.run import described
 
     settings = read_pipeline(config)
-    with progress() as report:
+    with watching(status_in(settings.out)) as report:
         result = run_pipeline(settings, report)
     if result.scores is not None:
-        found = {str(folder): described(folder) for folder in result.saes}
-        click.echo(table([shown(row | found.get(row["folder"], {})) for row in result.scores["saes"]]))
+        click.echo(table([shown(row) for row in result.scores["saes"]]))
     click.echo("; ".join(f"{stage}: {'done' if ran else 'unchanged'}" for stage, ran in result.stages.items()))
     click.echo(f"{settings.out}: {', '.join(sorted(file.name for file in settings.out.iterdir() if file.is_file()))}")
 
@@ -583,16 +692,82 @@ def info(path: str) -> None:
     click.echo(table(found.layers))
 
 
-@cache.command(epilog="Example: routesae cache verify shards/")
+@cache.command(epilog="Example: routesae cache verify shards/ --digest")
 @click.argument("path", type=click.Path())
-def verify(path: str) -> None:
+@click.option("--digest", is_flag=True, help="Print one digest of what the cache holds, however it was written.")
+@long_run
+@CACHE_DIR
+@CACHE_BYTES
+def verify(path: str, digest: bool) -> None:
     """Check sizes, indexes and checksums of every shard; exit code 1 and a line for each that is bad."""
-    from routesae.harvest.inspect import verify as run
+    from routesae.harvest.verify import examine
 
-    with progress() as report:
-        problems = run(path, report)
-    for problem in problems:
+    with watching() as report:
+        found = examine(path, report)
+    for problem in found.problems:
         click.echo(problem)
-    if problems:
-        raise FailedRun(f"{path}: {len(problems)} problems; delete the shards named and run the same harvest again")
-    click.echo(f"{path}: every shard is whole")
+    if digest:
+        click.echo(f"sha256:{found.digest}")
+    if found.problems:
+        raise FailedRun(
+            f"{path}: {len(found.problems)} problems; `routesae cache repair {path}` removes bad shards, and the "
+            "same routesae harvest then writes what is missing"
+        )
+    if not digest:
+        click.echo(f"{path}: every shard is whole")
+
+
+@cache.command(epilog="Example: routesae cache repair shards/")
+@click.argument("path", type=click.Path())
+@long_run
+def repair(path: str) -> None:
+    """Remove the shards that `cache verify` finds bad, and nothing else; harvest then writes those again."""
+    from routesae.harvest.verify import repair as run
+
+    with watching() as report:
+        found = run(path, report)
+    for name in found.removed:
+        click.echo(f"removed {name}")
+    if found.missing:
+        click.echo(f"{path}: {found.missing} shards are missing; the same routesae harvest writes just those")
+    else:
+        click.echo(f"{path}: every shard is whole")
+
+
+@cache.command(epilog="Example: routesae cache merge node0/shards node1/shards shards/")
+@click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option("--link", is_flag=True, help="Hard links instead of copies, where both are on one file system.")
+@long_run
+def merge(sources: tuple[Path, ...], target: Path, link: bool) -> None:
+    """Make TARGET one cache of parts that were harvested apart; every checksum is compared.
+
+    The same command goes on where it was stopped, and further parts may come later.
+    """
+    from routesae.harvest.copying import merge as run
+
+    with watching() as report:
+        found = run(sources, target, link=link, report=report)
+    click.echo(f"{target}: {found.copied} shards copied")
+    if found.missing:
+        click.echo(f"{target}: {found.missing} shards are in none of these; merge further parts, or harvest the rest")
+
+
+@cache.command(epilog="Example: routesae cache copy shards/ s3://bucket/shards")
+@click.argument("source", type=click.Path())
+@click.argument("target", type=click.Path())
+@long_run
+@CACHE_DIR
+@CACHE_BYTES
+def copy(source: str, target: str) -> None:
+    """Copy a cache from a folder or URL to another; what arrived is read again and every checksum compared.
+
+    The same command goes on where it was stopped.
+    """
+    from routesae.harvest.copying import copy as run
+
+    with watching() as report:
+        found = run(source, target, report)
+    click.echo(f"{target}: {found.copied} shards copied")
+    if found.missing:
+        click.echo(f"{target}: {found.missing} shards are not in {source}; harvest them, then copy again")

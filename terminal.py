@@ -1,28 +1,19 @@
-"""The terminal: what was typed, made into values; how progress, tables and failures look.
+"""The terminal: what was typed, made into values; how tables and failures look.
 
 What is not a result goes to standard error.
 """
 
 from __future__ import annotations
 
-import logging
 import shutil
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from decimal import Decimal, InvalidOperation
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import click
 
-from routesae.reporting import FailedRun, Progress, Stopped, WrongInput
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
-
-log = logging.getLogger("routesae")
-LOG_LINE_SECONDS = 10.0  # between progress lines where there is no terminal
+from routesae.reporting import FailedRun, Stopped, WrongInput
+from routesae.watch import Terminated, Watch, message_of
 
 
 class Count(click.ParamType[int]):
@@ -65,76 +56,33 @@ class Numbers(click.ParamType[tuple[Any, ...]]):
 
 
 class Commands(click.Group):
-    """Turns what the rooms raise into one line and an exit code: 2 wrong input, 1 failed run, 130 Ctrl-C."""
+    """Turns what the rooms raise into one line and an exit code: 2 wrong input, 1 failed run, 130 Ctrl-C, 143 killed.
+
+    The context's obj is the Watch that the options came to.
+    """
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except WrongInput as error:
-            self._end(error, 2)
+            self._end(ctx, error, 2)
         except Stopped as error:
-            self._end(error, error.code)
+            self._end(ctx, error, error.code)
         except (FailedRun, OSError) as error:
-            self._end(error, 1)
+            self._end(ctx, error, 1)
+        except Terminated as error:
+            self._end(ctx, f"{error}; the same command begins again, harvest and train where they stood", 143)
         except KeyboardInterrupt:
             self._end(
+                ctx,
                 "stopped; the same command goes on where harvest stood, train with --resume",
                 130,
             )
 
-    def _end(self, message: object, code: int) -> None:
-        click.echo(f"routesae: {message}", err=True)
+    def _end(self, ctx: click.Context, message: object, code: int) -> None:
+        if str(message):  # nothing: another process of the run says it
+            click.echo(message_of(ctx.obj or Watch(), message, code), err=True)
         sys.exit(code)
-
-
-@contextmanager
-def progress() -> Iterator[Callable[[Progress], None]]:
-    """A bar with rate and time left on a terminal; a log line every ten seconds elsewhere."""
-    bars: dict[str, tqdm[Any]] = {}
-    starts: dict[str, tuple[float, int, int]] = {}  # when a stage began, where it stood then, and where it stands
-    last_line = time.monotonic()
-
-    def bar(now: Progress) -> None:
-        from tqdm import tqdm
-
-        if now.stage in bars and now.done < bars[now.stage].n:  # the same work on the next SAE
-            bars.pop(now.stage).close()
-        if now.stage not in bars:
-            for other in bars.values():
-                other.close()
-            scale = now.unit == "tokens"
-            bars[now.stage] = tqdm(total=now.total, unit=f" {now.unit}", unit_scale=scale, desc=now.stage)
-        bars[now.stage].set_postfix(now.facts, refresh=False)
-        bars[now.stage].update(now.done - bars[now.stage].n)
-
-    def line(now: Progress) -> None:
-        nonlocal last_line
-        if now.stage in starts and now.done < starts[now.stage][2]:  # the same work on the next SAE
-            del starts[now.stage]
-        began, done, _ = starts.get(now.stage, (time.monotonic(), now.done, 0))
-        starts[now.stage] = (began, done, now.done)
-        if time.monotonic() - last_line < LOG_LINE_SECONDS and now.done != now.total:
-            return
-        last_line = time.monotonic()
-        rate = (now.done - done) / max(last_line - began, 1e-9)
-        facts = dict(now.facts)
-        if rate:
-            facts |= {f"{now.unit}/s": f"{rate:,.0f}" if rate > 10 else f"{rate:.2f}"}
-            facts |= {"left": f"{(now.total - now.done) / rate:,.0f} s"}
-        shown = "".join(f", {name} {value}" for name, value in facts.items())
-        log.info("%s: %s of %s %s%s", now.stage, f"{now.done:,}", f"{now.total:,}", now.unit, shown)
-
-    if not sys.stderr.isatty():
-        yield line
-        return
-    from tqdm.contrib.logging import logging_redirect_tqdm
-
-    try:
-        with logging_redirect_tqdm():
-            yield bar
-    finally:
-        for open_bar in bars.values():
-            open_bar.close()
 
 
 def table(rows: list[dict[str, Any]]) -> str:

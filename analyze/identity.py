@@ -31,7 +31,7 @@ def cache_identity(cache: Cache) -> dict[str, Any]:
     manifest = cache.manifest.to_dict()
     written = json.dumps([manifest, *(asdict(shard.record) for shard in cache.shards())], sort_keys=True)
     return {
-        "path": str(cache.path.resolve()),
+        "path": cache.address,
         **manifest,
         "lm_weights": cache.weights_hash(),
         "fingerprint": xxhash.xxh3_128(written.encode()).hexdigest(),

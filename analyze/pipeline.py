@@ -23,10 +23,11 @@ from routesae.analyze.identity import cache_identity, file_hash
 from routesae.analyze.interpret.run import SUMMARY, interpret
 from routesae.analyze.pipeline_settings import PipelineSettings
 from routesae.analyze.report.run import require_libraries, write_report
-from routesae.analyze.run import analyze
+from routesae.analyze.run import DESCRIPTIONS, analyze, described
 from routesae.harvest.cache import Cache
 from routesae.harvest.device import pick_device
 from routesae.harvest.run import harvest
+from routesae.harvest.untrusted import read_json
 from routesae.reporting import Report, WrongInput, silent
 from routesae.train.checkpoint import CONFIG, find_saes, read_config
 from routesae.train.jobs import Job, jobs_of
@@ -39,7 +40,7 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 RECORD, SCORES, REPORT = "pipeline.json", "scores.json", "report.html"
 # Settings that say where and how fast, and change nothing of a cache.
-HOW_IT_RUNS = ("device", "batch_sequences")
+HOW_IT_RUNS = ("device", "batch_sequences", "worker", "workers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +85,8 @@ def run_pipeline(settings: PipelineSettings, report: Report = silent) -> Pipelin
         stages["contexts"] = _contexts(settings, folders, inputs, record, report)
     if settings.interpret is not None:
         stages["interpret"] = _interpret(settings, folders, inputs, record, report)
+    if settings.analyze is not None:
+        _describe_anew(settings.out / SCORES, record)
     if settings.report is not None:
         stages["report"] = _report(settings, folders, inputs, record, report)
     scores = json.loads((settings.out / SCORES).read_text()) if settings.analyze is not None else None
@@ -106,7 +109,7 @@ class Record:
         if not path.exists():
             return
         try:
-            found = json.loads(path.read_bytes())
+            found = read_json(path, largest=1 << 26)  # it has a hash for every file of the corpus
             if found["format"] == FORMAT:
                 self.steps = dict(found["steps"])
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -134,9 +137,7 @@ class Record:
         if outputs is None:
             return
         self.steps[step] = {"inputs": _plain(inputs), "outputs": _plain(outputs)}
-        partial = self.path.with_name(f".{self.path.name}.partial")
-        partial.write_text(json.dumps({"format": FORMAT, "steps": self.steps}, indent=2) + "\n")
-        partial.replace(self.path)
+        _write_whole(self.path, json.dumps({"format": FORMAT, "steps": self.steps}, indent=2) + "\n")
 
     def run(
         self, step: str, inputs: Mapping[str, Any], outputs: Callable[[], Outputs], work: Callable[[], None]
@@ -255,11 +256,27 @@ def _analyze(
     asked = replace(asked, saes=saes)
 
     def work() -> None:
-        partial = file.with_name(f".{file.name}.partial")
-        partial.write_text(json.dumps(analyze(asked, report), indent=2) + "\n")
-        partial.replace(file)
+        _write_whole(file, json.dumps(analyze(asked, report), indent=2) + "\n")
 
     return record.run("analyze", {**asdict(asked), **inputs}, lambda: hashes(file), work)
+
+
+def _describe_anew(file: Path, record: Record) -> None:
+    """Put into the scores what contexts and interpret, which come after analyze, have found since."""
+    results = json.loads(file.read_bytes())
+    rows = [
+        {name: value for name, value in row.items() if name not in DESCRIPTIONS} | described(Path(row["folder"]))
+        for row in results["saes"]
+    ]
+    if rows != results["saes"]:
+        _write_whole(file, json.dumps(results | {"saes": rows}, indent=2) + "\n")
+        record.keep("analyze", record.kept("analyze")["inputs"], hashes(file))
+
+
+def _write_whole(file: Path, text: str) -> None:
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text)
+    partial.replace(file)
 
 
 def _contexts(

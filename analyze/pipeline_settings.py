@@ -28,6 +28,7 @@ from routesae.analyze.interpret.chat import ChatSettings
 from routesae.analyze.interpret.run import InterpretSettings
 from routesae.analyze.report.run import ReportSettings
 from routesae.analyze.run import AnalyzeSettings
+from routesae.harvest.remote import is_url
 from routesae.harvest.settings import HarvestSettings
 from routesae.reporting import WrongInput
 from routesae.train.settings import TrainSettings, read_toml, settings_of_table
@@ -83,6 +84,8 @@ def read_pipeline(config: str) -> PipelineSettings:
     if not tables:
         raise WrongInput(f"{config} has no stage to run; give it tables of {', '.join(STAGES)}")
     out = Path(data.get("out", "run"))
+    if is_url(data.get("cache")):
+        raise WrongInput(f"{config}: a pipeline's cache is a folder; `routesae cache copy {data['cache']}` makes one")
     cache, saes = Path(data.get("cache", out / "shards")), Path(data.get("saes", out / "saes"))
     places = {"cache": str(cache), "out": str(saes)}
     made: dict[str, Any] = {}

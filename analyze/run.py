@@ -20,12 +20,13 @@ from routesae.analyze.contexts.file import read_facts
 from routesae.analyze.identity import cache_identity, sae_identity, versions
 from routesae.analyze.intervals import draws, intervals, rows_of_cache_scores, rows_of_lm_scores
 from routesae.analyze.sparsity import Sparsity, at_sparsity, has_other_sparsities
-from routesae.harvest.cache import Cache, Manifest
+from routesae.harvest.cache import Cache
 from routesae.harvest.device import pick_device, pick_lm_dtype
+from routesae.harvest.manifest import Manifest
 from routesae.harvest.tokens import kept_positions
 from routesae.reporting import Report, WrongInput, silent
 from routesae.train.checkpoint import find_saes, load_sae
-from routesae.train.evaluate import CacheScores, require_fit, score_on_cache
+from routesae.train.evaluate import CacheScores, require_fit, score_all_on_cache
 from routesae.train.hub import fetch_sae
 from routesae.train.saes import SAE
 
@@ -49,6 +50,7 @@ LM_METRICS: dict[str, Callable[[LMScores], dict[str, Any]]] = {
     "Recovered": lambda scores: {"Recovered": scores.recovered},
 }
 METRICS = (*CACHE_METRICS, *LM_METRICS)
+DESCRIPTIONS = ("Features", "Score")  # columns of what contexts and interpret have found: see `described`
 INTERPRETATIONS = "interpretations.json"  # the summary that `routesae interpret` writes into an SAE's folder
 
 
@@ -103,13 +105,13 @@ def analyze(settings: AnalyzeSettings, report: Report = silent) -> dict[str, Any
     opened = open_saes(settings.saes, Path(settings.out), cache, device)
     subjects = subjects_of(opened, settings.sparsities())
     known = {name: described(sae.beside) for name, sae in opened.items()}
+    _warn_of_thresholds(opened)
     first, after = held_out_rows(cache, settings.tokens)
     rows = {key: _identity(subject, opened[subject.name].folder) for key, subject in subjects.items()}
     saes = {key: subject.sae for key, subject in subjects.items()}
     drawn_RS = draws(after - first, settings.seed)
     if wanted := [metric for metric in settings.metrics if metric in CACHE_METRICS]:
-        for key, sae in saes.items():
-            scores = score_on_cache(sae, cache, first, after, report)
+        for key, scores in score_all_on_cache(saes, cache, first, after, report).items():
             values = [CACHE_METRICS[metric](scores) for metric in wanted]
             _add(rows[key], values, rows_of_cache_scores(scores), drawn_RS)
     if wanted := [metric for metric in settings.metrics if metric in LM_METRICS]:
@@ -206,6 +208,15 @@ def described(folder: Path) -> dict[str, Any]:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise WrongInput(f"{summary} cannot be read ({error!r}); run routesae interpret again") from error
     return found
+
+
+def _warn_of_thresholds(opened: Mapping[str, OpenSAE]) -> None:
+    """Counts of Features compare only where the rule was the same one."""
+    found = {name: read_facts(sae.beside) for name, sae in opened.items()}
+    given = {name: facts["settings"]["threshold"] for name, facts in found.items() if facts is not None}
+    if len(set(given.values())) > 1:
+        counted = ", ".join(f"{name} above {threshold:g}" for name, threshold in given.items())
+        log.warning("Features are not counted alike: %s; run routesae contexts with one --threshold", counted)
 
 
 def _name(folder: Path, folders: Sequence[Path]) -> str:

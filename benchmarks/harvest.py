@@ -25,11 +25,15 @@ import torch
 
 from routesae.harvest import lm
 from routesae.harvest.arrays import Array
-from routesae.harvest.cache import Cache, Manifest, ShardRecord, shard_name, shard_order, write_shard
+from routesae.harvest.begin import open_or_begin
+from routesae.harvest.cache import Cache
+from routesae.harvest.claims import Claims
 from routesae.harvest.device import pick_device, pick_lm_dtype
-from routesae.harvest.run import harvest_shards, prepare
+from routesae.harvest.manifest import Manifest, ShardRecord, shard_name, shard_order
 from routesae.harvest.settings import HarvestSettings
+from routesae.harvest.shards import harvest_shards
 from routesae.harvest.statistics import TokenStatistics, stored_statistics
+from routesae.harvest.writing import write_shard
 from routesae.reporting import silent
 
 SHARDS_A_ROUND = 4  # the last one's writing has nothing to hide beside, as in a harvest of thousands
@@ -61,7 +65,8 @@ def main() -> None:
         settings = HarvestSettings(**{**vars(settings), "out": str(Path(folder, "shards"))})
         device = pick_device(settings.device)
         lm_dtype = pick_lm_dtype(settings.lm_dtype, device)
-        cache = prepare(settings, lm.load_config(settings.model), lm_dtype, silent)
+        with Claims(Path(settings.out)) as claims:
+            cache = open_or_begin(settings, lm.load_config(settings.model), lm_dtype, claims, silent)
         print(f"{device}, {lm_dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}")
         if args.only != "writer":
             beside_the_lm(cache, settings, device, args.rounds)
@@ -77,7 +82,8 @@ def beside_the_lm(cache: Cache, settings: HarvestSettings, device: torch.device,
     shards = list(range(SHARDS_A_ROUND))
 
     def harvested() -> None:
-        harvest_shards(cache, model, weights, shards, settings, silent)
+        with Claims(cache.path) as claims:
+            harvest_shards(cache, model, weights, claims, settings, silent)
         for index in shards:
             shutil.rmtree(cache.path / shard_name(index))
 
@@ -120,7 +126,7 @@ def beside_plain_writes(folder: Path, manifest: Manifest, tokens: int, rounds: i
         )
 
     def written() -> None:
-        write_shard(folder, manifest, token_ids_sT, order, hidden, record, 0, found)
+        write_shard(folder, manifest, token_ids_sT, order, hidden, record, 0, found.named)
 
     def plain() -> None:
         (folder / "plain").mkdir()

@@ -31,7 +31,8 @@ import torch
 from synthetic import drop_from_page_cache, synthetic_cache
 
 from routesae.harvest.arrays import data_file
-from routesae.harvest.cache import Cache, layer_name
+from routesae.harvest.cache import Cache
+from routesae.harvest.manifest import layer_name
 from routesae.train.batches import Selection, epoch_plans, load
 
 CPU = torch.device("cpu")

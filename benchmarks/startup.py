@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 
 from routesae.harvest import arrays
-from routesae.harvest.cache import Manifest, ShardRecord, begin_cache, shard_name, shard_order, write_shard
+from routesae.harvest.manifest import Manifest, ShardRecord, shard_name, shard_order
+from routesae.harvest.writing import begin_cache, write_shard
 
 SHARDS, SHARD_ROWS, CONTEXT, WIDTH = 3001, 8, 129, 1024  # 1,024 kept tokens a shard, 2 MB a layer of it
 LAYERS = tuple(range(4, 20))

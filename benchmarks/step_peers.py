@@ -28,7 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from routesae.harvest.cache import Cache
-from routesae.train.batches import STATISTICS, Batch, Selection
+from routesae.harvest.manifest import STATISTICS
+from routesae.train.batches import Batch, Selection
 from routesae.train.jobs import jobs_of
 from routesae.train.run import _trainee, pace_of
 from routesae.train.settings import settings_of

@@ -16,8 +16,10 @@ import numpy as np
 import torch
 
 from routesae.harvest import arrays
-from routesae.harvest.cache import Cache, Manifest, ShardRecord, begin_cache, write_shard
+from routesae.harvest.cache import Cache
+from routesae.harvest.manifest import Manifest, ShardRecord
 from routesae.harvest.statistics import TokenStatistics, row_statistics
+from routesae.harvest.writing import begin_cache, write_shard
 
 CONTEXT = 256
 PIECE_ROWS = 4096  # random rows, repeated to the length of a shard
@@ -84,7 +86,7 @@ def _write(path: Path, manifest: Manifest, tokens_ST: arrays.Array, piece_nD: ar
         ((layer, hidden_nD) for layer in manifest.layers),
         record,
         index,
-        TokenStatistics(mean_nL, std_nL),
+        TokenStatistics(mean_nL, std_nL).named,
     )
 
 

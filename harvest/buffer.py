@@ -2,7 +2,8 @@
 
 Hidden states are checked, measured and scattered to their stored place as each block puts them out, on the LM's
 device, so that what reaches the disk is one contiguous write a layer. Filling never waits for the device;
-committing waits only for the copies it makes, on a stream of its own, and runs beside the next shard's filling.
+committing waits only for what it does itself, on a stream of its own, and runs beside the next shard's filling.
+With --dtype int8 the buffer holds float16, and a layer is encoded when it is its turn to be written.
 
 Dimension letters: s rows a shard, B rows a batch, T context, P positions of a batch, n kept positions of the
 shard, m kept positions of a batch, L layers, D width.
@@ -18,11 +19,14 @@ import torch
 from torch import Tensor
 
 from routesae.harvest import arrays
-from routesae.harvest.cache import Cache, LayerStatistics, Manifest, ShardRecord, shard_order, write_shard
+from routesae.harvest.cache import Cache
 from routesae.harvest.device import CACHE_DTYPES
 from routesae.harvest.lm import LanguageModel, capturing, run_until
+from routesae.harvest.manifest import LayerStatistics, Manifest, ShardRecord, shard_order
+from routesae.harvest.quantise import Encoding, encoded
 from routesae.harvest.statistics import PIECE_ROWS, Extremes, TokenStatistics, row_statistics
 from routesae.harvest.tokens import Ids
+from routesae.harvest.writing import write_shard
 from routesae.reporting import FailedRun
 
 
@@ -46,6 +50,7 @@ class ShardBuffer:
         self._stored_row = torch.full((token_ids_sT.size,), -1, dtype=torch.int64)
         self._stored_row[torch.from_numpy(self.order).long()] = torch.arange(len(self.order))
         self._filled: torch.cuda.Event | None = None
+        self._encodings: dict[int, Encoding] = {}  # by place among the layers, of those written as int8
 
     def fill(self, model: LanguageModel, batch_sequences: int, step: Callable[[int], None]) -> None:
         """Run the LM over the shard's rows, `batch_sequences` at a time; `step` is told the rows of each."""
@@ -86,12 +91,10 @@ class ShardBuffer:
         document and remedy.
         """
         with self._on_copy_stream():
-            statistics = {}
-            for at, layer in enumerate(self.manifest.layers):
-                statistics[str(layer)] = self._layer_statistics(at)
-                self._check(at, statistics[str(layer)], cache)
+            for at in range(len(self.manifest.layers)):
+                self._check(at, cache)
             return write_shard(
-                cache.path,
+                cache.folder,
                 self.manifest,
                 self.token_ids_sT,
                 self.order,
@@ -102,23 +105,47 @@ class ShardBuffer:
                     kept=len(self.order),
                     weights_hash=weights_hash,
                     batch_sequences=batch_sequences,
-                    statistics=statistics,
+                    statistics={
+                        str(layer): self._layer_statistics(at) for at, layer in enumerate(self.manifest.layers)
+                    },
                     hashes=hashes,
                 ),
                 self.index,
-                TokenStatistics(*(each.T.contiguous().cpu().numpy() for each in (self.mean_Ln, self.std_Ln))),
+                self._other_arrays,
             )
 
     def _layer_statistics(self, at: int) -> LayerStatistics:
-        """max_abs is NaN or infinite where a value was."""
+        """Of a layer that is written."""
         max_abs, clipped = self.extremes[at].finish()
-        width = self.manifest.width
-        mean_n, variance_n = self.mean_Ln[at].double(), self.std_Ln[at].double().square()
+        width, encoding = self.manifest.width, self._encodings.get(at)
+        mean_n, std_n = (self.mean_Ln[at], self.std_Ln[at]) if encoding is None else (encoding.mean_n, encoding.std_n)
+        mean_n, variance_n = mean_n.double(), std_n.double().square()
         square_n = (variance_n * (width - 1) + mean_n.square() * width) / width  # the row's mean square
         n = max(1, len(self.order))
         return LayerStatistics(
-            mean=float(mean_n.sum()) / n, mean_square=float(square_n.sum()) / n, max_abs=max_abs, clipped=clipped
+            mean=float(mean_n.sum()) / n,
+            mean_square=float(square_n.sum()) / n,
+            max_abs=max_abs,
+            clipped=clipped,
+            int8_fvu=None if encoding is None else float(encoding.lost.fvu),
+            int8_norm_mse=None if encoding is None else float(encoding.lost.norm_mse),
         )
+
+    def _other_arrays(self) -> dict[str, arrays.Array]:
+        """Those that follow the layers, all of which are written by now."""
+        if self.manifest.dtype != "int8":
+            return TokenStatistics(_columns(self.mean_Ln), _columns(self.std_Ln)).named()
+
+        def stacked(take: Callable[[Encoding], Tensor]) -> Tensor:
+            return torch.stack([take(self._encodings[at]) for at in range(len(self.manifest.layers))])
+
+        return {
+            "token_mean": _columns(stacked(lambda one: one.mean_n)),
+            "token_std": _columns(stacked(lambda one: one.std_n)),
+            "token_scale": _columns(stacked(lambda one: one.scale_n)),
+            "channel_mean": stacked(lambda one: one.channels.mean_D).cpu().numpy(),
+            "channel_std": stacked(lambda one: one.channels.std_D).cpu().numpy(),
+        }
 
     def _on_copy_stream(self) -> AbstractContextManager[object]:
         """On CUDA, a stream that waits for this shard's filling only, not for the next one's."""
@@ -131,13 +158,16 @@ class ShardBuffer:
     def _layers_on_host(self) -> Iterator[tuple[int, arrays.Array]]:
         layers = self.manifest.layers
         if not self.hidden_LnD.is_cuda:
-            yield from ((layer, self.hidden_LnD[at].numpy()) for at, layer in enumerate(layers))
+            yield from ((layer, self._to_write(at).numpy()) for at, layer in enumerate(layers))
             return
-        shape, dtype = self.hidden_LnD.shape[1:], self.hidden_LnD.dtype
+        shape, dtype = (
+            self.hidden_LnD.shape[1:],
+            torch.int8 if self.manifest.dtype == "int8" else self.hidden_LnD.dtype,
+        )
         staging = [torch.empty(shape, dtype=dtype, pin_memory=True) for _ in layers[:2]]
 
         def copy(at: int) -> tuple[Tensor, torch.cuda.Event]:
-            staged_nD = staging[at % 2].copy_(self.hidden_LnD[at], non_blocking=True)
+            staged_nD = staging[at % 2].copy_(self._to_write(at), non_blocking=True)
             return staged_nD, torch.cuda.current_stream(self.hidden_LnD.device).record_event()
 
         copied = copy(0)
@@ -148,9 +178,17 @@ class ShardBuffer:
             arrived.synchronize()
             yield layer, staged_nD.numpy()
 
-    def _check(self, at: int, found: LayerStatistics, cache: Cache) -> None:
-        overflows = found.max_abs > self.limit and self.manifest.overflow == "error"
-        if np.isfinite(found.max_abs) and not overflows:
+    def _to_write(self, at: int) -> Tensor:
+        """A layer's numbers, on the device, as they go to the disk."""
+        if self.manifest.dtype != "int8":
+            return self.hidden_LnD[at]
+        q_nD, self._encodings[at] = encoded(self.hidden_LnD[at], self.std_Ln[at])
+        return q_nD
+
+    def _check(self, at: int, cache: Cache) -> None:
+        max_abs, _ = self.extremes[at].finish()  # NaN or infinite where a value was
+        overflows = max_abs > self.limit and self.manifest.overflow == "error"
+        if np.isfinite(max_abs) and not overflows:
             return
         # What did not fit is now infinite or, rounded or clipped, the largest number that does.
         bad_n = ~(self.hidden_LnD[at].abs() < self.limit).all(dim=1)
@@ -160,16 +198,21 @@ class ShardBuffer:
         starts = cache.document_starts()
         document = int(np.searchsorted(starts, row * self.manifest.context + position, side="right"))
         where = f"layer {self.manifest.layers[at]}, document {document}, row {row}, position {position}"
-        if not np.isfinite(found.max_abs):
+        if not np.isfinite(max_abs):
             raise FailedRun(
                 f"the LM put out NaN or infinite values for {int(bad_n.sum())} tokens, one of them at {where}; "
                 "run it with --lm-dtype float32, or leave that document out"
             )
         raise FailedRun(
-            f"values of up to {found.max_abs:,.0f} in {int(bad_n.sum())} tokens do not fit {self.manifest.dtype} "
+            f"values of up to {max_abs:,.0f} in {int(bad_n.sum())} tokens do not fit {self.manifest.dtype} "
             f"(at most {self.limit:,.0f}), one of them at {where}; --overflow clip cuts and counts them, "
             "--dtype float32 holds them"
         )
+
+
+def _columns(values_Ln: Tensor) -> arrays.Array:
+    """values_nL on the host."""
+    return values_Ln.T.contiguous().cpu().numpy()
 
 
 def _to_device(tensor: Tensor, device: torch.device) -> Tensor:

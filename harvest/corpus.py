@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from routesae.harvest import arrays
-from routesae.harvest.cache import array_hash
+from routesae.harvest.arrays import array_hash
 from routesae.harvest.settings import HarvestSettings
 from routesae.harvest.texts import TextCounts, read_documents
 from routesae.harvest.tokens import Fingerprint, framing, kept_positions, pack, tokenize

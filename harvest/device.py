@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 
 import torch
 
 from routesae.reporting import WrongInput
 
-CACHE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
+CACHE_DTYPES = {"float16": torch.float16, "float32": torch.float32, "int8": torch.float16}  # in memory
 LM_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 _KEPT_BYTES, _MAPPED_BYTES = 1 << 29, 1 << 25  # the second is the most that glibc takes
 
 
 def pick_device(device: str) -> torch.device:
-    """auto: CUDA where there is one. Raises WrongInput for a device that is not here."""
+    """auto: CUDA where there is one. Under torchrun CUDA without a number is the GPU of this process's LOCAL_RANK.
+
+    Raises WrongInput for a device that is not here.
+    """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    remedy = "use --device cpu or auto"
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        remedy = "start fewer processes (--nproc-per-node), or give the --device that all are to share"
     try:
         picked = torch.device(device)
     except RuntimeError:
         raise WrongInput(f"device {device!r} is none of auto, cpu, cuda, cuda:0 …") from None
     if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
-        raise WrongInput(f"device {device} asked for, but {_cuda_here()}; use --device cpu or auto")
+        raise WrongInput(f"device {device} asked for, but {_cuda_here()}; {remedy}")
     if picked.type not in ("cpu", "cuda"):
         raise WrongInput(f"device {device!r} is none of auto, cpu, cuda, cuda:0 …")
     return picked

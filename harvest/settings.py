@@ -2,10 +2,35 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from routesae.harvest.cache import COMPRESSIONS, DTYPES, OVERFLOWS
+from routesae.harvest.manifest import COMPRESSIONS, DTYPES, OVERFLOWS
 from routesae.reporting import WrongInput
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """Which of how many workers one is. Raises WrongInput where there is no such worker."""
+
+    worker: int = 0
+    workers: int = 1
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise WrongInput(f"--workers {self.workers} is below 1")
+        if not 0 <= self.worker < self.workers:
+            raise WrongInput(
+                f"--worker {self.worker} is not one of 0 to {self.workers - 1} (--workers {self.workers})"
+            )
+
+    def __str__(self) -> str:
+        return f"{self.worker} of 0-{self.workers - 1}"
+
+    def order(self, shards: Iterable[int]) -> list[int]:
+        """Its own shards first, those of the worker after it next, and so on."""
+        return sorted(shards, key=lambda index: ((index - self.worker) % self.workers, index))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +57,9 @@ class HarvestSettings:
     seed: int = 0
     device: str = "auto"
     lm_dtype: str = "auto"
+    worker: int | None = None
+    """Which of `workers` this is, from 0: it takes shards worker, worker + workers, … first, then what is left."""
+    workers: int | None = None
     out: str = "shards"
 
     def __post_init__(self) -> None:
@@ -48,6 +76,10 @@ class HarvestSettings:
             raise WrongInput(f"--batch-sequences {self.batch_sequences} is below 1")
         if not 0 <= self.skip_positions < self.context:
             raise WrongInput(f"--skip-positions {self.skip_positions} leaves nothing of --context {self.context}")
+        if (self.worker is None) != (self.workers is None):
+            raise WrongInput("--worker and --workers go together, such as --worker 0 --workers 8")
+        if self.worker is not None and self.workers is not None:
+            Share(worker=self.worker, workers=self.workers)
         for name, known in (
             ("dtype", DTYPES),
             ("overflow", OVERFLOWS),
@@ -75,3 +107,19 @@ def parse_layers(layers: str | None, depth: int) -> tuple[int, ...]:
             raise WrongInput(f"--layers {layers!r}: the model has layers 1 to {depth}")
         wanted.update(range(low, high + 1))
     return tuple(sorted(wanted))
+
+
+def share_of(settings: HarvestSettings) -> Share:
+    """What --worker and --workers say; without them, what torchrun's RANK and WORLD_SIZE do; else one alone."""
+    if settings.worker is not None and settings.workers is not None:
+        return Share(worker=settings.worker, workers=settings.workers)
+    rank, world = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+    if rank is None or world is None:
+        return Share()
+    try:
+        return Share(worker=int(rank), workers=int(world))
+    except ValueError as error:
+        raise WrongInput(
+            f"RANK={rank} and WORLD_SIZE={world} of the environment name no worker ({error}); "
+            "unset them, or give --worker and --workers"
+        ) from None

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from routesae.harvest.arrays import Array
+from routesae.harvest.manifest import STATISTICS
 
 PIECE_ROWS = 256  # of float32, few enough to stay in a core's cache
 
@@ -24,6 +25,10 @@ class TokenStatistics(NamedTuple):
 
     mean_nL: Array
     std_nL: Array
+
+    def named(self) -> dict[str, Array]:
+        """By the names of their arrays in a shard."""
+        return dict(zip(STATISTICS, self, strict=True))
 
 
 def row_statistics(hidden_mD: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +23,10 @@ import xxhash
 from routesae.harvest.texts import Document
 
 Ids = npt.NDArray[np.int32]
-DOCUMENTS_A_CALL = 256  # enough for the tokenizer's threads, little enough to hold in memory
+DOCUMENTS_A_CALL = 256  # enough for the tokenizer's threads
+# A tokenizer takes 50 to 100 bytes a character: a line of 50 MB at once would take 5 GB.
+PIECE_CHARS = 1 << 20
+CHARS_A_CALL = 1 << 22
 
 
 class Framing(NamedTuple):
@@ -62,17 +65,54 @@ def framing(tokenizer: Any) -> Framing:
 def tokenize(documents: Iterable[Document], tokenizer: Any, framing: Framing) -> Iterator[tuple[Document, Ids]]:
     """Each document with its token ids, framing included, in the order given."""
     before, after = np.array(framing.before, np.int32), np.array(framing.after, np.int32)
-    stream = iter(documents)
-    while batch := list(islice(stream, DOCUMENTS_A_CALL)):
+    for batch in _batches(documents):
+        pieces = [list(_pieces(document.text)) for document in batch]
         # verbose=False: rows are cut to the context below, so "longer than the maximum" would mislead.
-        encoded = tokenizer(
-            [document.text for document in batch],
-            add_special_tokens=False,
-            return_attention_mask=False,
-            verbose=False,
+        ids = chain.from_iterable(
+            tokenizer(call, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+            for call in _calls([piece for of_one in pieces for piece in of_one])
         )
-        for document, ids in zip(batch, encoded["input_ids"], strict=True):
-            yield document, np.concatenate([before, np.array(ids, np.int32), after])
+        for document, of_one in zip(batch, pieces, strict=True):
+            own = [np.array(piece_ids, np.int32) for piece_ids in islice(ids, len(of_one))]
+            yield document, np.concatenate([before, *own, after])
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Up to DOCUMENTS_A_CALL of them, fewer where they are long."""
+    batch, chars = list[Document](), 0
+    for document in documents:
+        batch.append(document)
+        chars += len(document.text)
+        if len(batch) == DOCUMENTS_A_CALL or chars >= CHARS_A_CALL:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """What is tokenised by itself of a document: all of it, or up to PIECE_CHARS, cut before a space where there is
+    one. Tokens hold no word's end and the next one's beginning, so the cuts do not show.
+    """
+    start = 0
+    while len(text) - start > PIECE_CHARS:
+        space = text.rfind(" ", start + 1, start + PIECE_CHARS)
+        after = space if space > 0 else start + PIECE_CHARS
+        yield text[start:after]
+        start = after
+    yield text[start:]
+
+
+def _calls(pieces: list[str]) -> Iterator[list[str]]:
+    """The pieces of a batch, as many a call as have no more than CHARS_A_CALL characters; one at least."""
+    call, chars = list[str](), 0
+    for piece in pieces:
+        if call and chars + len(piece) > CHARS_A_CALL:
+            yield call
+            call, chars = [], 0
+        call.append(piece)
+        chars += len(piece)
+    yield call
 
 
 def pack(pieces: Iterable[Ids], *, context: int, row_start: int | None) -> Iterator[Row]:

@@ -6,15 +6,18 @@ import json
 import random
 import re
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from routesae.harvest import blocks, remote
 from routesae.harvest.cache import Cache
 from routesae.harvest.run import harvest
 from routesae.harvest.settings import HarvestSettings
+from routesae.tests.object_store import BUCKET, Proxy, proxy_before, s3_server
 from routesae.train.settings import TrainSettings, settings_of
 
 WORDS = re.findall(
@@ -107,6 +110,12 @@ def tiny_cache(tiny_settings: Callable[..., HarvestSettings], tmp_path_factory: 
     return harvest(tiny_settings(out=str(tmp_path_factory.mktemp("cache") / "shards")))
 
 
+@pytest.fixture(scope="session")
+def int8_cache(tiny_settings: Callable[..., HarvestSettings], tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    """The same tokens with --dtype int8; tests must not change it either."""
+    return harvest(tiny_settings(out=str(tmp_path_factory.mktemp("int8") / "shards"), dtype="int8"))
+
+
 @pytest.fixture
 def settings(tiny_cache: Cache, tmp_path: Path) -> Callable[..., TrainSettings]:
     """A run of 8 or 9 steps on 7,000-odd tokens, into tmp_path/saes, a topk unless another `sae` is given."""
@@ -126,3 +135,29 @@ def settings(tiny_cache: Cache, tmp_path: Path) -> Callable[..., TrainSettings]:
         return settings_of({**given, **changes})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def s3_behind() -> Iterator[tuple[str, int]]:
+    with s3_server() as address:
+        yield address
+
+
+@pytest.fixture
+def s3(s3_behind: tuple[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """An S3 that this process's environment names, seen through a proxy; blocks are kept below tmp_path/blocks."""
+    with proxy_before(s3_behind) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-never-shown")
+        monkeypatch.setenv("AWS_REGION", "us-east-1")
+        monkeypatch.setattr(remote, "REQUEST_TIMEOUT", timedelta(seconds=1))
+        monkeypatch.setattr(remote, "RETRIES", 2)
+        monkeypatch.setattr(blocks, "_chosen", blocks.BlockSettings(folder=tmp_path / "kept"))
+        yield proxy
+
+
+@pytest.fixture
+def s3_url(tmp_path: Path) -> str:
+    """A place in the bucket that no other test uses."""
+    return f"s3://{BUCKET}/{tmp_path.name}/shards"

@@ -26,17 +26,17 @@ from routesae.analyze.run import AnalyzeSettings
 from routesae.cli import main
 from routesae.harvest.cache import Cache
 from routesae.harvest.settings import HarvestSettings
-from routesae.reporting import Progress
-from routesae.terminal import COUNT, progress, table
+from routesae.terminal import COUNT, table
 from routesae.train.checkpoint import save_sae
 from routesae.train.run import train
 from routesae.train.saes import Recipe, build
 from routesae.train.settings import RunSettings, TrainSettings, settings_of
 
 OPTIONS = {
-    "": ["--help", "--quiet", "--version", "-h"],
+    "": ["--help", "--log-json", "--quiet", "--version", "-h"],
     "harvest": [
         "--batch-sequences",
+        "--cache-dir",
         "--compress",
         "--context",
         "--data",
@@ -56,6 +56,8 @@ OPTIONS = {
         "--split",
         "--text-field",
         "--tokens",
+        "--worker",
+        "--workers",
         "-h",
     ],
     "train": [
@@ -67,6 +69,7 @@ OPTIONS = {
         "--checkpoint-every",
         "--clip",
         "--config",
+        "--cpu-offload",
         "--dead-after-tokens",
         "--device",
         "--epochs",
@@ -93,9 +96,11 @@ OPTIONS = {
         "--routing",
         "--sae",
         "--seed",
+        "--shard",
         "--sparsity",
         "--sparsity-warmup",
         "--tokens",
+        "--verify",
         "-h",
     ],
     "analyze": [
@@ -164,6 +169,7 @@ OPTIONS = {
         "--batch-tokens",
         "--cache",
         "--config",
+        "--contexts",
         "--device",
         "--epochs",
         "--help",
@@ -178,6 +184,7 @@ OPTIONS = {
         "--sae",
         "--score-tokens",
         "--seed",
+        "--threshold",
         "--tokens",
         "-h",
     ],
@@ -244,9 +251,31 @@ OPTIONS = {
         "repo",
     ],
     "cache": ["--help", "-h"],
+    "cache copy": ["--help", "-h", "source", "target"],
     "cache info": ["--help", "-h", "path"],
-    "cache verify": ["--help", "-h", "path"],
+    "cache merge": ["--help", "--link", "-h", "sources", "target"],
+    "cache repair": ["--help", "-h", "path"],
+    "cache verify": ["--digest", "--help", "-h", "path"],
 }
+# Commands that may take a while, and how they are all watched.
+LONG = (
+    "harvest",
+    "train",
+    "ablation",
+    "analyze",
+    "contexts",
+    "clamp",
+    "interpret",
+    "report",
+    "run",
+    "cache copy",
+    "cache merge",
+    "cache repair",
+    "cache verify",
+)
+WATCHED = ["--log-json", "--quiet", "--status"]
+KEEPS = ("train", "ablation", "analyze", "contexts", "interpret", "report", "cache copy", "cache verify")
+BLOCKS = ["--cache-bytes", "--cache-dir"]
 LEAVES = (
     "harvest",
     "train",
@@ -259,7 +288,10 @@ LEAVES = (
     "run",
     "convert",
     "push",
+    "cache copy",
     "cache info",
+    "cache merge",
+    "cache repair",
     "cache verify",
 )
 SMALL = ("--latents", "64", "--k", "8", "--batch-tokens", "1024", "--device", "cpu")
@@ -325,7 +357,9 @@ def test_commands_and_options_are_those_frozen_here() -> None:
         inherited = main.context_settings["help_option_names"]
         opts = {o for p in parameters for o in (inherited if p.name == "help" else p.opts)}
         found[words] = sorted(opts | set(inherited))
-    assert found == OPTIONS
+    assert found == {
+        words: sorted(opts + WATCHED * (words in LONG) + BLOCKS * (words in KEEPS)) for words, opts in OPTIONS.items()
+    }
 
 
 def test_every_command_has_an_example_that_parses() -> None:
@@ -531,8 +565,54 @@ def test_verify_names_every_bad_shard_and_exits_1(tiny_cache: Cache, tmp_path: P
     named = [line.partition(":")[0] for line in result.stdout.splitlines()]
     assert named == ["shard-00001/layer_03", "shard-00003/layer_05", "shard-00004"]
     assert result.stderr.splitlines() == [
-        f"routesae: {copy}: 3 problems; delete the shards named and run the same harvest again"
+        f"routesae: {copy}: 3 problems; `routesae cache repair {copy}` removes bad shards, and the same routesae "
+        "harvest then writes what is missing"
     ]
+
+
+def test_the_digest_is_one_line_whether_or_not_the_cache_is_whole(tiny_cache: Cache, tmp_path: Path) -> None:
+    result = invoke("cache", "verify", tiny_cache.path, "--digest")
+    assert result.exit_code == 0
+    assert re.fullmatch(r"sha256:[0-9a-f]{64}\n", result.stdout)
+    copy = shutil.copytree(tiny_cache.path, tmp_path / "shards")
+    shutil.rmtree(copy / "shard-00004")
+    other = invoke("cache", "verify", copy, "--digest")
+    assert other.exit_code == 1
+    missing, digest = other.stdout.splitlines()
+    assert missing == "shard-00004: missing"
+    assert re.fullmatch(r"sha256:[0-9a-f]{64}", digest)
+    assert digest != result.stdout.strip()
+
+
+def test_repair_says_what_is_wrong_what_it_removed_and_what_to_do(
+    tiny_cache: Cache, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    copy = shutil.copytree(tiny_cache.path, tmp_path / "shards")
+    os.truncate(copy / "shard-00003" / "layer_05" / "c" / "0" / "0", 1000)
+    result = invoke("cache", "repair", copy)
+    assert result.exit_code == 0
+    assert "shard-00003/layer_05: 1,000 bytes where" in caplog.text
+    assert result.stdout.splitlines() == [
+        "removed shard-00003",
+        f"{copy}: 1 shards are missing; the same routesae harvest writes just those",
+    ]
+    assert invoke("cache", "repair", tiny_cache.path).stdout == f"{tiny_cache.path}: every shard is whole\n"
+
+
+def test_merge_says_how_many_shards_came_and_how_many_are_missing(tiny_cache: Cache, tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny_cache.path, tmp_path / "part")
+    shutil.rmtree(copy / "shard-00003")
+    result = invoke("cache", "merge", copy, tmp_path / "whole")
+    assert (result.exit_code, result.stdout.splitlines()) == (
+        0,
+        [
+            f"{tmp_path / 'whole'}: 4 shards copied",
+            f"{tmp_path / 'whole'}: 1 shards are in none of these; merge further parts, or harvest the rest",
+        ],
+    )
+    assert invoke("cache", "merge", tiny_cache.path, tmp_path / "whole").stdout.startswith(
+        f"{tmp_path / 'whole'}: 1 shards copied"
+    )
 
 
 def test_train_prints_one_line_for_every_sae_of_the_pass(tiny_cache: Cache, tmp_path: Path) -> None:
@@ -543,7 +623,7 @@ def test_train_prints_one_line_for_every_sae_of_the_pass(tiny_cache: Cache, tmp_
     held_out = r"held-out NormMSE \d\.\d{4}, L0 \d+\.\d on [\d,]+ tokens"
     for line, name in zip(result.stdout.splitlines(), names, strict=True):
         assert re.fullmatch(rf"{tmp_path}/{name}: {held_out}", line), line
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == sorted(names)
 
 
 def test_a_config_file_gives_the_runs_and_flags_win(tiny_cache: Cache, tmp_path: Path) -> None:
@@ -565,10 +645,11 @@ def test_a_config_file_gives_the_runs_and_flags_win(tiny_cache: Cache, tmp_path:
 def test_resuming_what_is_finished_prints_nothing_and_exits_0(tiny_cache: Cache, tmp_path: Path) -> None:
     arguments = ("train", "--cache", tiny_cache.path, *SMALL, "--out", tmp_path)
     assert invoke(*arguments).exit_code == 0
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    (sae,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    before = {path: path.stat().st_mtime_ns for path in (sae, *sae.rglob("*"))}
     again = invoke(*arguments, "--resume")
     assert (again.exit_code, again.stdout) == (0, "")
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in (sae, *sae.rglob("*"))} == before
 
 
 @pytest.mark.parametrize(
@@ -595,7 +676,9 @@ def test_a_wrong_config_file_is_refused(text: str, expected: str, tiny_cache: Ca
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "file", "other zarr"])
-@pytest.mark.parametrize("command", ["train --cache", "analyze --cache", "cache info", "cache verify"])
+@pytest.mark.parametrize(
+    "command", ["train --cache", "analyze --cache", "cache info", "cache verify", "cache repair"]
+)
 def test_a_folder_that_is_no_cache_is_refused(command: str, kind: str, tmp_path: Path) -> None:
     path = tmp_path / "shards"
     if kind == "file":
@@ -840,7 +923,7 @@ def test_ctrl_c_leaves_no_sae_but_a_checkpoint_that_the_same_goes_on_from(tiny_c
     (line,) = interrupted(run, lambda: metrics.exists() and metrics.stat().st_size > 0)
     found = re.fullmatch(r"routesae: stopped after step (\d+) of \d+; the same with --resume goes on", line)
     assert found is not None, line
-    assert list((tmp_path / "saes").iterdir()) == [metrics.parent]
+    assert [path for path in (tmp_path / "saes").iterdir() if path.is_dir()] == [metrics.parent]
     (state,) = metrics.parent.glob("step-*")
     assert int(state.name[5:]) == int(found[1])
     again = refused(*arguments, "--out", tmp_path / "saes")
@@ -860,19 +943,3 @@ def test_help_is_quick_and_imports_no_torch(tmp_path: Path) -> None:
         imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in run.stderr.splitlines()}
         assert imported & {"torch", "numpy", "zarr", "transformers", "datasets", "openai"} == set()
     assert min(seconds) < 0.5
-
-
-def test_the_same_work_on_a_second_sae_starts_its_rate_anew(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    clock = iter(range(0, 10_000, 20))  # every look at it is 20 s later, so that each report is a line
-    monkeypatch.setattr("routesae.terminal.time.monotonic", lambda: float(next(clock)))
-    monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)
-    with caplog.at_level("INFO", logger="routesae"), progress() as report:
-        for _ in range(2):
-            for done in (1000, 2000):
-                report(Progress("score on cache", done, 2000, "tokens", {}))
-    rates = [re.findall(r"tokens/s (\S+),", record.getMessage()) for record in caplog.records]
-    assert rates[1]
-    assert not any("-" in rate for found in rates for rate in found)
-    assert rates[1] == rates[3]

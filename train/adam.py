@@ -14,12 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
+from routesae.train.distributed import own_rows
+
 BETAS = (0.9, 0.999)
 EPSILON = 6.25e-10  # 2406.04093, appendix A.2: rarely active latents have tiny gradients
 
 
 class Adam:
-    """Moments and step counts of `parameters`. factors: each one's learning rate in units of the run's."""
+    """Moments and step counts of `parameters`. factors: each one's learning rate in units of the run's.
+
+    Of parameters that are divided among ranks (routesae.train.sharding) each rank holds and steps its own rows.
+    """
 
     def __init__(self, parameters: Sequence[nn.Parameter], factors: Sequence[float]):
         self.parameters = list(parameters)
@@ -34,10 +39,10 @@ class Adam:
         for factor in sorted(set(self.factors)):
             at = [i for i, p in enumerate(self.parameters) if self.factors[i] == factor and p.grad is not None]
             adam(
-                [self.parameters[i] for i in at],
-                [grad for i in at if (grad := self.parameters[i].grad) is not None],
-                [self.means[i] for i in at],
-                [self.squares[i] for i in at],
+                [own_rows(self.parameters[i]) for i in at],
+                [own_rows(grad) for i in at if (grad := self.parameters[i].grad) is not None],
+                [own_rows(self.means[i]) for i in at],
+                [own_rows(self.squares[i]) for i in at],
                 [],
                 [self.steps[i] for i in at],
                 fused=True,

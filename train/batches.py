@@ -26,20 +26,21 @@ import torch
 from torch import Tensor
 
 from routesae.harvest import arrays
-from routesae.harvest.cache import Cache, Shard, damaged, layer_name
+from routesae.harvest.cache import Cache, Shard, damaged
 from routesae.harvest.device import CACHE_DTYPES
-from routesae.reporting import FailedRun
-from routesae.train.rows import RowFiles, Span, spans_of
+from routesae.harvest.manifest import STATISTICS
+from routesae.train.hidden import HiddenRows, reading
+from routesae.train.rows import Span, rows_of, spans_of
 
 BLOCK_ROWS = arrays.CHUNK_ROWS
 ADVISE_BATCHES, ADVISE_BYTES = 2, 1 << 26  # the kernel is told of both, at least, ahead of the reading
 STAGING_BATCHES = 3  # one with the trainer, one ready, one being filled
-STATISTICS = ("token_mean", "token_std")  # in the order in which Batch has them
 _PLAN_PIECE_BLOCKS = 4096
 
 
 class Batch(NamedTuple):
-    """Hidden states as they are stored, and float32 mean and (unbiased) standard deviation of each over D."""
+    """Hidden states as they are stored, decoded where that is int8; and what STATISTICS names, float32: mean and
+    (unbiased) standard deviation of each over D."""
 
     hidden_LND: Tensor
     mean_LN1: Tensor
@@ -134,6 +135,28 @@ def cut_plans(blocks: Iterator[Block], batch_tokens: int) -> Iterator[Plan]:
         yield plan
 
 
+def share_of(plan: Plan, rank: int, world: int) -> Plan:
+    """What one of `world` ranks reads of a plan: contiguous rows, every row read by one rank alone, shares of the
+    same size or one row less. Of fewer tokens than ranks each rank reads all."""
+    tokens = tokens_of(plan)
+    if world == 1 or tokens < world:
+        return plan
+    first, after = tokens * rank // world, tokens * (rank + 1) // world
+    own: Plan = []
+    begins = 0
+    for block in plan:
+        low, high = max(first - begins, 0), min(after - begins, block.after - block.first)
+        if low < high:
+            own.append(Block(block.shard, block.first + low, block.first + high))
+        begins += block.after - block.first
+    return own
+
+
+def largest_share(batch_tokens: int, world: int) -> int:
+    """The most tokens that `share_of` gives a rank of a batch of at most `batch_tokens`."""
+    return max(-(-batch_tokens // world), min(batch_tokens, world - 1))
+
+
 class Read(NamedTuple):
     """A span of a shard, for the rows `at` and on of a batch."""
 
@@ -184,24 +207,23 @@ class Reader:
     def __init__(self, selection: Selection):
         manifest = selection.cache.manifest
         self.layers = selection.layers
-        self.names = [layer_name(layer) for layer in self.layers]
         self.columns = [manifest.layers.index(layer) for layer in self.layers]
         self.cache_layers = len(manifest.layers)
         self.compressed = manifest.compress != "none"
         if self.compressed:
             import zarr  # noqa: F401  # before a loader's thread starts: see _running
         self.row_bytes = manifest.token_bytes // self.cache_layers
-        self.files = RowFiles()
+        self.files = rows_of(selection.cache)
+        self.hidden = HiddenRows(manifest, self.layers, self.files)
 
     def advise(self, reads: Sequence[Read]) -> None:
         """Tell the kernel that they are wanted soon."""
         if self.compressed:
             return
-        sizes = dict.fromkeys(self.names, self.row_bytes) | dict.fromkeys(STATISTICS, 4 * self.cache_layers)
         for shard, span, _ in reads:
-            for name, row_bytes in sizes.items():
+            for name, wanted in (*self.hidden.wanted(span), *((name, span) for name in STATISTICS)):
                 with suppress(arrays.BadArray, OSError):  # the reading meets the same fault and names it
-                    self.files.advise(shard, name, span, row_bytes)
+                    self.files.advise(shard, name, wanted)
 
     def read(self, reads: Sequence[Read], batch: Batch) -> None:
         """Copy them into the batch, in which they are neighbours.
@@ -215,30 +237,21 @@ class Reader:
         statistics_nM = {name: np.empty((after - first, self.cache_layers), np.float32) for name in STATISTICS}
         for shard, span, at in reads:
             rows = slice(at, at + span.wanted)
-            name = ""
-            try:
-                for i, name in enumerate(self.names):
-                    self._read_layer(shard, name, span, hidden_LND[i, rows])
-                for name, values_nM in statistics_nM.items():
+            self.hidden.read(shard, span, hidden_LND[:, rows])
+            for name, values_nM in statistics_nM.items():
+                with reading(shard, name):
                     self.files.read(shard, name, span, values_nM[at - first : rows.stop - first])
-            except (arrays.BadArray, OSError, ValueError) as bad:  # ValueError: zarr's, of metadata
-                raise FailedRun(str(damaged(shard.path / name, arrays.BadArray(str(bad))))) from bad
         for values_nM, out_LN1 in zip(statistics_nM.values(), batch[1:], strict=True):
             out_LN1.numpy()[:, first:after, 0] = values_nM[:, self.columns].T
-
-    def _read_layer(self, shard: Shard, name: str, span: Span, out_mD: npt.NDArray[np.floating]) -> None:
-        if not self.compressed:
-            self.files.read(shard, name, span, out_mD)
-            return
-        rows_mD = shard.read_rows(self.layers[self.names.index(name)], span.first, span.after)
-        out_mD[:] = rows_mD if span.picked is None else rows_mD[span.picked]
 
 
 def read_sample(selection: Selection, *, seed: int, tokens: int) -> Batch:
     """The first `tokens` (or all there are) of the first epoch, in memory of their own."""
     plan = next(epoch_plans(selection, seed=seed, epoch=0, batch_tokens=tokens))
     batch = empty_batch(selection, tokens_of(plan))
-    Reader(selection).read(reads_of(selection, plan), batch)
+    reader, reads = Reader(selection), reads_of(selection, plan)
+    reader.advise(reads)
+    reader.read(reads, batch)
     return batch
 
 

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from routesae.harvest.arrays import fsync, fsync_tree
+from routesae.harvest.untrusted import BadFile, read_json
 from routesae.reporting import WrongInput
 from routesae.train.lens import lens_config, recipe_of, tensors_of
 from routesae.train.saes import SAE, Recipe, build
@@ -120,10 +121,10 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder} is a file, and an SAE is a folder; a published .pt checkpoint becomes one by routesae convert"
         )
     try:
-        config = json.loads((folder / CONFIG).read_bytes())
+        config = read_json(folder / CONFIG)
     except FileNotFoundError:
         raise WrongInput(f"{folder} is not an SAE folder: {CONFIG} is missing") from None
-    except (OSError, ValueError) as error:
+    except (OSError, BadFile) as error:
         raise WrongInput(f"{folder / CONFIG} cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise WrongInput(f"{folder / CONFIG} is not a JSON object")

@@ -7,6 +7,7 @@ Dimension letters: L layers, N tokens, D width, F latents, S rows of tokens.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
@@ -19,8 +20,8 @@ from routesae.harvest.cache import Cache, damaged
 from routesae.reporting import Progress, Report, WrongInput, silent
 from routesae.train.batches import Selection, cut_plans, load
 from routesae.train.losses import squared_error_shares
-from routesae.train.saes import SAE, Forward
-from routesae.train.saes.normalise import with_statistics
+from routesae.train.saes import SAE, Forward, Recipe
+from routesae.train.saes.normalise import NormalisedLayers, with_statistics
 
 BATCH_TOKENS = 4096
 
@@ -66,58 +67,59 @@ class CacheScores:
         return {name: getattr(self, name) for name in names}
 
 
-@torch.no_grad()
 def score_on_cache(sae: SAE, cache: Cache, first_row: int, after_row: int, report: Report = silent) -> CacheScores:
-    """Score `sae` on the kept tokens of rows [first_row, after_row) of the cache's tokens; it is in evaluation
-    mode from here on. For mlsae and random a token counts once a layer.
+    """`score_all_on_cache` of one SAE."""
+    return score_all_on_cache({"": sae}, cache, first_row, after_row, report)[""]
 
-    Raises WrongInput where there is no such token, the width differs or a layer was not harvested.
+
+@torch.no_grad()
+def score_all_on_cache(
+    saes: Mapping[str, SAE], cache: Cache, first_row: int, after_row: int, report: Report = silent
+) -> dict[str, CacheScores]:
+    """Score SAEs on the kept tokens of rows [first_row, after_row) of the cache's tokens, read once for all of them;
+    they are in evaluation mode from here on. For mlsae and random a token counts once a layer.
+
+    Raises WrongInput where there is no such token, a width differs or a layer was not harvested.
     """
-    require_fit(sae, cache)
-    sae.eval()
-    selection = Selection(cache, first_row, after_row, sae.recipe.layers)
+    for sae in saes.values():
+        require_fit(sae, cache)
+        sae.eval()
+    layers = sorted({layer for sae in saes.values() for layer in sae.recipe.layers})
+    selection = Selection(cache, first_row, after_row, layers)
     tokens = len(selection)
     if tokens == 0:
         raise WrongInput(f"{cache.path} has no kept token in rows {first_row} to {after_row - 1}; harvest more text")
-    device = sae.device
-    sums = _Sums(after_row - first_row, sae.recipe.latents, len(sae.recipe.layers), device)
+    device = next(iter(saes.values())).device
+    sums = {name: _Sums(sae.recipe, after_row - first_row, device) for name, sae in saes.items()}
     row_N = _token_rows(selection, first_row).to(device)
     done = 0
     plans = cut_plans(iter(selection.blocks()), BATCH_TOKENS)
     with closing(load(selection, plans, BATCH_TOKENS, device)) as batches:
         for batch in batches:
             n = batch.hidden_LND.shape[1]
-            sums.add(sae(with_statistics(sae.recipe.normalize, 1.0, *batch)), row_N[done : done + n])
+            normalised: dict[str, NormalisedLayers] = {}  # SAEs that want it the same way share it
+            for name, sae in saes.items():
+                how = sae.recipe.normalize
+                x = normalised.setdefault(how, with_statistics(how, 1.0, *batch))
+                out = sae(x.of([layers.index(layer) for layer in sae.recipe.layers]))
+                sums[name].add(out, row_N[done : done + n])
             done += n
             report(Progress("score on cache", done, tokens, "tokens", {}))
-    by_row = sums.by_row()
-    readings = int(by_row.readings_S.sum())
-    shares_L = None if by_row.routed_SL is None else by_row.routed_SL.sum(0) / tokens
-    return CacheScores(
-        tokens=tokens,
-        norm_mse=float(by_row.shares_S.sum()) / readings,
-        fvu=float(by_row.errors_S.sum() / by_row.deviations_S.sum()),
-        l0=float(by_row.active_S.sum()) / readings,
-        dead=float((sums.active_F == 0).double().mean()),
-        density_F=(sums.active_F.double() / readings).cpu(),
-        layer_shares=None if shares_L is None else dict(zip(sae.recipe.layers, shares_L.tolist(), strict=True)),
-        routing_entropy=None if shares_L is None else entropy(shares_L),
-        by_row=by_row,
-    )
+    return {name: found.scores(tokens) for name, found in sums.items()}
 
 
 class _Sums:
     """What is added up over the batches. ‖x−mean‖² is taken from the mean of the first batch, and put right at the
     end: the mean of all is known only then, and Σ‖x‖² − N‖mean‖² would cancel."""
 
-    def __init__(self, rows: int, latents: int, layers: int, device: torch.device):
-        self.rows, self.layers, self.device = rows, layers, device
+    def __init__(self, recipe: Recipe, rows: int, device: torch.device):
+        self.recipe, self.rows, self.layers = recipe, rows, len(recipe.layers)
         zeros_S = torch.zeros(rows, dtype=torch.float64, device=device)
         self.readings_S, self.shares_S, self.errors_S, self.deviations_S, self.active_S = (
             zeros_S.clone() for _ in range(5)
         )
         self.routed_SL: torch.Tensor | None = None
-        self.active_F = torch.zeros(latents, dtype=torch.int64, device=device)
+        self.active_F = torch.zeros(recipe.latents, dtype=torch.int64, device=device)
         self.near_D: torch.Tensor | None = None  # the mean of the first batch
         self.sum_D: torch.Tensor | float = 0.0  # of x − near
 
@@ -141,6 +143,24 @@ class _Sums:
             at_N = row_N * self.layers + out.routing_NL.argmax(1)
             routed_SL = torch.bincount(at_N, minlength=self.rows * self.layers).view(self.rows, self.layers)
             self.routed_SL = routed_SL.double() + (0.0 if self.routed_SL is None else self.routed_SL)
+
+    def scores(self, tokens: int) -> CacheScores:
+        """tokens: scored; the readings are more where each is read once a layer."""
+        by_row = self.by_row()
+        readings = int(by_row.readings_S.sum())
+        shares_L = None if by_row.routed_SL is None else by_row.routed_SL.sum(0) / tokens
+        layers = self.recipe.layers
+        return CacheScores(
+            tokens=tokens,
+            norm_mse=float(by_row.shares_S.sum()) / readings,
+            fvu=float(by_row.errors_S.sum() / by_row.deviations_S.sum()),
+            l0=float(by_row.active_S.sum()) / readings,
+            dead=float((self.active_F == 0).double().mean()),
+            density_F=(self.active_F.double() / readings).cpu(),
+            layer_shares=None if shares_L is None else dict(zip(layers, shares_L.tolist(), strict=True)),
+            routing_entropy=None if shares_L is None else entropy(shares_L),
+            by_row=by_row,
+        )
 
     def by_row(self) -> RowSums:
         shift_D = torch.as_tensor(self.sum_D) / self.readings_S.sum()

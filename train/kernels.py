@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from routesae.train.distributed import batch_kth_largest, batch_least, batch_rows, batch_sum
 from routesae.train.search import (
     Encoder,
     all_above,
@@ -271,18 +272,19 @@ def encode_batchtopk(x_ND: Tensor, encoder: Encoder, k: int) -> tuple[Pairs, Ten
 def _batchtopk(x_ND: Tensor, encoder: Encoder, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """A few tokens say above which value enough pairs lie; where they were too few, all above 0 are looked at."""
     n, f = len(x_ND), len(encoder.W_enc_FD)
-    wanted = k * n
+    wanted = k * batch_rows(n)
     probe_nD = x_ND[:: max(1, n // BATCHTOPK_PROBE)]
     z_nK, _ = topk_of(probe_nD, encoder, min(4 * k, f))
     enough = min(round(BATCHTOPK_ROOM * k * len(probe_nD)), z_nK.numel())
-    floor = torch.kthvalue(-z_nK.flatten(), enough).values.neg().clamp(min=0)
+    floor = batch_least(torch.kthvalue(-z_nK.flatten(), enough).values.neg().clamp(min=0))
     for bound in (floor, torch.zeros_like(floor)):
         tokens_M, latents_M, z_M = all_above(x_ND, encoder, bound.expand(f))
-        if len(z_M) >= wanted or not bool(bound > 0):
+        found = int(batch_sum(torch.tensor(len(z_M))))
+        if found >= wanted or not bool(bound > 0):
             break
-    if len(z_M) <= wanted:
+    if found <= wanted:
         return tokens_M, latents_M, z_M
-    least = torch.kthvalue(-z_M, wanted).values.neg()
+    least = batch_kth_largest(z_M, wanted)
     kept = torch.nonzero(z_M >= least).squeeze(1)
     return tokens_M.index_select(0, kept), latents_M.index_select(0, kept), z_M.index_select(0, kept)
 

@@ -6,7 +6,6 @@ Dimension letters: F latents, L layers.
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from pathlib import Path
@@ -15,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from routesae.harvest.untrusted import refuse_link
 from routesae.reporting import FailedRun
+from routesae.train.distributed import batch_rows, batch_sum
 from routesae.train.evaluate import entropy
 from routesae.train.losses import Objective
 from routesae.train.saes import SAE, Forward
@@ -25,35 +26,48 @@ METRICS = "metrics.jsonl"
 
 
 class StepLog:
-    """Sums over the steps since the last line, and that line. Reads the device once a line."""
+    """Sums over the steps since the last line, and that line. Reads the device once a line.
 
-    def __init__(self, sae: SAE, folder: Path, trackers: list[Tracker], peak_lr: float):
+    folder: where the lines go; None: nowhere, as another rank writes them.
+    """
+
+    def __init__(self, sae: SAE, folder: Path | None, trackers: list[Tracker], peak_lr: float):
         self.sae, self.trackers, self.peak_lr = sae, trackers, peak_lr
-        self.file = (folder / METRICS).open("a")
+        path = Path(os.devnull) if folder is None else folder / METRICS
+        refuse_link(path)
+        self.file = path.open("a")
+        self.writes = folder is not None
         self.tokens_done = 0
         self.lr = 0.0
         self.steps = self.tokens = 0
         self.sums = torch.zeros(3, dtype=torch.float64, device=sae.device)  # loss, NormMSE, L0; each times tokens
+        self.lost = torch.zeros((), dtype=torch.int64, device=sae.device)  # the first step whose loss was no number
         self.routed_L = torch.zeros(len(sae.recipe.layers), dtype=torch.float64, device=sae.device)
         self.waited_seconds = 0.0  # for batches
         self.began = time.perf_counter()
 
     @torch.no_grad()
-    def add(self, out: Forward, objective: Objective, counts_F: Tensor, tokens: int, lr: float) -> None:
-        """counts_F: on how many rows of `out` each latent was active. tokens: of the batch."""
-        l0 = counts_F.sum() / len(out.x_ND)
+    def add(self, out: Forward, objective: Objective, counts_F: Tensor, tokens: int, lr: float, step: int) -> None:
+        """counts_F: on how many of the batch's rows each latent was active. tokens: of the batch."""
+        l0 = counts_F.sum() / batch_rows(len(out.x_ND))
         self.sums += torch.stack([objective.total.double(), objective.norm_mse.double(), l0.double()]) * tokens
+        self.lost = torch.where((self.lost == 0) & ~objective.total.isfinite(), step, self.lost)
         if out.routing_NL is not None:
-            self.routed_L += torch.bincount(out.routing_NL.argmax(1), minlength=len(self.routed_L))
+            tokens_L = batch_sum(torch.bincount(out.routing_NL.argmax(1), minlength=len(self.routed_L)))
+            self.routed_L += tokens_L * (tokens / batch_rows(len(out.routing_NL)))
         self.steps += 1
         self.tokens += tokens
         self.lr = lr
 
+    def require_finite(self) -> None:
+        """Raises FailedRun naming the step where the loss became no number. Waits for the device."""
+        if lost := int(self.lost):
+            raise FailedRun(f"the loss became no number at step {lost}; lower --lr {self.peak_lr}")
+
     def write(self, step: int, dead: Tensor) -> dict[str, str]:
         """The line; returns what of it a progress bar shows. Raises FailedRun where the loss is no number."""
+        self.require_finite()
         loss, error, l0 = (self.sums / self.tokens).tolist()
-        if not math.isfinite(loss):
-            raise FailedRun(f"the loss is {loss} by step {step}; lower --lr {self.peak_lr}")
         self.tokens_done += self.tokens
         seconds = time.perf_counter() - self.began
         tokens_per_second = self.tokens / seconds
@@ -108,12 +122,14 @@ class StepLog:
 
     def load_facts(self, facts: dict[str, Any]) -> None:
         """Raises FailedRun where metrics.jsonl has lost what the checkpoint knew of."""
+        self.tokens_done, self.steps, self.tokens = facts["tokens_done"], facts["log_steps"], facts["log_tokens"]
+        if not self.writes:
+            return
         size = self.file.seek(0, os.SEEK_END)
         if size < facts["metrics_bytes"]:
             raise FailedRun(f"{self.file.name} is {size} bytes, shorter than at its checkpoint; start again")
         self.file.truncate(facts["metrics_bytes"])
         self.file.seek(0, os.SEEK_END)  # truncating leaves tell(), which the next checkpoint keeps, where it was
-        self.tokens_done, self.steps, self.tokens = facts["tokens_done"], facts["log_steps"], facts["log_tokens"]
 
     def close(self) -> None:
         self.file.close()

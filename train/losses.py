@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from routesae.train.distributed import batch_mean
 from routesae.train.kernels import encode_topk
 from routesae.train.search import Encoder
 
@@ -30,8 +31,8 @@ class Objective(NamedTuple):
 
 
 def mean_over_rows(values_N: Tensor, weights_N: Tensor | None) -> Tensor:
-    """The mean; weighted where weights_N, which sum to 1, are given."""
-    return values_N.mean() if weights_N is None else (weights_N * values_N).sum()
+    """The mean over the whole batch; weighted where weights_N, which sum to 1, are given."""
+    return batch_mean(values_N.mean() if weights_N is None else (weights_N * values_N).sum())
 
 
 class _NormMSE(torch.autograd.Function):
@@ -57,10 +58,10 @@ class _NormMSE(torch.autograd.Function):
 
 
 def norm_mse(x_ND: Tensor, reconstruction_ND: Tensor, weights_N: Tensor | None = None) -> Tensor:
-    """NormMSE: the mean over tokens of ‖x − x̂‖² / ‖x‖², weighted by weights_N where given."""
+    """NormMSE: the mean over the batch's tokens of ‖x − x̂‖² / ‖x‖², weighted by weights_N where given."""
     if weights_N is None:
         weights_N = x_ND.new_full((len(x_ND),), 1 / len(x_ND))
-    return _NormMSE.apply(x_ND, reconstruction_ND, weights_N)  # type: ignore[no-any-return, no-untyped-call]
+    return batch_mean(_NormMSE.apply(x_ND, reconstruction_ND, weights_N))  # type: ignore[no-untyped-call]
 
 
 def auxk(

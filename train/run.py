@@ -16,16 +16,29 @@ from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from routesae import __version__
 from routesae.harvest.cache import Cache
-from routesae.harvest.device import keep_freed_memory, pick_device
+from routesae.harvest.device import keep_freed_memory
+from routesae.harvest.stop import stop_requests
+from routesae.harvest.verify import require_intact
 from routesae.reporting import FailedRun, Progress, Report, Stopped, WrongInput, silent
-from routesae.train.batches import Batch, Plan, Selection, epoch_plans, load, read_sample
+from routesae.train.batches import (
+    Batch,
+    Batches,
+    Plan,
+    Selection,
+    epoch_plans,
+    largest_share,
+    load,
+    read_sample,
+    share_of,
+)
 from routesae.train.checkpoint import commit_folder, save_sae
+from routesae.train.distributed import ALONE, Ranks, joined_ranks
 from routesae.train.evaluate import CacheScores, score_on_cache
 from routesae.train.jobs import Job, first_step, is_finished, jobs_of, precision_of
 from routesae.train.log import StepLog
@@ -34,7 +47,6 @@ from routesae.train.saes.normalise import dataset_scale
 from routesae.train.search import product_dtype
 from routesae.train.settings import TrainSettings
 from routesae.train.state import drop_checkpoints, load_checkpoint, read_facts, save_checkpoint
-from routesae.train.stop import stop_requests
 from routesae.train.trackers import open_trackers, require_trackers
 from routesae.train.trainee import Inputs, Pace, Trainee
 
@@ -42,6 +54,7 @@ log = logging.getLogger(__name__)
 
 INITIAL_SAMPLE_TOKENS = 8192  # what b_dec's geometric median is taken over
 DEAD_AFTER_TOKENS = 10_000_000  # 2406.04093, appendix A.2
+_FAILED = 1 << 16  # what ranks agree on where one of them cannot go on; above the number of any signal
 
 
 @dataclass(frozen=True)
@@ -60,27 +73,53 @@ def train(settings: TrainSettings, report: Report = silent) -> list[TrainResult]
     where it was asked to stop and left a checkpoint.
     """
     require_trackers(settings.log)
-    cache = Cache(settings.cache)
-    device = pick_device(settings.device)
-    jobs = jobs_of(settings, cache, device)
+    with joined_ranks(group=settings.shard or settings.cpu_offload) as ranks:
+        return _train(settings, ranks, report if ranks.first else silent)
+
+
+def _train(settings: TrainSettings, ranks: Ranks, report: Report) -> list[TrainResult]:
+    """Where there are several ranks, rank 0 reads and writes the SAEs' folders and has the results."""
+    with ranks.all_or_none():
+        device = ranks.device(settings.device)
+        cache = Cache(settings.cache)
+        if settings.verify and ranks.first:
+            require_intact(cache, report)
+        jobs = jobs_of(settings, cache, device)
+        selection = _selection(cache, jobs, settings, ranks)
+        finished = [ranks.first and is_finished(job, settings) for job in jobs]
+    jobs = [job for job, done in zip(jobs, ranks.told(finished), strict=True) if not done]
+    if not jobs:
+        return []
+    with ranks.all_or_none():
+        begun = first_step(jobs, settings) if ranks.first else 0
+    begun = int(ranks.told([begun])[0])
+    keep_freed_memory()
+    with ExitStack() as stack:
+        pace = pace_of(selection, settings, device)
+        with ranks.all_or_none():
+            trainees = [_trainee(job, settings, pace, device, stack, ranks) for job in jobs]
+        _begin(trainees, selection, settings, begun, device)
+        fit(trainees, selection, settings, begun, [job.identity for job in jobs], report)
+    saes = [trainee.whole_sae() for trainee in trainees]
+    if not ranks.first:
+        return []
+    return [
+        _finish(trainee, sae.eval(), job, settings, cache, report)
+        for trainee, sae, job in zip(trainees, saes, jobs, strict=True)
+    ]
+
+
+def _selection(cache: Cache, jobs: Sequence[Job], settings: TrainSettings, ranks: Ranks) -> Selection:
+    """The training rows, of every layer that an SAE reads. Raises WrongInput where there are too few."""
     layers = sorted({layer for job in jobs for layer in job.recipe.layers})
     selection = Selection(cache, 0, cache.manifest.train_rows, layers)
     if len(selection) == 0:
         raise WrongInput(f"{cache.path} has no kept token in its training rows; harvest more text")
-    jobs = [job for job in jobs if not is_finished(job, settings)]
-    if not jobs:
-        return []
-    begun = first_step(jobs, settings)
-    keep_freed_memory()
-    with ExitStack() as stack:
-        pace = pace_of(selection, settings, device)
-        trainees = [_trainee(job, settings, pace, device, stack) for job in jobs]
-        if begun == 0:
-            _initialise(trainees, _initial_sample(selection, settings, device), selection.layers)
-        for trainee in trainees if begun else []:
-            load_checkpoint(trainee, begun, read_facts(trainee.folder, begun))
-        fit(trainees, selection, settings, begun, [job.identity for job in jobs], report)
-    return [_finish(trainee, job, settings, cache, report) for trainee, job in zip(trainees, jobs, strict=True)]
+    if settings.batch_tokens < ranks.world:
+        raise WrongInput(
+            f"--batch-tokens {settings.batch_tokens} are fewer than the {ranks.world} processes that divide them"
+        )
+    return selection
 
 
 def pace_of(selection: Selection, settings: TrainSettings, device: torch.device) -> Pace:
@@ -100,7 +139,9 @@ def pace_of(selection: Selection, settings: TrainSettings, device: torch.device)
     )
 
 
-def _trainee(job: Job, settings: TrainSettings, pace: Pace, device: torch.device, stack: ExitStack) -> Trainee:
+def _trainee(
+    job: Job, settings: TrainSettings, pace: Pace, device: torch.device, stack: ExitStack, ranks: Ranks = ALONE
+) -> Trainee:
     sae = build(job.recipe, torch.Generator().manual_seed(settings.seed)).to(device).train()
     if settings.max_memory is not None:
         sae.chunk_rows = settings.max_memory // (4 * job.recipe.latents)
@@ -109,10 +150,30 @@ def _trainee(job: Job, settings: TrainSettings, pace: Pace, device: torch.device
                 f"--max-memory {settings.max_memory:,} bytes do not hold the {job.recipe.latents:,} pre-activations "
                 f"of one token; give {4 * job.recipe.latents:,} or more"
             )
-    trackers = open_trackers(settings.log, job.folder.name, job.partial, asdict(job.settings))
-    step_log = StepLog(sae, job.partial, trackers, job.settings.lr)
+    names = settings.log if ranks.first else ()
+    trackers = open_trackers(names, job.folder.name, job.partial, asdict(job.settings))
+    step_log = StepLog(sae, job.partial if ranks.first else None, trackers, job.settings.lr)
     stack.callback(step_log.close)
-    return Trainee(sae, job.settings, pace, job.partial, step_log)
+    return Trainee(sae, job.settings, pace, job.partial, step_log, ranks)
+
+
+def _begin(
+    trainees: Sequence[Trainee], selection: Selection, settings: TrainSettings, begun: int, device: torch.device
+) -> None:
+    """The state after step `begun`, the same on every rank, divided among them where that was asked for."""
+    ranks = trainees[0].ranks
+    if begun == 0:
+        with ranks.all_or_none():
+            if ranks.first:
+                _initialise(trainees, _initial_sample(selection, settings, device), selection.layers)
+        for trainee in trainees:
+            ranks.share(list(trainee.sae.state_dict().values()))
+            (trainee.scale,) = ranks.told([trainee.scale])
+    for trainee in trainees if settings.shard or settings.cpu_offload else []:
+        trainee.divide(offload=settings.cpu_offload)
+    with ranks.all_or_none():
+        for trainee in trainees if begun else []:
+            load_checkpoint(trainee, begun, read_facts(trainee.folder, begun))
 
 
 @torch.no_grad()
@@ -135,14 +196,25 @@ def fit(
 ) -> None:
     """The training loop: one pass of this is one step of every SAE. begun: steps that are done already."""
     total_steps, plans = planned(selection, settings)
-    remaining = islice(plans, begun, None)
-    device = trainees[0].sae.device
+    tokens = len(selection)
+    ranks, device = trainees[0].ranks, trainees[0].device
+    own = (share_of(plan, ranks.rank, ranks.world) for plan in islice(plans, begun, None))
+    most = largest_share(settings.batch_tokens, ranks.world)
     stage = f"train {trainees[0].sae.recipe.sae}" if len(trainees) == 1 else f"train {len(trainees)} SAEs"
-    with stop_requests() as stop, closing(load(selection, remaining, settings.batch_tokens, device)) as batches:
-        began = time.perf_counter()
-        for step, batch in enumerate(batches, start=begun + 1):
+    saved = begun
+    with stop_requests() as stop, closing(load(selection, own, most, device)) as batches:
+        for step in range(begun + 1, total_steps + 1):
+            began = time.perf_counter()
+            batch, failure = _next(batches)
             waited = time.perf_counter() - began
-            inputs = Inputs(batch, selection.layers)
+            request = stop() if step > begun + 1 else None
+            # All ranks end with the same step, whichever of them was asked to stop or has no batch.
+            if reason := ranks.largest(_FAILED if failure else request or 0):
+                if saved < step - 1:
+                    _checkpoint(trainees, step - 1, identities)
+                _end(ranks, failure, reason, f"stopped after step {step - 1} of {total_steps}")
+            assert batch is not None
+            inputs = Inputs(batch, selection.layers, step_tokens(step, tokens, settings.batch_tokens))
             for trainee in trainees:
                 trainee.log.waited_seconds += waited
                 trainee.step(step, inputs)
@@ -150,13 +222,32 @@ def fit(
             if last or step % settings.log_every_steps == 0:
                 shown = {trainee.name: trainee.log.write(step, trainee.dead_share) for trainee in trainees}
                 report(Progress(stage, step, total_steps, "steps", _facts(shown)))
-            request = stop()
-            if last or request or step % settings.checkpoint_every_steps == 0:
-                save_checkpoint(trainees, step, identities)
-            if request and not last:
-                code = 0 if request == signal.SIGTERM else 130
-                raise Stopped(f"stopped after step {step} of {total_steps}; the same with --resume goes on", code)
-            began = time.perf_counter()
+            if last or step % settings.checkpoint_every_steps == 0:
+                _checkpoint(trainees, step, identities)
+                saved = step
+
+
+def _next(batches: Batches) -> tuple[Batch | None, Exception | None]:
+    try:
+        return next(batches), None
+    except (FailedRun, OSError) as failure:  # other ranks wait for this one, to end with it
+        return None, failure
+
+
+def _checkpoint(trainees: Sequence[Trainee], step: int, identities: Sequence[dict[str, Any]]) -> None:
+    """Of numbers only: what is broken must not replace the last checkpoint that is not. Raises FailedRun."""
+    for trainee in trainees:
+        trainee.require_finite(step)
+    save_checkpoint(trainees, step, identities)
+
+
+def _end(ranks: Ranks, failure: Exception | None, reason: int, message: str) -> NoReturn:
+    if failure is not None:
+        raise failure
+    if reason == _FAILED:
+        raise Stopped("", 1)  # the rank that failed says why
+    code = 0 if reason == signal.SIGTERM else 130
+    raise Stopped(f"{message}; the same with --resume goes on" if ranks.first else "", code)
 
 
 def _facts(shown: dict[str, dict[str, str]]) -> dict[str, str]:
@@ -165,9 +256,10 @@ def _facts(shown: dict[str, dict[str, str]]) -> dict[str, str]:
     return {name: facts["NormMSE"] for name, facts in shown.items()}
 
 
-def _finish(trainee: Trainee, job: Job, settings: TrainSettings, cache: Cache, report: Report) -> TrainResult:
+def _finish(
+    trainee: Trainee, sae: SAE, job: Job, settings: TrainSettings, cache: Cache, report: Report
+) -> TrainResult:
     """Score, save, and give the folder its name."""
-    sae = trainee.sae.eval()
     if sae.recipe.normalize == "dataset":
         sae.fold_scale(trainee.scale)
         sae.recipe = replace(sae.recipe, normalize="none")
@@ -217,6 +309,12 @@ def planned(selection: Selection, settings: TrainSettings) -> tuple[int, Iterato
         for epoch in range(epochs)
     )
     return total_steps, islice(chain.from_iterable(plans), total_steps)
+
+
+def step_tokens(step: int, epoch_tokens: int, batch_tokens: int) -> int:
+    """N of the batch of a step, counted from 1."""
+    at = (step - 1) % -(-epoch_tokens // batch_tokens)
+    return min(batch_tokens, epoch_tokens - at * batch_tokens)
 
 
 def _initial_sample(selection: Selection, settings: TrainSettings, device: torch.device) -> Batch:

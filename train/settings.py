@@ -10,6 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+from routesae.harvest.untrusted import read_bytes
 from routesae.reporting import WrongInput
 from routesae.train.saes import SAES, SINGLE_LAYER
 from routesae.train.saes.routers import CONTROLS, ROUTERS
@@ -145,7 +146,13 @@ class TrainSettings:
     out: str = "saes"
     overwrite: bool = False
     resume: bool = False
+    verify: bool = False
+    """Compare every checksum of the cache before the first step."""
     device: str = "auto"
+    shard: bool = False
+    """Divide parameters and Adam's moments among the processes that torchrun started (routesae.train.sharding)."""
+    cpu_offload: bool = False
+    """Keep them in host memory between steps; divided as with shard, also where there is one process."""
 
     def __post_init__(self) -> None:
         _require_types(self)
@@ -270,10 +277,12 @@ def _require_known(values: Mapping[str, Any], names: Sequence[str], where: str) 
 def read_toml(path: str) -> dict[str, Any]:
     """The TOML file of --config. Raises WrongInput where it cannot be read."""
     try:
-        return tomllib.loads(Path(path).read_text())
+        return tomllib.loads(read_bytes(path).decode())
     except FileNotFoundError:
         raise WrongInput(f"--config {path} does not exist") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except RecursionError:
+        raise WrongInput(f"--config {path} cannot be read: nested too deeply") from None
+    except (OSError, ValueError) as error:  # ValueError: no TOML, no text, too large, or no file at all
         raise WrongInput(f"--config {path} cannot be read: {error}") from error
 
 

@@ -4,7 +4,7 @@
       metrics.jsonl
       step-00000400/                  written under a dot-name, fsynced, renamed
         state.safetensors             weights, Adam's moments, dead-latent counters, log sums
-        state.json                    step, what must not change, where metrics.jsonl stood
+        state.json                    step, what must not change, where metrics.jsonl stood; checksums of both files
 
 Every SAE of a pass is checkpointed at the same steps, and a pass goes on from the newest step that all of them have.
 """
@@ -17,15 +17,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from routesae.harvest.arrays import fsync, fsync_tree
+from routesae.harvest.untrusted import BadFile, read_json
 from routesae.reporting import FailedRun, WrongInput
+from routesae.train.distributed import whole
 from routesae.train.trainee import Trainee
 
 STATE, FACTS = "state.safetensors", "state.json"
-FACT_NAMES = {"step", "identity", "scale", "metrics_bytes", "tokens_done", "log_steps", "log_tokens"}
+COUNTS = ("step", "metrics_bytes", "tokens_done", "log_steps", "log_tokens")
+FACT_NAMES = {*COUNTS, "identity", "scale", "tensors_hash", "facts_hash"}
 
 
 def partial_folder(folder: Path) -> Path:
@@ -36,20 +40,22 @@ def partial_folder(folder: Path) -> Path:
 def save_checkpoint(trainees: Sequence[Trainee], step: int, identities: Sequence[Mapping[str, Any]]) -> None:
     """Write step `step` of all trainees, then delete older ones. identities: what must be the same to go on."""
     for trainee, identity in zip(trainees, identities, strict=True):
+        # Gathered on every rank where each holds a part. Cloned: safetensors refuses names that share memory.
+        tensors = {name: whole(tensor).detach().cpu().clone() for name, tensor in trainee.tensors().items()}
+        if not trainee.ranks.first:
+            continue
         target = trainee.folder / f"step-{step:08d}"
         writing = trainee.folder / f".{target.name}"
         shutil.rmtree(writing, ignore_errors=True)
         shutil.rmtree(target, ignore_errors=True)
         writing.mkdir()
-        # Cloned: two names may share memory, which safetensors refuses.
-        tensors = {name: tensor.detach().cpu().clone() for name, tensor in trainee.tensors().items()}
         save_file(tensors, writing / STATE)
-        facts = {"step": step, "identity": identity, **trainee.facts()}
-        (writing / FACTS).write_text(json.dumps(facts, indent=1) + "\n")
+        facts = {"step": step, "identity": identity, **trainee.facts(), "tensors_hash": _file_hash(writing / STATE)}
+        (writing / FACTS).write_text(json.dumps({**facts, "facts_hash": hash_of_facts(facts)}, indent=1) + "\n")
         fsync_tree(writing)
         writing.rename(target)
         fsync(trainee.folder)
-    for trainee in trainees:
+    for trainee in trainees if trainees[0].ranks.first else []:
         for old in _steps(trainee.folder):
             if old != step:
                 shutil.rmtree(trainee.folder / f"step-{old:08d}")
@@ -65,14 +71,23 @@ def newest_step(folders: Sequence[Path]) -> int:
 
 
 def read_facts(folder: Path, step: int) -> dict[str, Any]:
-    """state.json. Raises FailedRun where it cannot be read."""
+    """state.json. Raises FailedRun where it cannot be read or is not as it was written."""
     path = folder / f"step-{step:08d}" / FACTS
     try:
-        facts = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise FailedRun(f"{path} cannot be read ({error}); delete {folder} and start again") from error
-    if not isinstance(facts, dict) or not set(facts) >= FACT_NAMES:
-        raise FailedRun(f"{path} is not the state of a run; delete {folder} and start again")
+        facts: dict[str, Any] = read_json(path)
+    except (OSError, BadFile) as error:
+        raise FailedRun(f"{path} cannot be read ({error}); {_remedy(folder)}") from error
+    counts = [facts.get(name) for name in COUNTS] if isinstance(facts, dict) else [None]
+    if (
+        not all(type(count) is int and count >= 0 for count in counts)
+        or not set(facts) >= FACT_NAMES
+        or type(facts["scale"]) not in (float, int)
+        or not isinstance(facts["identity"], dict)
+        or facts["step"] != step
+    ):
+        raise FailedRun(f"{path} is not the state of a run at step {step}; {_remedy(folder)}")
+    if facts.pop("facts_hash") != hash_of_facts(facts):
+        raise FailedRun(f"{path} was altered: its checksum differs; {_remedy(folder)}")
     return facts
 
 
@@ -80,12 +95,33 @@ def load_checkpoint(trainee: Trainee, step: int, facts: Mapping[str, Any]) -> No
     """Make the trainee what it was after `step`. Raises FailedRun where its checkpoint is damaged."""
     path = trainee.folder / f"step-{step:08d}" / STATE
     try:
+        if _file_hash(path) != facts["tensors_hash"]:
+            raise FailedRun(f"{path} was altered: its checksum differs; {_remedy(trainee.folder)}")
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise FailedRun(f"{path} cannot be read ({error}); delete {trainee.folder} and start again") from error
+        raise FailedRun(f"{path} cannot be read ({error}); {_remedy(trainee.folder)}") from error
     trainee.load_tensors(tensors)
     trainee.log.load_facts(dict(facts))
     trainee.scale = facts["scale"]
+
+
+def _remedy(folder: Path) -> str:
+    return f"delete {folder} and start again"
+
+
+def _file_hash(path: Path) -> str:
+    """xxh3-64 of a file's bytes."""
+    hasher = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 24):
+            hasher.update(piece)
+    return hasher.hexdigest()
+
+
+def hash_of_facts(facts: Mapping[str, Any]) -> str:
+    """xxh3-64 of what state.json says, however it is spaced."""
+    plain = json.loads(json.dumps(facts))  # as it will be read back: tuples as lists, all keys text
+    return xxhash.xxh3_64_hexdigest(json.dumps(plain, sort_keys=True).encode())
 
 
 def require_same(folder: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:

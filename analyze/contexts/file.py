@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import groupby
 from operator import itemgetter
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from routesae.harvest.untrusted import parse_json
 from routesae.reporting import WrongInput
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ CHOSEN, SAMPLES = "chosen", ("strong", "middle", "weak")
 KINDS = (CHOSEN, *SAMPLES)
 OPENING, CLOSING = "<ACTIVATED>", "</ACTIVATED>"  # the published code's marks
 _READ_ROWS = 4096
+MOST_VALUES = 1 << 26  # of a column in a row group, of which one is held in memory at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,22 +118,32 @@ class ContextsFile:
 
     def latents(self, wanted: Collection[int] | None = None) -> Iterator[LatentContexts]:
         """Ascending, those that have a context; only `wanted` where given. Raises WrongInput where it is damaged."""
-        chosen = None if wanted is None else set(wanted)
-        for latent, rows in groupby(self._rows(), key=itemgetter("latent")):
-            if chosen is None or latent in chosen:
-                contexts = [_context(row) for row in rows]
-                kinds = {kind: tuple(c for c in contexts if c.kind == kind) for kind in KINDS}
-                yield LatentContexts(summary=self.summaries[latent], chosen=kinds.pop(CHOSEN), samples=kinds)
+        for latent, rows in groupby(self._rows(wanted), key=itemgetter("latent")):
+            if not 0 <= latent < len(self.summaries):
+                raise damaged(self.folder / CONTEXTS, ValueError(f"there is no latent {latent}"))
+            contexts = [_context(row) for row in rows]
+            kinds = {kind: tuple(c for c in contexts if c.kind == kind) for kind in KINDS}
+            yield LatentContexts(summary=self.summaries[latent], chosen=kinds.pop(CHOSEN), samples=kinds)
 
-    def _rows(self) -> Iterator[dict[str, Any]]:
+    def _rows(self, wanted: Collection[int] | None) -> Iterator[dict[str, Any]]:
+        """In the order of the file, which is the latents'. A row group that holds none of `wanted` is not read."""
         import pyarrow as pa
+        import pyarrow.compute as pc
         import pyarrow.parquet as pq
 
+        ascending = None if wanted is None else sorted(set(wanted))
         try:
             with pq.ParquetFile(self.folder / CONTEXTS) as file:
-                for batch in file.iter_batches(batch_size=_READ_ROWS):
-                    yield from batch.to_pylist()
-        except (pa.ArrowInvalid, OSError) as error:
+                for group in range(file.num_row_groups):
+                    if ascending is not None and not _has_any(file.metadata.row_group(group), ascending):
+                        continue
+                    rows = file.read_row_group(group)
+                    _require_values(rows)
+                    if ascending is not None:
+                        rows = rows.filter(pc.is_in(rows["latent"], pa.array(ascending, pa.int32())))
+                    for batch in rows.to_batches(max_chunksize=_READ_ROWS):
+                        yield from batch.to_pylist()
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise damaged(self.folder / CONTEXTS, error) from error
 
 
@@ -143,11 +156,15 @@ def read_contexts(folder: Path) -> ContextsFile:
     if facts is None:
         raise WrongInput(f"{folder} has no {CONTEXTS}; make it with routesae contexts --sae {folder}")
     try:
+        _require_bounds(folder / CONTEXTS, context_schema())
+        _require_bounds(folder / LATENTS, None)
         table = pq.read_table(folder / LATENTS)
         summaries = tuple(LatentSummary(**row) for row in table.to_pylist())
+        if [summary.latent for summary in summaries] != list(range(len(summaries))):
+            raise ValueError("its latents are not numbered from 0")
     except FileNotFoundError:
         raise WrongInput(f"{folder / LATENTS} is missing; run routesae contexts again") from None
-    except (pa.ArrowInvalid, OSError, TypeError) as error:
+    except (pa.ArrowException, OSError, TypeError, ValueError) as error:
         raise damaged(folder / LATENTS, error) from error
     if json.loads((table.schema.metadata or {}).get(FACTS, b"null")) != facts:
         raise WrongInput(f"{folder / LATENTS} and {CONTEXTS} are of two runs; run routesae contexts again")
@@ -163,17 +180,44 @@ def read_facts(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        facts: dict[str, Any] = json.loads((pq.read_metadata(path).metadata or {})[FACTS])
+        facts: dict[str, Any] = parse_json((pq.read_metadata(path).metadata or {})[FACTS])
         found = facts["format"]
-    except (pa.ArrowInvalid, OSError, KeyError, TypeError, ValueError) as error:
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise damaged(path, error) from error
     if found != FORMAT:
         raise WrongInput(f"{path} is of format {found}, not {FORMAT}, the one read here; run routesae contexts again")
     return facts
 
 
+def _require_bounds(path: Path, schema: pa.Schema | None) -> None:
+    """Raises ValueError where a Parquet file has other columns, or claims more than is ever written.
+
+    A few bytes of it can stand for any number of rows.
+    """
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        if schema is not None and not file.schema_arrow.remove_metadata().equals(schema):
+            raise ValueError("its columns are others")
+        for index in range(file.num_row_groups):
+            group = file.metadata.row_group(index)
+            values = max(group.column(column).num_values for column in range(group.num_columns))
+            if not 0 <= group.num_rows <= values <= MOST_VALUES:
+                raise ValueError(
+                    f"it claims {values:,} values at a time, more than the {MOST_VALUES:,} that are read"
+                )
+
+
+def _require_values(rows: pa.Table) -> None:
+    """Raises ValueError where a column that is always filled is not."""
+    for name in rows.column_names:
+        if name not in ("layer", "document") and rows[name].null_count:
+            raise ValueError(f"{name} is missing in a row")
+
+
 def damaged(path: Path, why: Exception) -> WrongInput:
-    return WrongInput(f"{path} cannot be read ({why}); run routesae contexts again")
+    reason = (str(why).strip() or type(why).__name__).splitlines()[0]
+    return WrongInput(f"{path} cannot be read ({reason}); run routesae contexts again")
 
 
 def _fingerprint(path: Path) -> str:
@@ -182,6 +226,15 @@ def _fingerprint(path: Path) -> str:
         while piece := file.read(1 << 20):
             hasher.update(piece)
     return hasher.hexdigest()
+
+
+def _has_any(group: Any, ascending: Sequence[int]) -> bool:
+    """Whether a row group, by its metadata, may hold one of the latents. A file without statistics is read whole."""
+    found = group.column(context_schema().get_field_index("latent")).statistics
+    if found is None or not found.has_min_max:
+        return True
+    at = bisect_left(ascending, found.min)
+    return at < len(ascending) and ascending[at] <= found.max
 
 
 _LISTS = ("token_ids", "tokens", "activations")

@@ -1,11 +1,12 @@
 """The stage contexts: a cache, SAEs and the tokenizer in; of every latent the text it is active on, as files, out.
 
 No LM is loaded: hidden states and tokens come from the cache. What is chosen: routesae.analyze.contexts.collect;
-what is written: routesae.analyze.contexts_file.
+what is written: routesae.analyze.contexts.file.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +23,9 @@ from routesae.analyze.identity import sae_identity
 from routesae.analyze.run import OpenSAE, load_harvested_tokenizer, open_saes
 from routesae.harvest.cache import Cache
 from routesae.harvest.device import pick_device
-from routesae.reporting import Report, WrongInput, silent
+from routesae.reporting import Progress, Report, WrongInput, silent
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +107,11 @@ def contexts(settings: ContextSettings, report: Report = silent) -> list[Context
     )
     results = []
     for name, sae in opened.items():
-        collected = collect(sae.sae, cache, vocabulary, wanted, batch_tokens=settings.batch_tokens, report=report)
+
+        def of_this(now: Progress, stage: str = f"contexts {name}") -> None:
+            report(now._replace(stage=stage))
+
+        collected = collect(sae.sae, cache, vocabulary, wanted, batch_tokens=settings.batch_tokens, report=of_this)
         results.append(_write(settings, name, sae, cache, vocabulary, collected))
     return results
 
@@ -120,6 +127,12 @@ def _write(
     kept_F = kept_by_rule(collected, max_classes=settings.max_classes, min_contexts=settings.min_contexts)
     chosen = choose(collected, kept_F)
     latents_of_chosen = chosen.kept.of.latent_M[chosen.kind_M == 0].numpy()
+    if settings.top is None and not kept_F.any():
+        log.warning(
+            "%s: the rule keeps no latent; the strongest activation is %.1f: give a --threshold well below it",
+            name,
+            float(collected.max_F.max()),
+        )
     result = ContextResult(
         sae=name,
         folder=sae.beside,
@@ -133,7 +146,7 @@ def _write(
         "format": FORMAT,
         "routesae": __version__,
         "settings": asdict(settings),
-        "cache": {"path": str(cache.path.resolve()), **cache.manifest.to_dict()},
+        "cache": {"path": cache.address, **cache.manifest.to_dict()},
         "sae": {"name": name, "folder": str(sae.folder.resolve()), **sae_identity(sae.folder, sae.sae)},
         "tokens": collected.tokens,
         "readings": collected.readings,

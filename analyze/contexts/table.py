@@ -149,7 +149,7 @@ def _batch(chosen: Chosen, rows: slice, source: Source) -> pa.RecordBatch:
 
 
 def latent_table(collected: Collected, kept_F: Tensor) -> pa.Table:
-    """The rows of latents.parquet: routesae.analyze.contexts_file.LatentSummary."""
+    """The rows of latents.parquet: routesae.analyze.contexts.file.LatentSummary."""
     import pyarrow as pa
 
     active_F = collected.active_F

@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any
 
 from routesae.harvest.arrays import fsync
+from routesae.harvest.untrusted import refuse_link
 from routesae.reporting import FailedRun, WrongInput
 
 
@@ -30,6 +31,7 @@ class Ledger:
 
     def __init__(self, path: Path, identity: Mapping[str, Any], *, overwrite: bool = False):
         self.path, self.identity = path, dict(identity)
+        refuse_link(path)
         new = not path.exists()
         self.file: FileIO = path.open("a+b", buffering=0)
         try:

@@ -33,8 +33,8 @@ from routesae.analyze.interpret.chat import ChatSettings, open_chat
 from routesae.analyze.interpret.ledger import Ledger, read_lines
 from routesae.analyze.interpret.prices import Budget, Price, Used, price_of
 from routesae.analyze.interpret.scoring import MODES, Explained, Scoring, score_summary
+from routesae.harvest.stop import StopRequest, stop_requests
 from routesae.reporting import Report, WrongInput, silent
-from routesae.train.stop import StopRequest, stop_requests
 
 log = logging.getLogger(__name__)
 

@@ -42,7 +42,7 @@ class Pool:
         self, folder: Path, contexts: ContextsFile, latents: Collection[int], *, cache: str | None, device: str
     ):
         facts = contexts.facts
-        path = Path(cache or facts["cache"]["path"])
+        path = cache or facts["cache"]["path"]
         opened = Cache(path)
         if opened.manifest.tokens_hash != facts["cache"]["tokens_hash"]:
             raise WrongInput(f"--cache {path} is not the one the contexts in {folder} are of; give that one")

@@ -2,7 +2,7 @@
 out, as JSON takes it.
 
 A context is [kind, activation, layer, row, position, document, at, words, active, activations]: kind an index into
-contexts_file.KINDS, words indices into the piece's own list of texts, active the indices of the tokens on which the
+contexts.file.KINDS, words indices into the piece's own list of texts, active the indices of the tokens on which the
 latent is active and activations what it is there.
 """
 

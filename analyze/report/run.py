@@ -5,7 +5,7 @@ runs: a list of latents an SAE, which the page reads when it opens, and pieces o
 which it reads when one is looked at. So the page opens fast however long it is, and corpus text cannot become markup.
 Only the page's own script may run: its hash is in the page's content security policy.
 
-What is shown of a latent: routesae.analyze.report_latents. The plots: routesae.analyze.report_plots.
+What is shown of a latent: routesae.analyze.report.latents. The plots: routesae.analyze.report.plots.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from routesae.analyze.report.runs import Run, read_runs, table_of
 from routesae.analyze.run import load_harvested_lm, load_harvested_tokenizer
 from routesae.harvest.cache import Cache
 from routesae.harvest.device import pick_device, pick_lm_dtype
+from routesae.harvest.remote import is_url
 from routesae.reporting import Report, WrongInput, silent
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ def _cache(settings: ReportSettings, runs: Sequence[Run]) -> Cache | None:
     if len(read) != 1:
         return None
     ((path, tokens_hash),) = read
-    if not Path(path).is_dir():
+    if not is_url(path) and not Path(path).is_dir():
         return None
     try:
         cache = Cache(path)

@@ -12,7 +12,8 @@ from xml.etree import ElementTree
 import pytest
 
 from routesae.analyze.ablation import COLUMNS, METRICS, VARIANTS, ablation, draw_pareto
-from routesae.analyze.run import AnalyzeSettings, analyze
+from routesae.analyze.contexts.file import read_contexts
+from routesae.analyze.run import INTERPRETATIONS, AnalyzeSettings, analyze
 from routesae.harvest.cache import Cache
 from routesae.reporting import WrongInput
 from routesae.train.settings import settings_of
@@ -37,7 +38,8 @@ def test_all_six_variants_are_scored_and_the_files_say_what_analyze_says(tiny_ca
     for row in rows:
         assert {name: row[name] for name in METRICS} == {name: alone[row["sae"]][name] for name in METRICS}
     read = json.loads((tmp_path / "ablation.json").read_text())["saes"]
-    assert [{name: row[name] for name in COLUMNS} for row in read] == rows
+    assert [{name: row[name] for name in rows[0]} for row in read] == rows
+    assert list(rows[0]) == [name for name in COLUMNS if name not in ("Features", "Score")]  # nothing has read them
     with (tmp_path / "ablation.csv").open() as file:
         table = list(csv.DictReader(file))
     assert [row["sae"] for row in table] == [row["sae"] for row in rows]
@@ -65,6 +67,28 @@ def test_a_second_call_trains_nothing_again(tiny_cache: Cache, tmp_path: Path) -
     assert ablation(settings, SCORING, tmp_path, plot=False) == first
     assert {path: path.stat().st_mtime_ns for path in weights} == weights
     assert not (tmp_path / "pareto.png").exists()
+
+
+def test_features_and_score_are_columns_of_the_table_and_the_files(
+    tiny_cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_of(flags(tiny_cache, tmp_path, sae=("topk", "gated"), k=4))
+    rows = ablation(settings, SCORING, tmp_path, plot=False, threshold=0.25)
+    kept = [sum(one.kept for one in read_contexts(Path(row["folder"])).summaries) for row in saved(tmp_path)]
+    assert [row["Features"] for row in rows] == kept
+    assert max(kept) > 0
+    assert [row["Features"] for row in saved(tmp_path)] == kept
+    with (tmp_path / "ablation.csv").open() as file:
+        assert [int(row["Features"]) for row in csv.DictReader(file)] == kept
+    (Path(saved(tmp_path)[0]["folder"]) / INTERPRETATIONS).write_text('{"score": 3.5}')
+    monkeypatch.setattr("routesae.analyze.ablation.contexts", None)  # there are those of this threshold already
+    again = ablation(settings, SCORING, tmp_path, plot=False, threshold=0.25)
+    assert [(row["Features"], row["Score"]) for row in again] == list(zip(kept, [3.5, None], strict=True))
+
+
+def saved(folder: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads((folder / "ablation.json").read_text())["saes"]
+    return rows
 
 
 def test_without_matplotlib_it_is_refused_before_anything_is_trained(

@@ -54,11 +54,12 @@ def test_the_limit_counts_prompts_of_both(tmp_path: Path, limit: int) -> None:
         f"{file}:1",
         f"{file}:2, turn 1",
     ][:limit]
+    assert [prompt.text for prompt in read(None, "a", "b", "c", "d", limit=limit)] == ["a", "b", "c"][:limit]
 
 
 def test_a_field_of_another_name_is_read(tmp_path: Path) -> None:
-    file = jsonl(tmp_path / "p.jsonl", {"text": "one", "prompt": "not this"})
-    assert [prompt.text for prompt in read(file, text_field="text")] == ["one"]
+    file = jsonl(tmp_path / "p.jsonl", {"text": "one", "prompt": "not this"}, {"text": "two"})
+    assert [prompt.text for prompt in read(file, text_field="text")] == ["one", "two"]
 
 
 def test_gzipped_jsonl_is_read_as_hh_rlhf_is_shipped(tmp_path: Path) -> None:
@@ -90,6 +91,12 @@ def test_a_pair_as_a_conversation_is_a_prompt_for_each_human_turn(tmp_path: Path
     )
     assert first.replies == {"chosen": "Tokens.\nMany of them.", "rejected": "Tokens.\nMany of them."}
     assert second.replies == {"chosen": "No.", "rejected": "Yes."}
+
+
+def test_a_conversation_goes_on_from_the_chosen_reply(tmp_path: Path) -> None:
+    pair = {name: f"\n\nHuman: a\n\nAssistant: {name}\n\nHuman: b\n\nAssistant: c" for name in ("chosen", "rejected")}
+    _, second = read(jsonl(tmp_path / "hh.jsonl", pair))
+    assert second.messages == (Message("user", "a"), Message("assistant", "chosen"), Message("user", "b"))
 
 
 def test_a_pair_as_text_holds_the_rejected_reply_only_where_it_is_another(tmp_path: Path) -> None:

@@ -8,10 +8,12 @@ import re
 import shutil
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner
@@ -26,7 +28,7 @@ from routesae.cli import main
 from routesae.harvest.cache import Cache
 from routesae.harvest.run import harvest
 from routesae.harvest.settings import HarvestSettings
-from routesae.reporting import WrongInput
+from routesae.reporting import Progress, WrongInput
 from routesae.train.checkpoint import load_sae
 from routesae.train.run import train
 from routesae.train.saes.normalise import with_statistics
@@ -359,6 +361,49 @@ def test_only_wanted_latents_are_read(hostile_cache: Cache, copied: Callable[[st
     assert list(file.latents(two)) == [everything[latent] for latent in two]
 
 
+def test_progress_names_the_sae_and_where_nothing_is_kept_the_way_out_is_said(
+    hostile_cache: Cache, copied: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    folders = (str(copied("topk")), str(copied("mlsae")))
+    seen: list[Progress] = []
+    given = ContextSettings(cache=str(hostile_cache.path), saes=folders, device="cpu", threshold=1000.0)
+    results = contexts(given, seen.append)
+    assert list(dict.fromkeys(now.stage for now in seen)) == ["contexts topk", "contexts mlsae"]
+    assert [result.features for result in results] == [0, 0]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{result.sae}: the rule keeps no latent; the strongest activation is {result.max_activation:.1f}: "
+        "give a --threshold well below it"
+        for result in results
+    ]
+    caplog.clear()
+    contexts(replace(given, threshold=2.0, max_classes=100, min_contexts=1))
+    assert caplog.records == []
+
+
+def test_parts_of_the_file_without_a_wanted_latent_are_not_read(
+    hostile_cache: Cache, copied: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "routesae.analyze.contexts.table.BATCH_CONTEXTS", 20
+    )  # many row groups, none of half a latent
+    _, file = run(hostile_cache, copied("topk"), top=2)
+    everything = {found.latent: found for found in file.latents()}
+    with pq.ParquetFile(file.folder / "contexts.parquet") as parquet:
+        groups = [
+            set(parquet.read_row_group(n)["latent"].to_pylist()) for n in range(parquet.metadata.num_row_groups)
+        ]
+    assert len(groups) > 8
+    read: list[int] = []
+    of_pyarrow = pq.ParquetFile.read_row_group
+    monkeypatch.setattr(
+        pq.ParquetFile, "read_row_group", lambda self, n, **more: (read.append(n), of_pyarrow(self, n, **more))[1]
+    )
+    for wanted in ({min(groups[3])}, {max(groups[3])}, {min(groups[2]), max(groups[6])}, {10**6}, set()):
+        read.clear()
+        assert list(file.latents(wanted)) == [everything[latent] for latent in sorted(wanted & set(everything))]
+        assert read == [n for n, group in enumerate(groups) if group & wanted]
+
+
 # ------------------------------------------------------------------------------------------------- wrong input
 
 
@@ -446,6 +491,22 @@ def test_the_command_counts_features_and_analyze_shows_them(
         "crosscoder": [str(features["crosscoder"]), "-"],
         "topk": [str(features["topk"]), "3.2500"],
     }
+
+
+def test_features_counted_by_different_thresholds_are_not_compared_in_silence(
+    hostile_cache: Cache, copied: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    folders = [copied("topk"), copied("crosscoder")]
+    asked = AnalyzeSettings(
+        cache=str(hostile_cache.path), saes=tuple(map(str, folders)), metrics=("L0",), device="cpu"
+    )
+    for threshold, said in ((2.0, []), (3.0, ["Features are not counted alike: topk above 3, crosscoder above 2;"])):
+        for folder in folders[: 2 if threshold == 2.0 else 1]:
+            run(hostile_cache, folder, threshold=threshold)
+        caplog.clear()
+        analyze(asked)
+        found = [record.getMessage() for record in caplog.records if "Features" in record.getMessage()]
+        assert [message.partition(" run ")[0] for message in found] == said
 
 
 def test_a_wrong_tokenizer_is_one_line_and_exit_code_2(

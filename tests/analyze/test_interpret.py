@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from click.testing import CliRunner, Result
@@ -24,11 +27,13 @@ from routesae.analyze.contexts.run import ContextSettings, contexts
 from routesae.analyze.interpret import chat as chat_module
 from routesae.analyze.interpret.chat import ChatSettings
 from routesae.analyze.interpret.run import InterpretSettings, interpret, read_interpretations
+from routesae.analyze.interpret.silence import active_positions
 from routesae.cli import main
 from routesae.harvest.cache import Cache
 from routesae.reporting import FailedRun, WrongInput
-from routesae.train.checkpoint import load_sae
+from routesae.train.checkpoint import load_sae, save_sae
 from routesae.train.run import train
+from routesae.train.saes import Recipe, build
 from routesae.train.settings import TrainSettings
 
 KEY = "sk-loopback-0123456789-secret"
@@ -303,29 +308,41 @@ def test_a_resumed_run_asks_only_what_was_not_answered(tmp_path: Path, serve: Se
     assert server.asked[3] == 2
 
 
-def test_no_answer_is_paid_twice_across_kill_and_resume(tmp_path: Path, serve: Serve) -> None:
+@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
+def test_no_answer_is_paid_twice_across_kill_and_resume(kills: int, tmp_path: Path, serve: Serve) -> None:
     def act(latent: int, nth: int, body: dict[str, Any]) -> Reply:
         time.sleep(0.1)
         return good() if latent % 3 else (200, {}, completion("nonsense"))
 
-    server = serve(act)
-    folder = subject(tmp_path / "sae", 30)
-    command = [sys.executable, "-m", "routesae", *arguments(folder, server, "--concurrency", 3)]
-    run = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_until(lambda: server.replied.total() >= 9, run)
-    run.kill()
-    run.wait()
+    server, latents, moments = serve(act), 12 + 18 * kills, random.Random(0)
+    folder = subject(tmp_path / "sae", latents)
+    ledger = folder / "interpretations.jsonl"
+    command = [sys.executable, "-m", "routesae", *arguments(folder, server, "--concurrency", 3, "--latents", "all")]
+    kept = b""
+    for _ in range(kills):
+        replied = server.replied.total()
+        run = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_until(lambda replied=replied: server.replied.total() > replied, run)
+        time.sleep(moments.uniform(0, 0.4))
+        run.kill()
+        assert run.wait() == -signal.SIGKILL
+        before, kept = kept, ledger.read_bytes()
+        assert kept.startswith(before)  # answers are kept to the byte, and only added to
+        kept = kept[: kept.rfind(b"\n") + 1]
     paid = {line["latent"] for line in lines(folder)}
-    assert 5 <= len(paid) < 30
-    with (folder / "interpretations.jsonl").open("ab") as torn:
+    assert kills <= len(paid) < latents
+    with ledger.open("ab") as torn:
         torn.write(b'{"latent": 29, "outcome": "answ')
-    resumed = invoke(folder, server, "--concurrency", 3)
+    asked_before = server.asked.copy()
+    resumed = invoke(folder, server, "--concurrency", 3, "--latents", "all")
     assert (resumed.exit_code, resumed.stderr) == (0, ""), resumed.output
-    assert {latent: server.asked[latent] for latent in paid} == dict.fromkeys(paid, 1)
-    assert sum(n - 1 for n in server.asked.values()) <= 3  # those under way at the kill: no answer had come
-    assert sorted(line["latent"] for line in lines(folder)) == list(range(30))
+    assert paid.isdisjoint(server.asked - asked_before)
+    assert sum(n - 1 for n in server.asked.values()) <= 3 * kills  # under way at a kill: no answer was on the disk
+    assert ledger.read_bytes().startswith(kept)
+    assert sorted(line["latent"] for line in lines(folder)) == list(range(latents))
     summary = json.loads((folder / "interpretations.json").read_text())
-    assert (summary["explained"], summary["unparsed"], summary["unanswered"]) == (20, 10, 0)
+    third = latents // 3
+    assert (summary["explained"], summary["unparsed"], summary["unanswered"]) == (latents - third, third, 0)
     assert_no_key_below(tmp_path)
 
 
@@ -629,6 +646,31 @@ def test_fuzzing_is_balanced_accuracy_on_texts_the_explainer_did_not_see(tmp_pat
     assert "fuzzing" in invoke(folder, server, "--score", "fuzzing", "--retries", 2).stdout
 
 
+def test_texts_to_predict_on_are_drawn_from_all_of_the_sample(tmp_path: Path, serve: Serve) -> None:
+    """It is ordered strongest first: the first texts of it would be the easy ones."""
+    server = serve(lambda latent, nth, body: good())
+    folder = subject(tmp_path / "sae", 1, samples=60)
+    interpret(asked(folder, server, scores=("fuzzing",)))
+    drawn = {row for line in lines(folder, "fuzzing.jsonl") for row, _, _ in line["places"]}
+    assert len(drawn) == 20
+    assert max(drawn) > 40 > min(drawn)
+
+
+@pytest.mark.parametrize(("samples", "scored"), [(0, 0), (5, 0), (6, 2)])  # every other text is a negative; 3 of each
+def test_latents_with_too_few_texts_are_not_scored_but_counted(
+    samples: int, scored: int, tmp_path: Path, serve: Serve
+) -> None:
+    def act(latent: int, nth: int, body: dict[str, Any]) -> Reply:
+        if body["response_format"]["json_schema"]["name"] == "explanation":
+            return good()
+        return 200, {}, completion(json.dumps({"predictions": [True] * samples}))
+
+    server = serve(act)
+    (summary,) = interpret(asked(subject(tmp_path / "sae", 2, samples=samples), server, scores=("fuzzing",)))
+    assert (summary["fuzzing"]["latents"], summary["fuzzing"]["too_few_examples"]) == (scored, 2 - scored)
+    assert server.asked.total() == 2 + scored
+
+
 def test_detections_negatives_are_texts_in_which_the_latent_is_silent(
     tiny_cache: Cache, settings: Callable[..., TrainSettings], serve: Serve, tmp_path: Path
 ) -> None:
@@ -655,11 +697,29 @@ def test_detections_negatives_are_texts_in_which_the_latent_is_silent(
             assert bool(active[line["latent"]][base : base + length].any()) is truth
             truths[truth] += 1
     assert min(truths.values()) >= 20
+    apart = tmp_path / "saes" / "user--repo"  # as of an SAE from the hub, whose weights are elsewhere
+    apart.mkdir()
+    for file in ("contexts.parquet", "latents.parquet"):
+        shutil.copy(folder / file, apart)
+    (again,) = interpret(asked(apart, server, scores=("detection",), latents=8, device="cpu"))
+    assert again["detection"]["latents"] == detection["latents"]
 
 
-def active_positions_of_every_token(folder: Path, cache: Cache) -> Any:
-    """bool [F, tokens], shard by shard and without the loader."""
-    import numpy as np
+def test_a_latent_of_an_mlsae_is_silent_only_where_it_is_so_on_every_layer(tiny_cache: Cache, tmp_path: Path) -> None:
+    import torch
+
+    recipe = Recipe(sae="mlsae", layers=tiny_cache.manifest.layers, width=tiny_cache.manifest.width, latents=64, k=4)
+    save_sae(tmp_path, build(recipe, torch.Generator().manual_seed(0)), {})
+    first_row, latents = tiny_cache.manifest.rows - 300, [5, 3, 60]  # the rows begin within a shard
+    found = active_positions(tmp_path, tiny_cache, first_row, latents, "cpu")
+    of_layer = [active_positions_of_every_token(tmp_path, tiny_cache, layer) for layer in recipe.layers]
+    every = [active[latents, first_row * tiny_cache.manifest.context :] for active in of_layer]
+    assert (found == np.any(every, 0)).all()
+    assert all((found != active).any() for active in every)
+
+
+def active_positions_of_every_token(folder: Path, cache: Cache, layer: int = 3) -> Any:
+    """bool [F, tokens], shard by shard and without the loader; of an SAE that reads one layer at a time."""
     import torch
 
     from routesae.train.saes.normalise import normalise_layers
@@ -667,7 +727,7 @@ def active_positions_of_every_token(folder: Path, cache: Cache) -> Any:
     sae = load_sae(folder, torch.device("cpu"))
     active = np.zeros((sae.recipe.latents, cache.manifest.rows * cache.manifest.context), bool)
     for shard in cache.shards():
-        hidden = torch.from_numpy(np.array(shard.read("layer_03")))[None]
+        hidden = torch.from_numpy(np.array(shard.read(f"layer_{layer:02}")))[None]
         found = sae(normalise_layers(hidden, sae.recipe.normalize)).latents.dense(sae.recipe.latents) > 0
         base = shard.record.rows[0] * cache.manifest.context
         active[:, np.asarray(shard.read("order")) + base] = found.numpy().T

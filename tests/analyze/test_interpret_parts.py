@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from routesae.analyze.contexts.file import Context, LatentContexts, LatentSummary
 from routesae.analyze.interpret.answers import Explanation, Unparsed, parse_explanation, parse_predictions
 from routesae.analyze.interpret.chat import ChatSettings, read_answer, retry_after
 from routesae.analyze.interpret.ledger import Ledger, read_lines
 from routesae.analyze.interpret.prices import Budget, Price, Used, price_of
 from routesae.analyze.interpret.run import InterpretSettings
+from routesae.analyze.interpret.scoring import held_out, span_of
 from routesae.reporting import WrongInput
 
 SAID = '{"category": "High-Level", "score": 3, "explanation": " lists "}'
@@ -242,3 +244,25 @@ def test_a_key_no_header_can_hold_is_refused_unseen(monkeypatch: pytest.MonkeyPa
     with pytest.raises(WrongInput, match="OPENAI_API_KEY") as refusal:
         ChatSettings().key()
     assert "cret" not in str(refusal.value)
+
+
+# ------------------------------------------------------------------------------------------------ held-out texts
+
+
+def context(row: int, first: int, length: int = 4, kind: str = "weak") -> Context:
+    """One whose window is [first, first + length) of the row."""
+    named = {"kind": kind, "token_class": "x", "activation": 1.0, "layer": 3, "row": row, "document": 0}
+    tokens = {"token_ids": (1,) * length, "tokens": ("x",) * length, "activations": (1.0,) * length}
+    return Context(**named, position=first + 1, at=1, **tokens)
+
+
+def test_held_out_texts_share_no_token_with_what_was_shown_or_with_one_another() -> None:
+    summary = LatentSummary(
+        latent=0, active=9, density=0.1, max_activation=1.0, mean_activation=1.0, token_classes=1, kept=True
+    )
+    chosen = (context(0, 10, kind="chosen"), context(0, 30, kind="chosen"), context(5, 10, kind="chosen"))
+    weak = [context(0, first) for first in (6, 7, 13, 14, 17, 31)] + [context(1, 10), context(5, 10)]
+    latent = LatentContexts(summary=summary, chosen=chosen, samples={"strong": (), "middle": (), "weak": tuple(weak)})
+    found = [(row, first) for row, first, _ in map(span_of, held_out(latent, 2))]
+    assert found == [(0, 6), (0, 14), (1, 10), (5, 10)]  # the third of those chosen was not shown
+    assert [span_of(one)[:2] for one in held_out(latent, 3)] == found[:-1]

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from routesae.analyze import pipeline
+from routesae.analyze.contexts.file import read_facts
 from routesae.analyze.pipeline import PipelineResult, run_pipeline
 from routesae.analyze.pipeline_settings import read_pipeline
 from routesae.cli import main
@@ -134,6 +135,23 @@ def test_an_sae_whose_settings_changed_and_all_that_rests_on_it_run_again(
     assert {"saes/first/sae_weights.safetensors", "saes/first/contexts.parquet", "scores.json"} <= touched
     assert [name for name in touched if name.startswith("saes/second")] == []
     assert json.loads((tmp_path / "out/saes/first/cfg.json").read_text())["k"] == 4
+
+
+def test_scores_hold_what_contexts_and_interpret_found_after_analyze(
+    begun: Callable[..., PipelineResult], tmp_path: Path
+) -> None:
+    """analyze comes before them, so its file is written again, and stays what it is when nothing changes."""
+    scores = tmp_path / "out" / "scores.json"
+    first = begun(TRAIN, ANALYZE, CONTEXTS)
+    features = {folder.name: read_facts(folder)["features"] for folder in first.saes}
+    assert {row["sae"]: row["Features"] for row in json.loads(scores.read_text())["saes"]} == features
+    assert first.scores == json.loads(scores.read_text())
+    before = written(tmp_path / "out")
+    assert begun(TRAIN, ANALYZE, CONTEXTS).stages == {"train": False, "analyze": False, "contexts": False}
+    assert changed(before, written(tmp_path / "out")) == set()
+    begun(TRAIN, ANALYZE, CONTEXTS.replace("0.5", "1000.0"))
+    assert {row["Features"] for row in json.loads(scores.read_text())["saes"]} == {0}
+    assert begun(TRAIN, ANALYZE, CONTEXTS.replace("0.5", "1000.0")).stages["analyze"] is False
 
 
 def test_an_sae_more_leaves_the_others_as_they_are(begun: Callable[..., PipelineResult], tmp_path: Path) -> None:

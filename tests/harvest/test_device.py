@@ -8,6 +8,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from routesae.harvest.device import pick_device
+from routesae.reporting import WrongInput
 
 # Tensors of 12 and 24 MB, as a block's activations, made and freed: the page faults of the last twenty times.
 FORWARD_PASSES = """
@@ -37,3 +41,39 @@ def test_memory_that_was_freed_is_not_faulted_in_again() -> None:
     given_back = faults("given back")
     assert given_back > 20 * 12_000_000 // 4096  # a tensor of them each time, or more
     assert faults("kept") < given_back // 10
+
+
+@pytest.mark.parametrize(
+    ("asked", "rank", "picked"),
+    [
+        ("auto", None, "cuda"),
+        ("cuda", None, "cuda"),
+        ("auto", "1", "cuda:1"),
+        ("cuda", "0", "cuda:0"),
+        ("cuda:0", "1", "cuda:0"),  # a number given is meant
+        ("cpu", "1", "cpu"),
+    ],
+)
+def test_each_process_of_torchrun_has_a_gpu_of_its_own(
+    asked: str, rank: str | None, picked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    assert str(pick_device(asked)) == picked
+
+
+def test_more_processes_than_gpus_are_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(WrongInput, match=r"cuda:2 asked for, but the last CUDA device is cuda:1; start fewer proc"):
+        pick_device("auto")
+
+
+def test_torchrun_on_cpus_runs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert str(pick_device("auto")) == "cpu"

@@ -14,9 +14,10 @@ import xxhash
 
 from routesae.harvest.arrays import data_file, write_array
 from routesae.harvest.cache import Cache
-from routesae.harvest.inspect import describe, verify
+from routesae.harvest.inspect import describe
 from routesae.harvest.run import harvest
 from routesae.harvest.settings import HarvestSettings
+from routesae.harvest.verify import verify
 from routesae.reporting import Progress, WrongInput
 
 

@@ -22,11 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from routesae.harvest.buffer import ShardBuffer
-from routesae.harvest.cache import Cache, layer_name
-from routesae.harvest.inspect import verify
+from routesae.harvest.cache import Cache
 from routesae.harvest.lm import LanguageModel
+from routesae.harvest.manifest import layer_name
 from routesae.harvest.run import harvest
 from routesae.harvest.settings import HarvestSettings, parse_layers
+from routesae.harvest.verify import verify
 from routesae.reporting import FailedRun, Progress, WrongInput
 
 Array = npt.NDArray[Any]
@@ -156,13 +157,6 @@ def test_progress_counts_every_token_once(tiny_settings: Settings, tmp_path: Pat
 
 
 # ------------------------------------------------------------------------------------------------- resuming
-
-
-@pytest.fixture
-def begun(tiny_cache: Cache, tmp_path: Path) -> Path:
-    """A copy of the finished cache."""
-    shutil.copytree(tiny_cache.path, tmp_path / "shards")
-    return tmp_path / "shards"
 
 
 def test_a_resumed_harvest_writes_just_the_missing_shards_and_bitwise_the_same(

@@ -185,6 +185,27 @@ def test_files_that_are_not_utf8_are_malformed_documents(tmp_path: Path) -> None
     assert counts.malformed == [f"{tmp_path / 'latin.txt'}: not UTF-8 at byte 2"]
 
 
+def test_nul_bytes_empty_documents_and_a_very_long_line_are_documents(tmp_path: Path) -> None:
+    long = "a line without an end " * 100_000
+    texts = ["with \0 NUL \0\0", "", long, "\0", " "]
+    (tmp_path / "a.jsonl").write_bytes(lines(texts))
+    assert read(tmp_path / "a.jsonl")[0] == texts
+    assert read(tmp_path / "a.jsonl", min_chars=2)[0] == [texts[0], long]
+    (tmp_path / "nul.txt").write_bytes(b"with \0 NUL")
+    assert read(tmp_path / "nul.txt")[0] == ["with \0 NUL"]
+    (tmp_path / "empty.txt").write_bytes(b"")
+    texts, counts = read(tmp_path / "empty.txt", min_chars=1)
+    assert (texts, counts.entries, counts.short, counts.malformed) == ([], 1, 1, [])
+
+
+def test_nul_bytes_between_lines_are_a_malformed_line(tmp_path: Path) -> None:
+    """What a file that was being written at a power cut ends with."""
+    (tmp_path / "a.jsonl").write_bytes(lines(["x"] * 200) + bytes(4096))
+    texts, counts = read(tmp_path / "a.jsonl")
+    assert len(texts) == 200
+    assert [bad.split(": ")[0] for bad in counts.malformed] == [f"{tmp_path / 'a.jsonl'}:201"]
+
+
 def test_parquet_nulls_are_malformed_and_named_by_row(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": ["x"] * 150 + [None] + ["x"] * 1500}), path)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from routesae.harvest import tokens
 from routesae.harvest.texts import Document
 from routesae.harvest.tokens import Framing, framing, kept_positions, pack, tokenize, tokenizer_hash
 
@@ -167,3 +169,49 @@ def test_tokenizer_hash_tells_other_special_ids_and_another_template(tiny_model:
     other = load(tiny_model)
     other.pad_token = other.convert_ids_to_tokens(7)
     assert tokenizer_hash(other) != original
+
+
+# -------------------------------------------------------------------------------------------------- long documents
+
+
+@pytest.mark.parametrize(
+    "text", ["word " * 3000, "two  spaces\n and\tmore " * 700, "x" * 9000, "", "\0 nul \0" * 900]
+)
+def test_a_long_document_is_tokenised_in_pieces_that_do_not_show(
+    text: str, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = load(tiny_model)
+    frame = framing(tokenizer)
+    documents = [Document(text, "long"), Document("short", "short"), Document(text[:1500], "cut")]
+    whole = [ids.tolist() for _, ids in tokenize(documents, tokenizer, frame)]
+    monkeypatch.setattr(tokens, "PIECE_CHARS", 1000)
+    monkeypatch.setattr(tokens, "CHARS_A_CALL", 2500)
+    calls: list[int] = []
+
+    class Noting:
+        def __call__(self, texts: list[str], **options: Any) -> Any:
+            calls.append(sum(map(len, texts)))
+            return tokenizer(texts, **options)
+
+    pieces = [ids.tolist() for _, ids in tokenize(documents, Noting(), frame)]
+    assert max(calls) <= 2500
+    if " " in text or not text:
+        assert pieces == whole
+    else:  # nowhere to cut: the text is still the same
+        assert [tokenizer.decode(ids) for ids in pieces] == [tokenizer.decode(ids) for ids in whole]
+
+
+def test_long_documents_come_few_at_a_time(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not 256 of them: a folder of books would be gigabytes at once."""
+    monkeypatch.setattr(tokens, "CHARS_A_CALL", 1000)
+    tokenizer = load(tiny_model)
+    read: list[int] = []
+
+    def books() -> Iterator[Document]:
+        for number in range(100):
+            read.append(number)
+            yield Document("token " * 100, "book")
+
+    stream = tokenize(books(), tokenizer, framing(tokenizer))
+    next(stream)
+    assert len(read) == 2

@@ -14,7 +14,7 @@ import torch
 from routesae.harvest.cache import Cache
 from routesae.reporting import Progress, WrongInput
 from routesae.train import evaluate
-from routesae.train.evaluate import CacheScores, entropy, score_on_cache
+from routesae.train.evaluate import CacheScores, entropy, score_all_on_cache, score_on_cache
 from routesae.train.saes import SAE, Recipe, RouteSAE, SingleLayerSAE, build
 
 LATENTS, K = 64, 6
@@ -229,6 +229,29 @@ def test_scoring_twice_gives_the_same_numbers(tiny_cache: Cache) -> None:
     sae = routesae(tiny_cache, "hard")
     first, second = (score_on_cache(sae, tiny_cache, 0, 50).to_dict() for _ in range(2))
     assert first == second
+
+
+def test_saes_scored_together_score_as_alone_and_the_cache_is_read_once(
+    tiny_cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    single = {f"topk {layer}": topk(tiny_cache, layer) for layer in (2, 4)}
+    several = {name: variant(tiny_cache, name) for name in ("crosscoder", "mlsae", "jumprelu")}
+    saes = {
+        **single,
+        "hard": routesae(tiny_cache, "hard"),
+        **several,
+        "raw": variant(tiny_cache, "gated", normalize="none"),
+    }
+    alone = {name: score_on_cache(sae, tiny_cache, 100, 140) for name, sae in saes.items()}
+    passes, of_batches = [], evaluate.load
+    monkeypatch.setattr(evaluate, "load", lambda *given: passes.append(1) or of_batches(*given))
+    together = score_all_on_cache(saes, tiny_cache, 100, 140)
+    assert len(passes) == 1
+    assert list(together) == list(saes)
+    for name in saes:
+        assert together[name].to_dict() == alone[name].to_dict(), name
+        assert torch.equal(together[name].density_F, alone[name].density_F)
+        assert torch.equal(together[name].by_row.errors_S, alone[name].by_row.errors_S)
 
 
 def test_scoring_reports_every_token(tiny_cache: Cache) -> None:

@@ -123,7 +123,7 @@ def test_a_line_of_the_log_has_the_objectives_own_numbers_weighted_by_tokens(tmp
         for total, error, tokens in steps:
             out = sae(torch.randn(1, tokens, D, generator=torch.Generator().manual_seed(tokens)))
             objective = Objective(torch.tensor(total), torch.tensor(error))
-            log.add(out, objective, out.latents.active_counts(LATENTS), tokens, 1e-3)
+            log.add(out, objective, out.latents.active_counts(LATENTS), tokens, 1e-3, 1)
     log.write(2, torch.zeros(()))
     log.close()
     (line,) = map(json.loads, (tmp_path / METRICS).read_text().splitlines())

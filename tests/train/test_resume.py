@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import xxhash
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
@@ -441,21 +444,47 @@ def lose_a_tensor(path: Path) -> None:
     tensors = load_file(path)
     del tensors["adam.0.exp_avg"]
     save_file(tensors, path)
+    reseal(path)
 
 
 def reshape_a_tensor(path: Path) -> None:
     tensors = load_file(path).items()
     save_file({name: tensor[..., :3].contiguous() if tensor.dim() else tensor for name, tensor in tensors}, path)
+    reseal(path)
+
+
+def reseal(path: Path) -> None:
+    """Have state.json agree with altered tensors, as somebody would who means it."""
+    facts = json.loads(path.with_name("state.json").read_text())
+    del facts["facts_hash"]
+    facts["tensors_hash"] = xxhash.xxh3_64_hexdigest(path.read_bytes())
+    facts["facts_hash"] = xxhash.xxh3_64_hexdigest(json.dumps(facts, sort_keys=True).encode())
+    path.with_name("state.json").write_text(json.dumps(facts))
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) * 3 // 4] ^= 1
+    path.write_bytes(data)
+
+
+def alter_a_fact(path: Path) -> None:
+    written = path.read_text()
+    altered = re.sub(r'"tokens_done": (\d+)', lambda found: f'"tokens_done": {int(found[1]) + 1}', written)
+    assert altered != written
+    path.write_text(altered)
 
 
 @pytest.mark.parametrize(
     ("file", "damage", "message"),
     [
-        ("state.safetensors", cut, r"step-00000003/state\.safetensors cannot be read"),
+        ("state.safetensors", cut, r"step-00000003/state\.safetensors was altered: its checksum differs"),
+        ("state.safetensors", flip_a_bit, r"step-00000003/state\.safetensors was altered: its checksum differs"),
         ("state.safetensors", Path.unlink, r"step-00000003/state\.safetensors cannot be read"),
         ("state.safetensors", lose_a_tensor, r"checkpoint of \.topk\.partial holds no 'adam\.0\.exp_avg'"),
         ("state.safetensors", reshape_a_tensor, r"a checkpoint's tensor is \[.*3\] where \[.*\] belongs"),
         ("state.json", cut, r"step-00000003/state\.json cannot be read"),
+        ("state.json", alter_a_fact, r"step-00000003/state\.json was altered: its checksum differs"),
         ("state.json", Path.unlink, r"step-00000003/state\.json cannot be read"),
         ("state.json", lambda path: path.write_text("{}"), r"step-00000003/state\.json is not the state of a run"),
         ("state.json", lambda path: path.write_text("[]"), r"step-00000003/state\.json is not the state of a run"),
@@ -495,10 +524,12 @@ def newest(out: Path) -> int:
     return max((int(path.name[5:]) for path in out.glob(".*.partial/step-*")), default=0)
 
 
-def wait_for_checkpoint(child: subprocess.Popen[str], out: Path, after: int) -> None:
+def wait_for_checkpoint(child: subprocess.Popen[str], out: Path, after: int, *, or_end: bool = False) -> None:
     deadline = time.monotonic() + 60
     while newest(out) <= after:
-        assert child.poll() is None, child.communicate()
+        if child.poll() is not None:
+            assert or_end, child.communicate()
+            return
         assert time.monotonic() < deadline
         time.sleep(0.002)
 
@@ -533,10 +564,42 @@ def test_a_pass_killed_and_stopped_at_random_moments_goes_on_to_the_same_bytes(
         )
         assert ended.exit_code == 0, ended.output
     assert len(weights(whole)) == 4
-    for folder in whole.iterdir():
+    for folder in whole.glob("*/"):
         assert_same(out / folder.name, folder)
         assert 0 < stood[0] <= stood[-1] < lines(folder)[-1]["step"]
     assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in whole.iterdir())
+
+
+@pytest.mark.slow
+def test_forty_kills_at_random_moments_lose_nothing(tiny_cache: Cache, tmp_path: Path) -> None:
+    """While it starts, reads, steps, writes checkpoints, scores and saves; each run goes on where the last one was
+    killed, and once it has ended another begins."""
+    length = ("--epochs", "12")  # about 190 steps
+    whole = tmp_path / "whole"
+    ended = CliRunner().invoke(main, ["train", "--cache", str(tiny_cache.path), *REAL, "--out", str(whole), *length])
+    assert ended.exit_code == 0, ended.output
+    rng, kills, stood = random.Random(0), 0, set()
+    for runs in count():
+        out = tmp_path / f"killed-{runs}"
+        while True:
+            child = process(tiny_cache.path, out, *length, "--resume")
+            if kills < 40:
+                if rng.random() < 0.7:  # the others die while they start
+                    wait_for_checkpoint(child, out, newest(out), or_end=True)
+                with suppress(subprocess.TimeoutExpired):
+                    child.wait(timeout=rng.random())
+            child.kill() if kills < 40 else None
+            _, errors = child.communicate(timeout=120)
+            if child.returncode == 0:
+                break
+            assert child.returncode == -9, errors
+            kills += 1
+            stood.add(newest(out))
+        for folder in whole.glob("[!.]*/"):
+            assert_same(out / folder.name, folder)
+        if kills >= 40:
+            break
+    assert len(stood) > 10
 
 
 # -------------------------------------------------------------------- rate, normalisation over the cache, precision

@@ -16,12 +16,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from routesae.harvest.cache import Cache
 from routesae.reporting import FailedRun, Progress, Report, Stopped, WrongInput, silent
 from routesae.train import search
-from routesae.train.batches import Selection
+from routesae.train.batches import Batch, Batches, Selection, load
 from routesae.train.checkpoint import find_saes, load_sae
 from routesae.train.evaluate import score_on_cache
 from routesae.train.kernels import DenseLatents, RaggedLatents
@@ -617,9 +618,60 @@ def test_overwrite_does_not_delete_a_folder_that_holds_no_sae(settings: Settings
 def test_a_loss_that_is_no_number_stops_the_run_with_the_rate_to_lower(
     settings: Settings, tmp_path: Path, variant: dict[str, Any]
 ) -> None:
-    with pytest.raises(FailedRun, match=r"the loss is (nan|inf) by step 3; lower --lr 1e\+30"):
+    with pytest.raises(
+        FailedRun, match=r"the (loss|weights) became no numbers? (at|by) step [1-3]; lower --lr 1e\+30"
+    ):
         only(settings(**variant, lr=1e30))
     assert visible(tmp_path / "saes") == []
+
+
+@pytest.mark.parametrize("lines_every", [1, 1000])
+def test_a_loss_that_becomes_no_number_names_its_step_and_keeps_the_last_good_checkpoint(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines_every: int
+) -> None:
+    given = {"name": "mine", "log_every_steps": lines_every, "checkpoint_every_steps": 2}
+    with monkeypatch.context() as patched:
+        patched.setattr("routesae.train.run.load", lambda *given: poisoned_from(5, load(*given)))
+        with pytest.raises(FailedRun, match=r"^the loss became no number at step 5; lower --lr 0\.003$"):
+            only(settings(**given))
+    (kept,) = (tmp_path / "saes" / ".mine.partial").glob("step-*")
+    assert kept.name == "step-00000004"
+    assert all(bool(tensor.isfinite().all()) for tensor in load_file(kept / "state.safetensors").values())
+    assert_resumes_to_what_an_uninterrupted_run_gives(settings, given, tmp_path)
+
+
+def test_weights_that_become_no_numbers_are_found_before_they_replace_a_checkpoint(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss of that step is still finite: it is that of the weights before it."""
+    given = {"name": "mine", "checkpoint_every_steps": 1, "log_every_steps": 1000}
+    inner = Trainee.step
+
+    def broken_at_4(trainee: Trainee, step: int, inputs: Any) -> None:
+        inner(trainee, step, inputs)
+        if step == 4:
+            trainee.adam.squares[0].view(-1)[0] = torch.inf
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainee, "step", broken_at_4)
+        with pytest.raises(FailedRun, match=r"^the weights became no numbers by step 4; lower --lr 0\.003$"):
+            only(settings(**given))
+    assert [path.name for path in (tmp_path / "saes" / ".mine.partial").glob("step-*")] == ["step-00000003"]
+    assert_resumes_to_what_an_uninterrupted_run_gives(settings, given, tmp_path)
+
+
+def poisoned_from(step: int, batches: Batches) -> Iterator[Batch]:
+    with closing(batches):
+        for at, batch in enumerate(batches, start=1):
+            yield batch._replace(hidden_LND=batch.hidden_LND * torch.nan) if at >= step else batch
+
+
+def assert_resumes_to_what_an_uninterrupted_run_gives(
+    settings: Settings, given: dict[str, Any], tmp_path: Path
+) -> None:
+    resumed = only(settings(**given, resume=True)).folder
+    whole = only(settings(**given, out=str(tmp_path / "whole"))).folder
+    assert (resumed / "sae_weights.safetensors").read_bytes() == (whole / "sae_weights.safetensors").read_bytes()
 
 
 def test_a_run_whose_last_step_broke_the_weights_writes_no_sae(settings: Settings, tmp_path: Path) -> None:

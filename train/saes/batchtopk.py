@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from routesae.train.distributed import batch_least
 from routesae.train.kernels import AnyLatents, decode, encode_batchtopk, threshold_latents
 from routesae.train.saes.sae import Forward, Recipe
 from routesae.train.saes.single import WEIGHTS, SingleLayerSAE, checked
@@ -48,9 +49,9 @@ class BatchTopK(SingleLayerSAE):
     @torch.no_grad()
     def _learn_threshold(self, f_M: Tensor) -> None:
         self.batches += 1
-        if len(f_M):
-            rate = (1 / self.batches).clamp(min=THRESHOLD_RATE)
-            self.threshold += rate * (f_M.min() - self.threshold)
+        least = batch_least(f_M.min() if len(f_M) else f_M.new_tensor(torch.inf))
+        rate = (1 / self.batches).clamp(min=THRESHOLD_RATE)
+        self.threshold += torch.where(least < torch.inf, rate * (least - self.threshold), 0)
 
     @torch.no_grad()
     def encode(self, x_ND: Tensor) -> AnyLatents:

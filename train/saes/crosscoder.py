@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from routesae.train.distributed import batch_mean, own_rows
 from routesae.train.kernels import encode_above
 from routesae.train.losses import Objective, norm_mse
 from routesae.train.saes.normalise import NormalisedLayers, geometric_median
@@ -58,9 +59,9 @@ class Crosscoder(SAE):
         if self.training:
             self.penalty.steer(latents.active_counts(self.recipe.latents).sum() / len(x_NC), self.k)
         if self.recipe.published:
-            penalty = f_P.sum() / (len(x_NC) * self.recipe.latents)
+            penalty = batch_mean(f_P.sum() / (len(x_NC) * self.recipe.latents))
         else:
-            penalty = pairs.by_token(f_P, self._decoder_norms()).mean()
+            penalty = batch_mean(pairs.by_token(f_P, self._decoder_norms()).mean())
         reconstruction_NC = pairs.decode(f_P, self.W_dec_FC, self.b_dec_C)
         return Forward(x_NC, reconstruction_NC, latents, penalty)
 
@@ -74,7 +75,7 @@ class Crosscoder(SAE):
         return norms_FL.sum(1)
 
     def _by_layer(self, W_FC: Tensor) -> Tensor:
-        return W_FC.view(self.recipe.latents, len(self.recipe.layers), self.recipe.width)
+        return W_FC.view(-1, len(self.recipe.layers), self.recipe.width)
 
     def loss(self, out: Forward, dead_F: Tensor, sparsity_factor: float = 1.0) -> Objective:
         weight: Tensor | float = self.penalty(sparsity_factor)
@@ -99,7 +100,7 @@ class Crosscoder(SAE):
     @torch.no_grad()
     def normalise_decoder(self, step: int, *, last: bool = False) -> None:
         if self.recipe.published and ((step - 1) % PUBLISHED_DECODER_STEPS == 0 or last):
-            rows_FLD = self._by_layer(self.W_dec_FC)
+            rows_FLD = self._by_layer(own_rows(self.W_dec_FC))
             rows_FLD.div_(rows_FLD.norm(dim=2, keepdim=True))
 
     @torch.no_grad()

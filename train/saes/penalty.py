@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from routesae.train.distributed import batch_mean
 from routesae.train.saes.sae import Recipe
 
 RATE = 0.05
@@ -36,7 +37,7 @@ class PenaltyWeight(nn.Module):
     def steer(self, l0: Tensor, k: int) -> None:
         """l0: the mean number of active latents over the tokens of a training batch."""
         if self.fixed is None:
-            ratio = (l0 / k).clamp(min=1e-3)
+            ratio = (batch_mean(l0) / k).clamp(min=1e-3)
             self.steered *= torch.exp(RATE * ratio.log().clamp(-1, 1))
 
     def forward(self, sparsity_factor: float) -> Tensor | float:

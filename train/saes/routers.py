@@ -21,6 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from routesae.train.distributed import batch_mean
+
 ROUTERS = ("published", "top2", "frozen", "random")
 CONTROLS = ("frozen", "random")  # do not learn
 SCALED = ("published", "frozen")  # read w·x rather than x
@@ -60,5 +62,5 @@ def hashed_layers(r_NL: Tensor) -> Tensor:
 def balance_loss(w_NL: Tensor, at_R: Tensor) -> Tensor:
     """L·Σ_ℓ f_ℓ P_ℓ: 1 where tokens and probabilities are spread evenly, L where one layer has all."""
     layers = w_NL.shape[1]
-    share_L = torch.bincount(at_R, minlength=layers) / len(at_R)
-    return layers * (share_L * w_NL.mean(0)).sum()
+    share_L = batch_mean(torch.bincount(at_R, minlength=layers) / len(at_R))
+    return layers * (share_L * batch_mean(w_NL.mean(0))).sum()

@@ -1,0 +1,96 @@
+"""Small files that anybody may have written: read whole, within bounds, or refused.
+
+A cache or an SAE may come from a stranger. Its manifest, records and configurations are JSON, and JSON can ask for
+any amount of memory, repeat a key so that two readers disagree, or not be a file at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from routesae.reporting import WrongInput
+
+LARGEST_BYTES = 1 << 21  # parsed, at worst some 30 times as much
+DEEPEST = 64  # of nested lists and objects; what is written here has fewer than ten
+
+
+class BadFile(ValueError):
+    """A file is not one that could be read safely; the message says why, without the path."""
+
+
+def read_bytes(path: Path | str, largest: int = LARGEST_BYTES) -> bytes:
+    """All of a regular file. Raises BadFile where it is none or too large, OSError where it cannot be read."""
+    # Not blocking: to open a pipe that somebody put there would otherwise wait for ever.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise BadFile("not a regular file")
+        if status.st_size > largest:
+            raise BadFile(f"{status.st_size:,} bytes, more than the {largest:,} that are read")
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read(largest)
+    finally:
+        os.close(descriptor)
+
+
+def read_json(path: Path | str, largest: int = LARGEST_BYTES) -> Any:
+    """What a JSON file holds. Raises BadFile where it is no plain JSON, OSError where it cannot be read."""
+    return parse_json(read_bytes(path, largest))
+
+
+def parse_json(data: bytes) -> Any:
+    """What JSON says, once: no key twice, no NaN or infinity, no nesting beyond reason. Raises BadFile otherwise."""
+    try:
+        value = json.loads(data, object_pairs_hook=_without_repeats, parse_constant=_no_number)
+    except RecursionError:
+        raise BadFile(f"nested more than {DEEPEST} deep") from None
+    except BadFile:
+        raise
+    except ValueError as error:
+        raise BadFile(f"not JSON: {error}") from None
+    if data.count(b"[") + data.count(b"{") > DEEPEST:  # else it cannot be that deep
+        _require_shallow(value)
+    return value
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise BadFile(f"it says {repeated[:40]!r} twice")
+    return found
+
+
+def _no_number(constant: str) -> NoReturn:
+    raise BadFile(f"it holds {constant}, which is no JSON")
+
+
+def _require_shallow(value: Any) -> None:
+    level: list[Any] = [value]
+    for _ in range(DEEPEST):
+        level = [inner for outer in level if isinstance(outer, dict | list) for inner in _inside(outer)]
+        if not level:
+            return
+    raise BadFile(f"nested more than {DEEPEST} deep")
+
+
+def _inside(outer: dict[str, Any] | list[Any]) -> Sequence[Any]:
+    return outer if isinstance(outer, list) else list(outer.values())
+
+
+def leads_out_of(folder: Path, path: Path) -> bool:
+    """Whether `path`, named as something below `folder`, is elsewhere once symbolic links are followed."""
+    return not os.path.realpath(path).startswith(os.path.realpath(folder) + os.sep)
+
+
+def refuse_link(path: Path) -> None:
+    """Raises WrongInput where a file that is to be written to is a symbolic link: it may lead anywhere."""
+    if path.is_symlink():
+        raise WrongInput(f"{path} is a symbolic link, which is not written through; put a file there, or delete it")
