@@ -4,109 +4,30 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from routesae import __version__
-from routesae.reporting import FailedRun, Report, WrongInput
+from routesae.cache_commands import cache
+from routesae.options import (
+    CACHE,
+    CACHE_BYTES,
+    CACHE_DIR,
+    LOG_JSON,
+    QUIET,
+    SAES,
+    SAES_FOLDER,
+    long_run,
+    status_of,
+    watching,
+)
+from routesae.reporting import WrongInput
 from routesae.terminal import COUNT, Commands, Numbers, shown, side_by_side, table
-from routesae.watch import Watch, configure_logging, status_beside, status_in, watched
+from routesae.watch import Watch, configure_logging, status_beside, status_in
 
 COMMANDLINE = click.core.ParameterSource.COMMANDLINE
-
-
-def watch_as(ctx: click.Context, parameter: click.Parameter, value: Any) -> None:
-    """Note in the outermost context how the run wants to be watched."""
-    root = ctx.find_root()
-    if value and parameter.name is not None:
-        root.obj = replace(root.obj or Watch(), **{parameter.name: value})
-        configure_logging(root.obj)
-
-
-def keep_blocks(ctx: click.Context, parameter: click.Parameter, value: Any) -> None:
-    """--cache-dir and --cache-bytes hold for the whole process, whatever the command then opens."""
-    if value is not None:
-        from routesae.harvest import blocks
-
-        name = {"cache_dir": "folder", "cache_bytes": "limit"}[str(parameter.name)]
-        blocks.choose(replace(blocks.chosen(), **{name: value}))
-
-
-# Options that mean the same in several commands.
-QUIET = click.option(
-    "--quiet", is_flag=True, expose_value=False, callback=watch_as, help="Only warnings, errors and results."
-)
-LOG_JSON = click.option(
-    "--log-json",
-    "as_json",
-    is_flag=True,
-    expose_value=False,
-    callback=watch_as,
-    help="Log and progress on standard error as a JSON object a line.",
-)
-STATUS = click.option(
-    "--status",
-    type=click.Path(path_type=Path),
-    expose_value=False,
-    callback=watch_as,
-    help="File that says in JSON how far the run is; where a folder is filled, its status.json does so anyway.",
-)
-SAES = click.option(
-    "--sae",
-    "saes",
-    multiple=True,
-    type=click.Path(),
-    help="SAE folder, or user/repo[/folder][@revision] on the hub; may be given several times.  "
-    "[default: all under --out]",
-)
-SAES_FOLDER = click.option("--out", default="saes", type=click.Path(), help="Folder of SAE folders.")
-CACHE_DIR = click.option(
-    "--cache-dir",
-    type=click.Path(path_type=Path),
-    envvar="ROUTESAE_CACHE_DIR",
-    expose_value=False,
-    callback=keep_blocks,
-    help="Where blocks read from an object store, and shards on their way to one, are kept.  "
-    "[default: routesae in the user's cache folder]",
-)
-CACHE_BYTES = click.option(
-    "--cache-bytes",
-    type=COUNT,
-    envvar="ROUTESAE_CACHE_BYTES",
-    expose_value=False,
-    callback=keep_blocks,
-    help="Bytes of blocks that a process keeps there, such as 500M or 20B (billion).  [default: 10B]",
-)
-CACHE_FOLDER = click.option("--cache", default="shards", type=click.Path(), help="Folder or URL that harvest wrote.")
-
-
-def CACHE(command: Any) -> Any:  # noqa: N802  # an option as those above
-    """A cache, and where what of it comes from an object store is kept."""
-    return CACHE_FOLDER(CACHE_DIR(CACHE_BYTES(command)))
-
-
-def long_run(command: Any) -> Any:
-    """The options of every command that may take a while."""
-    return QUIET(LOG_JSON(STATUS(command)))
-
-
-def watching(status: Path | None = None) -> AbstractContextManager[Report]:
-    """What the running command reports to. status: the file it keeps where --status names no other."""
-    ctx = click.get_current_context()
-    watch = ctx.find_root().obj or Watch()
-    if watch.status is not None and not watch.status.absolute().parent.is_dir():
-        raise WrongInput(f"--status {watch.status}: there is no folder {watch.status.parent} to write it to")
-    return watched(watch, str(ctx.info_name), status)
-
-
-def status_of(saes: Sequence[str], out: str) -> Path | None:
-    """The status file of a command that writes into SAE folders: in the one it is about, or where they all are."""
-    return status_in(saes[0] if len(saes) == 1 and Path(saes[0]).is_dir() else out)
 
 
 @click.group(cls=Commands, context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
@@ -674,100 +595,4 @@ def push(folder: str, repo: str, private: bool, message: str | None) -> None:
     click.echo(push_sae(Path(folder), repo, private=private, message=message))
 
 
-@main.group()
-def cache() -> None:
-    """Look at a cache, or prove it whole."""
-
-
-@cache.command(epilog="Example: routesae cache info shards/")
-@click.argument("path", type=click.Path())
-def info(path: str) -> None:
-    """Manifest, shards present and missing, bytes, statistics a layer."""
-    from routesae.harvest.inspect import describe
-
-    found = describe(path)
-    for name, value in found.facts.items():
-        click.echo(f"{name:22} {value}")
-    click.echo()
-    click.echo(table(found.layers))
-
-
-@cache.command(epilog="Example: routesae cache verify shards/ --digest")
-@click.argument("path", type=click.Path())
-@click.option("--digest", is_flag=True, help="Print one digest of what the cache holds, however it was written.")
-@long_run
-@CACHE_DIR
-@CACHE_BYTES
-def verify(path: str, digest: bool) -> None:
-    """Check sizes, indexes and checksums of every shard; exit code 1 and a line for each that is bad."""
-    from routesae.harvest.verify import examine
-
-    with watching() as report:
-        found = examine(path, report)
-    for problem in found.problems:
-        click.echo(problem)
-    if digest:
-        click.echo(f"sha256:{found.digest}")
-    if found.problems:
-        raise FailedRun(
-            f"{path}: {len(found.problems)} problems; `routesae cache repair {path}` removes bad shards, and the "
-            "same routesae harvest then writes what is missing"
-        )
-    if not digest:
-        click.echo(f"{path}: every shard is whole")
-
-
-@cache.command(epilog="Example: routesae cache repair shards/")
-@click.argument("path", type=click.Path())
-@long_run
-def repair(path: str) -> None:
-    """Remove the shards that `cache verify` finds bad, and nothing else; harvest then writes those again."""
-    from routesae.harvest.verify import repair as run
-
-    with watching() as report:
-        found = run(path, report)
-    for name in found.removed:
-        click.echo(f"removed {name}")
-    if found.missing:
-        click.echo(f"{path}: {found.missing} shards are missing; the same routesae harvest writes just those")
-    else:
-        click.echo(f"{path}: every shard is whole")
-
-
-@cache.command(epilog="Example: routesae cache merge node0/shards node1/shards shards/")
-@click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.argument("target", type=click.Path(path_type=Path))
-@click.option("--link", is_flag=True, help="Hard links instead of copies, where both are on one file system.")
-@long_run
-def merge(sources: tuple[Path, ...], target: Path, link: bool) -> None:
-    """Make TARGET one cache of parts that were harvested apart; every checksum is compared.
-
-    The same command goes on where it was stopped, and further parts may come later.
-    """
-    from routesae.harvest.copying import merge as run
-
-    with watching() as report:
-        found = run(sources, target, link=link, report=report)
-    click.echo(f"{target}: {found.copied} shards copied")
-    if found.missing:
-        click.echo(f"{target}: {found.missing} shards are in none of these; merge further parts, or harvest the rest")
-
-
-@cache.command(epilog="Example: routesae cache copy shards/ s3://bucket/shards")
-@click.argument("source", type=click.Path())
-@click.argument("target", type=click.Path())
-@long_run
-@CACHE_DIR
-@CACHE_BYTES
-def copy(source: str, target: str) -> None:
-    """Copy a cache from a folder or URL to another; what arrived is read again and every checksum compared.
-
-    The same command goes on where it was stopped.
-    """
-    from routesae.harvest.copying import copy as run
-
-    with watching() as report:
-        found = run(source, target, report)
-    click.echo(f"{target}: {found.copied} shards copied")
-    if found.missing:
-        click.echo(f"{target}: {found.missing} shards are not in {source}; harvest them, then copy again")
+main.add_command(cache)

@@ -22,8 +22,11 @@ UPSTREAM = {
     "analyze": ("reporting", "harvest", "train"),
     "watch": ("reporting",),
     "terminal": ("reporting", "watch"),
-    "cli": ("reporting", "watch", "terminal", "harvest", "train", "analyze"),
+    "options": ("reporting", "watch", "terminal", "harvest"),
+    "cache_commands": ("reporting", "terminal", "options", "harvest"),
+    "cli": ("reporting", "watch", "terminal", "options", "cache_commands", "harvest", "train", "analyze"),
 }
+COMMAND_LINE = tuple(map(Path, ("cli.py", "cache_commands.py", "options.py", "terminal.py", "watch.py")))
 LANGUAGE_MODEL_LIBRARIES = {"transformers", "datasets", "openai"}
 NAMES_OF_NOTHING = ("utils", "util", "common", "helpers", "helper", "misc", "base")
 
@@ -128,17 +131,18 @@ def test_no_module_imports_a_language_model_library_when_it_is_imported() -> Non
 
 def test_command_line_imports_no_room_when_it_is_imported() -> None:
     """`routesae --help` answers at once; a room brings torch."""
-    for file in ("cli.py", "terminal.py"):
-        imported = {name for name in imports(import_time_tree(Path(file))) if name.startswith("routesae")}
-        assert "routesae.reporting.FailedRun" in imported
-        below = ("routesae.__version__", "routesae.reporting.", "routesae.terminal.", "routesae.watch.")
-        assert [name for name in imported if not name.startswith(below)] == []
+    assert {Path("cli.py"), Path("terminal.py")} < set(COMMAND_LINE)
+    for file in COMMAND_LINE:
+        imported = {name for name in imports(import_time_tree(file)) if name.startswith("routesae")}
+        assert imported
+        own = ("__version__", "reporting.", *(f"{module.stem}." for module in COMMAND_LINE))
+        assert [name for name in imported if not name.removeprefix("routesae.").startswith(own)] == []
 
 
 def test_nobody_but_the_command_line_prints() -> None:
     found = []
     for file in files():
-        if file not in (Path("cli.py"), Path("terminal.py"), Path("watch.py")):
+        if file not in COMMAND_LINE:
             tree = parsed(file)
             written = [ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
             found += [f"{file} calls {name}" for name in written if name in ("print", "click.echo", "echo", "pprint")]
