@@ -47,8 +47,13 @@ def ablation(
     train(settings, report)
     saes = tuple(str(folder) for folder in folders(settings))
     if threshold is not None and (unread := tuple(sae for sae in saes if _threshold(Path(sae)) != threshold)):
-        how = {"device": settings.device, "model": scoring.get("model")}
-        contexts(ContextSettings(cache=settings.cache, saes=unread, threshold=threshold, **how), report)
+        model = scoring.get("model")
+        contexts(
+            ContextSettings(
+                cache=settings.cache, saes=unread, threshold=threshold, device=settings.device, model=model
+            ),
+            report,
+        )
     results = analyze(AnalyzeSettings(cache=settings.cache, saes=saes, metrics=METRICS, **scoring), report)
     known = [name for name in COLUMNS if any(name in row for row in results["saes"])]
     rows = [{name: row.get(name) for name in known} for row in results["saes"]]
