@@ -22,7 +22,7 @@ test: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	PYTHON=$(BIN)/python tests/types.sh
 	tests/browser.sh
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist loadfile
 
 slow: $(VENV)/installed
 	$(BIN)/pytest -m slow
