@@ -160,10 +160,8 @@ class ShardBuffer:
         if not self.hidden_LnD.is_cuda:
             yield from ((layer, self._to_write(at).numpy()) for at, layer in enumerate(layers))
             return
-        shape, dtype = (
-            self.hidden_LnD.shape[1:],
-            torch.int8 if self.manifest.dtype == "int8" else self.hidden_LnD.dtype,
-        )
+        shape = self.hidden_LnD.shape[1:]
+        dtype = torch.int8 if self.manifest.dtype == "int8" else self.hidden_LnD.dtype
         staging = [torch.empty(shape, dtype=dtype, pin_memory=True) for _ in layers[:2]]
 
         def copy(at: int) -> tuple[Tensor, torch.cuda.Event]:
@@ -204,10 +202,14 @@ class ShardBuffer:
                 "run it with --lm-dtype float32, or leave that document out"
             )
         raise FailedRun(
-            f"values of up to {max_abs:,.0f} in {int(bad_n.sum())} tokens do not fit {self.manifest.dtype} "
+            f"values of up to {max_abs:,.0f} in {int(bad_n.sum())} tokens do not fit {_name(self.hidden_LnD.dtype)} "
             f"(at most {self.limit:,.0f}), one of them at {where}; --overflow clip cuts and counts them, "
             "--dtype float32 holds them"
         )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _columns(values_Ln: Tensor) -> arrays.Array:

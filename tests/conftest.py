@@ -26,9 +26,12 @@ WORDS = re.findall(
 WIDTH, DEPTH, CONTEXT = 32, 6, 16
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="session")
 def one_thread() -> Iterator[None]:
-    """Tensors this small lose more to a second thread than they gain, many times over on a busy machine."""
+    """Tensors this small lose more to a second thread than they gain, many times over on a busy machine.
+
+    Of the session, so that fixtures are made as their tests run: the number of threads is part of the rounding.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -234,6 +234,7 @@ def test_a_cuda_device_beyond_the_last_is_wrong_input(monkeypatch: pytest.Monkey
 def test_devices_are_picked_by_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     for here, expected in ((True, "cuda"), (False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda here=here: here)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda here=here: int(here))
         assert pick_device("auto").type == expected
     assert pick_device("cpu") == CPU
     for wrong in ("gpu", "", "mps", "meta", "cuda:x"):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from routesae.harvest import quantise
-from routesae.harvest.quantise import LARGEST, Channels, Encoding, decode, encoded, piece_rows
+from routesae.harvest.quantise import LARGEST, Encoding, decode, encoded, piece_rows
 from routesae.harvest.statistics import row_statistics
 
 Doubles = npt.NDArray[np.float64]
@@ -166,19 +166,6 @@ def test_no_rows_are_no_trouble() -> None:
     assert found.scale_n.shape == (0,)
     assert all(torch.equal(each, torch.zeros(D)) for each in found.channels)
     assert (float(found.lost.fvu), float(found.lost.norm_mse)) == (0, 0)
-
-
-def test_a_row_is_decoded_to_the_same_bits_in_any_piece() -> None:
-    """Vector instructions take many values at a time and what is left over one by one: both must round alike."""
-    q_nD, found, whole_nD = encode(HIDDEN["plain"])
-    for first, after in ((0, 1), (3, 8), (17, 300)):
-        piece = slice(first, after)
-        mean_D, std_D = found.channels
-        for columns in (slice(0, D), slice(5, 22)):
-            out_mD = torch.empty_like(whole_nD[piece, columns])
-            channels = Channels(mean_D[columns], std_D[columns])
-            decode(q_nD[piece, columns], found.scale_n[piece], channels, torch.empty(out_mD.shape), out_mD)
-            assert torch.equal(out_mD, whole_nD[piece, columns])
 
 
 def test_pieces_are_too_small_for_torch_to_start_threads(monkeypatch: pytest.MonkeyPatch) -> None:

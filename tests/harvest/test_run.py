@@ -25,8 +25,10 @@ from routesae.harvest.buffer import ShardBuffer
 from routesae.harvest.cache import Cache
 from routesae.harvest.lm import LanguageModel
 from routesae.harvest.manifest import layer_name
+from routesae.harvest.quantise import encoded
 from routesae.harvest.run import harvest
 from routesae.harvest.settings import HarvestSettings, parse_layers
+from routesae.harvest.statistics import row_statistics
 from routesae.harvest.verify import verify
 from routesae.reporting import FailedRun, Progress, WrongInput
 
@@ -420,12 +422,13 @@ def loud_model(tiny_model: Path, tiny_cache: Cache, tmp_path_factory: pytest.Tem
     return folder, token
 
 
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
 def test_an_overflow_names_layer_document_and_remedy_and_leaves_no_bad_shard(
-    loud_model: tuple[Path, int], tiny_settings: Settings, tmp_path: Path
+    dtype: str, loud_model: tuple[Path, int], tiny_settings: Settings, tmp_path: Path
 ) -> None:
     settings = tiny_settings(model=str(loud_model[0]), out=str(tmp_path / "shards"), tokens=2048, layers="3,5")
-    with pytest.raises(FailedRun, match=r"--overflow clip.*--dtype float32") as error:
-        harvest(settings)
+    with pytest.raises(FailedRun, match=r"fit float16 \(at.*--overflow clip.*--dtype float32") as error:
+        harvest(dataclasses.replace(settings, dtype=dtype))
     cache = Cache(tmp_path / "shards")
     assert cache.missing() == [0]
     found = re.search(r"layer (\d+), document (\d+), row (\d+), position (\d+)", str(error.value))
@@ -461,6 +464,20 @@ def test_overflow_clip_cuts_and_counts_just_what_does_not_fit(
         assert found.max_abs == hidden.abs().max()
 
 
+def test_int8_is_made_of_the_clipped_values(
+    loud_model: tuple[Path, int], tiny_settings: Settings, tmp_path: Path
+) -> None:
+    settings = tiny_settings(
+        model=str(loud_model[0]), out=str(tmp_path / "shards"), tokens=2048, layers="3", overflow="clip", dtype="int8"
+    )
+    cache = harvest(settings)
+    clipped = whole_lm_hidden(loud_model[0], cache, 3)[cache.shard(0).read("order")].clamp(-LARGEST, LARGEST).half()
+    expected, encoding = encoded(clipped, row_statistics(clipped)[1])
+    assert np.array_equal(cache.shard(0).read("layer_03"), expected.numpy())
+    assert np.isfinite(cache.shard(0).read("token_std")).all()
+    assert cache.shard(0).record.statistics["3"].int8_fvu == float(encoding.lost.fvu)
+
+
 def test_float32_holds_what_overflows_float16(
     loud_model: tuple[Path, int], tiny_settings: Settings, tmp_path: Path
 ) -> None:
@@ -471,7 +488,7 @@ def test_float32_holds_what_overflows_float16(
     assert np.array_equal(cache.shard(0).read("layer_03"), expected)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "int8"])
 @pytest.mark.parametrize("overflow", ["error", "clip"])
 def test_a_model_that_puts_out_nan_stops_the_run(
     overflow: str, dtype: str, tiny_model: Path, tiny_settings: Settings, tmp_path: Path

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from routesae.harvest import quantise
 from routesae.harvest.cache import Cache
 from routesae.harvest.copying import begin_copy
 from routesae.harvest.manifest import Manifest, layer_name, shard_name
@@ -74,17 +75,20 @@ def same(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize("layers", [LAYERS, (3,), (5, 2)])
 @pytest.mark.parametrize("rows", [(0, 562), (100, 300)])
-@pytest.mark.parametrize("kept_bytes", [1 << 26, 1])
+@pytest.mark.parametrize(("kept_bytes", "piece_values"), [(1 << 26, 1 << 15), (1, 32 * 50)])
 def test_batches_are_bitwise_those_of_the_decoded_numbers(
     int8_cache: Cache,
     decoded_cache: Cache,
     layers: tuple[int, ...],
     rows: tuple[int, int],
     kept_bytes: int,
+    piece_values: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Also where a shard's rows are read in part, and where the channels of one shard are kept at most."""
+    """Also where a shard's rows are read in part, where the channels of one shard are kept at most, and where a block
+    is decoded in several pieces of 50 rows."""
     monkeypatch.setattr(hidden, "CHANNELS_BYTES", kept_bytes)
+    monkeypatch.setattr(quantise, "CPU_PIECE_VALUES", piece_values)
     expected = epoch_of(decoded_cache, layers, *rows)
     assert expected[0].dtype == torch.float16
     assert same(epoch_of(int8_cache, layers, *rows), expected)

@@ -157,10 +157,14 @@ def test_training_starts_with_the_decoder_bias_at_the_median_of_the_training_tok
 
 
 def test_two_runs_on_two_threads_give_the_same_bytes(settings: Settings) -> None:
+    threads = torch.get_num_threads()
     torch.set_num_threads(2)
-    first, second = (
-        only(settings(sae="routesae", name=name)).folder / "sae_weights.safetensors" for name in ("a", "b")
-    )
+    try:
+        first, second = (
+            only(settings(sae="routesae", name=name)).folder / "sae_weights.safetensors" for name in ("a", "b")
+        )
+    finally:
+        torch.set_num_threads(threads)
     assert first.read_bytes() == second.read_bytes()
 
 
