@@ -26,7 +26,7 @@ def watch_as(ctx: click.Context, parameter: click.Parameter, value: Any) -> None
 def keep_blocks(ctx: click.Context, parameter: click.Parameter, value: Any) -> None:
     """--cache-dir and --cache-bytes hold for the whole process, whatever the command then opens."""
     if value is not None:
-        from routesae.harvest import blocks
+        from routesae.harvest.remote import blocks
 
         name = {"cache_dir": "folder", "cache_bytes": "limit"}[str(parameter.name)]
         blocks.choose(replace(blocks.chosen(), **{name: value}))

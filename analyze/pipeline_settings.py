@@ -28,7 +28,7 @@ from routesae.analyze.interpret.chat import ChatSettings
 from routesae.analyze.interpret.run import InterpretSettings
 from routesae.analyze.report.run import ReportSettings
 from routesae.analyze.run import AnalyzeSettings
-from routesae.harvest.remote import is_url
+from routesae.harvest.remote.folder import is_url
 from routesae.harvest.settings import HarvestSettings
 from routesae.reporting import WrongInput
 from routesae.train.settings import TrainSettings, read_toml, settings_of_table

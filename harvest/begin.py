@@ -24,9 +24,9 @@ from routesae.harvest.cache import Cache
 from routesae.harvest.claims import Claim, Claims
 from routesae.harvest.corpus import write_tokens
 from routesae.harvest.manifest import Manifest, token_bytes
-from routesae.harvest.remote import is_url
+from routesae.harvest.remote.folder import is_url
+from routesae.harvest.remote.staging import STAGED_SHARDS, stage_of, staging_folder
 from routesae.harvest.settings import HarvestSettings, parse_layers
-from routesae.harvest.staging import STAGED_SHARDS, stage_of, staging_folder
 from routesae.harvest.tokens import tokenizer_hash
 from routesae.harvest.writing import STAGED_TOKENS, TOKENS, begin_cache, is_uncommitted, partial_folder
 from routesae.reporting import Progress, Report, WrongInput, human_bytes

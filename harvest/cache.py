@@ -49,14 +49,14 @@ from routesae.harvest.manifest import (
     layer_name,
     shard_name,
 )
-from routesae.harvest.remote import RemoteFolder, is_url
+from routesae.harvest.remote.folder import RemoteFolder, is_url
 from routesae.harvest.tokens import Ids
 from routesae.harvest.untrusted import LARGEST_BYTES, leads_out_of, parse_json, read_json
 from routesae.reporting import WrongInput
 
 if TYPE_CHECKING:  # what only a cache in an object store needs
-    from routesae.harvest.remote_arrays import RemoteArray
-    from routesae.harvest.remote_shards import RemoteShards
+    from routesae.harvest.remote.arrays import RemoteArray
+    from routesae.harvest.remote.shards import RemoteShards
 
 Place = Path | RemoteFolder
 
@@ -145,6 +145,18 @@ class Shard:
             return None
         row = self.read("order") // self.manifest.context + first
         return np.flatnonzero((first_row <= row) & (row < after_row))
+
+
+def statistics_problem(shard: Shard) -> str | None:
+    """What is wrong with the statistics in the shard's record, which are looked at nowhere else; None: nothing."""
+    for layer in shard.manifest.layers:
+        try:
+            shard.record.statistics[str(layer)]
+        except KeyError:
+            return f"its record has no statistics of layer {layer}"
+        except ValueError as bad:
+            return f"of layer {layer} {bad}"
+    return None
 
 
 class Cache:
@@ -276,13 +288,13 @@ def _on_disk(path: Place) -> Path:
 def _listing_of(path: Place) -> RemoteShards | None:
     if not isinstance(path, RemoteFolder):
         return None
-    from routesae.harvest.remote_shards import RemoteShards
+    from routesae.harvest.remote.shards import RemoteShards
 
     return RemoteShards(path)
 
 
 def _open_remote(folder: RemoteFolder, shape: tuple[int, ...], dtype: str, *, compress: bool) -> RemoteArray:
-    from routesae.harvest.remote_arrays import open_array
+    from routesae.harvest.remote.arrays import open_array
 
     if compress:
         raise WrongInput(f"{folder} is compressed, which is read from a disk only; `routesae cache copy` it to one")

@@ -20,8 +20,8 @@ from routesae.harvest.cache import Cache, Place, Shard, damaged, place
 from routesae.harvest.claims import Claims
 from routesae.harvest.faults import disk_faults
 from routesae.harvest.manifest import Manifest, shard_arrays, shard_name
-from routesae.harvest.remote import RemoteFolder
-from routesae.harvest.remote_arrays import object_name, open_array
+from routesae.harvest.remote.arrays import object_name, open_array
+from routesae.harvest.remote.folder import RemoteFolder
 from routesae.harvest.untrusted import LARGEST_BYTES
 from routesae.harvest.verify import hash_shard, verify_root
 from routesae.harvest.writing import (

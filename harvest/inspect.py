@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from routesae.harvest.arrays import BadArray
-from routesae.harvest.cache import Cache, damaged
-from routesae.harvest.remote import RemoteFolder
+from routesae.harvest.cache import Cache, damaged, statistics_problem
+from routesae.harvest.remote.folder import RemoteFolder
 from routesae.reporting import human_bytes
 
 
@@ -51,8 +51,8 @@ def _bytes_of(cache: Cache) -> int:
 def _layer_statistics(cache: Cache) -> list[dict[str, Any]]:
     records = []
     for shard in cache.shards():
-        if lacking := [layer for layer in cache.manifest.layers if str(layer) not in shard.record.statistics]:
-            raise damaged(shard.path, BadArray(f"its record has no statistics of layer {lacking[0]}"))
+        if bad := statistics_problem(shard):
+            raise damaged(shard.path, BadArray(bad))
         records.append(shard.record)
     tokens = sum(record.kept for record in records)
     rows = []

@@ -17,10 +17,10 @@ from routesae.harvest.cache import Cache
 from routesae.harvest.claims import Claims
 from routesae.harvest.device import pick_device, pick_lm_dtype
 from routesae.harvest.faults import disk_faults
-from routesae.harvest.remote import is_url
+from routesae.harvest.remote.folder import is_url
+from routesae.harvest.remote.staging import publish_left, published, stage_of, staging_folder
 from routesae.harvest.settings import HarvestSettings, share_of
 from routesae.harvest.shards import harvest_shards, refuse_other_weights
-from routesae.harvest.staging import publish_left, published, stage_of, staging_folder
 from routesae.harvest.stop import ending_at_once
 from routesae.harvest.writing import remove_partial_shards
 from routesae.reporting import Report, silent

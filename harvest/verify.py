@@ -22,9 +22,9 @@ from typing import NamedTuple
 import numpy as np
 
 from routesae.harvest.arrays import BadArray, array_hash, fsync
-from routesae.harvest.cache import Cache, Shard
+from routesae.harvest.cache import Cache, Shard, statistics_problem
 from routesae.harvest.manifest import kept_flat, shard_arrays, shard_name
-from routesae.harvest.remote import RemoteFolder
+from routesae.harvest.remote.folder import RemoteFolder
 from routesae.reporting import FailedRun, Progress, Report, WrongInput, silent
 
 log = logging.getLogger(__name__)
@@ -175,6 +175,8 @@ def verify_shard(cache: Cache, index: int) -> tuple[list[str], Hashes]:
     except BadArray as bad:
         return [f"{name}: {bad}"], {}
     problems, hashes = hash_shard(shard)
+    if wrong := statistics_problem(shard):
+        problems.append(f"zarr.json: {wrong}")
     if problems:
         return [f"{name}/{problem}" for problem in problems], hashes
     token_ids_sT = shard.read("token_ids")

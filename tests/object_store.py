@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
 
-from routesae.harvest.remote import RemoteFolder
+from routesae.harvest.remote.folder import RemoteFolder
 
 BUCKET = "bucket"
 

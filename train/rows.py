@@ -3,7 +3,7 @@
 Rows are read, not mapped. A pread copies from the page cache at nearly memcpy's rate (benchmarks/loader.py), leaves
 nothing of the cache in this process's memory, and meets a file that was cut as a short read, where a mapping would
 end the process with SIGBUS. Of a cache in an object store the blocks that hold them are fetched onto the disk first,
-the announced ones many at a time, and read there (routesae.harvest.blocks).
+the announced ones many at a time, and read there (routesae.harvest.remote.blocks).
 
 Dimension letters: m rows read, W numbers a row: D of a layer, L of token_mean and the like.
 """
@@ -23,13 +23,13 @@ import numpy.typing as npt
 import xxhash
 
 from routesae.harvest import arrays
-from routesae.harvest.blocks import OpenFile, blocks
 from routesae.harvest.cache import Cache, Shard
-from routesae.harvest.remote import RemoteFolder
+from routesae.harvest.remote.blocks import OpenFile, blocks
+from routesae.harvest.remote.folder import RemoteFolder
 from routesae.reporting import FailedRun, WrongInput
 
 if TYPE_CHECKING:
-    from routesae.harvest.remote import Data
+    from routesae.harvest.remote.folder import Data
 
 OPEN_FILES = 512  # held open at most; opening one anew costs about a twentieth of reading a block from it
 GAP_ROWS = 16  # rows between two wanted ones that are read along rather than jumped over

@@ -29,7 +29,7 @@ from routesae.analyze.report.runs import Run, read_runs, table_of
 from routesae.analyze.run import load_harvested_lm, load_harvested_tokenizer
 from routesae.harvest.cache import Cache
 from routesae.harvest.device import pick_device, pick_lm_dtype
-from routesae.harvest.remote import is_url
+from routesae.harvest.remote.folder import is_url
 from routesae.reporting import Report, WrongInput, silent
 
 if TYPE_CHECKING:

@@ -15,11 +15,11 @@ import pytest
 from click.testing import CliRunner
 
 from routesae.cli import main
-from routesae.harvest import blocks
-from routesae.harvest.blocks import BlockCache
 from routesae.harvest.cache import Cache
 from routesae.harvest.copying import copy
-from routesae.harvest.remote import RemoteFolder
+from routesae.harvest.remote import blocks
+from routesae.harvest.remote.blocks import BlockCache
+from routesae.harvest.remote.folder import RemoteFolder
 from routesae.harvest.run import harvest
 from routesae.harvest.settings import HarvestSettings
 from routesae.harvest.verify import examine

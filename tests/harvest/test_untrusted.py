@@ -156,8 +156,16 @@ RECORDS: dict[str, dict[str, Any]] = {
     "no hashes": {"hashes": {}},
     "a hash by number": {"hashes": {"layer_02": 3}},
     "statistics without end": {"statistics": {"2": {"mean": 1e999, "mean_square": 1, "max_abs": 1, "clipped": 0}}},
-    "statistics as text": {"statistics": {"2": {"mean": "x", "mean_square": 1, "max_abs": 1, "clipped": 0}}},
+    "statistics as a list": {"statistics": []},
     "weights by number": {"weights_hash": 3},
+}
+STATISTICS: dict[str, dict[str, Any]] = {
+    "statistics no float holds": {
+        "statistics": {"2": {"mean": 10**400, "mean_square": 1, "max_abs": 1, "clipped": 0}}
+    },
+    "statistics as text": {"statistics": {"2": {"mean": "x", "mean_square": 1, "max_abs": 1, "clipped": 0}}},
+    "statistics in a list": {"statistics": {"2": [1, 1, 1]}},
+    "statistics of another kind": {"statistics": {"2": {"median": 1}}},
 }
 
 
@@ -167,6 +175,19 @@ def test_a_hostile_record_is_refused_and_the_shard_named(fields: dict[str, Any],
     with within(20_000_000), pytest.raises(WrongInput, match="shard-00001 is damaged") as refused:
         list(Cache(folder).shards())
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("fields", STATISTICS.values(), ids=STATISTICS)
+def test_hostile_statistics_are_found_by_verify_and_refused_where_they_are_shown(
+    fields: dict[str, Any], folder: Path
+) -> None:
+    change(folder / "shard-00001" / "zarr.json", **fields)
+    with within(20_000_000):
+        (problem,) = verify(str(folder))
+        with pytest.raises(WrongInput, match="shard-00001 is damaged: of layer 2 its statistics") as refused:
+            describe(str(folder))
+    assert problem.startswith("shard-00001/zarr.json: of layer 2 its statistics")
+    assert "\n" not in problem + str(refused.value)
 
 
 def test_a_record_without_statistics_is_no_crash(folder: Path) -> None:

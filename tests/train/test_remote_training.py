@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from routesae.harvest import blocks, remote
-from routesae.harvest.blocks import BlockCache
 from routesae.harvest.cache import Cache
+from routesae.harvest.remote import blocks
+from routesae.harvest.remote import folder as remote
+from routesae.harvest.remote.blocks import BlockCache
 from routesae.reporting import FailedRun
 from routesae.tests.object_store import Proxy, Request, put_folder
 from routesae.train.run import train

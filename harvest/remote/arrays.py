@@ -16,12 +16,12 @@ import xxhash
 
 from routesae.harvest import arrays
 from routesae.harvest.arrays import Array, BadArray
-from routesae.harvest.blocks import blocks
-from routesae.harvest.remote import RemoteFolder, Stored
+from routesae.harvest.remote.blocks import blocks
+from routesae.harvest.remote.folder import RemoteFolder, Stored
 from routesae.harvest.untrusted import LARGEST_BYTES, BadFile, parse_json
 
 if TYPE_CHECKING:
-    from routesae.harvest.remote import Data
+    from routesae.harvest.remote.folder import Data
 
 
 class RemoteArray:
@@ -36,7 +36,7 @@ class RemoteArray:
         self.nbytes = shape[0] * self.row_bytes
 
     def rows(self, first: int, after: int) -> Data:
-        """The bytes of rows first … after-1. Raises as every request (routesae.harvest.remote)."""
+        """The bytes of rows first … after-1. Raises as every request (.folder)."""
         return self.folder.range(
             object_name(len(self.shape)), first * self.row_bytes, after * self.row_bytes, self.stored
         )
@@ -63,7 +63,7 @@ class RemoteArray:
         return values
 
     def map(self) -> Array:
-        """All of it, memory-mapped from a copy among the blocks (routesae.harvest.blocks): fetched once, and kept."""
+        """All of it, memory-mapped from a copy among the blocks (.blocks): fetched once, and kept."""
         if self.nbytes == 0:
             return np.empty(self.shape, self.dtype)
         return np.memmap(self._file(), self.dtype, "r", shape=self.shape)

@@ -26,11 +26,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import xxhash
 
-from routesae.harvest.remote import IN_FLIGHT, PIECE_BYTES
+from routesae.harvest.remote.folder import IN_FLIGHT, PIECE_BYTES
 from routesae.reporting import FailedRun, WrongInput, human_bytes
 
 if TYPE_CHECKING:
-    from routesae.harvest.remote import Data
+    from routesae.harvest.remote.folder import Data
 
 DEFAULT_BYTES = 10_000_000_000
 _HASH_BYTES = 8

@@ -19,12 +19,12 @@ from pathlib import Path
 
 import xxhash
 
-from routesae.harvest.blocks import chosen
 from routesae.harvest.cache import Cache
 from routesae.harvest.claims import Claims
 from routesae.harvest.copying import ROOT_ARRAYS, begin_copy, require_same_cache, require_unused, send_arrays
 from routesae.harvest.manifest import shard_arrays, shard_name
-from routesae.harvest.remote import RemoteFolder, is_url
+from routesae.harvest.remote.blocks import chosen
+from routesae.harvest.remote.folder import RemoteFolder, is_url
 from routesae.harvest.settings import HarvestSettings
 from routesae.reporting import WrongInput
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 
 from routesae.harvest.arrays import BadArray
-from routesae.harvest.remote import IN_FLIGHT, RemoteFolder
+from routesae.harvest.remote.folder import IN_FLIGHT, RemoteFolder
 from routesae.harvest.untrusted import LARGEST_BYTES
 
 
