@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from routesae.harvest import arrays
-from routesae.harvest.manifest import Manifest, ShardRecord, shard_name, shard_order
+from routesae.harvest.manifest import LayerStatistics, Manifest, ShardRecord, shard_name, shard_order
 from routesae.harvest.writing import begin_cache, write_shard
 
 SHARDS, SHARD_ROWS, CONTEXT, WIDTH = 3001, 8, 129, 1024  # 1,024 kept tokens a shard, 2 MB a layer of it
@@ -128,10 +128,8 @@ def stand_in(path: Path) -> Path:
     hidden = [(layer, rng.standard_normal((len(order), WIDTH), np.float32).astype("<f2")) for layer in LAYERS]
 
     def record(hashes: Any) -> ShardRecord:
-        layer_statistics: dict[str, Any] = {
-            str(layer): {"mean": 0.1, "mean_square": 1.1, "max_abs": 5.1, "clipped": 0, "non_finite": 0}
-            for layer in LAYERS
-        }
+        one = LayerStatistics(mean=0.1, mean_square=1.1, max_abs=5.1, clipped=0)
+        layer_statistics = {str(layer): one for layer in LAYERS}
         return ShardRecord(
             index=0,
             rows=(0, SHARD_ROWS),
