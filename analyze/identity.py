@@ -24,12 +24,13 @@ def sae_identity(folder: Path, sae: SAE) -> dict[str, Any]:
 
 
 def cache_identity(cache: Cache) -> dict[str, Any]:
-    """Where it is, its manifest, the LM's weights, and an xxh3-128 of the records of its shards.
+    """Where it is, its manifest, the LM's weights, and an xxh3-128 of what the records of its shards say.
 
-    The records hold hashes of all that was written; the hidden states themselves are not read.
+    They hold hashes of all that was written; the hidden states themselves are not read.
     """
     manifest = cache.manifest.to_dict()
-    written = json.dumps([manifest, *(asdict(shard.record) for shard in cache.shards())], sort_keys=True)
+    records = [(of.index, of.weights_hash, dict(of.hashes)) for of in (shard.record for shard in cache.shards())]
+    written = json.dumps([manifest, records], sort_keys=True)
     return {
         "path": cache.address,
         **manifest,
