@@ -28,10 +28,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from routesae.harvest.untrusted import read_json
+
 log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 10.0
 DEAD_AFTER_SECONDS = 150.0  # NFS clients may show an mtime that is 60 s old
+LARGEST_BYTES = 4096
 TRIES = 3  # at a claim that others make and drop at the same moment
 
 
@@ -208,14 +211,11 @@ def _make(path: Path) -> Claim | None:
 def _look(path: Path) -> _Seen | None:
     """None where there is no claim."""
     try:
-        with path.open("rb") as file:
-            mtime_ns = os.fstat(file.fileno()).st_mtime_ns
-            text = file.read(4096)
+        mtime_ns = path.stat().st_mtime_ns
+        owner = Owner(**read_json(path, LARGEST_BYTES))
     except FileNotFoundError:
         return None
-    try:
-        owner = Owner(**json.loads(text))
-    except (ValueError, TypeError, RecursionError):  # not written yet, or not by a harvester
+    except (ValueError, TypeError):  # not written yet, or not by a harvester
         return _Seen(None, mtime_ns)
     return _Seen(owner if isinstance(owner.pid, int) and owner.pid > 0 else None, mtime_ns)
 

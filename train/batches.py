@@ -210,8 +210,6 @@ class Reader:
         self.columns = [manifest.layers.index(layer) for layer in self.layers]
         self.cache_layers = len(manifest.layers)
         self.compressed = manifest.compress != "none"
-        if self.compressed:
-            import zarr  # noqa: F401  # before a loader's thread starts: see _running
         self.row_bytes = manifest.token_bytes // self.cache_layers
         self.files = rows_of(selection.cache)
         self.hidden = HiddenRows(manifest, self.layers, self.files)
@@ -311,8 +309,7 @@ def _running(fill: Callable[[], None], stop: Callable[[], None]) -> Iterator[Non
         stop()
         thread.join()
 
-    # Of a loader that nobody closes: at exit before zarr's own threads, which it may wait for (registered when zarr
-    # is imported, so before this; the last one goes first), and while threads can still be joined.
+    # Of a loader that nobody closes: at exit, while threads can still be joined.
     atexit.register(end)
     thread.start()
     try:

@@ -120,6 +120,16 @@ def test_another_machines_claim_dies_when_nobody_renews_it_by_our_own_clock(
         assert ours.take("a") is not None
 
 
+def test_a_pipe_in_a_claims_place_is_a_claim_that_says_nothing_and_keeps_nobody_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / ".a.claim")
+    with Claims(tmp_path) as ours:
+        asked = threading.Thread(target=lambda: ours.take("a"), daemon=True)
+        asked.start()
+        asked.join(timeout=20)
+        assert not asked.is_alive()
+        assert ours.owner("a") is None
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": 1}', "[" * 4000, '{"host":"","place":"","pid":"x"}'])
 def test_a_claim_that_says_nothing_lives_by_its_mtime(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
