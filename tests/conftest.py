@@ -39,6 +39,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    """How a test changes the number of threads: it is what it was when the test is over, however that ends."""
+    threads = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(threads)
+
+
 def sentences(count: int, seed: int = 0) -> list[str]:
     """Documents of 30 to 90 random words, all longer than 100 characters."""
     rng = random.Random(seed)

@@ -146,13 +146,15 @@ def test_other_caches_say_nothing_of_it_and_stay_readable_by_what_read_them_befo
     assert tiny_cache.manifest.format_version == FORMAT_VERSION == 2
 
 
-def test_threads_change_no_bit(tiny_cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_change_no_bit(
+    tiny_cache: Cache, set_threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(quantise, "CPU_PIECE_VALUES", 1 << 17)  # enough for torch to start them
     hidden_nD = torch.from_numpy(np.array(tiny_cache.shard(0).read("layer_04"))).repeat(20, 1)
     std_n = row_statistics(hidden_nD)[1]
     found = []
     for threads in (1, 2):
-        torch.set_num_threads(threads)
+        set_threads(threads)
         q_nD, encoding = encoded(hidden_nD, std_n)
         found.append([q_nD, encoding.scale_n, *encoding.channels, encoding.mean_n, encoding.std_n])
     for one, other in zip(*found, strict=True):

@@ -156,15 +156,9 @@ def test_training_starts_with_the_decoder_bias_at_the_median_of_the_training_tok
     assert b_dec_D.norm() > 0.01
 
 
-def test_two_runs_on_two_threads_give_the_same_bytes(settings: Settings) -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        first, second = (
-            only(settings(sae="routesae", name=name)).folder / "sae_weights.safetensors" for name in ("a", "b")
-        )
-    finally:
-        torch.set_num_threads(threads)
+def test_two_runs_on_two_threads_give_the_same_bytes(settings: Settings, set_threads: Callable[[int], None]) -> None:
+    set_threads(2)
+    first, second = (only(settings(sae="routesae", name=name)).folder / "sae_weights.safetensors" for name in ("a", "b"))
     assert first.read_bytes() == second.read_bytes()
 
 
