@@ -471,7 +471,8 @@ def test_int8_is_made_of_the_clipped_values(
         model=str(loud_model[0]), out=str(tmp_path / "shards"), tokens=2048, layers="3", overflow="clip", dtype="int8"
     )
     cache = harvest(settings)
-    clipped = whole_lm_hidden(loud_model[0], cache, 3)[np.array(cache.shard(0).read("order"))].clamp(-LARGEST, LARGEST).half()
+    order = np.array(cache.shard(0).read("order"))
+    clipped = whole_lm_hidden(loud_model[0], cache, 3)[order].clamp(-LARGEST, LARGEST).half()
     expected, encoding = encoded(clipped, row_statistics(clipped)[1])
     assert np.array_equal(cache.shard(0).read("layer_03"), expected.numpy())
     assert np.isfinite(cache.shard(0).read("token_std")).all()

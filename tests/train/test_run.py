@@ -158,8 +158,8 @@ def test_training_starts_with_the_decoder_bias_at_the_median_of_the_training_tok
 
 def test_two_runs_on_two_threads_give_the_same_bytes(settings: Settings, set_threads: Callable[[int], None]) -> None:
     set_threads(2)
-    first, second = (only(settings(sae="routesae", name=name)).folder / "sae_weights.safetensors" for name in ("a", "b"))
-    assert first.read_bytes() == second.read_bytes()
+    first, second = (only(settings(sae="routesae", name=name)).folder for name in ("a", "b"))
+    assert (first / "sae_weights.safetensors").read_bytes() == (second / "sae_weights.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("variant", EVERY_SAE, ids=IDS)
