@@ -92,7 +92,7 @@ def main(ctx: click.Context) -> None:
     "--lm-dtype",
     default="auto",
     metavar="auto|float32|bfloat16",
-    help="Precision of the LM; auto is bfloat16 on CUDA and float32 on a CPU.",
+    help="Precision of the LM; auto is bfloat16 on CUDA and on a CPU with AMX, else float32.",
 )
 @click.option(
     "--worker", type=int, help="Of several that share the work, which this is, from 0.  [default: torchrun's RANK]"

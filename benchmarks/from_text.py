@@ -44,6 +44,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=60_000, help="of the corpus, and trained on")
     parser.add_argument("--subset", type=int, default=8192, help="tokens of which the peer's runs are timed")
     parser.add_argument("--batch-tokens", type=int, default=2048)
+    parser.add_argument(
+        "--peer-lm-dtype",
+        default="float32",
+        choices=("float32", "bfloat16"),
+        help="of SAELens' LM; ours picks its own",
+    )
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--json", type=Path, help="append raw lines to this file")
     parser.add_argument("--peer", choices=VARIANTS, help=argparse.SUPPRESS)  # be the peer's process
@@ -66,7 +72,8 @@ def compare(args: argparse.Namespace) -> None:
         f"--k={args.k}",
         f"--batch-tokens={args.batch_tokens}",
     ]
-    setup = {name: getattr(args, name) for name in ("layer", "latents", "k", "tokens", "batch_tokens", "subset")}
+    given = ("layer", "latents", "k", "tokens", "batch_tokens", "subset", "peer_lm_dtype")
+    setup = {name: getattr(args, name) for name in given}
     lines: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         cache, out = Path(folder, "shards"), Path(folder, "saes")
@@ -81,6 +88,7 @@ def compare(args: argparse.Namespace) -> None:
             took = [{**ours, "seconds": harvest.seconds + train.seconds}]
             for variant in VARIANTS:
                 own = [f"--peer={variant}", f"--cache={cache}", f"--subset={args.subset}", *sae]
+                own.append(f"--peer-lm-dtype={args.peer_lm_dtype}")
                 run = json.loads(measure([sys.executable, __file__, *own]).output.splitlines()[-1])
                 took.append({"trainer": "sae_lens", "variant": variant, **run, "seconds": scaled(run, args.tokens)})
             fresh = [{**line, "round": at, **setup, **here} for line in took]
@@ -123,7 +131,7 @@ def train_with_lm_in_the_loop(args: argparse.Namespace) -> None:
 
     from routesae.harvest.lm import cut_after, load_lm, load_tokenizer
 
-    lm = cut_after(load_lm(args.model, device=torch.device("cpu"), lm_dtype="float32"), args.layer)
+    lm = cut_after(load_lm(args.model, device=torch.device("cpu"), lm_dtype=args.peer_lm_dtype), args.layer)
 
     class Body(nn.Module):
         """Hands on a tensor: SAELens looks for logits in anything else."""

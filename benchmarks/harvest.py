@@ -28,7 +28,7 @@ from routesae.harvest.arrays import Array
 from routesae.harvest.begin import open_or_begin
 from routesae.harvest.cache import Cache
 from routesae.harvest.claims import Claims
-from routesae.harvest.device import pick_device, pick_lm_dtype
+from routesae.harvest.device import has_amx, pick_device, pick_lm_dtype
 from routesae.harvest.manifest import Manifest, ShardRecord, shard_name, shard_order
 from routesae.harvest.settings import HarvestSettings
 from routesae.harvest.shards import harvest_shards
@@ -64,7 +64,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         settings = HarvestSettings(**{**vars(settings), "out": str(Path(folder, "shards"))})
         device = pick_device(settings.device)
-        lm_dtype = pick_lm_dtype(settings.lm_dtype, device)
+        lm_dtype = pick_lm_dtype(settings.lm_dtype, device, tiles=has_amx())
         with Claims(Path(settings.out)) as claims:
             cache = open_or_begin(settings, lm.load_config(settings.model), lm_dtype, claims, silent)
         print(f"{device}, {lm_dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}")

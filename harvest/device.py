@@ -43,10 +43,15 @@ def _cuda_here() -> str:
     return f"the last CUDA device is cuda:{count - 1}" if count else "no CUDA device is to be found"
 
 
-def pick_lm_dtype(lm_dtype: str, device: torch.device) -> str:
-    """auto: bfloat16 on CUDA, float32 on a CPU, where bfloat16 is many times slower."""
+def has_amx() -> bool:
+    """Whether this CPU multiplies bfloat16 in tiles; without them it is slower than float32."""
+    return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+
+
+def pick_lm_dtype(lm_dtype: str, device: torch.device, tiles: bool = False) -> str:
+    """auto: bfloat16 on CUDA and on a CPU with `tiles`, float32 on another, where bfloat16 is many times slower."""
     if lm_dtype == "auto":
-        return "bfloat16" if device.type == "cuda" else "float32"
+        return "bfloat16" if device.type == "cuda" or tiles else "float32"
     if lm_dtype not in LM_DTYPES:
         raise WrongInput(f"LM dtype {lm_dtype!r} is none of auto, {', '.join(LM_DTYPES)}")
     return lm_dtype

@@ -15,7 +15,7 @@ from routesae.harvest import lm
 from routesae.harvest.begin import open_or_begin, require_disk
 from routesae.harvest.cache import Cache
 from routesae.harvest.claims import Claims
-from routesae.harvest.device import pick_device, pick_lm_dtype
+from routesae.harvest.device import has_amx, pick_device, pick_lm_dtype
 from routesae.harvest.faults import disk_faults
 from routesae.harvest.remote.folder import is_url
 from routesae.harvest.remote.staging import publish_left, published, stage_of, staging_folder
@@ -35,7 +35,9 @@ def harvest(settings: HarvestSettings, report: Report = silent) -> Cache:
     where it was asked to stop.
     """
     device = pick_device(settings.device)
-    lm_dtype = pick_lm_dtype(settings.lm_dtype, device)
+    # Scores stay in float32 on every CPU; hidden states lose 1e-4 of their variance to this, a thousandth of what an
+    # SAE does, and come 2.5 times as fast.
+    lm_dtype = pick_lm_dtype(settings.lm_dtype, device, tiles=has_amx())
     share_of(settings)  # whatever is wrong with it is said before the corpus is read
     path, stage = staging_folder(settings), stage_of(settings)
     config = lm.load_config(settings.model)

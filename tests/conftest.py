@@ -110,6 +110,7 @@ def tiny_settings(tiny_model: Path, tiny_corpus: Path) -> Callable[..., HarvestS
             "shard_tokens": 2048,
             "layers": "2-5",
             "device": "cpu",
+            "lm_dtype": "float32",  # on every machine
         }
         return HarvestSettings(**{**defaults, **changes})
 

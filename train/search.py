@@ -24,6 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from routesae.harvest.device import has_amx
+
 # At fewer rows the encoder is fetched from memory too often, at more their product leaves the cores' caches
 # (benchmarks/steps.py on a Xeon: 256 rows 1.3 times slower).
 CPU_CHUNK_ROWS = {torch.float32: 512, torch.bfloat16: 2048}
@@ -67,11 +69,6 @@ def proposal_dtype(x_ND: Tensor) -> torch.dtype:
 def product_dtype(kind: str, precision: torch.dtype) -> torch.dtype:
     """The fastest for float32 rows on a device of that kind; precision: of autocast."""
     return torch.bfloat16 if precision == torch.float32 and kind == "cpu" and has_amx() else precision
-
-
-def has_amx() -> bool:
-    """Whether this CPU multiplies bfloat16 in tiles; without them it is slower than float32."""
-    return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
 
 
 def pre_activations(x_ND: Tensor, encoder: Encoder, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:

@@ -242,9 +242,11 @@ def test_devices_are_picked_by_what_is_there(monkeypatch: pytest.MonkeyPatch) ->
             pick_device(wrong)
 
 
-def test_lm_dtype_auto_is_bfloat16_on_cuda_and_float32_on_a_cpu() -> None:
+def test_lm_dtype_auto_is_bfloat16_where_it_is_fast() -> None:
     assert pick_lm_dtype("auto", torch.device("cuda")) == "bfloat16"
     assert pick_lm_dtype("auto", CPU) == "float32"
+    assert pick_lm_dtype("auto", CPU, tiles=True) == "bfloat16"
+    assert pick_lm_dtype("float32", CPU, tiles=True) == "float32"
     with pytest.raises(WrongInput, match="'int8' is none of auto, float32, bfloat16"):
         pick_lm_dtype("int8", CPU)
 

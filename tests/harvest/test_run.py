@@ -278,6 +278,7 @@ def test_a_harvest_killed_at_any_moment_resumes_to_the_same_bytes(
     ]
     command = [sys.executable, "-m", "routesae", "harvest", "--model", str(tiny_model), "--data", str(tiny_corpus)]
     command += ["--tokens", "9000", "--context", "16", "--shard-tokens", "2048", "--layers", "2-5", "--device", "cpu"]
+    command += ["--lm-dtype", "float32"]
     outs = [tmp_path / f"shards-{i}" for i in range(len(moments))]
     running = {
         out: subprocess.Popen([*command, "--out", str(out)], cwd=tmp_path, stderr=subprocess.DEVNULL) for out in outs

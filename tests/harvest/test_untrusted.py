@@ -54,9 +54,11 @@ def change(path: Path, **fields: Any) -> None:
     ("data", "why"),
     [
         (b'{"a": 1, "b": {"c": 1, "c": 2}}', "it says 'c' twice"),
-        (b'{"a": NaN}', "NaN"),
-        (b'{"a": -Infinity}', "Infinity"),
-        (b"[" * 100_000, "nested more than 64 deep"),
+        (b'{"a": 1, "b": "x:y", "a" : 2}', "it says 'a' twice"),
+        (b'{"a": NaN}', "not JSON"),
+        (b'{"a": -Infinity}', "not JSON"),
+        (b'{"a": 1e999}', "not JSON"),
+        (b"[" * 100_000, "not JSON: depth limit"),
         (b"[" * 65 + b"]" * 65, "nested more than 64 deep"),
         (b'{"a": ' + b"9" * 5000 + b"}", "not JSON"),
         (b"\xff\xfe", "not JSON"),
@@ -160,9 +162,6 @@ RECORDS: dict[str, dict[str, Any]] = {
     "weights by number": {"weights_hash": 3},
 }
 STATISTICS: dict[str, dict[str, Any]] = {
-    "statistics no float holds": {
-        "statistics": {"2": {"mean": 10**400, "mean_square": 1, "max_abs": 1, "clipped": 0}}
-    },
     "statistics as text": {"statistics": {"2": {"mean": "x", "mean_square": 1, "max_abs": 1, "clipped": 0}}},
     "statistics in a list": {"statistics": {"2": [1, 1, 1]}},
     "statistics of another kind": {"statistics": {"2": {"median": 1}}},
