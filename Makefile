@@ -7,9 +7,10 @@ SAE_FLAGS := --cache $(DEMO)/shards --out $(DEMO)/saes --latents 4608 --k 64 --e
 
 .PHONY: demo test slow clean
 
+# The LM in float32, so that the README's figures do not depend on whether the CPU has AMX.
 demo: $(VENV)/installed
 	$(BIN)/routesae harvest --model demo --data demo --tokens 140k --context 256 --shard-tokens 16k --layers 7-22 \
-		--out $(DEMO)/shards
+		--lm-dtype float32 --out $(DEMO)/shards
 	$(BIN)/routesae train $(SAE_FLAGS) --sae topk --sae batchtopk --sae routesae --layer 15 --resume
 	$(BIN)/routesae analyze --cache $(DEMO)/shards --out $(DEMO)/saes --json $(DEMO)/scores.json \
 		--metric NormMSE --metric L0 --metric Dead --metric Routing --metric KLDiv --metric DeltaCE --metric Recovered

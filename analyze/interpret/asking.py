@@ -58,6 +58,7 @@ class Asking:
         self.done = self.unanswered_in_a_row = 0
         self.counts = dict.fromkeys((ANSWERED, UNPARSED, UNANSWERED), 0)
         self.used = used(ledger.lines)
+        self.reason = ""  # of the last one that got no answer
         self.failure: FailedRun | None = None
 
     async def ask(self, questions: Iterator[Question]) -> None:
@@ -80,6 +81,10 @@ class Asking:
             raise FailedRun(
                 f"--max-cost {limit} would be passed: ${spent:.4f} may be spent so far; {kept}; the same command "
                 "with a larger one goes on"
+            )
+        if self.done and self.counts[UNANSWERED] == self.done:
+            raise FailedRun(
+                f"none of {self.done} questions got an answer, the last one: {self.reason}; the same command goes on"
             )
 
     async def _watch(self) -> None:
@@ -111,10 +116,13 @@ class Asking:
         if self.chat.budget.price is not None:
             facts["cost"] = f"${self.chat.budget.price.dollars(self.used):.4f}"
         self.report(Progress(self.stage, self.done, self.total, "questions", facts))
-        self.unanswered_in_a_row = self.unanswered_in_a_row + 1 if line["outcome"] == UNANSWERED else 0
+        if line["outcome"] != UNANSWERED:
+            self.unanswered_in_a_row = 0
+            return
+        self.unanswered_in_a_row, self.reason = self.unanswered_in_a_row + 1, line["reason"]
         if self.unanswered_in_a_row >= MAX_UNANSWERED_IN_A_ROW:
             raise FailedRun(
-                f"{self.unanswered_in_a_row} questions in a row got no answer, the last one: {line['reason']}; "
+                f"{self.unanswered_in_a_row} questions in a row got no answer, the last one: {self.reason}; "
                 "the same command goes on"
             )
 

@@ -404,13 +404,16 @@ def test_what_no_retry_helps_ends_the_run_at_once(tmp_path: Path, serve: Serve, 
     assert json.loads((folder / "interpretations.json").read_text())["explained"] == 1
 
 
-def test_a_server_that_is_down_ends_the_run(tmp_path: Path, serve: Serve) -> None:
+@pytest.mark.parametrize(
+    ("latents", "said"), [(40, "10 questions in a row got no answer"), (3, "none of 3 questions got an answer")]
+)
+def test_a_server_that_is_down_ends_the_run(latents: int, said: str, tmp_path: Path, serve: Serve) -> None:
     server = serve(lambda latent, nth, body: None)
     server.close()
-    folder = subject(tmp_path / "sae", 40)
+    folder = subject(tmp_path / "sae", latents)
     result = invoke(folder, server, "--retries", 0, "--concurrency", 2)
     assert result.exit_code == 1
-    assert "10 questions in a row got no answer" in result.stderr
+    assert said in result.stderr
     assert len(lines(folder)) <= 12
 
 
