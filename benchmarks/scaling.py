@@ -22,6 +22,8 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -104,7 +106,7 @@ def measured(args: argparse.Namespace, point: Point) -> dict[str, float]:
 
 def whole_run(cache: str, point: Point) -> dict[str, float]:
     """`routesae train` over a cache's first shards."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=Path(cache).resolve().parent) as folder:  # hard links stay on a disk
         part, out = Path(folder, "shards"), Path(folder, "saes")
         tokens = first_shards(Path(cache), point.shards, part)
         command = [sys.executable, "-m", "routesae", "train", "--sae=topk", f"--cache={part}", f"--out={out}"]
@@ -116,11 +118,11 @@ def whole_run(cache: str, point: Point) -> dict[str, float]:
 
 
 def first_shards(cache: Path, count: int, out: Path) -> int:
-    """A cache of the first shards, its arrays links to the whole one's; how many tokens that is."""
+    """A cache of the first shards, its files hard links to the whole one's; how many tokens that is."""
     out.mkdir()
     names = sorted(path.name for path in cache.glob("shard-*"))[:count]
-    for name in (*names, "tokens", "document_starts"):
-        (out / name).symlink_to((cache / name).resolve())
+    for name in names:
+        shutil.copytree(cache / name, out / name, copy_function=os.link)
     shards = [json.loads((out / name / "zarr.json").read_text())["attributes"] for name in names]
     group = json.loads((cache / "zarr.json").read_text())
     kept = sum(shard["kept"] for shard in shards)
