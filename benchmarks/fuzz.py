@@ -41,8 +41,10 @@ from routesae.analyze.contexts.file import (
 from routesae.harvest.arrays import BadArray, check_array, data_file, map_array, write_array
 from routesae.harvest.cache import Cache
 from routesae.harvest.inspect import describe
+from routesae.harvest.manifest import CHUNK_HASHES, SCALE
 from routesae.harvest.verify import verify, verify_shard
 from routesae.reporting import FailedRun, WrongInput
+from routesae.train.batches import Selection, read_sample
 from routesae.train.checkpoint import load_sae, save_sae
 from routesae.train.saes import Recipe, build
 from routesae.train.settings import settings_of
@@ -177,6 +179,21 @@ def resealed_index(valid: bytes) -> st.SearchStrategy[bytes]:
     return st.lists(number, min_size=2 * few, max_size=2 * few).map(sealed) | mutated_bytes(valid)
 
 
+def mutated_floats(valid: bytes) -> st.SearchStrategy[bytes]:
+    """An array of float32 in which some values are others, of no row's or channel's; or its index altered."""
+    values = len(valid) // 4
+    number = st.sampled_from([0.0, -1.0, 1e-45, 1e38, -1e38, float("inf"), float("-inf"), float("nan")])
+
+    def replaced(found: list[tuple[int, float]]) -> bytes:
+        data = bytearray(valid)
+        for at, value in found:
+            struct.pack_into("<f", data, 4 * at, value)
+        return bytes(data)
+
+    some = st.lists(st.tuples(st.integers(0, values - 1), number), min_size=1, max_size=20)
+    return some.map(replaced) | resealed_index(valid)
+
+
 def mutated_header(valid: bytes) -> st.SearchStrategy[bytes]:
     """A safetensors file whose header says something else of the same data."""
     size = struct.unpack("<Q", valid[:8])[0]
@@ -216,6 +233,9 @@ def mutated_toml(valid: bytes) -> st.SearchStrategy[bytes]:
 def readers(scratch: Path) -> list[Reader]:
     """All of them, each on its own files below `scratch`."""
     plain = synthetic_cache(scratch / "plain", layers=2, tokens=1024, shard_tokens=512, width=4).path
+    small = {"layers": 2, "tokens": 1024, "shard_tokens": 512, "width": 4}
+    # Without chunk_hashes: altered scales are decoded then, as those of a stranger who knows how to hash are.
+    int8 = synthetic_cache(scratch / "int8", **small, dtype="int8", chunk_hashes=False).path
     packed = scratch / "packed"
     array = torch.arange(2048, dtype=torch.float32).reshape(512, 4).numpy()
     write_array(packed, array, compress=True)
@@ -245,6 +265,17 @@ def readers(scratch: Path) -> list[Reader]:
         for name in ("order", "layer_01", "token_mean"):
             shard.read(name)
 
+    def read_checked() -> None:
+        cache = Cache(plain)
+        read_sample(Selection(cache, 0, cache.manifest.rows, (1, 2)), seed=0, tokens=1024)
+        verify_shard(cache, 1)
+
+    def read_int8() -> None:
+        cache = Cache(int8)
+        verify_shard(cache, 1)
+        batch = read_sample(Selection(cache, 0, cache.manifest.rows, (1, 2)), seed=0, tokens=1024)
+        assert batch.hidden_LND.shape == (2, 1024, 4)
+
     def read_packed() -> None:
         check_array(packed, (512, 4), "<f4", compress=True)
         map_array(packed, (512, 4), "<f4", compress=True)
@@ -255,8 +286,7 @@ def readers(scratch: Path) -> list[Reader]:
     def described() -> None:
         read_cache()
         verify(str(plain))
-        with contextlib.suppress(WrongInput):  # the synthetic cache has no statistics
-            describe(str(plain))
+        describe(str(plain))
 
     contexts = write_tiny_contexts(scratch / "contexts")
 
@@ -265,13 +295,19 @@ def readers(scratch: Path) -> list[Reader]:
         list(found.latents())
         list(found.latents([1]))
 
-    shard = plain / "shard-00001"
+    shard, int8_shard = plain / "shard-00001", int8 / "shard-00001"
     return [
         Reader("manifest", plain / "zarr.json", described, mutated_json),
         Reader("shard record", shard / "zarr.json", read_shard, mutated_json),
         Reader("array metadata", shard / "layer_01" / "zarr.json", read_shard, mutated_json),
         Reader("shard index", data_file(shard / "layer_01", 2), read_shard, resealed_index),
         Reader("order", data_file(shard / "order", 1), read_shard, resealed_index),
+        Reader("chunk hashes", data_file(shard / CHUNK_HASHES, 2), read_checked, resealed_index),
+        Reader("chunk hashes' metadata", shard / CHUNK_HASHES / "zarr.json", read_checked, mutated_json),
+        Reader("int8 scales", data_file(int8_shard / SCALE, 2), read_int8, mutated_floats),
+        Reader("int8 channels' means", data_file(int8_shard / "channel_mean", 2), read_int8, mutated_floats),
+        Reader("int8 channels' deviations", data_file(int8_shard / "channel_std", 2), read_int8, mutated_floats),
+        Reader("int8 array metadata", int8_shard / SCALE / "zarr.json", read_int8, mutated_json),
         Reader("compressed array", data_file(packed, 2), read_packed, resealed_index),
         Reader("compressed metadata", packed / "zarr.json", read_packed, mutated_json),
         Reader("cfg.json", sae / "cfg.json", read_sae, mutated_json),

@@ -17,7 +17,8 @@ import torch
 
 from routesae.harvest import arrays
 from routesae.harvest.cache import Cache
-from routesae.harvest.manifest import Manifest, ShardRecord
+from routesae.harvest.manifest import CHANNEL_ARRAYS, SCALE, STATISTICS, LayerStatistics, Manifest, ShardRecord
+from routesae.harvest.quantise import encoded
 from routesae.harvest.statistics import TokenStatistics, row_statistics
 from routesae.harvest.writing import begin_cache, write_shard
 
@@ -25,8 +26,20 @@ CONTEXT = 256
 PIECE_ROWS = 4096  # random rows, repeated to the length of a shard
 
 
-def synthetic_cache(path: Path, *, layers: int, tokens: int, shard_tokens: int, width: int = 2048) -> Cache:
-    """About `tokens` float16 hidden states of `layers` layers: every position is kept. path: not there yet."""
+def synthetic_cache(
+    path: Path,
+    *,
+    layers: int,
+    tokens: int,
+    shard_tokens: int,
+    width: int = 2048,
+    dtype: str = "float16",
+    chunk_hashes: bool = True,
+) -> Cache:
+    """About `tokens` hidden states of `layers` layers: every position is kept. path: not there yet.
+
+    dtype: float16, or int8 of the same numbers. chunk_hashes: as a harvest makes it now; without, as one did before.
+    """
     names = ("model", "config_hash", "tokenizer_hash", "tokens_hash", "corpus", "split", "text_field")
     nought = ("min_chars", "documents_short", "documents_malformed", "seed", "skip_positions")
     rows = -(-tokens // CONTEXT)
@@ -42,7 +55,7 @@ def synthetic_cache(path: Path, *, layers: int, tokens: int, shard_tokens: int, 
         rows=rows,
         shard_rows=max(1, shard_tokens // CONTEXT),
         kept_tokens=rows * CONTEXT,
-        dtype="float16",
+        dtype=dtype,
         overflow="error",
         compress="none",
         corpus_fingerprint="",
@@ -51,6 +64,7 @@ def synthetic_cache(path: Path, *, layers: int, tokens: int, shard_tokens: int, 
         special_ids=(),
         keep_special=True,
         versions={},
+        chunk_hashes=chunk_hashes,
     )
     tokens_ST = np.zeros((rows, CONTEXT), np.int32)
     prepared = path / "prepared"
@@ -69,13 +83,29 @@ def _write(path: Path, manifest: Manifest, tokens_ST: arrays.Array, piece_nD: ar
     first, after = manifest.shard_range(index)
     n = (after - first) * CONTEXT
     hidden_nD = np.resize(piece_nD, (n, manifest.width))
-    of_a_layer = row_statistics(torch.from_numpy(piece_nD))
-    mean_nL, std_nL = (np.tile(np.resize(of.numpy(), (n, 1)), len(manifest.layers)) for of in of_a_layer)
+    if manifest.dtype == "int8":
+        hidden_nD, others = _quantised(hidden_nD, len(manifest.layers))
+    else:
+        of_a_layer = row_statistics(torch.from_numpy(piece_nD))
+        mean_nL, std_nL = (np.tile(np.resize(of.numpy(), (n, 1)), len(manifest.layers)) for of in of_a_layer)
+        others = TokenStatistics(mean_nL, std_nL).named()
     order = np.random.default_rng(index).permutation(n).astype(np.int32)
+
+    # Of the float16 numbers that are repeated, whatever they are stored as.
+    x_nD = piece_nD.astype(np.float64)
+    of_each = LayerStatistics(
+        mean=float(x_nD.mean()), mean_square=float((x_nD**2).mean()), max_abs=float(np.abs(x_nD).max()), clipped=0
+    )
 
     def record(hashes: dict[str, str]) -> ShardRecord:
         return ShardRecord(
-            index=index, rows=(first, after), kept=n, weights_hash="", batch_sequences=1, statistics={}, hashes=hashes
+            index=index,
+            rows=(first, after),
+            kept=n,
+            weights_hash="",
+            batch_sequences=1,
+            statistics={str(layer): of_each for layer in manifest.layers},
+            hashes=hashes,
         )
 
     write_shard(
@@ -86,8 +116,20 @@ def _write(path: Path, manifest: Manifest, tokens_ST: arrays.Array, piece_nD: ar
         ((layer, hidden_nD) for layer in manifest.layers),
         record,
         index,
-        TokenStatistics(mean_nL, std_nL).named,
+        lambda: others,
     )
+
+
+def _quantised(hidden_nD: arrays.Array, layers: int) -> tuple[arrays.Array, dict[str, arrays.Array]]:
+    """The int8 numbers of rows that are the same in every layer, and the arrays that follow the layers."""
+    of_a_layer = torch.from_numpy(hidden_nD)
+    q_nD, encoding = encoded(of_a_layer, row_statistics(of_a_layer)[1])
+    of_rows = (encoding.mean_n, encoding.std_n, encoding.scale_n)
+    others = {
+        name: np.tile(of_n.numpy()[:, None], layers) for name, of_n in zip((*STATISTICS, SCALE), of_rows, strict=True)
+    }
+    of_channels = zip(CHANNEL_ARRAYS, (encoding.channels.mean_D, encoding.channels.std_D), strict=True)
+    return q_nD.numpy(), others | {name: np.tile(of_D.numpy(), (layers, 1)) for name, of_D in of_channels}
 
 
 def drop_from_page_cache(files: Sequence[Path]) -> None:

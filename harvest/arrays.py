@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import google_crc32c
 import numpy as np
@@ -33,9 +33,11 @@ import xxhash
 from routesae.harvest.untrusted import read_json
 
 Array = npt.NDArray[Any]
-Attributes = tuple[tuple[str, str], ...]  # what an array's metadata says of it besides, by name
+ChunkHashes = npt.NDArray[np.uint64]
+Attributes = tuple[tuple[str, str | tuple[str, ...]], ...]  # what an array's metadata says of it besides, by name
 
 CHUNK_ROWS = 256
+CHECKSUM_DIFFERS = "checksum differs from the one recorded"
 _HASH_PIECE_BYTES = 1 << 24
 _ZSTD_OVERHEAD_BYTES = 1 << 16  # beyond a chunk that does not compress at all; zstd adds 1 in 256
 _MOST_CHUNKS = 1 << 20  # of an array: an index of 16 MB, for 268 million rows
@@ -83,6 +85,56 @@ def array_hash(array: Array) -> str:
     for start in range(0, len(array), rows):
         hasher.update(np.ascontiguousarray(array[start : start + rows]).data.cast("B"))
     return hasher.hexdigest()
+
+
+class Hashed(NamedTuple):
+    """whole: as array_hash. chunks: uint64, xxh3-64 of the bytes of each CHUNK_ROWS rows, the last perhaps of fewer.
+
+    Padding is in neither.
+    """
+
+    whole: str
+    chunks: ChunkHashes
+
+
+class ChunkHasher:
+    """Hashes the rows of one array, given as bytes in order and cut anywhere, whole and by chunk in one pass."""
+
+    def __init__(self, row_bytes: int):
+        self._chunk_bytes = CHUNK_ROWS * row_bytes
+        self._whole, self._chunk = xxhash.xxh3_64(), xxhash.xxh3_64()
+        self._filled = 0  # bytes of the chunk under way
+        self._chunks: list[int] = []
+
+    def update(self, rows: memoryview) -> None:
+        view = rows.cast("B")
+        while view:
+            piece = view[: self._chunk_bytes - self._filled]
+            self._chunk.update(piece)
+            self._whole.update(piece)  # while the core's cache still has it
+            self._filled += len(piece)
+            if self._filled == self._chunk_bytes:
+                self._end_chunk()
+            view = view[len(piece) :]
+
+    def finish(self) -> Hashed:
+        if self._filled:
+            self._end_chunk()
+        return Hashed(self._whole.hexdigest(), np.array(self._chunks, np.uint64))
+
+    def _end_chunk(self) -> None:
+        self._chunks.append(self._chunk.intdigest())
+        self._chunk.reset()
+        self._filled = 0
+
+
+def array_hashes(array: Array) -> Hashed:
+    """Both hashes of `array`, read in pieces so that a memmap stays one."""
+    row_bytes = prod(array.shape[1:]) * array.itemsize
+    hasher = ChunkHasher(row_bytes)
+    for start in range(0, len(array), CHUNK_ROWS):
+        hasher.update(np.ascontiguousarray(array[start : start + CHUNK_ROWS]).data)
+    return hasher.finish()
 
 
 class ArrayWriter:

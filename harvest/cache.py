@@ -10,6 +10,8 @@
         layer_04/ …         float16 [n, D]: one array a layer, rows in that same order
         token_mean/         float32 [n, L]: the mean of each of those rows, one column a layer
         token_std/          float32 [n, L]: and its standard deviation (routesae.harvest.statistics)
+        chunk_hashes/       uint64 [⌈n / 256⌉, A]: xxh3-64 of each 256 rows of the A arrays from layer_04 on that have
+                            n rows, which its attribute `columns` names; of stored bytes, padding apart
 
 With --dtype int8 the layers are int8, decoded by three arrays more (routesae.harvest.quantise):
 
@@ -19,7 +21,8 @@ With --dtype int8 the layers are int8, decoded by three arrays more (routesae.ha
 
 Every array is one raw file (routesae.harvest.arrays); routesae.harvest.writing writes them. A folder named
 shard-NNNNN is whole or does not exist: it is written under a dot-name, fsynced and renamed. `order` is one seeded
-permutation of the shard's kept positions, so that a trainer gets shuffled rows out of contiguous reads.
+permutation of the shard's kept positions, so that a trainer gets shuffled rows out of contiguous reads. Caches made
+before there were chunk_hashes have none, say so in their manifest, and go on without.
 
 In an object store (s3://bucket/shards and the like, routesae.harvest.remote) the same names are objects. There a
 shard exists once its zarr.json does, which is put last.
@@ -41,11 +44,13 @@ import numpy.typing as npt
 from routesae.harvest import arrays
 from routesae.harvest.manifest import (
     CHANNEL_ARRAYS,
+    CHUNK_HASHES,
     DTYPES,
     SCALE,
     STATISTICS,
     Manifest,
     ShardRecord,
+    hashed_arrays,
     layer_name,
     shard_name,
 )
@@ -85,6 +90,8 @@ class Shard:
             return self.path / name, (n, len(self.manifest.layers)), "<f4", False
         if name in CHANNEL_ARRAYS:
             return self.path / name, (len(self.manifest.layers), self.manifest.width), "<f4", False
+        if name == CHUNK_HASHES:
+            return self.path / name, (-(-n // arrays.CHUNK_ROWS), len(hashed_arrays(self.manifest))), "<u8", False
         compress = self.manifest.compress != "none"
         return self.path / name, (n, self.manifest.width), DTYPES[self.manifest.dtype], compress
 
@@ -96,6 +103,10 @@ class Shard:
     def rows(self, name: str) -> int:
         """Of array `name`."""
         return self._array(name)[1][0]
+
+    def compressed(self, name: str) -> bool:
+        """Whether array `name` is not one raw file."""
+        return self.manifest.compress != "none" and self._array(name)[3]
 
     def check(self, name: str) -> None:
         """Size, index and metadata of array `name`; remembered, so only the first call reads."""
@@ -110,22 +121,28 @@ class Shard:
 
     def read(self, name: str) -> arrays.Array:
         """Array `name` whole: memory-mapped, or decompressed where the cache is compressed. Out of an object store it
-        comes into memory."""
+        comes into memory. Small ones are compared with their checksum; those of many bytes a row are not."""
+        values = self._read(name)
+        if name not in hashed_arrays(self.manifest) and arrays.array_hash(values) != self.record.hashes[name]:
+            raise arrays.BadArray(f"{name}: {arrays.CHECKSUM_DIFFERS}")
+        return values
+
+    def _read(self, name: str) -> arrays.Array:
         self.check(name)
         folder, shape, dtype, compress = self._array(name)
         if isinstance(folder, RemoteFolder):
             return self._remote[name].read()
         return arrays.map_array(folder, shape, dtype, compress=compress)
 
-    def hash(self, name: str) -> str:
-        """xxh3-64 of array `name` as it is, read in pieces."""
+    def hashes(self, name: str) -> arrays.Hashed:
+        """Of array `name` as it is, read in pieces."""
         self.check(name)
-        return self._remote[name].hash() if name in self._remote else arrays.array_hash(self.read(name))
+        return self._remote[name].hashes() if name in self._remote else arrays.array_hashes(self._read(name))
 
-    def read_rows(self, layer: int, first: int, after: int) -> arrays.Array:
-        """Stored rows first … after-1 of a layer [after-first, D], decompressed; for compressed caches on disk."""
-        self.check(layer_name(layer))
-        folder, shape, dtype, _ = self._array(layer_name(layer))
+    def read_rows(self, name: str, first: int, after: int) -> arrays.Array:
+        """Stored rows first … after-1 of a compressed array [after-first, D] of a cache on disk."""
+        self.check(name)
+        folder, shape, dtype, _ = self._array(name)
         return arrays.read_compressed(_on_disk(folder), first, after, shape, dtype)
 
     def remote_array(self, name: str) -> RemoteArray:

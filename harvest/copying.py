@@ -109,7 +109,7 @@ def _begun_in_store(cache: Cache, target: RemoteFolder, scratch: Path) -> Cache:
             raise WrongInput(f"{cache.path}: {problems[0]}")
         send_arrays(local.folder, target, ROOT_ARRAYS)
         tokens = open_array(target / TOKENS, (cache.manifest.rows, cache.manifest.context), "<i4")
-        if tokens.hash() != cache.manifest.tokens_hash:
+        if tokens.hashes().whole != cache.manifest.tokens_hash:
             raise FailedRun(f"{target}/{TOKENS} is not what was sent; the same command sends it again")
         target.put("zarr.json", (local.folder / "zarr.json").read_bytes())
     begun = Cache(target)

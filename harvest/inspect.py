@@ -37,6 +37,7 @@ def describe(path: str) -> Description:
         "special or at the start of a row",
         "shards": present,
         "on disk": f"{human_bytes(size)}, {human_bytes(manifest.token_bytes)} a token",
+        "checksums": "of every array and every chunk of rows" if manifest.chunk_hashes else "of every array",
         "made by": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
     }
     return Description(facts, _layer_statistics(cache))

@@ -22,6 +22,8 @@ VAL_FRACTION = 0.05  # the last rows of tokens: never trained on, read by analyz
 DTYPES = {"float16": "<f2", "float32": "<f4", "int8": "|i1"}
 STATISTICS = ("token_mean", "token_std")
 SCALE, CHANNEL_ARRAYS = "token_scale", ("channel_mean", "channel_std")  # of int8 (routesae.harvest.quantise)
+CHUNK_HASHES = "chunk_hashes"
+LATER_FIELDS = frozenset({"chunk_hashes"})  # of a manifest: caches of the same format written before have them not
 OVERFLOWS = ("error", "clip")
 COMPRESSIONS = ("none", "zstd")
 MOST_SHARDS = 100_000  # their names have five digits; 6.5 billion tokens at the default size
@@ -89,6 +91,8 @@ class Manifest:
     keep_special: bool
     skip_positions: int
     versions: Mapping[str, str]
+    chunk_hashes: bool = False
+    """Whether every shard has an array of that name: a checksum of each chunk, for whoever reads some of them."""
 
     def __post_init__(self) -> None:
         if self.format_version != FORMAT_VERSION:
@@ -149,13 +153,14 @@ class Manifest:
         return index * self.shard_rows, min((index + 1) * self.shard_rows, self.rows)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Without what only later caches have, where this one has it not: it goes on as it was begun."""
+        return {name: value for name, value in asdict(self).items() if value or name not in LATER_FIELDS}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Raises WrongInput where a field is unknown, missing or impossible."""
         names = {field.name for field in fields(cls)}
-        if wrong := sorted(names ^ set(data)):
+        if wrong := sorted((names ^ set(data)) - LATER_FIELDS):
             raise WrongInput(f"not the manifest of a routesae cache: {', '.join(wrong[:5])[:80]} unknown or missing")
         lists = {name: tuple(data[name]) for name in ("layers", "special_ids") if isinstance(data[name], list)}
         return cls(**{**data, **lists})
@@ -310,13 +315,22 @@ def layer_name(layer: int) -> str:
 
 def shard_arrays(manifest: Manifest) -> tuple[str, ...]:
     """The names of a shard's arrays."""
-    return _arrays_of(manifest.layers, manifest.dtype)
+    hashes = (CHUNK_HASHES,) if manifest.chunk_hashes else ()
+    return ("token_ids", "order", *hashed_arrays(manifest), *_channel_arrays(manifest.dtype), *hashes)
+
+
+def hashed_arrays(manifest: Manifest) -> tuple[str, ...]:
+    """Of those the ones that have a row for each kept position and are read by rows: the columns of chunk_hashes."""
+    return _hashed_arrays(manifest.layers, manifest.dtype)
 
 
 @lru_cache
-def _arrays_of(layers: tuple[int, ...], dtype: str) -> tuple[str, ...]:
-    channels = CHANNEL_ARRAYS if dtype == "int8" else ()
-    return ("token_ids", "order", *map(layer_name, layers), *row_arrays(dtype), *channels)
+def _hashed_arrays(layers: tuple[int, ...], dtype: str) -> tuple[str, ...]:
+    return (*map(layer_name, layers), *row_arrays(dtype))
+
+
+def _channel_arrays(dtype: str) -> tuple[str, ...]:
+    return CHANNEL_ARRAYS if dtype == "int8" else ()
 
 
 def row_arrays(dtype: str) -> tuple[str, ...]:

@@ -4,7 +4,8 @@ The digest is SHA-256 over what a cache's numbers are and mean, as one line of J
 
     the fields of the manifest in CONTENT     not where model and corpus were found, which versions ran, or --compress
     tokens, document_starts                   xxh3-64 of the values read, no matter what is recorded
-    every shard that is there, by index       its index, and xxh3-64 of the values read of each of its arrays
+    every shard that is there, by index       its index, and xxh3-64 of the values read of each of its arrays but
+                                              chunk_hashes, which says the same again and older caches have not
 
 So it does not depend on how many workers wrote the cache, in how many goes or on which machine, and differs where a
 bit or a shard does.
@@ -21,9 +22,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from routesae.harvest.arrays import BadArray, array_hash, fsync
+from routesae.harvest.arrays import CHECKSUM_DIFFERS, CHUNK_ROWS, BadArray, ChunkHashes, array_hash, fsync
 from routesae.harvest.cache import Cache, Shard, statistics_problem
-from routesae.harvest.manifest import kept_flat, shard_arrays, shard_name
+from routesae.harvest.manifest import CHUNK_HASHES, hashed_arrays, kept_flat, shard_arrays, shard_name
 from routesae.harvest.remote.folder import RemoteFolder
 from routesae.reporting import FailedRun, Progress, Report, WrongInput, silent
 
@@ -81,7 +82,7 @@ def examine(path: str, report: Report = silent) -> Verified:
         if _exists(cache, index):
             found, hashes = verify_shard(cache, index)
             problems += found
-            shards.append((index, hashes))
+            shards.append((index, {name: of for name, of in hashes.items() if name != CHUNK_HASHES}))
         else:
             problems.append(f"{shard_name(index)}: missing")
         report(Progress("verify", index + 1, cache.manifest.shard_count, "shards", {}))
@@ -154,7 +155,7 @@ def verify_root(cache: Cache) -> tuple[list[str], Hashes]:
     try:
         hashes["tokens"] = array_hash(cache.tokens())
         if hashes["tokens"] != cache.manifest.tokens_hash:
-            problems.append("tokens: checksum differs from the one recorded")
+            problems.append(f"tokens: {CHECKSUM_DIFFERS}")
     except WrongInput as bad:
         problems.append(f"tokens: {bad}")
     try:
@@ -195,12 +196,25 @@ def hash_shard(shard: Shard) -> tuple[list[str], Hashes]:
     """The hash of what each array of the shard really holds, and where it is not the one recorded, a line each."""
     problems = []
     hashes: Hashes = {}
+    chunks: dict[str, ChunkHashes] = {}
     for name in shard_arrays(shard.manifest):
         try:
-            hashes[name] = shard.hash(name)
+            hashes[name], chunks[name] = shard.hashes(name)
             if hashes[name] != shard.record.hashes[name]:
-                problems.append(f"{name}: checksum differs from the one recorded")
+                problems.append(f"{name}: {CHECKSUM_DIFFERS}")
         except (BadArray, OSError, ValueError) as bad:
             hashes[name] = None
             problems.append(f"{name}: {bad}")
+    if shard.manifest.chunk_hashes and not problems:
+        problems = _wrong_chunk_hashes(shard, chunks)
     return problems, hashes
+
+
+def _wrong_chunk_hashes(shard: Shard, chunks: dict[str, ChunkHashes]) -> list[str]:
+    """Where chunk_hashes, itself as recorded, is not of the shard's arrays: a trainer would refuse those rows."""
+    stored_CA = shard.read(CHUNK_HASHES)
+    problems = []
+    for column, name in enumerate(hashed_arrays(shard.manifest)):
+        if len(wrong := np.flatnonzero(stored_CA[:, column] != chunks[name])):
+            problems.append(f"{CHUNK_HASHES}: not those of {name}, from row {wrong[0] * CHUNK_ROWS} on")
+    return problems

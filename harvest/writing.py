@@ -19,8 +19,14 @@ import numpy as np
 import numpy.typing as npt
 
 from routesae.harvest import arrays
-from routesae.harvest.arrays import array_hash
-from routesae.harvest.manifest import CHANNEL_ARRAYS, Manifest, ShardRecord, layer_name, shard_name
+from routesae.harvest.manifest import (
+    CHUNK_HASHES,
+    Manifest,
+    ShardRecord,
+    hashed_arrays,
+    layer_name,
+    shard_name,
+)
 from routesae.harvest.tokens import Ids
 
 log = logging.getLogger(__name__)
@@ -87,8 +93,7 @@ def write_shard(
 
     partial = partial_folder(path, shard_name(index))
     try:
-        compress = manifest.compress != "none"
-        written = record(_write_arrays(partial, token_ids_sT, order, hidden, others, compress=compress))
+        written = record(_write_arrays(partial, manifest, token_ids_sT, order, hidden, others))
         # The group's own zarr.json comes last: until then no zarr reader takes the dot-folder for a group.
         zarr.open_group(str(partial), mode="a", zarr_format=3, attributes=_plain(written.to_dict())).store.close()
         _require_arrays(partial, written.hashes)
@@ -118,46 +123,46 @@ def commit_shard(partial: Path, shard: Path) -> None:
 
 def _write_arrays(
     partial: Path,
+    manifest: Manifest,
     token_ids_sT: Ids,
     order: npt.NDArray[np.int32],
     hidden: Iterable[tuple[int, arrays.Array]],
     others: Callable[[], Mapping[str, arrays.Array]] | None,
-    *,
-    compress: bool,
 ) -> dict[str, str]:
     """All arrays of a shard into its dot-folder; their hashes. One reaches the disk while the next is written."""
     # Both bring torch, which `cache info` and `--help` can do without.
     from routesae.harvest.quantise import FORMULA
     from routesae.harvest.statistics import TokenStatistics, stored_statistics
 
-    hashes = {}
+    hashes: dict[str, str] = {}
+    chunks: dict[str, arrays.ChunkHashes] = {}
+    by_row = hashed_arrays(manifest)
     with arrays.syncing() as sync:
 
-        def write(
-            name: str,
-            array: arrays.Array,
-            chunk_rows: int,
-            compress: bool = False,
-            attributes: arrays.Attributes = (),
-        ) -> None:
+        def write(name: str, array: arrays.Array, compress: bool = False, attributes: arrays.Attributes = ()) -> None:
             folder = partial / name
+            # What is read at once is one chunk.
+            chunk_rows = arrays.CHUNK_ROWS if name in by_row else max(1, len(array))
             arrays.write_array(folder, array, chunk_rows=chunk_rows, compress=compress, attributes=attributes)
             sync(arrays.data_file(folder, array.ndim))
-            hashes[name] = array_hash(array)
+            hashes[name], chunks[name] = arrays.array_hashes(array)
 
-        write("token_ids", token_ids_sT, len(token_ids_sT))
-        write("order", order, max(1, len(order)))  # read at once, so it is one chunk
+        write("token_ids", token_ids_sT)
+        write("order", order)
         found = []
         for layer, hidden_nD in hidden:
             meaning = (("hidden_state", FORMULA),) if hidden_nD.dtype == np.int8 else ()
-            write(layer_name(layer), hidden_nD, arrays.CHUNK_ROWS, compress, meaning)
+            write(layer_name(layer), hidden_nD, manifest.compress != "none", meaning)
             if others is None:
                 found.append(stored_statistics(hidden_nD))
         if others is None:
             means, stds = zip(*found, strict=True)
             others = TokenStatistics(np.stack(means, axis=1), np.stack(stds, axis=1)).named
         for name, array in others().items():
-            write(name, array, len(array) if name in CHANNEL_ARRAYS else arrays.CHUNK_ROWS)
+            write(name, array)
+        if manifest.chunk_hashes:
+            columns = np.stack([chunks[name] for name in by_row], axis=1)
+            write(CHUNK_HASHES, columns, attributes=(("columns", by_row),))
     return hashes
 
 

@@ -29,8 +29,8 @@ from routesae.harvest import arrays
 from routesae.harvest.cache import Cache, Shard, damaged
 from routesae.harvest.device import CACHE_DTYPES
 from routesae.harvest.manifest import STATISTICS
-from routesae.train.hidden import HiddenRows, reading
-from routesae.train.rows import Span, rows_of, spans_of
+from routesae.train.hidden import HiddenRows
+from routesae.train.rows import Span, reading, rows_of, spans_of
 
 BLOCK_ROWS = arrays.CHUNK_ROWS
 ADVISE_BATCHES, ADVISE_BYTES = 2, 1 << 26  # the kernel is told of both, at least, ahead of the reading
@@ -209,24 +209,21 @@ class Reader:
         self.layers = selection.layers
         self.columns = [manifest.layers.index(layer) for layer in self.layers]
         self.cache_layers = len(manifest.layers)
-        self.compressed = manifest.compress != "none"
         self.row_bytes = manifest.token_bytes // self.cache_layers
-        self.files = rows_of(selection.cache)
-        self.hidden = HiddenRows(manifest, self.layers, self.files)
+        self.rows = rows_of(selection.cache)
+        self.hidden = HiddenRows(manifest, self.layers, self.rows)
 
     def advise(self, reads: Sequence[Read]) -> None:
         """Tell the kernel that they are wanted soon."""
-        if self.compressed:
-            return
         for shard, span, _ in reads:
             for name, wanted in (*self.hidden.wanted(span), *((name, span) for name in STATISTICS)):
                 with suppress(arrays.BadArray, OSError):  # the reading meets the same fault and names it
-                    self.files.advise(shard, name, wanted)
+                    self.rows.advise(shard, name, wanted)
 
     def read(self, reads: Sequence[Read], batch: Batch) -> None:
         """Copy them into the batch, in which they are neighbours.
 
-        Raises FailedRun where a file is gone, cut or altered in size.
+        Raises FailedRun where a file is gone, cut or altered.
         """
         if not reads:
             return
@@ -238,7 +235,7 @@ class Reader:
             self.hidden.read(shard, span, hidden_LND[:, rows])
             for name, values_nM in statistics_nM.items():
                 with reading(shard, name):
-                    self.files.read(shard, name, span, values_nM[at - first : rows.stop - first])
+                    self.rows.read(shard, name, span, values_nM[at - first : rows.stop - first])
         for values_nM, out_LN1 in zip(statistics_nM.values(), batch[1:], strict=True):
             out_LN1.numpy()[:, first:after, 0] = values_nM[:, self.columns].T
 
@@ -258,7 +255,7 @@ def load(selection: Selection, plans: Iterator[Plan], batch_tokens: int, device:
 
     Close it (contextlib.closing) where it is not read to its end, and its threads end too.
     On CUDA the copy to the device is made from pinned memory on a stream of its own, one batch ahead.
-    Raises FailedRun where a file is gone, cut or altered in size.
+    Raises FailedRun where a file is gone, cut or altered.
     """
     staged = _staged(selection, plans, batch_tokens, pinned=device.type == "cuda")
     return _on_device(staged, device) if device.type == "cuda" else staged

@@ -9,46 +9,34 @@ Dimension letters: m rows read, L layers of the selection, M layers of the cache
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import lru_cache, partial
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from routesae.harvest import arrays
-from routesae.harvest.cache import Shard, damaged
+from routesae.harvest.cache import Shard
 from routesae.harvest.manifest import CHANNEL_ARRAYS, SCALE, Manifest, layer_name
 from routesae.harvest.quantise import Channels, decode, piece_rows
-from routesae.reporting import FailedRun
-from routesae.train.rows import Rows, Span
+from routesae.train.row_files import RowFiles
+from routesae.train.rows import Rows, Span, read_small, reading
 
 CHANNELS_BYTES = 1 << 26  # of means and deviations of channels, kept for the shards read last
 
 
-@contextmanager
-def reading(shard: Shard, name: str) -> Iterator[None]:
-    """Raises FailedRun, naming the array and a remedy, where reading it fails."""
-    try:
-        yield
-    except (arrays.BadArray, OSError, ValueError) as bad:
-        raise FailedRun(str(damaged(shard.path / name, arrays.BadArray(str(bad))))) from bad
-
-
 class HiddenRows:
-    """Reads the layers of a cache out of `files`, which reads its arrays' rows; safe for several threads."""
+    """Reads the layers of a cache out of `rows`, which reads those of its arrays; safe for several threads."""
 
-    def __init__(self, manifest: Manifest, layers: Sequence[int], files: Rows):
+    def __init__(self, manifest: Manifest, layers: Sequence[int], rows: Rows):
         self.layers = tuple(layers)
-        self.files = files
-        self.compressed = manifest.compress != "none"
+        self.rows = rows
         self.quantised = manifest.dtype == "int8"
         self.columns = [manifest.layers.index(layer) for layer in layers]
         self.shape = (len(manifest.layers), manifest.width)
         self._piece_rows = piece_rows(manifest.width, torch.device("cpu"))
         # Not a method: a cycle would hold the files open for as long as the collector pleases.
-        read = partial(_read_channels, files, self.shape, self.columns)
+        read = partial(_read_channels, rows.files, self.shape, self.columns)
         kept_shards = CHANNELS_BYTES // (8 * len(self.layers) * manifest.width)
         self._channels = lru_cache(maxsize=max(1, kept_shards))(read)
         self._of_thread = threading.local()
@@ -69,17 +57,13 @@ class HiddenRows:
 
     def _read_layer(self, shard: Shard, layer: int, span: Span, out_mD: npt.NDArray[np.generic]) -> None:
         with reading(shard, layer_name(layer)):
-            if not self.compressed:
-                self.files.read(shard, layer_name(layer), span, out_mD)
-                return
-            rows_mD = shard.read_rows(layer, span.first, span.after)
-            out_mD[:] = rows_mD if span.picked is None else rows_mD[span.picked]
+            self.rows.read(shard, layer_name(layer), span, out_mD)
 
     def _read_quantised(self, shard: Shard, span: Span, out_LmD: npt.NDArray[np.generic]) -> None:
         m, width = out_LmD.shape[1:]
         scale_mM = self._scratch("scale", (m, self.shape[0]), np.float32)
         with reading(shard, SCALE):
-            self.files.read(shard, SCALE, span, scale_mM)
+            self.rows.read(shard, SCALE, span, scale_mM)
         q_mD = self._scratch("q", (m, width), np.int8)
         x_mD = torch.from_numpy(self._scratch("x", (self._piece_rows, width), np.float32))
         for at, channels in enumerate(self._channels(shard)):
@@ -99,12 +83,12 @@ class HiddenRows:
         return held[: shape[0]]
 
 
-def _read_channels(files: Rows, shape: tuple[int, int], columns: list[int], shard: Shard) -> list[Channels]:
+def _read_channels(files: RowFiles, shape: tuple[int, int], columns: list[int], shard: Shard) -> list[Channels]:
     """Of each layer of a selection. shape: [M, D]."""
     found = []
     for name in CHANNEL_ARRAYS:
         values_MD = np.empty(shape, np.float32)
         with reading(shard, name):
-            files.read(shard, name, Span(0, shape[0]), values_MD)
+            read_small(files, shard, name, values_MD)
         found.append(torch.from_numpy(values_MD[columns]))
     return [Channels(mean_D, std_D) for mean_D, std_D in zip(*found, strict=True)]

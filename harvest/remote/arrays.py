@@ -15,7 +15,7 @@ import numpy.typing as npt
 import xxhash
 
 from routesae.harvest import arrays
-from routesae.harvest.arrays import Array, BadArray
+from routesae.harvest.arrays import Array, BadArray, ChunkHasher, Hashed
 from routesae.harvest.remote.blocks import blocks
 from routesae.harvest.remote.folder import RemoteFolder, Stored
 from routesae.harvest.untrusted import LARGEST_BYTES, BadFile, parse_json
@@ -45,12 +45,12 @@ class RemoteArray:
         """The bytes of all rows, in order, some megabytes at a time."""
         return self.folder.pieces(object_name(len(self.shape)), self.stored, self.nbytes)
 
-    def hash(self) -> str:
-        """As routesae.harvest.arrays.array_hash of the same array on disk."""
-        hasher = xxhash.xxh3_64()
+    def hashes(self) -> Hashed:
+        """As routesae.harvest.arrays.array_hashes of the same array on disk."""
+        hasher = ChunkHasher(self.row_bytes)
         for piece in self.pieces():
-            hasher.update(piece)
-        return hasher.hexdigest()
+            hasher.update(memoryview(piece))
+        return hasher.finish()
 
     def read(self) -> Array:
         """All of it, in memory: for arrays of a few bytes a token."""

@@ -139,6 +139,14 @@ class BlockCache:
         except CancelledError:  # as another that was under way failed
             return self.open(key, size, read)
 
+    def drop(self, key: str) -> None:
+        """Let go of a block, which is then fetched anew where it is asked for."""
+        with self._lock:
+            if key in self._kept and key not in self._pinned:
+                with suppress(OSError):
+                    self._path(key).unlink()
+                self._forget(key)
+
     def whole(self, key: str, size: int, pieces: Callable[[], Iterable[Data]]) -> Path:
         """A file of `size` bytes that stays as long as this process runs, made of pieces that are fetched once."""
         with self._whole_lock:

@@ -158,6 +158,14 @@ def test_replies_of_the_data_stand_beside_the_texts(saes: Path, tmp_path: Path) 
     assert (text["given"], text["chosen"], text["rejected"]) == ("a row", "yes", "no")
 
 
+def test_prompts_are_of_the_field_asked_for_and_no_more_than_asked_for(saes: Path, tmp_path: Path) -> None:
+    lines = [json.dumps({"question": text, "prompt": "another"}) for text in PROMPTS]
+    (tmp_path / "asked.jsonl").write_text("\n".join(lines))
+    asked = {"prompts": str(tmp_path / "asked.jsonl"), "text_field": "question", "max_prompts": 2}
+    texts = clamped(saes / "topk", prompt=("a shard",), max_new_tokens=1, **asked)["texts"]
+    assert [text["given"] for text in texts] == ["a shard", PROMPTS[0]]
+
+
 def test_a_chat_template_is_used_where_there_is_one(saes: Path, tiny_model: Path, tmp_path: Path) -> None:
     model = shutil.copytree(tiny_model, tmp_path / "chatty")
     tokenizer = load_tokenizer(str(tiny_model))

@@ -21,7 +21,16 @@ from transformers import AutoTokenizer
 
 from routesae.analyze.contexts import best as contexts_best
 from routesae.analyze.contexts import collect as contexts_collect
-from routesae.analyze.contexts.file import SAMPLES, Context, ContextsFile, read_contexts
+from routesae.analyze.contexts.file import (
+    CONTEXTS,
+    FACTS,
+    FORMAT,
+    LATENTS,
+    SAMPLES,
+    Context,
+    ContextsFile,
+    read_contexts,
+)
 from routesae.analyze.contexts.run import ContextResult, ContextSettings, contexts
 from routesae.analyze.run import AnalyzeSettings, analyze
 from routesae.cli import main
@@ -462,6 +471,29 @@ def test_missing_and_damaged_files_are_named(hostile_cache: Cache, copied: Calla
         analyze(AnalyzeSettings(cache=str(hostile_cache.path), saes=(str(folder),), metrics=("L0",), device="cpu"))
 
 
+def test_damage_that_opening_does_not_show_is_named_when_it_is_read(
+    hostile_cache: Cache, copied: Callable[[str], Path]
+) -> None:
+    folder = copied("topk")
+    run(hostile_cache, folder)
+    whole = (folder / CONTEXTS).read_bytes()
+    (folder / CONTEXTS).write_bytes(whole[:4] + bytes(200) + whole[204:])  # the head of its first column's first page
+    file = read_contexts(folder)
+    with pytest.raises(WrongInput, match=r"contexts.parquet cannot be read"):
+        list(file.latents())
+
+
+def test_contexts_of_another_format_are_refused(hostile_cache: Cache, copied: Callable[[str], Path]) -> None:
+    folder = copied("topk")
+    run(hostile_cache, folder)
+    for name in (CONTEXTS, LATENTS):
+        table = pq.read_table(folder / name)
+        facts = {**json.loads(table.schema.metadata[FACTS]), "format": FORMAT + 1}
+        pq.write_table(table.replace_schema_metadata({FACTS: json.dumps(facts)}), folder / name)
+    with pytest.raises(WrongInput, match=rf"is of format {FORMAT + 1}, not {FORMAT}, .* run routesae contexts again"):
+        read_contexts(folder)
+
+
 # --------------------------------------------------------------------------------------------- the command line
 
 
@@ -491,6 +523,13 @@ def test_the_command_counts_features_and_analyze_shows_them(
         "crosscoder": [str(features["crosscoder"]), "-"],
         "topk": [str(features["topk"]), "3.2500"],
     }
+
+
+def test_a_tables_row_tells_what_the_rule_keeps_from_what_was_written(tmp_path: Path) -> None:
+    counts = {"latents": 96, "features": 7, "chosen": 40, "contexts": 123}
+    row = ContextResult(sae="topk", folder=tmp_path, max_activation=2.5, **counts).row()
+    assert list(row) == ["sae", "latents", "Features", "chosen", "contexts", "strongest"]
+    assert list(row.values()) == ["topk", 96, 7, 40, 123, 2.5]
 
 
 def test_features_counted_by_different_thresholds_are_not_compared_in_silence(

@@ -12,11 +12,15 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 import pytest
+import xxhash
 import zarr
 
 from routesae.harvest.arrays import (
     ArrayWriter,
     BadArray,
+    ChunkHasher,
+    array_hash,
+    array_hashes,
     check_array,
     data_file,
     file_bytes,
@@ -275,3 +279,25 @@ def test_compressed_arrays_read_back_the_same_numbers(
     assert np.array_equal(zarr.open_array(str(tmp_path / "a"), mode="r")[:], array)
     if array.nbytes > 1000:
         assert len(raw(tmp_path / "a")) < file_bytes(shape, dtype, chunk_rows)
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((600, 7), "<f2"), ((512, 3), "|i1"), ((1, 9), "<f4"), ((300,), "<i4")])
+def test_both_hashes_are_xxh3_of_the_rows_and_of_each_256_however_the_bytes_are_cut(
+    shape: tuple[int, ...], dtype: str
+) -> None:
+    array = example(shape, dtype)
+    expected = [xxhash.xxh3_64_intdigest(array[at : at + 256].tobytes()) for at in range(0, len(array), 256)]
+    found = array_hashes(array)
+    assert found.whole == array_hash(array) == xxhash.xxh3_64_hexdigest(array.tobytes())
+    assert (found.chunks.dtype, found.chunks.tolist()) == (np.uint64, expected)
+    for size in (1, 1000, 256 * array[:1].nbytes, 10_000):
+        hasher = ChunkHasher(array[:1].nbytes)
+        for at in range(0, array.nbytes, size):
+            hasher.update(memoryview(array.tobytes())[at : at + size])
+        cut = hasher.finish()
+        assert (cut.whole, cut.chunks.tolist()) == (found.whole, expected)
+
+
+def test_no_rows_have_no_chunks() -> None:
+    found = array_hashes(np.empty((0, 5), np.float16))
+    assert (found.whole, found.chunks.tolist()) == (xxhash.xxh3_64_hexdigest(b""), [])

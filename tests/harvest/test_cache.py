@@ -19,7 +19,7 @@ import zarr
 
 from routesae.harvest.arrays import BadArray, array_hash
 from routesae.harvest.cache import Cache
-from routesae.harvest.manifest import Manifest, layer_name, shard_name, shard_order
+from routesae.harvest.manifest import LATER_FIELDS, Manifest, layer_name, shard_arrays, shard_name, shard_order
 from routesae.harvest.run import harvest
 from routesae.harvest.settings import HarvestSettings
 from routesae.harvest.statistics import stored_statistics
@@ -87,7 +87,19 @@ def test_manifest_says_what_was_harvested(tiny_cache: Cache, tiny_model: Path, t
     assert manifest.token_bytes == 4 * (32 * 2 + 8)
 
 
-@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Manifest)])
+def test_a_manifest_of_before_chunk_hashes_is_read_and_stays_as_it_is(tiny_cache: Cache) -> None:
+    data = tiny_cache.manifest.to_dict()
+    assert data.pop("chunk_hashes") is True
+    older = Manifest.from_dict(data)
+    assert older == dataclasses.replace(tiny_cache.manifest, chunk_hashes=False)
+    assert older.to_dict() == data
+    assert set(shard_arrays(tiny_cache.manifest)) - set(shard_arrays(older)) == {"chunk_hashes"}
+
+
+REQUIRED = [field.name for field in dataclasses.fields(Manifest) if field.name not in LATER_FIELDS]
+
+
+@pytest.mark.parametrize("name", REQUIRED)
 def test_a_manifest_that_lacks_a_field_is_refused(name: str, tiny_cache: Cache) -> None:
     data = tiny_cache.manifest.to_dict()
     del data[name]
@@ -115,6 +127,8 @@ IMPOSSIBLE = [
     ("layers", ["2"]),
     ("special_ids", None),
     ("compress", "lz4"),
+    ("chunk_hashes", 1),
+    ("chunk_hashes", None),
 ]
 
 
@@ -203,9 +217,41 @@ def test_records_say_rows_kept_and_the_xxh3_of_every_array(tiny_cache: Cache) ->
         assert record.rows == (index * 128, min(562, (index + 1) * 128))
         assert (record.kept, record.batch_sequences) == (shard["order"].shape[0], 8)
         arrays = ["token_ids", "order", "layer_02", "layer_03", "layer_04", "layer_05", "token_mean", "token_std"]
+        arrays += ["chunk_hashes"]
         assert sorted(arrays) == sorted(shard.array_keys())
         assert record.hashes == {name: xxhash.xxh3_64_hexdigest(shard[name][:].tobytes()) for name in arrays}
     assert tiny_cache.manifest.tokens_hash == xxhash.xxh3_64_hexdigest(group["tokens"][:].tobytes())
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_chunk_hashes_are_the_xxh3_of_every_256_rows_of_every_array_that_has_a_row_a_token(
+    dtype: str, tiny_cache: Cache, int8_cache: Cache
+) -> None:
+    group = zarr.open_group(str((tiny_cache if dtype == "float16" else int8_cache).path), mode="r")
+    expected = ["layer_02", "layer_03", "layer_04", "layer_05", "token_mean", "token_std"]
+    expected += ["token_scale"] if dtype == "int8" else []
+    for index in range(5):
+        shard = group[f"shard-{index:05d}"]
+        hashes = shard["chunk_hashes"]
+        assert list(hashes.attrs["columns"]) == expected
+        chunks = -(-len(shard["order"][:]) // 256)
+        assert (hashes.dtype, hashes.shape) == (np.uint64, (chunks, len(expected)))
+        for column, name in enumerate(expected):
+            rows = shard[name][:]
+            for chunk in range(chunks):
+                of_rows = xxhash.xxh3_64_intdigest(rows[chunk * 256 : (chunk + 1) * 256].tobytes())
+                assert hashes[chunk, column] == of_rows
+
+
+@pytest.mark.parametrize("name", ["order", "token_ids", "chunk_hashes"])
+def test_a_flipped_bit_of_a_small_array_is_found_where_it_is_read(name: str, cache: Cache) -> None:
+    (file,) = (path for path in (cache.folder / "shard-00001" / name / "c").rglob("*") if path.is_file())
+    data = bytearray(file.read_bytes())
+    data[9] ^= 4
+    file.write_bytes(data)
+    with pytest.raises(BadArray, match=f"{name}: checksum differs"):
+        cache.shard(1).read(name)
+    assert len(cache.shard(2).read(name))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
@@ -382,4 +428,4 @@ def test_rows_of_a_compressed_layer_are_those_of_the_plain_one(
         expected = plain.read(layer_name(layer))
         assert np.array_equal(packed.shard(0).read(layer_name(layer)), expected)
         for first, after in ((0, 256), (100, 700), (len(expected) - 3, len(expected))):
-            assert np.array_equal(packed.shard(0).read_rows(layer, first, after), expected[first:after])
+            assert np.array_equal(packed.shard(0).read_rows(layer_name(layer), first, after), expected[first:after])

@@ -280,7 +280,7 @@ def test_an_object_that_is_short_changed_or_gone_is_named(small_remote: Cache, s
     for fault in ("short", "short and says so"):
         s3.fault = lambda request, fault=fault: fault if request.range and "/layer_03/c" in request.path else None
         with pytest.raises((FailedRun, Exception), match=r"bytes|does not answer") as raised:
-            Cache(s3_url).shard(0).hash("layer_03")
+            Cache(s3_url).shard(0).hashes("layer_03")
         assert type(raised.value).__name__ in ("FailedRun", "BadArray")
     s3.fault = lambda request: None
     shard = Cache(s3_url).shard(0)

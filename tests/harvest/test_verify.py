@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zarr
 
+from routesae.harvest.arrays import array_hash
 from routesae.harvest.cache import Cache
 from routesae.harvest.run import harvest
 from routesae.harvest.settings import HarvestSettings
@@ -111,6 +113,25 @@ def test_the_digest_is_of_what_is_read_and_not_of_what_is_recorded(tiny_cache: C
     found = examine(str(folder))
     assert found.problems == ["shard-00001/layer_02: checksum differs from the one recorded"]
     assert found.digest == examine(str(tiny_cache.path)).digest
+
+
+def test_a_bit_of_chunk_hashes_is_found_and_not_in_the_digest(tiny_cache: Cache, folder: Path) -> None:
+    """They say again what the digest is of: a cache of before there were any has the same."""
+    flip(data_of(folder / "shard-00003" / "chunk_hashes"), 40)
+    found = examine(str(folder))
+    assert found.problems == ["shard-00003/chunk_hashes: checksum differs from the one recorded"]
+    assert found.digest == examine(str(tiny_cache.path)).digest
+
+
+def test_chunk_hashes_that_are_as_recorded_and_not_of_the_rows_are_found(folder: Path) -> None:
+    """Else a trainer refused what repair leaves."""
+    array = folder / "shard-00003" / "chunk_hashes"
+    flip(data_of(array), 8 * (6 + 1))  # the second chunk, layer 3
+    record = json.loads((folder / "shard-00003" / "zarr.json").read_text())["attributes"]
+    hashes_CA = zarr.open_array(str(array), mode="r")[:]
+    change(folder / "shard-00003" / "zarr.json", hashes={**record["hashes"], "chunk_hashes": array_hash(hashes_CA)})
+    assert verify(str(folder)) == ["shard-00003/chunk_hashes: not those of layer_03, from row 256 on"]
+    assert repair(str(folder)).removed == ["shard-00003"]
 
 
 # --------------------------------------------------------------------------------------------------- repair

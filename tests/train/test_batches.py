@@ -24,7 +24,7 @@ from routesae.harvest.manifest import Manifest, ShardRecord
 from routesae.harvest.statistics import row_statistics
 from routesae.harvest.writing import begin_cache, write_shard
 from routesae.reporting import FailedRun, WrongInput
-from routesae.train import rows
+from routesae.train import row_files
 from routesae.train.batches import (
     BLOCK_ROWS,
     Batch,
@@ -56,6 +56,7 @@ def make_cache(path: Path, **changes: Any) -> Cache:
         "dtype": "float16",
         "compress": "none",
         "seed": 0,
+        "chunk_hashes": True,
     } | changes
     manifest = Manifest(
         **{**text, **counts, **given},
@@ -343,7 +344,7 @@ def test_a_damaged_layer_is_an_error_that_names_it(
 def test_a_shard_lost_while_training_stops_it_and_is_named(
     caches: Callable[[str], Cache], tmp_path: Path, compress: str, damage: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rows, "OPEN_FILES", 1)  # one that is held open is read on, lost or not
+    monkeypatch.setattr(row_files, "OPEN_FILES", 1)  # one that is held open is read on, lost or not
     cache = Cache(copied(caches(compress), tmp_path))
     selection = training(cache)
     for shard in selection.shards:
@@ -487,7 +488,7 @@ def descriptors_of(folder: Path) -> list[str]:
 def test_few_files_are_open_at_once_and_none_afterwards(
     position_cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rows, "OPEN_FILES", 5)
+    monkeypatch.setattr(row_files, "OPEN_FILES", 5)
     selection = training(position_cache)  # 27 layer files and 18 of statistics
     plans = epoch_plans(selection, seed=0, epoch=0, batch_tokens=100)
     held, seen = 0, []

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -21,10 +21,10 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from routesae.harvest.cache import Cache
-from routesae.reporting import WrongInput
+from routesae.reporting import Progress, WrongInput
 from routesae.train import distributed, run
 from routesae.train.batches import Block, Selection, epoch_plans, largest_share, share_of, tokens_of
-from routesae.train.distributed import ALONE, Ranks, batch_kth_largest, batch_mean, batch_rows
+from routesae.train.distributed import ALONE, SMALL_NUMBERS, Ranks, batch_kth_largest, batch_mean, batch_rows
 from routesae.train.run import planned, step_tokens, train
 from routesae.train.settings import TrainSettings, settings_of
 
@@ -157,7 +157,7 @@ def train_alone(path: Path, out: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     "names",
     [
-        ["topk", "batchtopk", "top2"],
+        ["topk", "batchtopk", "top2", "random"],
         pytest.param(list(RUNS), marks=pytest.mark.slow),
     ],
     ids=["some", "all"],
@@ -259,18 +259,24 @@ def test_a_process_that_cannot_read_its_rows_ends_both_after_a_checkpoint_of_the
 # ------------------------------------------------------------------------------------------------------- divided
 
 
+@pytest.mark.parametrize("then", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_weights_divided_between_two_processes_give_the_curves_and_a_checkpoint_of_one(
-    tiny_cache: Cache, tmp_path: Path
+    tiny_cache: Cache, tmp_path: Path, then: int
 ) -> None:
+    """then: how many go on; two divide what the checkpoint holds anew."""
     names = ["topk", "top2", "published"]
     path, out = config(tmp_path, tiny_cache, names, 100, checkpoint_every_steps=30), tmp_path / "out"
-    ranks = start(2, "--config", str(path), "--out", str(out), "--shard")
+    arguments = ("--config", str(path), "--out", str(out), "--shard")
+    ranks = start(2, *arguments)
     wait_for(30, out, ranks)
     ranks[0].send_signal(signal.SIGTERM)
     assert [code for code, _, _ in ended(ranks)] == [0, 0]
     whole = load_file(next((out / ".topk.partial").glob("step-*")) / "state.safetensors")
     assert whole["sae.W_dec_FD"].shape == whole["adam.1.exp_avg"].shape == (127, 32)
-    train_alone(path, out, resume=True)
+    if then == 1:
+        train_alone(path, out, resume=True)
+    else:
+        assert [code for code, _, _ in ended(start(then, *arguments, "--resume"))] == [0] * then
     train_alone(path, tmp_path / "one")
     for name in names:
         assert_same_curve(out / name, tmp_path / "one" / name)
@@ -282,8 +288,17 @@ def test_an_sae_divided_among_one_is_trained_stopped_and_saved_as_the_same_bytes
 ) -> None:
     names = ["topk", "top2", "gated"]
     path = config(tmp_path, tiny_cache, names, tokens=3000, checkpoint_every_steps=10)
-    for out, changes in (("plain", {}), ("divided", {how: True})):
-        train_alone(path, tmp_path / out, **changes)
+
+    def interrupt(progress: Progress) -> None:
+        if progress.done == 12:
+            raise KeyboardInterrupt
+
+    train_alone(path, tmp_path / "plain")
+    divided = settings_of({"out": str(tmp_path / "divided"), how: True, "resume": True}, str(path))
+    with pytest.raises(KeyboardInterrupt):
+        train(divided, interrupt)
+    assert newest(tmp_path / "divided") == 10
+    train(divided)
     for name in names:
         for file in (tmp_path / "plain" / name).glob("*.safetensors"):
             assert file.read_bytes() == (tmp_path / "divided" / name / file.name).read_bytes()
@@ -350,6 +365,31 @@ def test_a_mean_of_the_batch_weighs_each_ranks_rows_and_keeps_its_part_of_the_gr
     assert batch_rows(6) == 6
     assert batch_mean(values[0]) is not None
     assert ALONE.largest(3) == 3
+
+
+def test_every_gradient_is_summed_however_large_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a rank whose peer holds a copy of its gradients: each is doubled once, some when their sum is waited for."""
+
+    class UnderWay(NamedTuple):
+        tensor: torch.Tensor
+
+        def wait(self) -> None:
+            self.tensor.mul_(2)
+
+    def all_reduce(tensor: torch.Tensor, async_op: bool = False) -> UnderWay | None:
+        found = UnderWay(tensor)
+        return found if async_op else found.wait()
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    shapes = [(5,), (SMALL_NUMBERS - 1,), (2, 3), (SMALL_NUMBERS // 4, 4), (), (SMALL_NUMBERS + 1, 2)]
+    parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    before = [torch.randn(shape) for shape in shapes]
+    for parameter, grad in zip(parameters, before, strict=True):
+        parameter.grad = grad.clone()
+    Ranks(0, 2).sum_gradients([*parameters, torch.nn.Parameter(torch.zeros(3))])  # the last one has none
+    for parameter, grad in zip(parameters, before, strict=True):
+        assert parameter.grad is not None
+        assert torch.equal(parameter.grad, 2 * grad)
 
 
 def test_a_batch_of_fewer_tokens_than_processes_is_refused(
