@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--shard-tokens", type=int, default=4096, help="Of the LM's rounds.")
     parser.add_argument("--writer-tokens", type=int, default=32_768, help="Of the shard that the writer writes.")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--lm-dtype", default="auto")
     parser.add_argument(
         "--folder", default=None, help="On the disk to write to; the system's temporary one if absent."
     )
@@ -60,6 +61,7 @@ def main() -> None:
         tokens=args.shard_tokens * SHARDS_A_ROUND,
         shard_tokens=args.shard_tokens,
         device=args.device,
+        lm_dtype=args.lm_dtype,
     )
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         settings = HarvestSettings(**{**vars(settings), "out": str(Path(folder, "shards"))})
