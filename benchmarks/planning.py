@@ -21,7 +21,7 @@ from routesae.harvest.manifest import token_bytes
 BLOCKS, WIDTH, MLP_WIDTH, KEY_VALUE_WIDTH = 16, 2048, 8192, 512  # of Llama-3.2-1B
 LAYERS = range(BLOCKS // 4, 3 * BLOCKS // 4 + 1)
 CONTEXT, LATENTS = 512, 8 * WIDTH
-HARVEST, STEP = 0.996, 2.0
+HARVEST, STEP = 0.89, 2.0
 
 
 def main() -> None:
