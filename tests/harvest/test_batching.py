@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from routesae.harvest import batching, buffer
+from routesae.harvest import batching, buffer, run
 from routesae.harvest.cache import Cache
 from routesae.harvest.lm import LanguageModel, run_until
 from routesae.harvest.run import harvest
@@ -112,6 +112,26 @@ def test_where_nothing_fits_the_run_fails_with_the_remedy(
     assert "\n" not in str(error.value)
     assert tried == ([8] if asked else [8, 4, 2, 1])
     assert Cache(tmp_path / "shards").missing() == [0]
+
+
+@pytest.mark.parametrize(("amx", "lm_dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_the_lm_runs_in_bfloat16_where_the_cpu_has_tiles(
+    amx: bool, lm_dtype: str, tiny_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "has_amx", lambda: amx)
+    cache = harvest(tiny_settings(out=str(tmp_path / "shards"), tokens=2048, lm_dtype="auto"))
+    assert cache.manifest.lm_dtype == lm_dtype
+
+
+@pytest.mark.parametrize("width", [4, 6, 7])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_rows_of_any_width_are_copied_whole(width: int, dtype: torch.dtype) -> None:
+    rows_nD = torch.arange(5.0 * width).view(5, width).to(dtype)
+    stored_LnD = torch.zeros(2, 5, width, dtype=dtype)
+    order = torch.tensor([3, 0, 4, 1, 2])
+    buffer._words(stored_LnD[1]).index_copy_(0, order, buffer._words(rows_nD))
+    assert torch.equal(stored_LnD[1][order], rows_nD)
+    assert not stored_LnD[0].any()
 
 
 def test_how_the_lm_runs_is_said_once(
