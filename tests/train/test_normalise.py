@@ -8,7 +8,8 @@ from torch import Tensor
 
 from routesae.reporting import WrongInput
 from routesae.train.saes import Recipe, build
-from routesae.train.saes.normalise import dataset_scale, geometric_median, normalise, normalise_layers
+from routesae.train.saes.normalise import dataset_scale, normalise, normalise_layers
+from routesae.train.saes.starts import geometric_median
 
 L, N, D, LATENTS, K = 3, 40, 16, 48, 5
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from routesae.train.saes import Forward, Recipe, RouteSAE, build
-from routesae.train.saes.normalise import NormalisedLayers, geometric_median, normalise_layers
+from routesae.train.saes.normalise import NormalisedLayers, normalise_layers
 from routesae.train.saes.routers import CONTROLS, ROUTERS, balance_loss, hashed_layers, rows
 from routesae.train.saes.single import SingleLayerSAE
+from routesae.train.saes.starts import geometric_median
 
 L, N, D, LATENTS, K = 3, 40, 16, 48, 5
 NONE_DEAD = torch.zeros(LATENTS, dtype=torch.bool)

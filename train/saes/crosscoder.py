@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from routesae.train.distributed import batch_mean, own_rows
 from routesae.train.kernels import encode_above
 from routesae.train.losses import Objective, norm_mse
-from routesae.train.saes.normalise import NormalisedLayers, geometric_median
+from routesae.train.saes.normalise import NormalisedLayers
 from routesae.train.saes.penalty import PenaltyWeight
 from routesae.train.saes.sae import PUBLISHED_DECODER_STEPS, SAE, Forward, Recipe
 from routesae.train.saes.single import checked
+from routesae.train.saes.starts import geometric_median, least_active
 from routesae.train.search import Encoder
 
 CROSSCODER = "crosscoder.safetensors"
@@ -85,10 +86,14 @@ class Crosscoder(SAE):
 
     @torch.no_grad()
     def initialise(self, x: NormalisedLayers | Tensor) -> None:
-        if not self.recipe.published:
-            median_C = torch.cat([geometric_median(x_ND) for x_ND in x])
-            self.b_dec_C.copy_(median_C)
-            self.b_enc_F.copy_(-(self.W_enc_FC @ median_C))  # f starts from x − b_d, as the other variants read it
+        x_NC = torch.cat(list(x), dim=1)
+        self.penalty.start(x_NC)
+        if self.recipe.published:
+            return
+        median_C = torch.cat([geometric_median(x_ND) for x_ND in x])
+        self.b_dec_C.copy_(median_C)
+        # f starts from x − b_d, as the other variants read it, and with k latents active.
+        self.b_enc_F.copy_(-(self.W_enc_FC @ median_C) - least_active(x_NC - median_C, self.W_enc_FC, self.k))
 
     def rate_factors(self) -> dict[nn.Parameter, float]:
         """As for an SAE over one layer."""

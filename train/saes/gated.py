@@ -6,6 +6,7 @@
     loss = NormMSE(x, x̂) + λ · mean over tokens of ‖ReLU(π)‖₁
            + NormMSE(x, W_decᵀ ReLU(π) + b_dec) with W_dec and b_dec held fixed   (eq. 8)
 
+b_gate starts where k latents are active on a sample of the data; the paper starts at zero, with half of them active.
 With --recipe published: NormMSE + λ times the mean of f over tokens and latents, and no auxiliary term. b_gate then
 has no gradient at all (nothing differentiable reaches it), which is what the published RouteSAE code does.
 
@@ -25,6 +26,7 @@ from routesae.train.losses import mean_over_rows, norm_mse
 from routesae.train.saes.penalty import PenaltyWeight
 from routesae.train.saes.sae import Forward, Recipe
 from routesae.train.saes.single import SingleLayerSAE
+from routesae.train.saes.starts import least_active
 from routesae.train.search import Encoder
 
 
@@ -80,6 +82,13 @@ class Gated(SingleLayerSAE):
         by_gate_ND = pairs.decode(gate_P, self.W_dec_FD.detach(), self.b_dec_D.detach())
         penalty = mean_over_rows(pairs.by_token(gate_P), weights_N)
         return out._replace(penalty=penalty, auxiliary=norm_mse(x_ND, by_gate_ND, weights_N))
+
+    @torch.no_grad()
+    def centre(self, x_ND: Tensor) -> None:
+        super().centre(x_ND)
+        self.penalty.start(x_ND)
+        if not self.recipe.published:
+            self.b_gate_F.copy_(-least_active(x_ND - self.b_dec_D, self.W_enc_FD, self.k))
 
     def encoder(self) -> Encoder:
         return Encoder(self.W_enc_FD, None, self.b_dec_D, self.chunk_rows)  # the two paths have biases of their own

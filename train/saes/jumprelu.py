@@ -37,10 +37,10 @@ from routesae.train.kernels import (
 from routesae.train.losses import Objective, mean_over_rows
 from routesae.train.saes.sae import Forward, Recipe
 from routesae.train.saes.single import SingleLayerSAE
+from routesae.train.saes.starts import least_active
 
 BANDWIDTH = 0.5  # ε, in units of z, whose inputs have norm √D
 TARGET_WEIGHT = 1.0  # μ
-SAMPLE_TOKENS = 1024  # that θ starts from
 PUBLISHED_THRESHOLD = PUBLISHED_BANDWIDTH = 0.001
 
 
@@ -88,11 +88,8 @@ class JumpReLU(SingleLayerSAE):
     @torch.no_grad()
     def centre(self, x_ND: Tensor) -> None:
         super().centre(x_ND)
-        if self.recipe.published:
-            return
-        z_NF = F.linear(x_ND[:SAMPLE_TOKENS] - self.b_dec_D, self.W_enc_FD, self.b_enc_F)
-        active = min(self.k * len(z_NF), z_NF.numel() - 1)
-        self.threshold_F.fill_(torch.kthvalue(-z_NF.flatten(), active + 1).values.neg())
+        if not self.recipe.published:
+            self.threshold_F.copy_(least_active(x_ND - self.b_dec_D, self.W_enc_FD, self.k))
 
     @torch.no_grad()
     def encode(self, x_ND: Tensor) -> DenseLatents:

@@ -1,4 +1,4 @@
-"""Input normalisation and the starting point of b_dec.
+"""Input normalisation.
 
     token     x = (h − mean(h)) / (std(h) + 1e-6) over the width, per token and layer, unbiased std
     dataset   x = s·h, one scalar s for all the SAE's layers so that E‖x‖ = √D
@@ -21,8 +21,6 @@ from torch import Tensor
 NORMALIZATIONS = ("token", "dataset", "none")
 EPSILON = 1e-6
 WEIGHTED_CHUNK_ROWS = 256
-MEDIAN_STEPS = 20  # Weiszfeld's iteration is well settled by then on normalised hidden states
-MEDIAN_STILL = 1e-5  # a last move so much shorter than the distance to the rows
 
 
 class Normalised(NamedTuple):
@@ -181,16 +179,3 @@ def dataset_scale(hidden_LND: Tensor) -> float:
     """s of "dataset", from a sample: √D over the mean norm of its hidden states."""
     norms_LN = torch.linalg.vector_norm(hidden_LND.float(), dim=2)
     return float(hidden_LND.shape[2] ** 0.5 / norms_LN.double().mean().clamp(min=EPSILON))
-
-
-def geometric_median(x_ND: Tensor) -> Tensor:
-    """The point of least summed distance to the N rows, by Weiszfeld's iteration from the mean."""
-    median_D = x_ND.mean(0)
-    for _ in range(MEDIAN_STEPS):
-        before_D = median_D
-        weights_N = 1 / torch.linalg.vector_norm(x_ND - before_D, dim=1).clamp(min=EPSILON)
-        median_D = weights_N @ x_ND / weights_N.sum()
-        distance = len(x_ND) / weights_N.sum()  # to the rows, their harmonic mean
-        if torch.linalg.vector_norm(median_D - before_D) <= MEDIAN_STILL * distance:
-            break
-    return median_D

@@ -4,6 +4,12 @@
 
 A λ that works on one LM, layer and width is of no use on the next, while "about k active latents" means the same
 everywhere; so steering is the default of the variants whose papers sweep λ (vanilla, gated, crosscoder).
+
+It starts at λ = 2σ/‖x‖², σ = ‖x‖/√C the size of a pre-activation at the start (W_enc's rows have unit norm): an
+active latent f lowers NormMSE by up to f²/‖x‖², which is then worth its penalty from f = 2σ on. At three times as
+much latents die, at ten times nearly all; at a fifth L0 first rises severalfold, and errors are larger at the end
+(benchmarks/RESULTS.md). C: how many numbers an input has. A crosscoder's latent, as long in each of the L layers,
+costs √L times as much.
 """
 
 from __future__ import annotations
@@ -17,6 +23,8 @@ from routesae.train.distributed import batch_mean
 from routesae.train.saes.sae import Recipe
 
 RATE = 0.05
+START = 2.0
+_TINY = 1e-6  # keeps inputs that are all zero out of 1/0
 
 
 class PenaltyWeight(nn.Module):
@@ -25,13 +33,17 @@ class PenaltyWeight(nn.Module):
     def __init__(self, recipe: Recipe):
         super().__init__()
         self.fixed = recipe.sparsity
-        # About a tenth of NormMSE where k latents of a √D-long input are active: Σf ≈ √(k·D). Over L layers side by
-        # side a single latent explains L times less at first and its norms sum to √L, so that at more than this all
-        # latents of a crosscoder died within ten steps, before λ could be steered.
         layers = len(recipe.layers) if recipe.sae == "crosscoder" else 1
-        start = 0.1 / (math.sqrt(recipe.k * recipe.width * layers) * layers)
-        self.register_buffer("steered", torch.tensor(start))
+        self.cost = math.sqrt(layers)  # what f = 1 adds to the penalty
+        numbers = layers * recipe.width
+        self.register_buffer("steered", torch.tensor(START / (numbers * self.cost)))  # for inputs of norm √C
         self.steered: Tensor
+
+    @torch.no_grad()
+    def start(self, x_NC: Tensor) -> None:
+        """λ for inputs like x_NC, a sample of the normalised ones."""
+        size = torch.linalg.vector_norm(x_NC, dim=1).mean().clamp(min=_TINY)
+        self.steered.copy_(START / (size * math.sqrt(x_NC.shape[1]) * self.cost))
 
     @torch.no_grad()
     def steer(self, l0: Tensor, k: int) -> None:

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from routesae.reporting import WrongInput
 from routesae.train.kernels import AnyLatents, decode
 from routesae.train.losses import AUXK_WEIGHT, Objective, auxk, norm_mse
-from routesae.train.saes.normalise import NormalisedLayers, geometric_median
+from routesae.train.saes.normalise import NormalisedLayers
 from routesae.train.saes.sae import SAE, Forward, Recipe
+from routesae.train.saes.starts import geometric_median
 from routesae.train.search import Encoder
 
 WEIGHTS = "sae_weights.safetensors"

@@ -4,7 +4,8 @@
     x̂ = W_decᵀ f + b_dec
     loss = NormMSE(x, x̂) + λ · mean over tokens of Σ_i f_i‖d_i‖
 
-The decoder's rows are free: the penalty weighs them, so that shrinking f and growing d gains nothing.
+The decoder's rows are free: the penalty weighs them, so that shrinking f and growing d gains nothing. b_enc starts
+where k latents are active on a sample of the data; the papers start at zero, with half of them active.
 With --recipe published: unit rows, and λ times the plain mean of f over tokens and latents.
 
 Dimension letters: N tokens, D width, F latents, P pairs of a token and a latent: all, or those that can be active.
@@ -20,6 +21,7 @@ from routesae.train.losses import mean_over_rows
 from routesae.train.saes.penalty import PenaltyWeight
 from routesae.train.saes.sae import Forward, Recipe
 from routesae.train.saes.single import SingleLayerSAE
+from routesae.train.saes.starts import least_active
 
 
 class Vanilla(SingleLayerSAE):
@@ -42,6 +44,13 @@ class Vanilla(SingleLayerSAE):
         reconstruction_ND = pairs.decode(f_P, self.W_dec_FD, self.b_dec_D)
         penalty = mean_over_rows(penalty_N, weights_N)
         return Forward(x_ND, reconstruction_ND, latents, penalty, weights_N=weights_N)
+
+    @torch.no_grad()
+    def centre(self, x_ND: Tensor) -> None:
+        super().centre(x_ND)
+        self.penalty.start(x_ND)
+        if not self.recipe.published:
+            self.b_enc_F.copy_(-least_active(x_ND - self.b_dec_D, self.W_enc_FD, self.k))
 
     def penalty_weight(self, sparsity_factor: float) -> Tensor | float:
         weight: Tensor | float = self.penalty(sparsity_factor)
