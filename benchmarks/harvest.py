@@ -5,7 +5,8 @@
 The LM: tokens/s of `harvest_shards` (hidden states taken, checked, shuffled, hashed and written) over tokens/s of
 the bare forward pass, cut after the same layer, over the same rows in the same batches. The writer: bytes/s of
 `write_shard` over bytes/s of open, write and fsync of files as many and as long, on the same disk. Both interleaved
-in one process; medians over rounds and of the ratios of each round, with their range.
+in one process; medians over rounds and of the ratios of each round, with their range. The process is set up as
+`routesae harvest` sets up its own.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # before torch is imported, as the command line has it
 
 import numpy as np
 import torch
@@ -86,8 +89,10 @@ def beside_the_lm(cache: Cache, settings: HarvestSettings, device: torch.device,
     def harvested() -> None:
         with Claims(cache.path) as claims:
             harvest_shards(cache, model, weights, claims, settings, silent)
+
+    def clear() -> None:
         for index in shards:
-            shutil.rmtree(cache.path / shard_name(index))
+            shutil.rmtree(cache.path / shard_name(index), ignore_errors=True)
 
     batch = settings.batch_sequences or 8
     rows_ST = torch.from_numpy(np.array(cache.tokens())).long().to(device)
@@ -100,7 +105,7 @@ def beside_the_lm(cache: Cache, settings: HarvestSettings, device: torch.device,
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    compare("harvest", harvested, "bare forward", bare, rows_ST.numel(), "tokens", rounds)
+    compare("harvest", harvested, "bare forward", bare, rows_ST.numel(), "tokens", rounds, clear)
 
 
 def beside_plain_writes(folder: Path, manifest: Manifest, tokens: int, rounds: int) -> None:
