@@ -30,8 +30,11 @@ from routesae.train.search import (
 )
 
 # Above this share of all pairs a dense product is faster than bags over the pairs (benchmarks/steps.py).
-SPARSE_BELOW = 1 / 20
+SPARSE_BELOW = 1 / 12
 PROBE_ROWS = 128  # that the share is estimated from
+# From so many pairs a token on, a CPU sums rows a few columns at a time: those of all rows then lie near a core, and
+# each is read again and again (benchmarks/steps.py: up to twice as fast; with fewer pairs no faster).
+MANY_PAIRS, COLUMNS = 64, 64
 BATCHTOPK_ROOM = 1.25  # pairs looked at for each that a batch keeps
 BATCHTOPK_PROBE = 512  # tokens that say where those begin
 
@@ -179,7 +182,7 @@ class Pairs:
 
     def rows_by_token(self, weights_M: Tensor, rows_FD: Tensor) -> Tensor:
         """[N, D]: for each token the sum of its latents' rows, weighted."""
-        return F.embedding_bag(self.latents_M, rows_FD, self.offsets_N, mode="sum", per_sample_weights=weights_M)
+        return self._sums(self.latents_M, rows_FD, self.offsets_N, weights_M)
 
     @cached_property
     def _grouped(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -196,7 +199,20 @@ class Pairs:
         """[F, D]: for each latent the sum of its tokens' rows, weighted; zero where it has none."""
         order_M, tokens_M, offsets_F = self._grouped
         weights_M = weights_M.index_select(0, order_M)  # several times faster than [order_M] on a CPU
-        return F.embedding_bag(tokens_M, rows_ND, offsets_F, mode="sum", per_sample_weights=weights_M)
+        return self._sums(tokens_M, rows_ND, offsets_F, weights_M)
+
+    def _sums(self, indices_M: Tensor, rows_RD: Tensor, offsets_B: Tensor, weights_M: Tensor) -> Tensor:
+        """[B, D]: of each of B bags, the weighted sum of the rows that its indices name."""
+        if rows_RD.device.type != "cpu" or len(indices_M) < MANY_PAIRS * self.tokens:
+            return F.embedding_bag(indices_M, rows_RD, offsets_B, mode="sum", per_sample_weights=weights_M)
+        sums_BD = rows_RD.new_empty(len(offsets_B), rows_RD.shape[1])
+        for first in range(0, rows_RD.shape[1], COLUMNS):
+            part = slice(first, first + COLUMNS)
+            rows_RC = rows_RD[:, part].contiguous()
+            sums_BD[:, part] = F.embedding_bag(
+                indices_M, rows_RC, offsets_B, mode="sum", per_sample_weights=weights_M
+            )
+        return sums_BD
 
 
 class _Decode(torch.autograd.Function):
