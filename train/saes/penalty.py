@@ -7,7 +7,7 @@ everywhere; so steering is the default of the variants whose papers sweep λ (va
 
 It starts at λ = 2σ/‖x‖², σ = ‖x‖/√C the size of a pre-activation at the start (W_enc's rows have unit norm): an
 active latent f lowers NormMSE by up to f²/‖x‖², which is then worth its penalty from f = 2σ on. At three times as
-much latents die, at ten times nearly all; at a fifth L0 first rises severalfold, and errors are larger at the end
+much latents die, at seven times most; at a fifth L0 first rises severalfold, and errors are larger at the end
 (benchmarks/RESULTS.md). C: how many numbers an input has. A crosscoder's latent, as long in each of the L layers,
 costs √L times as much.
 """
