@@ -10,8 +10,8 @@ from typing import Any
 import click
 
 from routesae import __version__
-from routesae.cache_commands import cache
-from routesae.options import (
+from routesae.console.cache_commands import cache
+from routesae.console.options import (
     CACHE,
     CACHE_BYTES,
     CACHE_DIR,
@@ -23,9 +23,9 @@ from routesae.options import (
     status_of,
     watching,
 )
+from routesae.console.terminal import COUNT, Commands, Numbers, shown, side_by_side, table
+from routesae.console.watch import Watch, configure_logging, status_beside, status_in
 from routesae.reporting import WrongInput
-from routesae.terminal import COUNT, Commands, Numbers, shown, side_by_side, table
-from routesae.watch import Watch, configure_logging, status_beside, status_in
 
 COMMANDLINE = click.core.ParameterSource.COMMANDLINE
 
@@ -257,8 +257,8 @@ def ablation(
     The same command goes on with a stopped one. Features, the latents that the published rule keeps, and Score are
     columns where contexts, and interpret, have read the SAEs.
     """
-    from routesae.analyze.ablation import VARIANTS
-    from routesae.analyze.ablation import ablation as run
+    from routesae.analyze.pipeline.ablation import VARIANTS
+    from routesae.analyze.pipeline.ablation import ablation as run
     from routesae.train.settings import settings_of
 
     scoring = {"tokens": options.pop("score_tokens"), "device": options["device"]}
@@ -309,8 +309,8 @@ def analyze(json_file: str | None, **options: Any) -> None:
 
     What follows ± is half of a 95 % confidence interval, by bootstrap over rows; --json has both its ends.
     """
-    from routesae.analyze.run import AnalyzeSettings
-    from routesae.analyze.run import analyze as run
+    from routesae.analyze.scores.run import AnalyzeSettings
+    from routesae.analyze.scores.run import analyze as run
 
     if json_file is not None and not Path(json_file).absolute().parent.is_dir():
         raise WrongInput(f"--json {json_file}: there is no folder {Path(json_file).parent} to write it to")
@@ -538,8 +538,8 @@ def run(config: str) -> None:
     A stage whose inputs have not changed and whose output is there is skipped; a stage without a table is not run.
     The same command goes on with a stopped one.
     """
-    from routesae.analyze.pipeline import run_pipeline
-    from routesae.analyze.pipeline_settings import read_pipeline
+    from routesae.analyze.pipeline.run import run_pipeline
+    from routesae.analyze.pipeline.settings import read_pipeline
 
     settings = read_pipeline(config)
     with watching(status_in(settings.out)) as report:
@@ -571,8 +571,8 @@ def convert(**options: Any) -> None:
 
     FILE is a .pt that it saved. Tensors are read from it; no code in it runs.
     """
-    from routesae.train.convert import ConvertSettings
-    from routesae.train.convert import convert as run
+    from routesae.train.folder.convert import ConvertSettings
+    from routesae.train.folder.convert import convert as run
 
     converted = run(ConvertSettings(**options))
     recipe, layers = converted.recipe, ", ".join(map(str, converted.recipe.layers))
@@ -590,7 +590,7 @@ def push(folder: str, repo: str, private: bool, message: str | None) -> None:
 
     REPO is user/name, or user/name/folder to keep several SAEs in one repository. Log in with `hf auth login`.
     """
-    from routesae.train.hub import push_sae
+    from routesae.train.folder.hub import push_sae
 
     click.echo(push_sae(Path(folder), repo, private=private, message=message))
 

@@ -25,10 +25,10 @@ import torch
 from routesae.analyze.contexts.collect import Collector, Wanted
 from routesae.analyze.contexts.table import choose, context_batches, kept_by_rule
 from routesae.analyze.contexts.windows import Vocabulary
-from routesae.analyze.run import load_harvested_tokenizer
-from routesae.harvest.cache import Cache
-from routesae.train.batches import Batch, Selection, cut_plans, load
-from routesae.train.checkpoint import load_sae
+from routesae.analyze.scores.run import load_harvested_tokenizer
+from routesae.harvest.cache.reader import Cache
+from routesae.train.folder.checkpoint import load_sae
+from routesae.train.loading.batches import Batch, Selection, cut_plans, load
 from routesae.train.saes import SAE, Recipe
 from routesae.train.saes.normalise import with_statistics
 from routesae.train.saes.sae import Forward

@@ -28,12 +28,12 @@ from typing import NamedTuple
 
 import torch
 
-from routesae.harvest.arrays import array_hash
-from routesae.harvest.cache import Cache
-from routesae.harvest.manifest import CHUNK_HASHES
-from routesae.harvest.verify import examine, repair
+from routesae.harvest.cache.arrays import array_hash
+from routesae.harvest.cache.manifest import CHUNK_HASHES
+from routesae.harvest.cache.reader import Cache
+from routesae.harvest.cache.verify import examine, repair
 from routesae.reporting import FailedRun, WrongInput
-from routesae.train.batches import Selection, epoch_plans, load
+from routesae.train.loading.batches import Selection, epoch_plans, load
 
 sys.path.insert(0, str(Path(__file__).parent))
 from synthetic import synthetic_cache

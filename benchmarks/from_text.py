@@ -129,7 +129,7 @@ def train_with_lm_in_the_loop(args: argparse.Namespace) -> None:
     from sae_lens.load_model import HookedProxyLM
     from torch import Tensor, nn
 
-    from routesae.harvest.lm import cut_after, load_lm, load_tokenizer
+    from routesae.harvest.lm.model import cut_after, load_lm, load_tokenizer
 
     lm = cut_after(load_lm(args.model, device=torch.device("cpu"), lm_dtype=args.peer_lm_dtype), args.layer)
 

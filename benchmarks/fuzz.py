@@ -38,14 +38,14 @@ from routesae.analyze.contexts.file import (
     read_contexts,
     write_contexts,
 )
-from routesae.harvest.arrays import BadArray, check_array, data_file, map_array, write_array
-from routesae.harvest.cache import Cache
-from routesae.harvest.inspect import describe
-from routesae.harvest.manifest import CHUNK_HASHES, SCALE
-from routesae.harvest.verify import verify, verify_shard
+from routesae.harvest.cache.arrays import BadArray, check_array, data_file, map_array, write_array
+from routesae.harvest.cache.inspect import describe
+from routesae.harvest.cache.manifest import CHUNK_HASHES, SCALE
+from routesae.harvest.cache.reader import Cache
+from routesae.harvest.cache.verify import verify, verify_shard
 from routesae.reporting import FailedRun, WrongInput
-from routesae.train.batches import Selection, read_sample
-from routesae.train.checkpoint import load_sae, save_sae
+from routesae.train.folder.checkpoint import load_sae, save_sae
+from routesae.train.loading.batches import Selection, read_sample
 from routesae.train.saes import Recipe, build
 from routesae.train.settings import settings_of
 from routesae.train.state import hash_of_facts, read_facts

@@ -26,17 +26,17 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # before torch is imported, 
 import numpy as np
 import torch
 
-from routesae.harvest import lm
-from routesae.harvest.arrays import Array
-from routesae.harvest.begin import open_or_begin
-from routesae.harvest.cache import Cache
-from routesae.harvest.claims import Claims
-from routesae.harvest.device import has_amx, pick_device, pick_lm_dtype
-from routesae.harvest.manifest import Manifest, ShardRecord, shard_name, shard_order
+from routesae.harvest.cache.arrays import Array
+from routesae.harvest.cache.manifest import Manifest, ShardRecord, shard_name, shard_order
+from routesae.harvest.cache.reader import Cache
+from routesae.harvest.cache.statistics import TokenStatistics, stored_statistics
+from routesae.harvest.cache.writer import write_shard
+from routesae.harvest.filling.begin import open_or_begin
+from routesae.harvest.filling.claims import Claims
+from routesae.harvest.filling.shards import harvest_shards
+from routesae.harvest.lm import model as lm
 from routesae.harvest.settings import HarvestSettings
-from routesae.harvest.shards import harvest_shards
-from routesae.harvest.statistics import TokenStatistics, stored_statistics
-from routesae.harvest.writing import write_shard
+from routesae.machine.device import has_amx, pick_device, pick_lm_dtype
 from routesae.reporting import silent
 
 SHARDS_A_ROUND = 4  # the last one's writing has nothing to hide beside, as in a harvest of thousands

@@ -21,12 +21,12 @@ from typing import Any
 import record
 import torch
 
-from routesae.analyze.run import AnalyzeSettings, analyze
-from routesae.harvest.cache import Cache
-from routesae.harvest.inspect import describe
+from routesae.analyze.scores.run import AnalyzeSettings, analyze
+from routesae.harvest.cache.inspect import describe
+from routesae.harvest.cache.reader import Cache
 from routesae.harvest.run import harvest
 from routesae.harvest.settings import HarvestSettings
-from routesae.train.batches import Selection, epoch_plans, load
+from routesae.train.loading.batches import Selection, epoch_plans, load
 from routesae.train.run import train
 from routesae.train.settings import settings_of
 

@@ -30,10 +30,10 @@ import numpy as np
 import torch
 from synthetic import drop_from_page_cache, synthetic_cache
 
-from routesae.harvest.arrays import data_file
-from routesae.harvest.cache import Cache
-from routesae.harvest.manifest import layer_name
-from routesae.train.batches import Selection, epoch_plans, load
+from routesae.harvest.cache.arrays import data_file
+from routesae.harvest.cache.manifest import layer_name
+from routesae.harvest.cache.reader import Cache
+from routesae.train.loading.batches import Selection, epoch_plans, load
 
 CPU = torch.device("cpu")
 WIDTH = 2048

@@ -26,13 +26,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from routesae.analyze.metrics import score_with_lm
-from routesae.analyze.run import load_harvested_lm
-from routesae.harvest.cache import Cache
-from routesae.harvest.device import pick_device
-from routesae.harvest.lm import LanguageModel
-from routesae.harvest.tokens import kept_positions
-from routesae.train.checkpoint import load_sae
+from routesae.analyze.scores.metrics import score_with_lm
+from routesae.analyze.scores.run import load_harvested_lm
+from routesae.harvest.cache.reader import Cache
+from routesae.harvest.corpus.tokens import kept_positions
+from routesae.harvest.lm.model import LanguageModel
+from routesae.machine.device import pick_device
+from routesae.train.folder.checkpoint import load_sae
 from routesae.train.run import train
 from routesae.train.saes import SAE, Crosscoder, RouteSAE
 from routesae.train.saes.normalise import normalise

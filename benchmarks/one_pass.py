@@ -16,9 +16,9 @@ from contextlib import ExitStack, closing
 
 import torch
 
-from routesae.harvest.cache import Cache
-from routesae.train.batches import Selection, load
+from routesae.harvest.cache.reader import Cache
 from routesae.train.jobs import jobs_of
+from routesae.train.loading.batches import Selection, load
 from routesae.train.run import _trainee, pace_of, planned
 from routesae.train.settings import settings_of
 from routesae.train.trainee import Inputs

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 
-from routesae.harvest.manifest import token_bytes
+from routesae.harvest.cache.manifest import token_bytes
 
 BLOCKS, WIDTH, MLP_WIDTH, KEY_VALUE_WIDTH = 16, 2048, 8192, 512  # of Llama-3.2-1B
 LAYERS = range(BLOCKS // 4, 3 * BLOCKS // 4 + 1)

@@ -21,14 +21,14 @@ import torch
 from peers import PEERS, Peer, Task
 from torch import Tensor
 
-from routesae.harvest.cache import Cache
-from routesae.train.batches import Selection, cut_plans, load
-from routesae.train.checkpoint import load_sae
+from routesae.harvest.cache.reader import Cache
+from routesae.train.folder.checkpoint import load_sae
+from routesae.train.loading.batches import Selection, cut_plans, load
 from routesae.train.losses import squared_error_shares
 from routesae.train.run import planned, train
 from routesae.train.saes.normalise import normalise
-from routesae.train.search import pre_activations
 from routesae.train.settings import settings_of
+from routesae.train.sparse.search import pre_activations
 
 CPU = torch.device("cpu")
 VARIANTS = ("topk", "batchtopk", "jumprelu", "gated", "vanilla", "routesae")

@@ -42,13 +42,13 @@ from transformers import (
 )
 from transformers import logging as transformers_logging
 
-from routesae.harvest import claims, shards
-from routesae.harvest.arrays import array_hash
-from routesae.harvest.cache import Cache
-from routesae.harvest.manifest import shard_arrays
+from routesae.harvest.cache.arrays import array_hash
+from routesae.harvest.cache.manifest import shard_arrays
+from routesae.harvest.cache.reader import Cache
+from routesae.harvest.cache.verify import verify
+from routesae.harvest.filling import claims, shards
 from routesae.harvest.run import harvest
 from routesae.harvest.settings import HarvestSettings
-from routesae.harvest.verify import verify
 from routesae.reporting import FailedRun, Stopped, WrongInput
 
 WIDTH, CONTEXT, SHARD_TOKENS, TOKENS = 32, 16, 2048, 20_000

@@ -24,9 +24,9 @@ import torch
 from playwright.sync_api import Browser, sync_playwright
 
 from routesae.analyze.contexts.file import KINDS, context_schema, write_contexts
-from routesae.analyze.identity import sae_identity
 from routesae.analyze.report.run import ReportSettings, write_report
-from routesae.train.checkpoint import save_sae
+from routesae.analyze.scores.identity import sae_identity
+from routesae.train.folder.checkpoint import save_sae
 from routesae.train.saes import Recipe, build
 
 OF_KIND = {"chosen": 8, "strong": 2, "middle": 2, "weak": 2}

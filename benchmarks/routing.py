@@ -20,15 +20,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from routesae.analyze.run import AnalyzeSettings, analyze
-from routesae.harvest.cache import Cache
-from routesae.harvest.lm import load_tokenizer
-from routesae.train.batches import Selection, cut_plans, load
-from routesae.train.checkpoint import load_sae
-from routesae.train.kernels import Latents
+from routesae.analyze.scores.run import AnalyzeSettings, analyze
+from routesae.harvest.cache.reader import Cache
+from routesae.harvest.lm.model import load_tokenizer
+from routesae.train.folder.checkpoint import load_sae
+from routesae.train.loading.batches import Selection, cut_plans, load
 from routesae.train.run import train
 from routesae.train.saes.normalise import normalise_layers
 from routesae.train.settings import RunSettings, TrainSettings
+from routesae.train.sparse.kernels import Latents
 
 CPU = torch.device("cpu")
 ROUTED: dict[str, dict[str, Any]] = {

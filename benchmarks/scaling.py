@@ -137,7 +137,7 @@ def time_steps(cache_path: str, point: Point, rounds: int) -> dict[str, float]:
     import steps
     from step_peers import Task, encoder_matmul, ours, read_batches
 
-    from routesae.harvest.cache import Cache
+    from routesae.harvest.cache.reader import Cache
 
     cache = Cache(cache_path)
     every = tuple(cache.manifest.layers)

@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from routesae.harvest import arrays
-from routesae.harvest.manifest import LayerStatistics, Manifest, ShardRecord, shard_name, shard_order
-from routesae.harvest.writing import begin_cache, write_shard
+from routesae.harvest.cache import arrays
+from routesae.harvest.cache.manifest import LayerStatistics, Manifest, ShardRecord, shard_name, shard_order
+from routesae.harvest.cache.writer import begin_cache, write_shard
 
 SHARDS, SHARD_ROWS, CONTEXT, WIDTH = 3001, 8, 129, 1024  # 1,024 kept tokens a shard, 2 MB a layer of it
 LAYERS = tuple(range(4, 20))

@@ -27,10 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from routesae.harvest.cache import Cache
-from routesae.harvest.manifest import STATISTICS
-from routesae.train.batches import Batch, Selection
+from routesae.harvest.cache.manifest import STATISTICS
+from routesae.harvest.cache.reader import Cache
 from routesae.train.jobs import jobs_of
+from routesae.train.loading.batches import Batch, Selection
 from routesae.train.run import _trainee, pace_of
 from routesae.train.settings import settings_of
 from routesae.train.trainee import Inputs

@@ -33,8 +33,8 @@ import record
 import torch
 from step_peers import Contender, Rows, Task, contenders, ours, read_batches
 
-from routesae.harvest.cache import Cache
-from routesae.harvest.device import keep_freed_memory
+from routesae.harvest.cache.reader import Cache
+from routesae.machine.device import keep_freed_memory
 
 WARM_UP_ROUNDS = 1
 BATCHES = 2

@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from routesae.harvest import arrays
-from routesae.harvest.cache import Cache
-from routesae.harvest.manifest import CHANNEL_ARRAYS, SCALE, STATISTICS, LayerStatistics, Manifest, ShardRecord
-from routesae.harvest.quantise import encoded
-from routesae.harvest.statistics import TokenStatistics, row_statistics
-from routesae.harvest.writing import begin_cache, write_shard
+from routesae.harvest.cache import arrays
+from routesae.harvest.cache.manifest import CHANNEL_ARRAYS, SCALE, STATISTICS, LayerStatistics, Manifest, ShardRecord
+from routesae.harvest.cache.quantise import encoded
+from routesae.harvest.cache.reader import Cache
+from routesae.harvest.cache.statistics import TokenStatistics, row_statistics
+from routesae.harvest.cache.writer import begin_cache, write_shard
 
 CONTEXT = 256
 PIECE_ROWS = 4096  # random rows, repeated to the length of a shard

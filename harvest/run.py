@@ -1,6 +1,6 @@
 """The stage harvest: a corpus and an LM in; a cache of hidden states out.
 
-    documents → tokens/ (routesae.harvest.begin) → LM → missing shards (routesae.harvest.shards)
+    documents → tokens/ (routesae.harvest.filling.begin) → LM → missing shards (routesae.harvest.filling.shards)
 
 Any number of harvesters share a folder: one tokenises, and each then takes shards that none has claimed.
 """
@@ -11,18 +11,18 @@ import logging
 from functools import partial
 from pathlib import Path
 
-from routesae.harvest import lm
-from routesae.harvest.begin import open_or_begin, require_disk
-from routesae.harvest.cache import Cache
-from routesae.harvest.claims import Claims
-from routesae.harvest.device import has_amx, pick_device, pick_lm_dtype
-from routesae.harvest.faults import disk_faults
-from routesae.harvest.remote.folder import is_url
-from routesae.harvest.remote.staging import publish_left, published, stage_of, staging_folder
+from routesae.harvest.cache.reader import Cache
+from routesae.harvest.cache.store.folder import is_url
+from routesae.harvest.cache.writer import remove_partial_shards
+from routesae.harvest.filling.begin import open_or_begin, require_disk
+from routesae.harvest.filling.claims import Claims
+from routesae.harvest.filling.shards import harvest_shards, refuse_other_weights
+from routesae.harvest.filling.staging import publish_left, published, stage_of, staging_folder
+from routesae.harvest.lm import model as lm
 from routesae.harvest.settings import HarvestSettings, share_of
-from routesae.harvest.shards import harvest_shards, refuse_other_weights
-from routesae.harvest.stop import ending_at_once
-from routesae.harvest.writing import remove_partial_shards
+from routesae.machine.device import has_amx, pick_device, pick_lm_dtype
+from routesae.machine.faults import disk_faults
+from routesae.machine.stop import ending_at_once
 from routesae.reporting import Report, silent
 
 log = logging.getLogger(__name__)

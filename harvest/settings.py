@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from routesae.harvest.manifest import COMPRESSIONS, DTYPES, OVERFLOWS
+from routesae.harvest.cache.manifest import COMPRESSIONS, DTYPES, OVERFLOWS
 from routesae.reporting import WrongInput
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from routesae.harvest.cache import Cache
-from routesae.harvest.remote import blocks
-from routesae.harvest.remote import folder as remote
+from routesae.harvest.cache.reader import Cache
+from routesae.harvest.cache.store import blocks
+from routesae.harvest.cache.store import folder as remote
 from routesae.harvest.run import harvest
 from routesae.harvest.settings import HarvestSettings
 from routesae.tests.object_store import BUCKET, Proxy, proxy_before, s3_server

@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
 
-from routesae.harvest.remote.folder import RemoteFolder
+from routesae.harvest.cache.store.folder import RemoteFolder
 
 BUCKET = "bucket"
 

@@ -22,12 +22,12 @@ import torch
 from click.testing import CliRunner, Result
 
 from routesae import __version__
-from routesae.analyze.run import AnalyzeSettings
+from routesae.analyze.scores.run import AnalyzeSettings
 from routesae.cli import main
-from routesae.harvest.cache import Cache
+from routesae.console.terminal import COUNT, table
+from routesae.harvest.cache.reader import Cache
 from routesae.harvest.settings import HarvestSettings
-from routesae.terminal import COUNT, table
-from routesae.train.checkpoint import save_sae
+from routesae.train.folder.checkpoint import save_sae
 from routesae.train.run import train
 from routesae.train.saes import Recipe, build
 from routesae.train.settings import RunSettings, TrainSettings, settings_of

@@ -139,7 +139,7 @@ def test_installed_wheel_answers_from_elsewhere_without_the_checkout(wheel: Path
     pip = [sys.executable, "-m", "pip", "--python", str(python), "--disable-pip-version-check", "install"]
     installed = run(*pip, "--quiet", "--no-deps", "--no-index", "--ignore-installed", wheel)
     assert installed.returncode == 0, installed.stderr
-    where = run(python, "-c", "import routesae, routesae.analyze.run; print(routesae.__file__)")
+    where = run(python, "-c", "import routesae, routesae.analyze.scores.run; print(routesae.__file__)")
     assert where.stdout.strip() == str(site / "routesae" / "__init__.py"), where.stderr
     for command in ([fresh / "bin" / "routesae"], [python, "-m", "routesae"]):
         answered = run(*command, "--help")

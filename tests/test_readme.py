@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import zarr
 
-from routesae.harvest.cache import Cache
+from routesae.harvest.cache.reader import Cache
 
 README = Path(__file__).parents[1] / "README.md"
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
-from routesae.train.distributed import own_rows
+from routesae.train.ranks.distributed import own_rows
 
 BETAS = (0.9, 0.999)
 EPSILON = 6.25e-10  # 2406.04093, appendix A.2: rarely active latents have tiny gradients
@@ -23,7 +23,7 @@ EPSILON = 6.25e-10  # 2406.04093, appendix A.2: rarely active latents have tiny 
 class Adam:
     """Moments and step counts of `parameters`. factors: each one's learning rate in units of the run's.
 
-    Of parameters that are divided among ranks (routesae.train.sharding) each rank holds and steps its own rows.
+    Of parameters that are divided among ranks (routesae.train.ranks.sharding) each rank holds and steps its own rows.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], factors: Sequence[float]):

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from routesae.harvest.arrays import BadArray
-from routesae.harvest.cache import Cache, damaged
+from routesae.harvest.cache.arrays import BadArray
+from routesae.harvest.cache.reader import Cache, damaged
 from routesae.reporting import Progress, Report, WrongInput, silent
-from routesae.train.batches import Selection, cut_plans, load
+from routesae.train.loading.batches import Selection, cut_plans, load
 from routesae.train.losses import squared_error_shares
 from routesae.train.saes import SAE, Forward, Recipe
 from routesae.train.saes.normalise import NormalisedLayers, with_statistics

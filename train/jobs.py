@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from routesae.harvest.cache import Cache
-from routesae.harvest.device import pick_device
+from routesae.harvest.cache.reader import Cache
+from routesae.machine.device import pick_device
 from routesae.reporting import WrongInput
-from routesae.train.checkpoint import CONFIG, read_config
+from routesae.train.folder.checkpoint import CONFIG, read_config
 from routesae.train.recipes import default_name, make_recipe
 from routesae.train.saes import Recipe
 from routesae.train.settings import RunSettings, TrainSettings

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from routesae.harvest.untrusted import refuse_link
+from routesae.machine.files import refuse_link
 from routesae.reporting import FailedRun
-from routesae.train.distributed import batch_rows, batch_sum
 from routesae.train.evaluate import entropy
 from routesae.train.losses import Objective
+from routesae.train.ranks.distributed import batch_rows, batch_sum
 from routesae.train.saes import SAE, Forward
 from routesae.train.trackers import Tracker
 

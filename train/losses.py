@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from routesae.train.distributed import batch_mean
-from routesae.train.kernels import encode_topk
-from routesae.train.search import Encoder
+from routesae.train.ranks.distributed import batch_mean
+from routesae.train.sparse.kernels import encode_topk
+from routesae.train.sparse.search import Encoder
 
 AUXK_WEIGHT = 1 / 32  # 2406.04093, appendix A.2
 _TINY = 1e-8  # keeps a token whose input or residual is exactly zero out of 0/0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from routesae.harvest.cache import Cache
+from routesae.harvest.cache.reader import Cache
 from routesae.reporting import WrongInput
 from routesae.train.saes import SINGLE_LAYER, Recipe
 from routesae.train.saes.matryoshka import default_prefixes

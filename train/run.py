@@ -21,12 +21,15 @@ from typing import Any, NoReturn
 import torch
 
 from routesae import __version__
-from routesae.harvest.cache import Cache
-from routesae.harvest.device import keep_freed_memory
-from routesae.harvest.stop import stop_requests
-from routesae.harvest.verify import require_intact
+from routesae.harvest.cache.reader import Cache
+from routesae.harvest.cache.verify import require_intact
+from routesae.machine.device import keep_freed_memory
+from routesae.machine.stop import stop_requests
 from routesae.reporting import FailedRun, Progress, Report, Stopped, WrongInput, silent
-from routesae.train.batches import (
+from routesae.train.evaluate import CacheScores, score_on_cache
+from routesae.train.folder.checkpoint import commit_folder, save_sae
+from routesae.train.jobs import Job, first_step, is_finished, jobs_of, precision_of
+from routesae.train.loading.batches import (
     Batch,
     Batches,
     Plan,
@@ -37,15 +40,12 @@ from routesae.train.batches import (
     read_sample,
     share_of,
 )
-from routesae.train.checkpoint import commit_folder, save_sae
-from routesae.train.distributed import ALONE, Ranks, joined_ranks
-from routesae.train.evaluate import CacheScores, score_on_cache
-from routesae.train.jobs import Job, first_step, is_finished, jobs_of, precision_of
 from routesae.train.log import StepLog
+from routesae.train.ranks.distributed import ALONE, Ranks, joined_ranks
 from routesae.train.saes import SAE, build
 from routesae.train.saes.normalise import dataset_scale
-from routesae.train.search import product_dtype
 from routesae.train.settings import TrainSettings
+from routesae.train.sparse.search import product_dtype
 from routesae.train.state import drop_checkpoints, load_checkpoint, read_facts, save_checkpoint
 from routesae.train.trackers import open_trackers, require_trackers
 from routesae.train.trainee import Inputs, Pace, Trainee

@@ -10,7 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from routesae.harvest.untrusted import read_bytes
+from routesae.machine.files import read_bytes
 from routesae.reporting import WrongInput
 from routesae.train.saes import SAES, SINGLE_LAYER
 from routesae.train.saes.routers import CONTROLS, ROUTERS
@@ -150,7 +150,7 @@ class TrainSettings:
     """Compare every checksum of the cache before the first step."""
     device: str = "auto"
     shard: bool = False
-    """Divide parameters and Adam's moments among the processes that torchrun started (routesae.train.sharding)."""
+    """Divide parameters and Adam's moments among the processes that torchrun started (train/ranks/sharding.py)."""
     cpu_offload: bool = False
     """Keep them in host memory between steps; divided as with shard, also where there is one process."""
 

@@ -21,10 +21,10 @@ import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from routesae.harvest.arrays import fsync, fsync_tree
-from routesae.harvest.untrusted import BadFile, read_json
+from routesae.harvest.cache.arrays import fsync, fsync_tree
+from routesae.machine.files import BadFile, read_json
 from routesae.reporting import FailedRun, WrongInput
-from routesae.train.distributed import whole
+from routesae.train.ranks.distributed import whole
 from routesae.train.trainee import Trainee
 
 STATE, FACTS = "state.safetensors", "state.json"

@@ -16,16 +16,16 @@ from torch import Tensor, nn
 
 from routesae.reporting import FailedRun
 from routesae.train.adam import Adam
-from routesae.train.batches import Batch
-from routesae.train.distributed import ALONE, Ranks, batch_sum, is_divided, own_rows, whole
+from routesae.train.loading.batches import Batch
 from routesae.train.log import StepLog
+from routesae.train.ranks.distributed import ALONE, Ranks, batch_sum, is_divided, own_rows, whole
+from routesae.train.ranks.sharding import copy_whole, shard
 from routesae.train.recipes import default_name
 from routesae.train.saes import SAE, build
 from routesae.train.saes.normalise import NormalisedLayers, with_statistics
 from routesae.train.saes.sae import Recipe
 from routesae.train.schedule import annealed_k, lr_factor, sparsity_factor
 from routesae.train.settings import RunSettings
-from routesae.train.sharding import copy_whole, shard
 
 # SAELens and dictionary_learning clip at 1 the gradient of ‖x − x̂‖², which is D times NormMSE's. It then clips every
 # step, so that the first, large gradients do not weigh on Adam's second moments for the rest of a run; held-out

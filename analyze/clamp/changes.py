@@ -20,11 +20,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from routesae.analyze.replacement import Reconstruct, edits_by, normalised, require_spliceable, spliced_layers
-from routesae.analyze.splice import Edit
+from routesae.analyze.scores.replacement import Reconstruct, edits_by, normalised, require_spliceable, spliced_layers
+from routesae.analyze.scores.splice import Edit
 from routesae.reporting import WrongInput
-from routesae.train.kernels import AnyLatents, Latents
 from routesae.train.saes import SAE, Crosscoder, RouteSAE, SingleLayerSAE
+from routesae.train.sparse.kernels import AnyLatents, Latents
 
 CHANGES: dict[str, Callable[[Tensor, float], Tensor]] = {
     "add": lambda f_m, value: f_m + value,

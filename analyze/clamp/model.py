@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from routesae.analyze.clamp.steps import Kept
-from routesae.analyze.replacement import spliced_layers
-from routesae.harvest.device import pick_device, pick_lm_dtype
-from routesae.harvest.lm import LanguageModel, config_hash, load_config, load_lm, load_tokenizer, weights_hash
-from routesae.harvest.tokens import Framing, framing, tokenizer_hash
+from routesae.analyze.scores.replacement import spliced_layers
+from routesae.harvest.corpus.tokens import Framing, framing, tokenizer_hash
+from routesae.harvest.lm.model import LanguageModel, config_hash, load_config, load_lm, load_tokenizer, weights_hash
+from routesae.machine.device import pick_device, pick_lm_dtype
 from routesae.reporting import WrongInput
 from routesae.train.saes import SAE, Recipe
 

@@ -26,7 +26,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from routesae.harvest.tokens import Framing
+from routesae.harvest.corpus.tokens import Framing
 from routesae.reporting import FailedRun, WrongInput
 
 log = logging.getLogger(__name__)

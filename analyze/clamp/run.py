@@ -32,11 +32,11 @@ from routesae.analyze.clamp.steps import (
     require_cached_attention,
     sampling,
 )
-from routesae.harvest.device import pick_device
-from routesae.harvest.lm import config_hash, weights_hash
+from routesae.harvest.lm.model import config_hash, weights_hash
+from routesae.machine.device import pick_device
 from routesae.reporting import Progress, Report, WrongInput, silent
-from routesae.train.checkpoint import find_saes, load_sae, read_config
-from routesae.train.hub import fetch_sae
+from routesae.train.folder.checkpoint import find_saes, load_sae, read_config
+from routesae.train.folder.hub import fetch_sae
 from routesae.train.saes import SAE
 
 GENERATIONS = 3  # of a batch: the original, the clamped, and the original again under the clamp

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from routesae.analyze.clamp.changes import Clamp
-from routesae.analyze.splice import editing, logits
-from routesae.harvest.lm import LanguageModel, capturing
+from routesae.analyze.scores.splice import editing, logits
+from routesae.harvest.lm.model import LanguageModel, capturing
 from routesae.reporting import WrongInput
 
 Pick = Callable[[int, Tensor], Tensor]

@@ -27,10 +27,10 @@ from torch import Tensor
 
 from routesae.analyze.contexts.best import NO_WINDOW, Activations, Best, hashed
 from routesae.analyze.contexts.windows import Vocabulary, Windows, windows
-from routesae.harvest.arrays import BadArray
-from routesae.harvest.cache import Cache, Shard, damaged
+from routesae.harvest.cache.arrays import BadArray
+from routesae.harvest.cache.reader import Cache, Shard, damaged
 from routesae.reporting import Progress, Report, WrongInput, silent
-from routesae.train.batches import BLOCK_ROWS, Batch, Block, Plan, Selection, cut_plans, load
+from routesae.train.loading.batches import BLOCK_ROWS, Batch, Block, Plan, Selection, cut_plans, load
 from routesae.train.saes import SAE
 from routesae.train.saes.normalise import with_statistics
 

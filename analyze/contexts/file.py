@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from routesae.harvest.untrusted import parse_json
+from routesae.machine.files import parse_json
 from routesae.reporting import WrongInput
 
 if TYPE_CHECKING:

@@ -19,10 +19,10 @@ from routesae.analyze.contexts.collect import Collected, Wanted, collect
 from routesae.analyze.contexts.file import FORMAT, SAMPLES, write_contexts
 from routesae.analyze.contexts.table import choose, context_batches, kept_by_rule, latent_table
 from routesae.analyze.contexts.windows import Vocabulary
-from routesae.analyze.identity import sae_identity
-from routesae.analyze.run import OpenSAE, load_harvested_tokenizer, open_saes
-from routesae.harvest.cache import Cache
-from routesae.harvest.device import pick_device
+from routesae.analyze.scores.identity import sae_identity
+from routesae.analyze.scores.run import OpenSAE, load_harvested_tokenizer, open_saes
+from routesae.harvest.cache.reader import Cache
+from routesae.machine.device import pick_device
 from routesae.reporting import Progress, Report, WrongInput, silent
 
 log = logging.getLogger(__name__)

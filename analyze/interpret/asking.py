@@ -17,7 +17,7 @@ from routesae.analyze.interpret.answers import Unparsed
 from routesae.analyze.interpret.chat import Answer, Chat
 from routesae.analyze.interpret.ledger import Ledger
 from routesae.analyze.interpret.prices import Price, Used
-from routesae.harvest.stop import StopRequest
+from routesae.machine.stop import StopRequest
 from routesae.reporting import FailedRun, Progress, Report, Stopped
 
 log = logging.getLogger(__name__)

@@ -18,8 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from routesae.harvest.arrays import fsync
-from routesae.harvest.untrusted import refuse_link
+from routesae.harvest.cache.arrays import fsync
+from routesae.machine.files import refuse_link
 from routesae.reporting import FailedRun, WrongInput
 
 

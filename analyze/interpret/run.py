@@ -33,7 +33,7 @@ from routesae.analyze.interpret.chat import ChatSettings, open_chat
 from routesae.analyze.interpret.ledger import Ledger, read_lines
 from routesae.analyze.interpret.prices import Budget, Price, Used, price_of
 from routesae.analyze.interpret.scoring import MODES, Explained, Scoring, score_summary
-from routesae.harvest.stop import StopRequest, stop_requests
+from routesae.machine.stop import StopRequest, stop_requests
 from routesae.reporting import Report, WrongInput, silent
 
 log = logging.getLogger(__name__)
@@ -273,7 +273,7 @@ def _contexts(settings: InterpretSettings) -> list[tuple[Path, ContextsFile]]:
             if not folder.is_dir():
                 raise WrongInput(f"--sae {folder} is no folder; give one that routesae contexts wrote into")
     else:
-        from routesae.train.checkpoint import find_saes  # brings torch
+        from routesae.train.folder.checkpoint import find_saes  # brings torch
 
         everything = find_saes(Path(settings.out))
         folders = [folder for folder in everything if read_facts(folder) is not None]

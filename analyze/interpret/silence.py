@@ -20,12 +20,12 @@ import torch
 
 from routesae.analyze.contexts.file import ContextsFile
 from routesae.analyze.interpret.scoring import place_of, text_of
-from routesae.harvest.cache import Cache
-from routesae.harvest.device import pick_device
+from routesae.harvest.cache.reader import Cache
+from routesae.machine.device import pick_device
 from routesae.reporting import WrongInput
-from routesae.train.batches import Selection, cut_plans, load
-from routesae.train.checkpoint import CONFIG, load_sae
 from routesae.train.evaluate import require_fit
+from routesae.train.folder.checkpoint import CONFIG, load_sae
+from routesae.train.loading.batches import Selection, cut_plans, load
 from routesae.train.saes.normalise import with_statistics
 
 POOL_TOKENS, POOL_TEXTS = 16_384, 2_000  # enough for ten texts of any latent that is not active nearly everywhere

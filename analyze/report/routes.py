@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from routesae.analyze.contexts.windows import Vocabulary
-from routesae.harvest.arrays import BadArray
-from routesae.harvest.cache import Cache, damaged
+from routesae.harvest.cache.arrays import BadArray
+from routesae.harvest.cache.reader import Cache, damaged
 from routesae.reporting import Progress, Report, WrongInput, silent
-from routesae.train.batches import Plan, Selection, cut_plans, load
 from routesae.train.evaluate import BATCH_TOKENS, require_fit
+from routesae.train.loading.batches import Plan, Selection, cut_plans, load
 from routesae.train.saes import SAE
 from routesae.train.saes.normalise import with_statistics
 from routesae.train.saes.routesae import RouteSAE

@@ -26,10 +26,10 @@ from routesae.analyze.report.lens import LogitLens
 from routesae.analyze.report.plots import draw_plots
 from routesae.analyze.report.routes import routes_by_class
 from routesae.analyze.report.runs import Run, read_runs, table_of
-from routesae.analyze.run import load_harvested_lm, load_harvested_tokenizer
-from routesae.harvest.cache import Cache
-from routesae.harvest.device import pick_device, pick_lm_dtype
-from routesae.harvest.remote.folder import is_url
+from routesae.analyze.scores.run import load_harvested_lm, load_harvested_tokenizer
+from routesae.harvest.cache.reader import Cache
+from routesae.harvest.cache.store.folder import is_url
+from routesae.machine.device import pick_device, pick_lm_dtype
 from routesae.reporting import Report, WrongInput, silent
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class Sources(NamedTuple):
 
 def _sources(settings: ReportSettings, runs: Sequence[Run]) -> Sources:
     from routesae.analyze.contexts.windows import Vocabulary
-    from routesae.harvest import lm
+    from routesae.harvest.lm import model as lm
 
     cache, vocabulary, lens = _cache(settings, runs), None, None
     if cache is not None and any(run.recipe.sae == "routesae" for run in runs):

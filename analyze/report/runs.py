@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from routesae.analyze.contexts.file import CONTEXTS, ContextsFile, read_contexts
-from routesae.analyze.identity import sae_identity
 from routesae.analyze.interpret.run import SUMMARY, read_interpretations
 from routesae.analyze.interpret.scoring import MODES
-from routesae.analyze.run import described
+from routesae.analyze.scores.identity import sae_identity
+from routesae.analyze.scores.run import described
 from routesae.reporting import WrongInput
-from routesae.train.checkpoint import find_saes, load_sae, read_config, read_recipe
-from routesae.train.hub import fetch_sae
+from routesae.train.folder.checkpoint import find_saes, load_sae, read_config, read_recipe
+from routesae.train.folder.hub import fetch_sae
 from routesae.train.log import METRICS
 from routesae.train.saes import SAE, Recipe
 

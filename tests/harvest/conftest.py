@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from routesae.harvest.cache import Cache
+from routesae.harvest.cache.reader import Cache
 
 
 @pytest.fixture

@@ -21,15 +21,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from routesae.harvest.buffer import ShardBuffer
-from routesae.harvest.cache import Cache
-from routesae.harvest.lm import LanguageModel
-from routesae.harvest.manifest import layer_name
-from routesae.harvest.quantise import encoded
+from routesae.harvest.cache.manifest import layer_name
+from routesae.harvest.cache.quantise import encoded
+from routesae.harvest.cache.reader import Cache
+from routesae.harvest.cache.statistics import row_statistics
+from routesae.harvest.cache.verify import verify
+from routesae.harvest.filling.buffer import ShardBuffer
+from routesae.harvest.lm.model import LanguageModel
 from routesae.harvest.run import harvest
 from routesae.harvest.settings import HarvestSettings, parse_layers
-from routesae.harvest.statistics import row_statistics
-from routesae.harvest.verify import verify
 from routesae.reporting import FailedRun, Progress, WrongInput
 
 Array = npt.NDArray[Any]

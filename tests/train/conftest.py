@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from routesae.train import kernels, search
+from routesae.train.sparse import kernels, search
 
 FLOAT64_PATHS = ["dense, float64", "sparse, float64"]
 FLOAT32_PATHS = ["dense, float32", "sparse, float32", "sparse, proposed in bfloat16"]

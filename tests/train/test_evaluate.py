@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from routesae.harvest.cache import Cache
+from routesae.harvest.cache.reader import Cache
 from routesae.reporting import Progress, WrongInput
 from routesae.train import evaluate
 from routesae.train.evaluate import CacheScores, entropy, score_all_on_cache, score_on_cache

@@ -13,7 +13,7 @@ from torch import Tensor
 from routesae.train.log import METRICS, StepLog
 from routesae.train.losses import AUXK_WEIGHT, Objective, auxk, norm_mse, squared_error_shares
 from routesae.train.saes import Recipe, build
-from routesae.train.search import Encoder
+from routesae.train.sparse.search import Encoder
 
 N, D, LATENTS = 9, 8, 20
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from routesae.harvest.cache import Cache
+from routesae.harvest.cache.reader import Cache
 from routesae.reporting import WrongInput
 from routesae.train.recipes import DEFAULT_BALANCE, default_name, make_recipe
 from routesae.train.settings import RunSettings

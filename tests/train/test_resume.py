@@ -24,12 +24,12 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from routesae.cli import main
-from routesae.harvest.cache import Cache
+from routesae.harvest.cache.reader import Cache
 from routesae.harvest.run import harvest
 from routesae.harvest.settings import HarvestSettings
 from routesae.reporting import FailedRun, Progress, Stopped, WrongInput
-from routesae.train.batches import Selection, epoch_plans, load
-from routesae.train.checkpoint import load_sae, read_recipe
+from routesae.train.folder.checkpoint import load_sae, read_recipe
+from routesae.train.loading.batches import Selection, epoch_plans, load
 from routesae.train.run import TrainResult, train
 from routesae.train.saes import SAES, Recipe, build
 from routesae.train.schedule import lr_factor
@@ -305,7 +305,7 @@ def test_a_kill_between_the_first_checkpoints_of_two_saes_begins_again(
 def test_a_kill_between_the_saving_of_two_saes_leaves_the_first_and_saves_the_second(
     run: Pass, alone: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from routesae.train.checkpoint import save_sae
+    from routesae.train.folder.checkpoint import save_sae
 
     def save_one_only(folder: Path, *arguments: Any) -> None:
         if folder.name == ".top2.partial":

@@ -19,19 +19,19 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from routesae.harvest.cache import Cache
+from routesae.harvest.cache.reader import Cache
 from routesae.reporting import FailedRun, Progress, Report, Stopped, WrongInput, silent
-from routesae.train import search
-from routesae.train.batches import Batch, Batches, Selection, load
-from routesae.train.checkpoint import find_saes, load_sae
 from routesae.train.evaluate import score_on_cache
-from routesae.train.kernels import DenseLatents, RaggedLatents
+from routesae.train.folder.checkpoint import find_saes, load_sae
+from routesae.train.loading.batches import Batch, Batches, Selection, load
 from routesae.train.log import StepLog
 from routesae.train.losses import Objective
 from routesae.train.run import INITIAL_SAMPLE_TOKENS, TrainResult, fit, planned, train
 from routesae.train.saes import SAE, Forward, Recipe, build
 from routesae.train.schedule import lr_factor
 from routesae.train.settings import TrainSettings
+from routesae.train.sparse import search
+from routesae.train.sparse.kernels import DenseLatents, RaggedLatents
 from routesae.train.trainee import Pace, Trainee
 
 CPU = torch.device("cpu")

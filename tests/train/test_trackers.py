@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from routesae.harvest.cache import Cache
+from routesae.harvest.cache.reader import Cache
 from routesae.reporting import Progress, WrongInput
 from routesae.train.run import train
 from routesae.train.settings import TrainSettings

@@ -16,10 +16,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from routesae.train.distributed import batch_least
-from routesae.train.kernels import AnyLatents, decode, encode_batchtopk, threshold_latents
+from routesae.train.ranks.distributed import batch_least
 from routesae.train.saes.sae import Forward, Recipe
 from routesae.train.saes.single import WEIGHTS, SingleLayerSAE, checked
+from routesae.train.sparse.kernels import AnyLatents, decode, encode_batchtopk, threshold_latents
 
 THRESHOLD_RATE = 0.1
 

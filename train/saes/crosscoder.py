@@ -19,15 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from routesae.train.distributed import batch_mean, own_rows
-from routesae.train.kernels import encode_above
 from routesae.train.losses import Objective, norm_mse
+from routesae.train.ranks.distributed import batch_mean, own_rows
 from routesae.train.saes.normalise import NormalisedLayers
 from routesae.train.saes.penalty import PenaltyWeight
 from routesae.train.saes.sae import PUBLISHED_DECODER_STEPS, SAE, Forward, Recipe
 from routesae.train.saes.single import checked
 from routesae.train.saes.starts import geometric_median, least_active
-from routesae.train.search import Encoder
+from routesae.train.sparse.kernels import encode_above
+from routesae.train.sparse.search import Encoder
 
 CROSSCODER = "crosscoder.safetensors"
 

@@ -21,13 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from routesae.train.kernels import DenseLatents, encode_above
 from routesae.train.losses import mean_over_rows, norm_mse
 from routesae.train.saes.penalty import PenaltyWeight
 from routesae.train.saes.sae import Forward, Recipe
 from routesae.train.saes.single import SingleLayerSAE
 from routesae.train.saes.starts import least_active
-from routesae.train.search import Encoder
+from routesae.train.sparse.kernels import DenseLatents, encode_above
+from routesae.train.sparse.search import Encoder
 
 
 class _Gate(torch.autograd.Function):

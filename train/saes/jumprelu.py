@@ -6,9 +6,9 @@
        or  NormMSE(x, x̂) + λ·L0              with --sparsity λ                  (eq. 9)
        and, with --pre-act-loss c, + c · Σ over dead latents of ReLU(θ − z)·‖d‖ (Anthropic, January 2025)
 
-θ's gradients are the rectangle kernel's estimates (eq. 11–12; routesae.train.kernels). Two departures, for runs of
-minutes rather than days: θ is learned itself, not its logarithm, so that it comes back from a file bit for bit; and
-it starts at the value at which k latents are active on a sample of the data, where the paper starts at 0.001 with
+θ's gradients are the rectangle kernel's estimates (eq. 11–12; train/sparse/kernels.py). Two departures, for runs of
+minutes rather than days: θ is learned itself, not its logarithm, so that a file gives it back bit for bit; and it
+starts at the value at which k latents are active on a sample of the data, where the paper starts at 0.001 with
 almost half of them active.
 
 With --recipe published: θ starts at 0.001, ε is 0.001, λ·L0 only, and L0's estimate looks at f instead of z.
@@ -24,7 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from routesae.train.kernels import (
+from routesae.train.losses import Objective, mean_over_rows
+from routesae.train.saes.sae import Forward, Recipe
+from routesae.train.saes.single import SingleLayerSAE
+from routesae.train.saes.starts import least_active
+from routesae.train.sparse.kernels import (
     AllPairs,
     DenseLatents,
     Pairs,
@@ -34,10 +38,6 @@ from routesae.train.kernels import (
     step,
     threshold_latents,
 )
-from routesae.train.losses import Objective, mean_over_rows
-from routesae.train.saes.sae import Forward, Recipe
-from routesae.train.saes.single import SingleLayerSAE
-from routesae.train.saes.starts import least_active
 
 BANDWIDTH = 0.5  # ε, in units of z, whose inputs have norm √D
 TARGET_WEIGHT = 1.0  # μ

@@ -17,10 +17,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from routesae.train.kernels import RaggedLatents
 from routesae.train.losses import norm_mse
 from routesae.train.saes.batchtopk import BatchTopK
 from routesae.train.saes.sae import Forward
+from routesae.train.sparse.kernels import RaggedLatents
 
 DEFAULT_FRACTIONS = (16, 8, 4, 2, 1)
 

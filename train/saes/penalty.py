@@ -19,7 +19,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from routesae.train.distributed import batch_mean
+from routesae.train.ranks.distributed import batch_mean
 from routesae.train.saes.sae import Recipe
 
 RATE = 0.05

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from routesae.train.distributed import batch_mean
+from routesae.train.ranks.distributed import batch_mean
 
 ROUTERS = ("published", "top2", "frozen", "random")
 CONTROLS = ("frozen", "random")  # do not learn

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from routesae.reporting import WrongInput
-from routesae.train.distributed import own_rows
-from routesae.train.kernels import AnyLatents
 from routesae.train.losses import Objective
+from routesae.train.ranks.distributed import own_rows
 from routesae.train.saes.normalise import NORMALIZATIONS, NormalisedLayers, as_layers
 from routesae.train.saes.routers import ROUTERS
-from routesae.train.search import row_products
+from routesae.train.sparse.kernels import AnyLatents
+from routesae.train.sparse.search import row_products
 
 ROUTINGS = ("hard", "soft")
 AGGREGATES = ("sum", "mean")

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from routesae.reporting import WrongInput
-from routesae.train.kernels import AnyLatents, decode
 from routesae.train.losses import AUXK_WEIGHT, Objective, auxk, norm_mse
 from routesae.train.saes.normalise import NormalisedLayers
 from routesae.train.saes.sae import SAE, Forward, Recipe
 from routesae.train.saes.starts import geometric_median
-from routesae.train.search import Encoder
+from routesae.train.sparse.kernels import AnyLatents, decode
+from routesae.train.sparse.search import Encoder
 
 WEIGHTS = "sae_weights.safetensors"
 

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from routesae.train.kernels import Latents, encode_topk, topk_latents
 from routesae.train.saes.sae import Forward
 from routesae.train.saes.single import SingleLayerSAE
+from routesae.train.sparse.kernels import Latents, encode_topk, topk_latents
 
 
 class TopK(SingleLayerSAE):

@@ -16,12 +16,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from routesae.train.kernels import DenseLatents, encode_above, threshold_latents
 from routesae.train.losses import mean_over_rows
 from routesae.train.saes.penalty import PenaltyWeight
 from routesae.train.saes.sae import Forward, Recipe
 from routesae.train.saes.single import SingleLayerSAE
 from routesae.train.saes.starts import least_active
+from routesae.train.sparse.kernels import DenseLatents, encode_above, threshold_latents
 
 
 class Vanilla(SingleLayerSAE):

@@ -1,0 +1,90 @@
+"""The variants side by side: a cache in; every variant trained in one pass and scored, as table, files and plot, out.
+
+saes/…               the SAEs, which a second call finds trained
+ablation.json, .csv  a row an SAE
+pareto.png, .svg     L0 against Recovered, a line a variant
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from routesae.analyze.contexts.file import read_facts
+from routesae.analyze.contexts.run import ContextSettings, contexts
+from routesae.analyze.scores.run import DESCRIPTIONS, AnalyzeSettings, analyze
+from routesae.reporting import Report, WrongInput, silent
+from routesae.train.jobs import folders
+from routesae.train.run import train
+from routesae.train.settings import TrainSettings
+
+VARIANTS = ("vanilla", "gated", "topk", "jumprelu", "routesae", "crosscoder")
+METRICS = ("NormMSE", "L0", "Dead", "KLDiv", "DeltaCE", "Recovered")
+COLUMNS = ("sae", "variant", "layers", "latents", *METRICS, *DESCRIPTIONS)
+
+
+def ablation(
+    settings: TrainSettings,
+    scoring: Mapping[str, Any],
+    out: Path,
+    *,
+    plot: bool = True,
+    threshold: float | None = None,
+    report: Report = silent,
+) -> list[dict[str, Any]]:
+    """Train what is not trained yet, score all of it, write the files into `out`; the rows of the table.
+
+    scoring: settings of analyze beside cache, SAEs and metrics. threshold: of the contexts that are collected of SAEs
+    which have none by it; None: none are collected. Raises WrongInput before anything is trained where the plot
+    cannot be drawn.
+    """
+    if plot and importlib.util.find_spec("matplotlib") is None:
+        raise WrongInput("the Pareto plot needs matplotlib: pip install 'routesae[plot]', or give --no-plot")
+    train(settings, report)
+    saes = tuple(str(folder) for folder in folders(settings))
+    if threshold is not None and (unread := tuple(sae for sae in saes if _threshold(Path(sae)) != threshold)):
+        model = scoring.get("model")
+        contexts(
+            ContextSettings(
+                cache=settings.cache, saes=unread, threshold=threshold, device=settings.device, model=model
+            ),
+            report,
+        )
+    results = analyze(AnalyzeSettings(cache=settings.cache, saes=saes, metrics=METRICS, **scoring), report)
+    known = [name for name in COLUMNS if any(name in row for row in results["saes"])]
+    rows = [{name: row.get(name) for name in known} for row in results["saes"]]
+    (out / "ablation.json").write_text(json.dumps(results, indent=2) + "\n")
+    with (out / "ablation.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, known)
+        writer.writeheader()
+        writer.writerows(rows)
+    if plot:
+        draw_pareto(rows, [out / "pareto.png", out / "pareto.svg"])
+    return rows
+
+
+def _threshold(folder: Path) -> float | None:
+    """Of the contexts in an SAE's folder."""
+    facts = read_facts(folder)
+    return None if facts is None else facts["settings"]["threshold"]
+
+
+def draw_pareto(rows: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> None:
+    """L0 against Recovered, both as scored; points of a variant joined in order of L0."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        points = sorted((row["L0"], row["Recovered"]) for row in rows if row["variant"] == variant)
+        axes.plot([l0 for l0, _ in points], [recovered for _, recovered in points], marker="o", label=variant)
+    axes.set_xlabel("L0, active latents a token")
+    axes.set_ylabel("Recovered, share of the LM's loss")
+    axes.grid(alpha=0.3)
+    axes.legend(title="SAE", loc="center left", bbox_to_anchor=(1, 0.5))
+    for file in files:
+        figure.savefig(file, dpi=160)

@@ -1,0 +1,1 @@
+"""SAEs (and the LM) in; numbers out."""

@@ -1,0 +1,54 @@
+"""What results came from, so that they can be had again: an SAE, a cache or files in; what tells them apart out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from platform import python_version
+from typing import Any
+
+import xxhash
+
+from routesae import __version__
+from routesae.harvest.cache.reader import Cache
+from routesae.train.saes import SAE
+
+_PIECE_BYTES = 1 << 24
+
+
+def sae_identity(folder: Path, sae: SAE) -> dict[str, Any]:
+    """The recipe, and an xxh3-128 of each file of weights, so that it can be told from another SAE."""
+    return {"recipe": asdict(sae.recipe), "weights": {name: file_hash(folder / name) for name in sorted(sae.files())}}
+
+
+def cache_identity(cache: Cache) -> dict[str, Any]:
+    """Where it is, its manifest, the LM's weights, and an xxh3-128 of what the records of its shards say.
+
+    They hold hashes of all that was written; the hidden states themselves are not read.
+    """
+    manifest = cache.manifest.to_dict()
+    records = [(of.index, of.weights_hash, dict(of.hashes)) for of in (shard.record for shard in cache.shards())]
+    written = json.dumps([manifest, records], sort_keys=True)
+    return {
+        "path": cache.address,
+        **manifest,
+        "lm_weights": cache.weights_hash(),
+        "fingerprint": xxhash.xxh3_128(written.encode()).hexdigest(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of all that decides a number."""
+    others = {package: version(package) for package in ("torch", "transformers", "numpy")}
+    return {"python": python_version(), "routesae": __version__, **others}
+
+
+def file_hash(path: Path) -> str:
+    """xxh3-128 of its bytes."""
+    hasher = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE_BYTES):
+            hasher.update(piece)
+    return hasher.hexdigest()

@@ -1,0 +1,1 @@
+"""Documents, tokens and the packed rows of token ids that every later step starts from."""

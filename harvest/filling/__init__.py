@@ -1,0 +1,1 @@
+"""Rows of token ids through the LM into whole shards."""

@@ -1,0 +1,1 @@
+"""The language model: loaded, cut after a layer, and read block by block."""

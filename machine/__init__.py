@@ -1,0 +1,1 @@
+"""What every room needs of the machine: devices, signals, disk errors, files written by strangers."""

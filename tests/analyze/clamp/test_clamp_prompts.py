@@ -1,0 +1,196 @@
+"""What becomes a prompt: texts, lines of files, conversations and HH-RLHF pairs."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from routesae.analyze.clamp.prompts import Message, Prompt, Turn, hh_turns, prompt_ids, read_prompts
+from routesae.harvest.corpus.tokens import framing
+from routesae.harvest.lm.model import load_tokenizer
+from routesae.reporting import FailedRun, WrongInput
+
+CHOSEN = (
+    "\n\nHuman: What is a row?\n\nAssistant: Tokens.\nMany of them.\n\nHuman: Is 'Human: x' one?\n\nAssistant: No."
+)
+REJECTED = (
+    "\n\nHuman: What is a row?\n\nAssistant: Tokens.\nMany of them.\n\nHuman: Is 'Human: x' one?\n\nAssistant: Yes."
+)
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}{% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
+)
+
+
+def read(file: Path | None = None, *texts: str, **changes: Any) -> list[Prompt]:
+    options = {"text_field": "prompt", "hh": "conversation", "limit": None, **changes}
+    return read_prompts(texts, None if file is None else str(file), **options)
+
+
+def jsonl(path: Path, *entries: Any) -> Path:
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return path
+
+
+def test_texts_of_the_command_line_come_before_those_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "more.txt").write_text("third one\n\n  \nfourth: naïve\r\n")
+    prompts = read(tmp_path / "more.txt", "first", "second")
+    assert [prompt.text for prompt in prompts] == ["first", "second", "third one", "fourth: naïve"]
+    assert [prompt.origin for prompt in prompts[1:3]] == ["--prompt 2", f"{tmp_path / 'more.txt'}:1"]
+    assert prompts[0].messages == (Message("user", "first"),)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3])
+def test_the_limit_counts_prompts_of_both(tmp_path: Path, limit: int) -> None:
+    file = jsonl(tmp_path / "p.jsonl", {"prompt": "b"}, {"chosen": CHOSEN, "rejected": REJECTED}, "never looked at")
+    with pytest.raises(WrongInput, match=r"p\.jsonl:3: a JSON str, not an object"):
+        read(file, "a")
+    assert [prompt.origin for prompt in read(file, "a", limit=limit)] == [
+        "--prompt 1",
+        f"{file}:1",
+        f"{file}:2, turn 1",
+    ][:limit]
+    assert [prompt.text for prompt in read(None, "a", "b", "c", "d", limit=limit)] == ["a", "b", "c"][:limit]
+
+
+def test_a_field_of_another_name_is_read(tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "p.jsonl", {"text": "one", "prompt": "not this"}, {"text": "two"})
+    assert [prompt.text for prompt in read(file, text_field="text")] == ["one", "two"]
+
+
+def test_gzipped_jsonl_is_read_as_hh_rlhf_is_shipped(tmp_path: Path) -> None:
+    file = tmp_path / "test.jsonl.gz"
+    file.write_bytes(gzip.compress(json.dumps({"chosen": CHOSEN, "rejected": REJECTED}).encode()))
+    assert len(read(file)) == 2
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(FailedRun, match="cannot be read to its end"):
+        read(file)
+
+
+def test_speakers_are_told_at_the_start_of_a_paragraph_only() -> None:
+    assert hh_turns(CHOSEN) == [Turn("What is a row?", "Tokens.\nMany of them."), Turn("Is 'Human: x' one?", "No.")]
+    assert hh_turns("\n\nHuman: left alone") == []
+    assert hh_turns("Human: a\n\nAssistant: b\n\nAssistant: c") == [Turn("a", "b\n\nAssistant: c")]
+    assert hh_turns("") == []
+
+
+def test_a_pair_as_a_conversation_is_a_prompt_for_each_human_turn(tmp_path: Path) -> None:
+    first, second = read(jsonl(tmp_path / "hh.jsonl", {"chosen": CHOSEN, "rejected": REJECTED}))
+    assert first.text == "Human: What is a row?\n\nAssistant:"
+    assert second.text == (
+        "Human: What is a row?\n\nAssistant: Tokens.\nMany of them.\n\nHuman: Is 'Human: x' one?\n\nAssistant:"
+    )
+    assert second.messages == (
+        Message("user", "What is a row?"),
+        Message("assistant", "Tokens.\nMany of them."),
+        Message("user", "Is 'Human: x' one?"),
+    )
+    assert first.replies == {"chosen": "Tokens.\nMany of them.", "rejected": "Tokens.\nMany of them."}
+    assert second.replies == {"chosen": "No.", "rejected": "Yes."}
+
+
+def test_a_conversation_goes_on_from_the_chosen_reply(tmp_path: Path) -> None:
+    pair = {name: f"\n\nHuman: a\n\nAssistant: {name}\n\nHuman: b\n\nAssistant: c" for name in ("chosen", "rejected")}
+    _, second = read(jsonl(tmp_path / "hh.jsonl", pair))
+    assert second.messages == (Message("user", "a"), Message("assistant", "chosen"), Message("user", "b"))
+
+
+def test_a_pair_as_text_holds_the_rejected_reply_only_where_it_is_another(tmp_path: Path) -> None:
+    (prompt,) = read(jsonl(tmp_path / "hh.jsonl", {"chosen": CHOSEN, "rejected": REJECTED}), hh="text")
+    assert prompt.text == (
+        "Human: What is a row?\nAssistant: Tokens.\nMany of them.\n"
+        "Human: Is 'Human: x' one?\nAssistant: No.\nAssistant: Yes."
+    )
+    assert prompt.messages == ()  # a text, which no chat template may take for somebody's words
+
+
+def test_a_pair_without_a_common_turn_is_left_out_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pairs = ({"chosen": CHOSEN, "rejected": ""}, {"chosen": CHOSEN, "rejected": "\n\nHuman: a\n\nAssistant: b"})
+    with caplog.at_level(logging.WARNING):
+        (prompt,) = read(jsonl(tmp_path / "hh.jsonl", *pairs))
+    assert prompt.origin.endswith("hh.jsonl:2, turn 1")
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path / 'hh.jsonl'}:1: no turn of both chosen and rejected; left out"
+    ]
+
+
+def test_messages_are_a_conversation(tmp_path: Path) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    (prompt,) = read(jsonl(tmp_path / "chat.jsonl", {"messages": messages}))
+    assert prompt.messages == (Message("system", "Be brief."), Message("user", "Hi"))
+    assert prompt.text == "Be brief.\n\nHuman: Hi\n\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"body": "x", "id": 1}, r"no text in field 'prompt'.*its fields are body, id.*--text-field"),
+        ({}, "its fields are none"),
+        ({"prompt": 3}, "no text in field"),
+        ({"chosen": "x", "rejected": 3}, "no text in field"),
+        ({"prompt": "  "}, "is empty"),
+        ({"prompt": "a\ud800"}, "lone surrogate"),
+        ({"chosen": "a\ud800", "rejected": ""}, "lone surrogate"),
+        ({"messages": []}, "messages is no list such as"),
+        ({"messages": [{"role": "user"}]}, "messages is no list such as"),
+        ({"messages": "Hi"}, "messages is no list such as"),
+    ],
+)
+def test_a_line_that_holds_no_prompt_is_refused_naming_it(tmp_path: Path, entry: Any, message: str) -> None:
+    with pytest.raises(WrongInput, match=rf"p.jsonl:2.*{message}"):
+        read(jsonl(tmp_path / "p.jsonl", {"prompt": "fine"}, entry))
+
+
+@pytest.mark.parametrize(("line", "message"), [(b"{", "not JSON"), (b'{"prompt": "\xff"}', "not UTF-8 at byte 12")])
+def test_a_line_that_is_not_json_is_refused_naming_it(tmp_path: Path, line: bytes, message: str) -> None:
+    (tmp_path / "p.jsonl").write_bytes(b'{"prompt": "fine"}\n' + line)
+    with pytest.raises(WrongInput, match=f"p.jsonl:2: {message}"):
+        read(tmp_path / "p.jsonl")
+
+
+def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(WrongInput, match=r"empty.txt holds no prompt"):
+        read(tmp_path / "empty.txt")
+    with pytest.raises(WrongInput, match=r"missing.txt does not exist"):
+        read(tmp_path / "missing.txt")
+    with pytest.raises(WrongInput, match=r"p.csv is no file of prompts.*\.txt, \.jsonl or \.jsonl\.gz"):
+        read(tmp_path / "p.csv")
+    with pytest.raises(WrongInput, match=r"no prompt; give --prompt TEXT or --prompts FILE"):
+        read()
+    with pytest.raises(WrongInput, match=r"--prompt 2 is empty"):
+        read(None, "a", " ")
+
+
+def test_a_plain_prompt_begins_as_harvest_begins_a_document(tiny_model: Path) -> None:
+    tokenizer = load_tokenizer(str(tiny_model))
+    (prompt,) = read(None, "the router")
+    bare = tokenizer("the router", add_special_tokens=False)["input_ids"]
+    frame = framing(tokenizer)
+    assert prompt_ids(prompt, tokenizer, frame, chat=False) == [*frame.before, *bare]
+    assert prompt_ids(prompt, tokenizer, frame._replace(before=(7,)), chat=False) == [7, *bare]
+
+
+def test_a_chat_template_is_filled_and_adds_nothing_of_the_tokenizers(tiny_model: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(tiny_model))
+    tokenizer.chat_template = TEMPLATE
+    frame = framing(tokenizer)._replace(before=(7,))
+    (prompt,) = read(None, "the router")
+    filled = tokenizer("<s>user: the router<s>", add_special_tokens=False)["input_ids"]
+    assert filled[0] == filled[-1] == 0
+    assert prompt_ids(prompt, tokenizer, frame, chat=True) == filled
+    (text,) = read(jsonl(tmp_path / "hh.jsonl", {"chosen": CHOSEN, "rejected": CHOSEN}), hh="text")
+    assert prompt_ids(text, tokenizer, frame, chat=True) == prompt_ids(text, tokenizer, frame, chat=False)
+
+
+def test_what_a_chat_template_refuses_is_refused_naming_the_prompt(tiny_model: Path) -> None:
+    tokenizer = load_tokenizer(str(tiny_model))
+    tokenizer.chat_template = "{{ raise_exception('only robots may speak') }}"
+    with pytest.raises(WrongInput, match=r"--prompt 1: .*only robots may speak.*--no-chat"):
+        prompt_ids(read(None, "x")[0], tokenizer, framing(tokenizer), chat=True)

@@ -1,0 +1,557 @@
+"""The stage contexts: what it finds is what a plain loop over every activation finds, to the last bit."""
+
+from __future__ import annotations
+
+import heapq
+import json
+import re
+import shutil
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from click.testing import CliRunner
+from transformers import AutoTokenizer
+
+from routesae.analyze.contexts import best as contexts_best
+from routesae.analyze.contexts import collect as contexts_collect
+from routesae.analyze.contexts.file import (
+    CONTEXTS,
+    FACTS,
+    FORMAT,
+    LATENTS,
+    SAMPLES,
+    Context,
+    ContextsFile,
+    read_contexts,
+)
+from routesae.analyze.contexts.run import ContextResult, ContextSettings, contexts
+from routesae.analyze.scores.run import AnalyzeSettings, analyze
+from routesae.cli import main
+from routesae.harvest.cache.reader import Cache
+from routesae.harvest.run import harvest
+from routesae.harvest.settings import HarvestSettings
+from routesae.reporting import Progress, WrongInput
+from routesae.train.folder.checkpoint import load_sae
+from routesae.train.run import train
+from routesae.train.saes.normalise import with_statistics
+from routesae.train.settings import settings_of
+
+VARIANTS = ("topk", "jumprelu", "routesae", "mlsae", "crosscoder")
+# Sentences, both scripts, and what breaks pages and terminals: every byte must come through as it is.
+HOSTILE = (
+    "He said it. She (the router!) did not?\nA new line</script><script>alert('x')</script> & &amp; \\u0041. "
+    "שלום עולם \u202eover\u202c. zero\u200bwidth\u200djoin \ufeffmark. 👩\u200d👧 family 東京。次の文！ é\ttab\r\n"
+    '<ACTIVATED>not a mark</ACTIVATED> "quoted end." then a model reads the hidden state of a token and writes it. '
+)
+STRANGE = ("</script>", "שלום", "\u202e", "\u200b", "\ufeff", "👩\u200d👧", "京", "&amp;", "\\u0041", "\t", "\r")
+
+
+@pytest.fixture(scope="module")
+def hostile_cache(tiny_settings: Callable[..., HarvestSettings], tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    """Three shards of 2,048 tokens or fewer, of documents that repeat HOSTILE at different offsets."""
+    folder = tmp_path_factory.mktemp("hostile")
+    texts = [f"document {n} " + HOSTILE[n % 40 :] + HOSTILE for n in range(40)]
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    data = str(folder / "texts.jsonl")
+    return harvest(tiny_settings(data=data, tokens=5000, context=64, shard_tokens=2048, out=str(folder / "shards")))
+
+
+@pytest.fixture(scope="module")
+def saes(hostile_cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One SAE of each variant, in a folder named for it."""
+    out = tmp_path_factory.mktemp("saes")
+    for variant in VARIANTS:
+        given = {"sae": variant, "cache": str(hostile_cache.path), "out": str(out), "name": variant}
+        train(settings_of({**given, "latents": 96, "k": 6, "batch_tokens": 512, "lr": 1e-3, "device": "cpu"}))
+    return out
+
+
+@pytest.fixture
+def copied(saes: Path, tmp_path: Path) -> Callable[[str], Path]:
+    """A variant's folder to write into."""
+
+    def copy(variant: str) -> Path:
+        return Path(shutil.copytree(saes / variant, tmp_path / "saes" / variant, dirs_exist_ok=True))
+
+    return copy
+
+
+# Where the rule keeps some latents and leaves some out.
+THRESHOLDS = {"topk": 2.0, "jumprelu": 2.0, "routesae": 1.7, "mlsae": 2.3, "crosscoder": 1.0}
+RULE: dict[str, Any] = {"max_classes": 12, "min_contexts": 4, "window": 12, "samples": 2, "seed": 3}
+
+
+def run(cache: Cache, folder: Path, **changes: Any) -> tuple[ContextResult, ContextsFile]:
+    given = {"cache": str(cache.path), "saes": (str(folder),), "device": "cpu", "threshold": THRESHOLDS[folder.name]}
+    (result,) = contexts(ContextSettings(**{**given, **RULE, **changes}))
+    return result, read_contexts(folder)
+
+
+# ---------------------------------------------------------------------------------------------- the plain loop
+
+
+class Active(NamedTuple):
+    """One latent on one token; at: which of the SAE's layers, None where it was read from no one layer."""
+
+    latent: int
+    position: int
+    at: int
+    value: float
+
+
+def every_activation(cache: Cache, folder: Path) -> list[Active]:
+    """In the order of the disk, one shard a forward pass."""
+    sae = load_sae(folder, torch.device("cpu"))
+    found = []
+    for shard in cache.shards():
+        first = shard.record.rows[0] * cache.manifest.context
+        positions = (np.asarray(shard.read("order")).astype(int) + first).tolist()
+        hidden = [np.array(shard.read(f"layer_{layer:02}")) for layer in sae.recipe.layers]
+        columns = [cache.manifest.layers.index(layer) for layer in sae.recipe.layers]
+        means, stds = (np.array(shard.read(name)).T[columns, :, None] for name in ("token_mean", "token_std"))
+        batch = [torch.from_numpy(array) for array in (np.stack(hidden), means, stds)]
+        out = sae(with_statistics(sae.recipe.normalize, 1.0, *batch))
+        values = out.latents.dense(sae.recipe.latents)
+        routes = [0] * len(positions) if out.routing_NL is None else out.routing_NL.argmax(1).tolist()
+        for row, latent in torch.nonzero(values).tolist():
+            n, at = row % len(positions), row // len(positions)
+            found.append(Active(latent, positions[n], at or routes[n], float(values[row, latent])))
+    return found
+
+
+class Text:
+    """The cache's tokens as a person reads them, one at a time."""
+
+    def __init__(self, cache: Cache, window: int):
+        self.tokenizer = AutoTokenizer.from_pretrained(cache.manifest.model)
+        self.ids = np.asarray(cache.tokens()).reshape(-1).tolist()
+        self.starts = set(np.asarray(cache.document_starts()).tolist())
+        self.context, self.window = cache.manifest.context, window
+
+        self.spellings: dict[int, str] = {}
+
+    def spelled(self, position: int) -> str:
+        token = self.ids[position]
+        if token not in self.spellings:
+            self.spellings[token] = self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        return self.spellings[token]
+
+    def token_class(self, position: int) -> str:
+        text = self.spelled(position)
+        if "\ufffd" in text:
+            return str(self.tokenizer.convert_ids_to_tokens(self.ids[position])).lower()
+        return text.strip().lower() or text
+
+    def cut_before(self, position: int) -> bool:
+        """Whether a window may not hold both this position and the one before."""
+        ended = re.search(r"""[.!?。！？]["'”’»)\]]*\s*$""", self.spelled(position - 1))
+        line = set(self.spelled(position - 1)) & set("\n\r\u2028\u2029")
+        special = {self.ids[position], self.ids[position - 1]} & {0, 1}
+        row_begins = position % self.context == 0
+        return bool(ended or line or special or row_begins or position in self.starts)
+
+    def bounds(self, position: int) -> tuple[int, int]:
+        first, after = position, position + 1
+        while not self.cut_before(first):
+            first -= 1
+        while after < len(self.ids) and not self.cut_before(after):
+            after += 1
+        if after - first > self.window:
+            half = self.window // 2
+            first, after = max(first, position - half), min(after, position + self.window - half)
+        return first, after
+
+
+def by_strength(active: Active) -> tuple[float, int, int]:
+    return -active.value, active.position, active.at
+
+
+def published_rule(found: list[Active], text: Text, rule: dict[str, Any]) -> dict[int, list[Active]]:
+    """Latents that the rule keeps, their contexts strongest first: the published loop, with its heaps."""
+    heaps: dict[int, dict[str, list[tuple[float, int, int, Active]]]] = defaultdict(lambda: defaultdict(list))
+    for active in found:
+        if active.value > rule["threshold"]:
+            heap = heaps[active.latent][text.token_class(active.position)]
+            heapq.heappush(heap, (active.value, -active.position, -active.at, active))
+            if len(heap) > 2:
+                heapq.heappop(heap)
+    kept = {}
+    for latent, classes in heaps.items():
+        chosen = [entry[3] for heap in classes.values() for entry in heap]
+        if len(classes) <= rule["max_classes"] and len(chosen) >= rule["min_contexts"]:
+            kept[latent] = sorted(chosen, key=by_strength)
+    return kept
+
+
+def splitmix(active: Active, latents: int, layers: int, seed: int) -> int:
+    x = (active.position * layers + active.at) * latents + active.latent + (seed + 1) * 0x9E3779B97F4A7C15
+    x &= 2**64 - 1
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & (2**64 - 1)
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & (2**64 - 1)
+    return (x ^ (x >> 31)) >> 1
+
+
+def naive(cache: Cache, folder: Path, **changes: Any) -> tuple[dict[int, dict[str, list[Any]]], set[int]]:
+    """{latent: {kind: contexts}} with everything a context has, and the latents that the rule keeps."""
+    rule = {**RULE, "threshold": THRESHOLDS[folder.name], "top": None, **changes}
+    recipe = load_sae(folder, torch.device("cpu")).recipe
+    text, found = Text(cache, rule["window"]), every_activation(cache, folder)
+    of_latent: dict[int, list[Active]] = defaultdict(list)
+    for active in found:
+        of_latent[active.latent].append(active)
+    values = {(a.latent, a.position, a.at if recipe.sae == "mlsae" else 0): a.value for a in found}
+
+    def told(active: Active) -> Any:
+        first, after = text.bounds(active.position)
+        at = active.at if recipe.sae == "mlsae" else 0  # a routesae's window is read where each token was routed
+        window = [values.get((active.latent, position, at), 0.0) for position in range(first, after)]
+        document = sum(start <= active.position for start in text.starts) - 1
+        layer = None if recipe.sae == "crosscoder" else recipe.layers[active.at]
+        row, position = divmod(active.position, text.context)
+        names = (text.token_class(active.position), active.value, layer, row, position, document)
+        return *names, active.position - first, tuple(text.ids[first:after]), tuple(window)
+
+    kept = published_rule(found, text, rule)
+    expected = {}
+    for latent, all_of_it in of_latent.items():
+        chosen = kept.get(latent, [])
+        if rule["top"] is not None:
+            chosen = sorted(all_of_it, key=by_strength)[: rule["top"]]
+        hashes = {a: splitmix(a, recipe.latents, len(recipe.layers), rule["seed"]) for a in all_of_it}
+        sample = sorted(all_of_it, key=lambda a: -hashes[a])[: 3 * rule["samples"]]
+        kinds: dict[str, list[Active]] = {"chosen": chosen, **{name: [] for name in SAMPLES}}
+        for rank, active in enumerate(sorted(sample, key=by_strength)):
+            kinds[SAMPLES[rank * 3 // len(sample)]].append(active)
+        expected[latent] = {kind: [told(a) for a in actives] for kind, actives in kinds.items()}
+    return expected, set(kept)
+
+
+def facts_of(context: Context) -> Any:
+    c = context
+    return c.token_class, c.activation, c.layer, c.row, c.position, c.document, c.at, c.token_ids, c.activations
+
+
+def read(file: ContextsFile) -> dict[int, dict[str, list[Any]]]:
+    kinds = {found.latent: {"chosen": found.chosen, **found.samples} for found in file.latents()}
+    return {latent: {kind: [facts_of(c) for c in cs] for kind, cs in of.items()} for latent, of in kinds.items()}
+
+
+# ------------------------------------------------------------------------------------------- equal to that loop
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_contexts_equal_a_plain_loops(
+    variant: str, hostile_cache: Cache, copied: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contexts_best, "PENDING", 700)  # many merges
+    monkeypatch.setattr(contexts_collect, "LOOKED_UP", 100)
+    result, file = run(hostile_cache, copied(variant))
+    expected, kept = naive(hostile_cache, result.folder)
+    assert read(file) == expected
+    assert {summary.latent for summary in file.summaries if summary.kept} == kept
+    assert result.features == file.facts["features"] == len(kept)
+    too_many = [summary for summary in file.summaries if summary.token_classes > RULE["max_classes"]]
+    assert kept, "the rule must keep some here"
+    assert too_many, "and leave some out"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_top_n_equals_a_plain_loops(variant: str, hostile_cache: Cache, copied: Callable[[str], Path]) -> None:
+    result, file = run(hostile_cache, copied(variant), top=7, seed=0)
+    expected, kept = naive(hostile_cache, result.folder, top=7, seed=0)
+    assert read(file) == expected
+    assert result.features == len(kept)  # the published count, whatever is chosen
+    assert result.chosen == len(expected)
+    assert max(len(found["chosen"]) for found in expected.values()) == 7
+
+
+def test_the_least_number_of_contexts_is_enough(hostile_cache: Cache, copied: Callable[[str], Path]) -> None:
+    folder = copied("topk")
+    found = run(hostile_cache, folder, min_contexts=1)[1].latents()
+    counts = sorted(len(latent.chosen) for latent in found if latent.chosen)
+    middle = counts[len(counts) // 2]
+    assert counts[0] < middle
+    assert run(hostile_cache, folder, min_contexts=middle)[0].features == sum(count >= middle for count in counts)
+
+
+@pytest.mark.parametrize("variant", ["topk", "mlsae"])
+def test_the_size_of_batches_changes_nothing(
+    variant: str, hostile_cache: Cache, copied: Callable[[str], Path]
+) -> None:
+    settings = [{"top": top, "batch_tokens": size} for top in (None, 5) for size in (99, 4096)]
+    found = [read(run(hostile_cache, copied(variant), **changes)[1]) for changes in settings]
+    assert found[0] == found[1]
+    assert found[2] == found[3] != found[0]
+
+
+def test_summaries_are_those_of_all_activations(hostile_cache: Cache, copied: Callable[[str], Path]) -> None:
+    for variant in ("topk", "mlsae"):
+        result, file = run(hostile_cache, copied(variant))
+        values = defaultdict(list)
+        for active in every_activation(hostile_cache, result.folder):
+            values[active.latent].append(active.value)
+        readings = hostile_cache.manifest.kept_tokens * (4 if variant == "mlsae" else 1)
+        assert len(file.summaries) == 96
+        for summary in file.summaries:
+            mine = values[summary.latent]
+            assert (summary.active, summary.density) == (len(mine), len(mine) / readings)
+            assert summary.max_activation == max(mine, default=0)
+            assert summary.mean_activation == pytest.approx(sum(mine) / max(1, len(mine)))
+
+
+# ------------------------------------------------------------------------------------------------- text is data
+
+
+def test_text_is_exact(hostile_cache: Cache, copied: Callable[[str], Path]) -> None:
+    """Joined tokens are what the tokenizer makes of the window's ids, whatever stands in them."""
+    _, file = run(hostile_cache, copied("topk"), top=20, window=40)
+    tokenizer = AutoTokenizer.from_pretrained(hostile_cache.manifest.model)
+    seen = ""
+    for found in file.latents():
+        for context in found.chosen:
+            assert context.text == tokenizer.decode(list(context.token_ids), clean_up_tokenization_spaces=False)
+            assert len(context.tokens) == len(context.token_ids) == len(context.activations) <= 40
+            seen += context.text
+    for strange in STRANGE:
+        assert strange in seen, repr(strange)
+
+
+def test_published_json_has_its_shape_and_the_same_contexts(
+    hostile_cache: Cache, copied: Callable[[str], Path]
+) -> None:
+    result, file = run(hostile_cache, copied("routesae"))
+    written = json.loads((result.folder / "contexts.json").read_text(encoding="utf-8"))
+    published = ("total_latents", "threshold", "max_length", "max_per_token", "lines")
+    assert [written[name] for name in published] == [result.features, 1.7, 12, 2, 3]
+    assert list(written) == [*published, "routesae", "latent_context_map", "latent_sample_map"]
+    assert written["routesae"] == file.facts
+    chosen = {found.latent: found for found in file.latents() if found.chosen}
+    assert list(written["latent_context_map"]) == list(written["latent_sample_map"]) == [str(n) for n in chosen]
+    for latent, by_class in written["latent_context_map"].items():
+        assert list(by_class) == sorted(by_class)
+        for token_class, entries in by_class.items():
+            mine = [context for context in chosen[int(latent)].chosen if context.token_class == token_class]
+            assert [entry["activation"] for entry in entries] == [context.activation for context in mine]
+            for name in ("layer", "row", "position", "document"):
+                assert [entry[name] for entry in entries] == [getattr(context, name) for context in mine]
+            for entry, context in zip(entries, mine, strict=True):
+                assert entry["context"] == context.marked()
+                assert entry["context"].replace(f"<ACTIVATED>{context.tokens[context.at]}</ACTIVATED>", "|", 1) == (
+                    "".join(context.tokens[: context.at]) + "|" + "".join(context.tokens[context.at + 1 :])
+                )
+    for latent, kinds in written["latent_sample_map"].items():
+        assert [len(kinds[kind]) for kind in SAMPLES] == [len(chosen[int(latent)].samples[kind]) for kind in SAMPLES]
+
+
+def test_facts_say_what_was_read_and_from_what(hostile_cache: Cache, copied: Callable[[str], Path]) -> None:
+    folder = copied("topk")
+    _, file = run(hostile_cache, folder)
+    assert file.facts["settings"]["threshold"] == 2.0
+    assert file.facts["cache"]["tokens_hash"] == hostile_cache.manifest.tokens_hash
+    assert file.facts["tokens"] == hostile_cache.manifest.kept_tokens
+    assert file.facts["sae"]["recipe"]["sae"] == "topk"
+    again = run(hostile_cache, folder)[1]
+    assert (again.fingerprint, again.facts) == (file.fingerprint, file.facts)
+    assert run(hostile_cache, folder, seed=4)[1].fingerprint != file.fingerprint
+    assert not list(folder.glob(".*")), "nothing half-written stays behind"
+
+
+def test_only_wanted_latents_are_read(hostile_cache: Cache, copied: Callable[[str], Path]) -> None:
+    _, file = run(hostile_cache, copied("topk"), top=2)
+    everything = {found.latent: found for found in file.latents()}
+    two = sorted(everything)[3:5]
+    assert list(file.latents(two)) == [everything[latent] for latent in two]
+
+
+def test_progress_names_the_sae_and_where_nothing_is_kept_the_way_out_is_said(
+    hostile_cache: Cache, copied: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    folders = (str(copied("topk")), str(copied("mlsae")))
+    seen: list[Progress] = []
+    given = ContextSettings(cache=str(hostile_cache.path), saes=folders, device="cpu", threshold=1000.0)
+    results = contexts(given, seen.append)
+    assert list(dict.fromkeys(now.stage for now in seen)) == ["contexts topk", "contexts mlsae"]
+    assert [result.features for result in results] == [0, 0]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{result.sae}: the rule keeps no latent; the strongest activation is {result.max_activation:.1f}: "
+        "give a --threshold well below it"
+        for result in results
+    ]
+    caplog.clear()
+    contexts(replace(given, threshold=2.0, max_classes=100, min_contexts=1))
+    assert caplog.records == []
+
+
+def test_parts_of_the_file_without_a_wanted_latent_are_not_read(
+    hostile_cache: Cache, copied: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "routesae.analyze.contexts.table.BATCH_CONTEXTS", 20
+    )  # many row groups, none of half a latent
+    _, file = run(hostile_cache, copied("topk"), top=2)
+    everything = {found.latent: found for found in file.latents()}
+    with pq.ParquetFile(file.folder / "contexts.parquet") as parquet:
+        groups = [
+            set(parquet.read_row_group(n)["latent"].to_pylist()) for n in range(parquet.metadata.num_row_groups)
+        ]
+    assert len(groups) > 8
+    read: list[int] = []
+    of_pyarrow = pq.ParquetFile.read_row_group
+    monkeypatch.setattr(
+        pq.ParquetFile, "read_row_group", lambda self, n, **more: (read.append(n), of_pyarrow(self, n, **more))[1]
+    )
+    for wanted in ({min(groups[3])}, {max(groups[3])}, {min(groups[2]), max(groups[6])}, {10**6}, set()):
+        read.clear()
+        assert list(file.latents(wanted)) == [everything[latent] for latent in sorted(wanted & set(everything))]
+        assert read == [n for n, group in enumerate(groups) if group & wanted]
+
+
+# ------------------------------------------------------------------------------------------------- wrong input
+
+
+def test_another_models_tokenizer_is_refused(
+    hostile_cache: Cache, copied: Callable[[str], Path], tiny_model: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(tiny_model, tmp_path / "other"))
+    vocabulary = (other / "tokenizer.json").read_text().replace('"<s>"', '"<begin>"')
+    (other / "tokenizer.json").write_text(vocabulary)
+    with pytest.raises(WrongInput, match=r"its tokenizer differs .* --model"):
+        run(hostile_cache, copied("topk"), model=str(other))
+
+
+def test_a_tokenizer_without_its_model_is_enough(
+    hostile_cache: Cache, copied: Callable[[str], Path], tiny_model: Path, tmp_path: Path
+) -> None:
+    alone = tmp_path / "tokenizer"
+    alone.mkdir()
+    for file in tiny_model.glob("tokenizer*"):
+        shutil.copy(file, alone)
+    assert run(hostile_cache, copied("topk"), model=str(alone))[0].contexts > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"threshold": -1.0}, "--threshold -1.0 is not a number of 0 or more"),
+        ({"threshold": float("nan")}, "--threshold nan is not"),
+        ({"top": 0}, "--top 0 is below 1"),
+        ({"per_class": 0}, "--per-class 0 is below 1"),
+        ({"window": 0}, "--window 0 is below 1"),
+        ({"seed": -1}, "--seed -1 is below 0"),
+    ],
+)
+def test_impossible_settings_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(WrongInput, match=re.escape(message)):
+        ContextSettings(**changes)
+
+
+def test_missing_and_damaged_files_are_named(hostile_cache: Cache, copied: Callable[[str], Path]) -> None:
+    folder = copied("topk")
+    with pytest.raises(WrongInput, match=r"has no contexts.parquet; make it with routesae contexts"):
+        read_contexts(folder)
+    run(hostile_cache, folder)
+    latents = (folder / "latents.parquet").read_bytes()
+    run(hostile_cache, folder, seed=9)
+    newer = (folder / "latents.parquet").read_bytes()
+    (folder / "latents.parquet").write_bytes(latents)
+    with pytest.raises(WrongInput, match="are of two runs; run routesae contexts again"):
+        read_contexts(folder)
+    (folder / "latents.parquet").write_bytes(newer[:100])
+    with pytest.raises(WrongInput, match=r"latents.parquet cannot be read"):
+        read_contexts(folder)
+    (folder / "contexts.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(WrongInput, match=r"contexts.parquet cannot be read"):
+        analyze(AnalyzeSettings(cache=str(hostile_cache.path), saes=(str(folder),), metrics=("L0",), device="cpu"))
+
+
+def test_damage_that_opening_does_not_show_is_named_when_it_is_read(
+    hostile_cache: Cache, copied: Callable[[str], Path]
+) -> None:
+    folder = copied("topk")
+    run(hostile_cache, folder)
+    whole = (folder / CONTEXTS).read_bytes()
+    (folder / CONTEXTS).write_bytes(whole[:4] + bytes(200) + whole[204:])  # the head of its first column's first page
+    file = read_contexts(folder)
+    with pytest.raises(WrongInput, match=r"contexts.parquet cannot be read"):
+        list(file.latents())
+
+
+def test_contexts_of_another_format_are_refused(hostile_cache: Cache, copied: Callable[[str], Path]) -> None:
+    folder = copied("topk")
+    run(hostile_cache, folder)
+    for name in (CONTEXTS, LATENTS):
+        table = pq.read_table(folder / name)
+        facts = {**json.loads(table.schema.metadata[FACTS]), "format": FORMAT + 1}
+        pq.write_table(table.replace_schema_metadata({FACTS: json.dumps(facts)}), folder / name)
+    with pytest.raises(WrongInput, match=rf"is of format {FORMAT + 1}, not {FORMAT}, .* run routesae contexts again"):
+        read_contexts(folder)
+
+
+# --------------------------------------------------------------------------------------------- the command line
+
+
+def invoke(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    return result.exit_code, result.output
+
+
+def test_the_command_counts_features_and_analyze_shows_them(
+    hostile_cache: Cache, copied: Callable[[str], Path]
+) -> None:
+    out = copied("topk").parent
+    copied("crosscoder")
+    flags = ["--cache", hostile_cache.path, "--out", out, "--device", "cpu"]
+    code, output = invoke("contexts", *flags, "--threshold", 2, "--max-classes", 12, "--min-contexts", 4)
+    assert code == 0, output
+    features = {name: read_contexts(out / name).facts["features"] for name in ("topk", "crosscoder")}
+    for name, count in features.items():
+        assert re.search(rf"^ *{name} +96 +{count} ", output, re.MULTILINE), output
+        assert f"{out / name}: contexts.json, contexts.parquet, latents.parquet" in output
+    (out / "topk" / "interpretations.json").write_text(json.dumps({"score": 3.25}))
+    code, output = invoke("analyze", "--metric", "L0", *flags)
+    assert code == 0, output
+    head, _, *rows = (line.split() for line in output.splitlines()[:4])
+    assert head == ["sae", "variant", "layers", "latents", "L0", "Features", "Score"]
+    assert {row[0]: row[5:] for row in rows} == {
+        "crosscoder": [str(features["crosscoder"]), "-"],
+        "topk": [str(features["topk"]), "3.2500"],
+    }
+
+
+def test_a_tables_row_tells_what_the_rule_keeps_from_what_was_written(tmp_path: Path) -> None:
+    counts = {"latents": 96, "features": 7, "chosen": 40, "contexts": 123}
+    row = ContextResult(sae="topk", folder=tmp_path, max_activation=2.5, **counts).row()
+    assert list(row) == ["sae", "latents", "Features", "chosen", "contexts", "strongest"]
+    assert list(row.values()) == ["topk", 96, 7, 40, 123, 2.5]
+
+
+def test_features_counted_by_different_thresholds_are_not_compared_in_silence(
+    hostile_cache: Cache, copied: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    folders = [copied("topk"), copied("crosscoder")]
+    asked = AnalyzeSettings(
+        cache=str(hostile_cache.path), saes=tuple(map(str, folders)), metrics=("L0",), device="cpu"
+    )
+    for threshold, said in ((2.0, []), (3.0, ["Features are not counted alike: topk above 3, crosscoder above 2;"])):
+        for folder in folders[: 2 if threshold == 2.0 else 1]:
+            run(hostile_cache, folder, threshold=threshold)
+        caplog.clear()
+        analyze(asked)
+        found = [record.getMessage() for record in caplog.records if "Features" in record.getMessage()]
+        assert [message.partition(" run ")[0] for message in found] == said
+
+
+def test_a_wrong_tokenizer_is_one_line_and_exit_code_2(
+    hostile_cache: Cache, copied: Callable[[str], Path], tmp_path: Path
+) -> None:
+    code, output = invoke("contexts", "--cache", hostile_cache.path, "--sae", copied("topk"), "--model", tmp_path)
+    assert code == 2
+    assert output.startswith("routesae: model ")
+    assert output.count("\n") == 1

@@ -1,0 +1,104 @@
+"""The ablation: every variant trained and scored in one go, and its table, files and plot saying the same."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from routesae.analyze.contexts.file import read_contexts
+from routesae.analyze.pipeline.ablation import COLUMNS, METRICS, VARIANTS, ablation, draw_pareto
+from routesae.analyze.scores.run import INTERPRETATIONS, AnalyzeSettings, analyze
+from routesae.harvest.cache.reader import Cache
+from routesae.reporting import WrongInput
+from routesae.train.settings import settings_of
+
+
+def flags(cache: Cache, out: Path, **more: Any) -> dict[str, Any]:
+    base = {"cache": str(cache.path), "latents": 64, "lr": 5e-3, "batch_tokens": 512, "device": "cpu", "resume": True}
+    return {**base, "out": str(out / "saes"), **more}
+
+
+SCORING = {"tokens": 32, "device": "cpu"}
+
+
+def test_all_six_variants_are_scored_and_the_files_say_what_analyze_says(tiny_cache: Cache, tmp_path: Path) -> None:
+    settings = settings_of(flags(tiny_cache, tmp_path, sae=VARIANTS, k=(4, 8)))
+    rows = ablation(settings, SCORING, tmp_path)
+    assert {row["variant"] for row in rows} == set(VARIANTS)
+    assert len(rows) == 2 * len(VARIANTS)
+    folders = tuple(str(path) for path in sorted((tmp_path / "saes").iterdir()))
+    apart = AnalyzeSettings(cache=str(tiny_cache.path), saes=folders, metrics=METRICS, **SCORING)
+    alone = {row["sae"]: row for row in analyze(apart)["saes"]}
+    for row in rows:
+        assert {name: row[name] for name in METRICS} == {name: alone[row["sae"]][name] for name in METRICS}
+    read = json.loads((tmp_path / "ablation.json").read_text())["saes"]
+    assert [{name: row[name] for name in rows[0]} for row in read] == rows
+    assert list(rows[0]) == [name for name in COLUMNS if name not in ("Features", "Score")]  # nothing has read them
+    with (tmp_path / "ablation.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [row["sae"] for row in table] == [row["sae"] for row in rows]
+    assert [float(row["Recovered"]) for row in table] == [row["Recovered"] for row in rows]
+
+
+def test_the_plot_names_every_variant_once_and_is_a_png_and_an_svg(tmp_path: Path) -> None:
+    rows = [
+        {"variant": variant, "L0": l0, "Recovered": recovered}
+        for variant, recovered in (("topk", 0.9), ("gated", 0.8))
+        for l0 in (16.0, 32.0)
+    ]
+    draw_pareto(rows, [tmp_path / "p.png", tmp_path / "p.svg"])
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    svg = (tmp_path / "p.svg").read_text()
+    ElementTree.fromstring(svg)
+    for text in ("topk", "gated", "L0, active latents a token"):
+        assert svg.count(f"<!-- {text} -->") == 1
+
+
+def test_a_second_call_trains_nothing_again(tiny_cache: Cache, tmp_path: Path) -> None:
+    settings = settings_of(flags(tiny_cache, tmp_path, sae=("topk", "gated"), k=4))
+    first = ablation(settings, SCORING, tmp_path, plot=False)
+    weights = {path: path.stat().st_mtime_ns for path in (tmp_path / "saes").rglob("*.safetensors")}
+    assert ablation(settings, SCORING, tmp_path, plot=False) == first
+    assert {path: path.stat().st_mtime_ns for path in weights} == weights
+    assert not (tmp_path / "pareto.png").exists()
+
+
+def test_features_and_score_are_columns_of_the_table_and_the_files(
+    tiny_cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_of(flags(tiny_cache, tmp_path, sae=("topk", "gated"), k=4))
+    rows = ablation(settings, SCORING, tmp_path, plot=False, threshold=0.25)
+    kept = [sum(one.kept for one in read_contexts(Path(row["folder"])).summaries) for row in saved(tmp_path)]
+    assert [row["Features"] for row in rows] == kept
+    assert max(kept) > 0
+    assert [row["Features"] for row in saved(tmp_path)] == kept
+    with (tmp_path / "ablation.csv").open() as file:
+        assert [int(row["Features"]) for row in csv.DictReader(file)] == kept
+    (Path(saved(tmp_path)[0]["folder"]) / INTERPRETATIONS).write_text('{"score": 3.5}')
+    monkeypatch.setattr(
+        "routesae.analyze.pipeline.ablation.contexts", None
+    )  # there are those of this threshold already
+    again = ablation(settings, SCORING, tmp_path, plot=False, threshold=0.25)
+    assert [(row["Features"], row["Score"]) for row in again] == list(zip(kept, [3.5, None], strict=True))
+
+
+def saved(folder: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads((folder / "ablation.json").read_text())["saes"]
+    return rows
+
+
+def test_without_matplotlib_it_is_refused_before_anything_is_trained(
+    tiny_cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    settings = settings_of(flags(tiny_cache, tmp_path, sae="topk", k=4))
+    with pytest.raises(WrongInput, match=r"needs matplotlib: pip install 'routesae\[plot\]', or give --no-plot"):
+        ablation(settings, SCORING, tmp_path)
+    assert not (tmp_path / "saes").exists()

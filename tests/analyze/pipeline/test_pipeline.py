@@ -1,0 +1,316 @@
+"""`routesae run`: every stage once, nothing twice, what changed again, and nothing lost that was not asked for."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+from routesae.analyze.contexts.file import read_facts
+from routesae.analyze.pipeline import run as pipeline
+from routesae.analyze.pipeline.run import PipelineResult, run_pipeline
+from routesae.analyze.pipeline.settings import read_pipeline
+from routesae.cli import main
+from routesae.harvest.cache.reader import Cache
+from routesae.reporting import Progress, Report, WrongInput, silent
+from routesae.train.run import train
+from routesae.train.settings import settings_of
+
+TRAIN = """
+[train]
+latents = 64
+batch-tokens = 1024
+checkpoint-every = 2
+device = "cpu"
+
+[[train.run]]
+sae = "topk"
+layer = 3
+k = 8
+name = "first"
+
+[[train.run]]
+sae = "routesae"
+k = 6
+name = "second"
+"""
+ANALYZE = """
+[analyze]
+metric = ["NormMSE", "KLDiv"]
+tokens = 64
+device = "cpu"
+"""
+CONTEXTS = """
+[contexts]
+threshold = 0.5
+device = "cpu"
+"""
+
+
+@pytest.fixture
+def begun(tiny_cache: Cache, tmp_path: Path) -> Callable[..., PipelineResult]:
+    """Runs a file of these tables on the tiny cache, in tmp_path/out."""
+
+    def run(*tables: str, report: Report = silent) -> PipelineResult:
+        file = tmp_path / "pipeline.toml"
+        file.write_text(f"out = '{tmp_path / 'out'}'\ncache = '{tiny_cache.path}'\n" + "".join(tables))
+        return run_pipeline(read_pipeline(str(file)), report)
+
+    return run
+
+
+def written(folder: Path) -> dict[str, int]:
+    """When each file below was last written."""
+    return {str(file.relative_to(folder)): file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}
+
+
+def changed(before: dict[str, int], after: dict[str, int]) -> set[str]:
+    return {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+
+
+# --------------------------------------------------------------------------------------------------- done once
+
+
+def test_from_text_to_report_once_and_then_nothing(tiny_model: Path, tiny_corpus: Path, tmp_path: Path) -> None:
+    pytest.importorskip("jinja2")
+    out, file, corpus = tmp_path / "out", tmp_path / "pipeline.toml", tmp_path / "texts.jsonl"
+    shutil.copy(tiny_corpus, corpus)
+    harvest = f"[harvest]\nmodel = '{tiny_model}'\ndata = '{corpus}'\ntokens = 9000\ncontext = 16\n"
+    shape = "shard-tokens = 2048\nlayers = '2-5'\ndevice = 'cpu'\n"
+    file.write_text(f"out = '{out}'\n" + harvest + shape + TRAIN + ANALYZE + CONTEXTS + "[report]\ndevice = 'cpu'\n")
+    first = CliRunner().invoke(main, ["run", "--config", str(file)])
+    assert first.exit_code == 0, first.output
+    stages = ("harvest", "train", "analyze", "contexts", "report")
+    assert "; ".join(f"{stage}: done" for stage in stages) in first.stdout
+    lines = [line.split()[0] for line in first.stdout.splitlines()]
+    assert {"first", "second"} <= set(lines)
+    there = written(out)
+    expected = {
+        "shards/zarr.json",
+        "saes/first/cfg.json",
+        "saes/second/contexts.parquet",
+        "scores.json",
+        "report.html",
+    }
+    assert expected | {"pipeline.json"} <= set(there)
+    second = CliRunner().invoke(main, ["run", "--config", str(file)])
+    assert "; ".join(f"{stage}: unchanged" for stage in stages) in second.stdout
+    assert changed(there, written(out)) == set()
+
+    file.write_text(file.read_text().replace("tokens = 9000", "tokens = 8000"))
+    refused = CliRunner().invoke(main, ["run", "--config", str(file)])
+    assert (refused.exit_code, "begun with other settings: tokens is 9000, not 8000" in refused.stderr) == (2, True)
+    file.write_text(file.read_text().replace("tokens = 8000", "tokens = 9000"))
+    with corpus.open("a") as more:
+        more.write(json.dumps({"text": "another document " * 20}) + "\n")
+    refused = CliRunner().invoke(main, ["run", "--config", str(file)])
+    assert refused.exit_code == 2
+    assert f"{corpus} has changed since {out / 'shards'} was harvested" in refused.stderr
+    assert changed(there, written(out)) == set()
+
+
+def test_stages_without_a_table_do_not_run(begun: Callable[..., PipelineResult], tmp_path: Path) -> None:
+    assert begun(TRAIN).stages == {"train": True}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"saes", "pipeline.json"}
+    assert begun(ANALYZE).stages == {"analyze": True}  # of every SAE that is there
+
+
+# ----------------------------------------------------------------------------------------------- what changed
+
+
+def test_an_sae_whose_settings_changed_and_all_that_rests_on_it_run_again(
+    begun: Callable[..., PipelineResult], tmp_path: Path
+) -> None:
+    begun(TRAIN, ANALYZE, CONTEXTS)
+    before = written(tmp_path / "out")
+    result = begun(TRAIN.replace("k = 8", "k = 4"), ANALYZE, CONTEXTS)
+    assert result.stages == {"train": True, "analyze": True, "contexts": True}
+    touched = changed(before, written(tmp_path / "out"))
+    assert {"saes/first/sae_weights.safetensors", "saes/first/contexts.parquet", "scores.json"} <= touched
+    assert [name for name in touched if name.startswith("saes/second")] == []
+    assert json.loads((tmp_path / "out/saes/first/cfg.json").read_text())["k"] == 4
+
+
+def test_scores_hold_what_contexts_and_interpret_found_after_analyze(
+    begun: Callable[..., PipelineResult], tmp_path: Path
+) -> None:
+    """analyze comes before them, so its file is written again, and stays what it is when nothing changes."""
+    scores = tmp_path / "out" / "scores.json"
+    first = begun(TRAIN, ANALYZE, CONTEXTS)
+    features = {folder.name: read_facts(folder)["features"] for folder in first.saes}
+    assert {row["sae"]: row["Features"] for row in json.loads(scores.read_text())["saes"]} == features
+    assert first.scores == json.loads(scores.read_text())
+    before = written(tmp_path / "out")
+    assert begun(TRAIN, ANALYZE, CONTEXTS).stages == {"train": False, "analyze": False, "contexts": False}
+    assert changed(before, written(tmp_path / "out")) == set()
+    begun(TRAIN, ANALYZE, CONTEXTS.replace("0.5", "1000.0"))
+    assert {row["Features"] for row in json.loads(scores.read_text())["saes"]} == {0}
+    assert begun(TRAIN, ANALYZE, CONTEXTS.replace("0.5", "1000.0")).stages["analyze"] is False
+
+
+def test_an_sae_more_leaves_the_others_as_they_are(begun: Callable[..., PipelineResult], tmp_path: Path) -> None:
+    begun(TRAIN)
+    before = written(tmp_path / "out/saes")
+    assert begun(TRAIN, "[[train.run]]\nsae = 'vanilla'\nlayer = 4\nname = 'third'\n", ANALYZE).stages["train"]
+    assert all(name.startswith("third/") for name in changed(before, written(tmp_path / "out/saes")))
+    rows = json.loads((tmp_path / "out/scores.json").read_text())["saes"]
+    assert [row["sae"] for row in rows] == ["first", "second", "third"]
+
+
+@pytest.mark.parametrize(
+    ("change", "again"),
+    [
+        ((ANALYZE, ANALYZE.replace("64", "32")), "analyze"),
+        ((CONTEXTS, CONTEXTS.replace("0.5", "0.25")), "contexts"),
+    ],
+)
+def test_a_stage_whose_settings_changed_runs_again_alone(
+    change: tuple[str, str], again: str, begun: Callable[..., PipelineResult], caplog: pytest.LogCaptureFixture
+) -> None:
+    tables = (TRAIN, ANALYZE, CONTEXTS)
+    begun(*tables)
+    caplog.set_level("INFO", logger="routesae")
+    result = begun(*(change[1] if table == change[0] else table for table in tables))
+    assert result.stages == {name: name == again for name in ("train", "analyze", "contexts")}
+    named = {"analyze": "tokens", "contexts": "threshold"}[again]
+    assert any(f"runs again, changed: {named}" in record.getMessage() for record in caplog.records)
+    assert any(record.getMessage() == "train first: unchanged, skipped" for record in caplog.records)
+
+
+@pytest.mark.parametrize("lost", ["scores.json", "saes/first/contexts.parquet", "saes/first"])
+def test_what_is_gone_is_made_again(lost: str, begun: Callable[..., PipelineResult], tmp_path: Path) -> None:
+    begun(TRAIN, ANALYZE, CONTEXTS)
+    path = tmp_path / "out" / lost
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    begun(TRAIN, ANALYZE, CONTEXTS)
+    assert path.exists()
+    assert set(begun(TRAIN, ANALYZE, CONTEXTS).stages.values()) == {False}
+
+
+def test_altered_weights_are_trained_anew_to_what_they_were(
+    begun: Callable[..., PipelineResult], tmp_path: Path
+) -> None:
+    begun(TRAIN)
+    file = tmp_path / "out/saes/first/sae_weights.safetensors"
+    expected, altered = load_file(file), load_file(file)
+    altered["W_dec"] = altered["W_dec"] * 2
+    save_file(altered, file)
+    assert begun(TRAIN).stages == {"train": True}
+    assert {name: tensor.tolist() for name, tensor in load_file(file).items()} == {
+        name: tensor.tolist() for name, tensor in expected.items()
+    }
+
+
+def test_a_stopped_training_goes_on_from_its_checkpoint(begun: Callable[..., PipelineResult]) -> None:
+    steps: list[int] = []
+
+    def interrupt(progress: Progress) -> None:
+        if progress.unit == "steps":
+            steps.append(progress.done)
+            if progress.done == 5:
+                raise KeyboardInterrupt
+
+    often = TRAIN.replace("checkpoint-every = 2", "checkpoint-every = 2\nlog-every-steps = 1")
+    with pytest.raises(KeyboardInterrupt):
+        begun(often, report=interrupt)
+    assert steps == [1, 2, 3, 4, 5]
+    steps.clear()
+    assert begun(often, report=lambda p: steps.append(p.done) if p.unit == "steps" else None).stages["train"]
+    assert steps[0] == 5  # the checkpoint is of step 4
+
+
+# ------------------------------------------------------------------------------------------------ nothing lost
+
+
+def test_an_sae_of_the_same_name_from_elsewhere_is_refused_and_kept(
+    begun: Callable[..., PipelineResult], tiny_cache: Cache, tmp_path: Path
+) -> None:
+    other = {"sae": "topk", "layer": 3, "latents": 32, "k": 2, "batch_tokens": 4096, "name": "first", "device": "cpu"}
+    train(settings_of({**other, "cache": str(tiny_cache.path), "out": str(tmp_path / "out/saes")}))
+    before = written(tmp_path / "out/saes")
+    with pytest.raises(WrongInput, match=r"first is there with other settings, and was not trained from here"):
+        begun(TRAIN)
+    assert changed(before, written(tmp_path / "out/saes")) == set()
+
+
+def test_without_its_record_what_is_trained_is_recognised(
+    begun: Callable[..., PipelineResult], tmp_path: Path
+) -> None:
+    begun(TRAIN)
+    before = written(tmp_path / "out/saes")
+    (tmp_path / "out/pipeline.json").unlink()
+    assert begun(TRAIN).stages == {"train": False}
+    assert changed(before, written(tmp_path / "out/saes")) == set()
+
+
+def test_unanswered_questions_are_asked_again_and_answered_ones_are_not(
+    begun: Callable[..., PipelineResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, ...]] = []
+
+    def fake(settings: Any, report: Report) -> list[dict[str, Any]]:
+        calls.append(settings.saes)
+        summary = {"unanswered": 1 if len(calls) == 1 else 0, "score": 3.0}
+        for folder in settings.saes:
+            (Path(folder) / "interpretations.json").write_text(json.dumps(summary))
+        return [summary]
+
+    monkeypatch.setattr(pipeline, "interpret", fake)
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    tables = (TRAIN, CONTEXTS, "[interpret]\nlatents = 'all'\nmax-cost = 1\n")
+    assert [begun(*tables).stages["interpret"] for _ in range(3)] == [True, True, False]
+    assert [len(saes) for saes in calls] == [2, 2]
+
+
+def test_a_missing_key_is_said_before_anything_runs(
+    begun: Callable[..., PipelineResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(WrongInput, match="OPENAI_API_KEY"):
+        begun(TRAIN, CONTEXTS, "[interpret]\n")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("", "has no stage to run"),
+        ("[analyse]", "analyse is no setting; there are analyze, cache, contexts"),
+        ("analyze = 3", "analyze is not a table"),
+        ("out = 3\n[analyze]", "out = 3 is no path"),
+        ("[harvest]\ntoken = 3", r"\[harvest\]: token is no setting; there are .*tokens"),
+        ("[harvest]\ntokens = '9k'", r"\[harvest\]: tokens = '9k' is of the wrong type, not int"),
+        ("[harvest]\nout = 'x'", r"\[harvest\]: out does not belong there: it stands at the top"),
+        ("[train]\nlatent = 3", r"\[train\]: latent is no setting"),
+        ("[[train.run]]\nsaes = 'topk'", r"\[train\], \[\[run\]\]: saes is no setting"),
+        ("[train]\noverwrite = true", r"\[train\]: overwrite does not belong there"),
+        ("[analyze]\nmetric = ['KL']", r"\[analyze\]: --metric 'KL' is none of"),
+        ("[analyze]\ninfer-k = [8, 'x']", r"\[analyze\]: infer_k = .* is of the wrong type"),
+        ("[contexts]\nthreshold = true", r"\[contexts\]: threshold = True is of the wrong type, not float"),
+        ("[interpret]\ntemperatur = 1", r"\[interpret\]: temperatur is no setting; .*temperature"),
+        ("[interpret]\nretries = -1", r"\[interpret\]: --retries -1 is below 0"),
+        ("[report]\nhtml = 'x'", r"\[report\]: html does not belong there: report writes report.html"),
+    ],
+)
+def test_a_mistake_in_the_file_is_named_before_anything_runs(text: str, named: str, tmp_path: Path) -> None:
+    file = tmp_path / "pipeline.toml"
+    file.write_text(text)
+    with pytest.raises(WrongInput, match=named):
+        read_pipeline(str(file))
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_the_example_is_one() -> None:
+    settings = read_pipeline(str(Path(__file__).parents[2] / "examples/pipeline.toml"))
+    assert settings.harvest is not None
+    assert settings.harvest.model == "demo"
+    assert settings.train is not None
+    assert [run.sae for run in settings.train.runs] == ["topk", "routesae"]
+    assert settings.analyze is not None
+    assert "KLDiv" in settings.analyze.metrics

@@ -1,0 +1,348 @@
+"""What the report says of SAEs is so: nearest latents, logit effects, routing by token, the table, the file."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import importlib.util
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from routesae.analyze.contexts.file import read_contexts
+from routesae.analyze.contexts.run import ContextSettings, contexts
+from routesae.analyze.contexts.windows import Vocabulary
+from routesae.analyze.report.latents import PIECE, packed
+from routesae.analyze.report.lens import NEAREST, TOKENS, LogitLens, decoder_of, nearest, unit_rows
+from routesae.analyze.report.plots import draw_plots
+from routesae.analyze.report.routes import routes_by_class
+from routesae.analyze.report.run import ReportSettings, write_report
+from routesae.analyze.report.runs import read_runs, table_of
+from routesae.cli import main
+from routesae.harvest.cache.reader import Cache
+from routesae.harvest.lm.model import LanguageModel, load_lm, load_tokenizer
+from routesae.reporting import WrongInput
+from routesae.train.folder.checkpoint import load_sae
+from routesae.train.run import train
+from routesae.train.saes.normalise import normalise_layers
+from routesae.train.settings import settings_of
+
+CPU = torch.device("cpu")
+LATENTS = 200  # more than one piece, and a last one that is not full
+
+
+@pytest.fixture(scope="module")
+def cache(tiny_cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    """A copy that a test may take away for a while."""
+    return Cache(shutil.copytree(tiny_cache.path, tmp_path_factory.mktemp("cache") / "shards"))
+
+
+@pytest.fixture(scope="module")
+def saes(cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A routesae, a crosscoder and a topk; contexts of the first two, an explanation of the first."""
+    out = tmp_path_factory.mktemp("saes")
+    for variant in ("crosscoder", "routesae", "topk"):
+        given: dict[str, Any] = {"sae": variant, "cache": str(cache.path), "out": str(out), "name": variant}
+        train(settings_of({**given, "latents": LATENTS, "k": 6, "batch_tokens": 512, "lr": 1e-3, "device": "cpu"}))
+    picked = tuple(str(out / name) for name in ("crosscoder", "routesae"))
+    contexts(ContextSettings(cache=str(cache.path), saes=picked, threshold=1.0, device="cpu"))
+    answer = {"outcome": "answered", "category": "low-level", "score": 4, "explanation": "words about </script>"}
+    lines = [{"identity": {}}, {"latent": 3, **answer}]
+    (out / "routesae" / "interpretations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    summary = {"score": 4.0, "detection": {"balanced_accuracy": 0.75, "latents": 1}}
+    (out / "routesae" / "interpretations.json").write_text(json.dumps(summary))
+    return out
+
+
+def blocks(page: Path) -> dict[str, Any]:
+    """What the page carries, by the id of its element."""
+    found = re.findall(r'<script type="application/gzip" id="([^"]+)">([^<]*)</script>', page.read_text())
+    return {name: json.loads(gzip.decompress(base64.b64decode(data))) for name, data in found}
+
+
+# ----------------------------------------------------------------------------------------- nearest, logit effects
+
+
+def test_nearest_latents_are_those_of_the_largest_cosine_whatever_the_piece() -> None:
+    W_dec = torch.randn(50, 3, 8, generator=torch.Generator().manual_seed(0))  # as of a crosscoder
+    cosine_FF = torch.nn.functional.cosine_similarity(W_dec.flatten(1)[:, None], W_dec.flatten(1)[None], dim=2)
+    for first, after in ((0, 50), (13, 20), (49, 50)):
+        found = nearest(unit_rows(W_dec), first, after)
+        for row, latent in enumerate(range(first, after)):
+            others = sorted((i for i in range(50) if i != latent), key=lambda i: -float(cosine_FF[latent, i]))
+            assert found.latent_nK[row].tolist() == others[:NEAREST]
+            torch.testing.assert_close(found.cosine_nK[row], cosine_FF[latent, others[:NEAREST]])
+
+
+def test_a_dictionary_smaller_than_the_neighbours_shown_has_fewer() -> None:
+    assert nearest(unit_rows(torch.eye(3)), 0, 3).latent_nK.shape == (3, 2)
+    assert nearest(unit_rows(torch.eye(1)), 0, 1).latent_nK.shape == (1, 0)
+
+
+def test_logit_effect_is_the_unembedding_of_the_direction_times_the_norms_weight(tiny_model: Path) -> None:
+    lm = load_lm(str(tiny_model), device=CPU, lm_dtype="float32")
+    with torch.no_grad():
+        lm.model.model.norm.weight.copy_(torch.linspace(0.1, 2, lm.width))
+    d_nD = torch.randn(7, lm.width, generator=torch.Generator().manual_seed(1)) * 5
+    rms_n1 = d_nD.square().mean(1, keepdim=True).sqrt()
+    expected_nV = (d_nD / rms_n1 * lm.model.model.norm.weight) @ lm.model.lm_head.weight.T
+    texts = [str(token) for token in range(expected_nV.shape[1])]
+    lens = LogitLens(lm, texts)
+    torch.testing.assert_close(lens.logits(d_nD), expected_nV, rtol=1e-4, atol=1e-4)
+    effects = lens.effects(d_nD)
+    for row in range(7):
+        order = expected_nV[row].argsort(descending=True).tolist()
+        assert [int(text) for text, _ in effects.promoted[row]] == order[:TOKENS]
+        assert [int(text) for text, _ in effects.suppressed[row]] == order[::-1][:TOKENS]
+        assert effects.promoted[row][0][1] == pytest.approx(float(expected_nV[row].max()), rel=1e-3)
+        assert effects.suppressed[row][0][1] == pytest.approx(float(expected_nV[row].min()), rel=1e-3)
+    layers_nLD = torch.stack([torch.randn_like(d_nD), d_nD], dim=1)
+    assert lens.effects(layers_nLD) == effects  # a crosscoder's last layer
+
+
+def test_logit_effect_leaves_out_the_biases_of_norm_and_head() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=40, n_positions=8)).eval()
+    model.lm_head = torch.nn.Linear(16, 40)
+    with torch.no_grad():
+        model.transformer.ln_f.bias.normal_()
+        model.transformer.ln_f.weight.normal_()
+        d_nD = torch.randn(5, 16)
+        scaled_nD = d_nD / d_nD.square().mean(1, keepdim=True).sqrt()
+        normed_nD = torch.nn.functional.layer_norm(scaled_nD, (16,), model.transformer.ln_f.weight)
+        expected_nV = normed_nD @ model.lm_head.weight.T
+        found_nV = LogitLens(LanguageModel(model, model.transformer.h, 16, CPU), [""] * 40).logits(d_nD)
+    torch.testing.assert_close(found_nV, expected_nV, rtol=1e-4, atol=1e-4)
+
+
+# ----------------------------------------------------------------------------------------- routing
+
+
+def test_routing_by_token_is_what_the_router_does_with_every_held_out_token(
+    saes: Path, cache: Cache, tiny_model: Path
+) -> None:
+    sae = load_sae(saes / "routesae", CPU)
+    vocabulary = Vocabulary(load_tokenizer(str(tiny_model)))
+    found = routes_by_class(sae, cache, vocabulary)
+    token_ids_ST = cache.tokens()
+    expected: dict[str, np.ndarray] = {}
+    for shard in cache.shards():
+        order_n = shard.read("order")
+        layers = [torch.tensor(shard.read(f"layer_{layer:02}")[: len(order_n)]) for layer in sae.recipe.layers]
+        at_n = sae.routes(normalise_layers(torch.stack(layers).float(), "token")).at_N
+        for at, flat in zip(at_n.tolist(), order_n.tolist(), strict=True):
+            row, position = divmod(flat, token_ids_ST.shape[1])
+            if (row := row + shard.record.rows[0]) < cache.manifest.train_rows:
+                continue
+            name = vocabulary.class_names[vocabulary.class_V[token_ids_ST[row, position]]]
+            expected.setdefault(name, np.zeros(len(layers)))[at] += 1
+    assert found.held_out
+    assert found.tokens == sum(counts.sum() for counts in expected.values())
+    assert found.counts == sorted((int(counts.sum()) for counts in expected.values()), reverse=True)[:40]
+    for name, count, shares in zip(found.classes, found.counts, found.shares, strict=True):
+        assert count == expected[name].sum()
+        np.testing.assert_allclose(shares, expected[name] / count, atol=1e-4)
+
+
+# ----------------------------------------------------------------------------------------- the table
+
+
+def test_table_has_what_is_known_and_marks_the_best(saes: Path, tmp_path: Path) -> None:
+    rows = [
+        {"sae": "routesae", "folder": str(saes / "routesae"), "KLDiv": 0.5, "NormMSE": 0.25, "Shares": {"2": 1.0}},
+        {"sae": "topk", "folder": "elsewhere/topk", "KLDiv": 0.25},
+    ]
+    (tmp_path / "scores.json").write_text(json.dumps({"saes": rows}))
+    runs = read_runs((), saes, str(tmp_path / "scores.json"))
+    columns, cells = table_of(runs)
+    names = [column.name for column in columns]
+    assert names[:4] == ["variant", "layers", "latents", "k"]
+    assert "Recovered" not in names
+    table = {run.name: dict(zip(names, row, strict=True)) for run, row in zip(runs, cells, strict=True)}
+    assert list(table) == ["crosscoder", "routesae", "topk"]
+    assert table["routesae"]["NormMSE"].value == 0.25  # the file's, not the one of training's end
+    assert (table["topk"]["KLDiv"].text, table["topk"]["KLDiv"].best) == ("0.250", True)
+    assert not table["routesae"]["KLDiv"].best
+    assert table["crosscoder"]["KLDiv"].value is None
+    assert (table["routesae"]["Score"].value, table["routesae"]["detection"].value) == (4.0, 0.75)
+    assert runs[1].shares == {"2": 1.0}
+    held_out = json.loads((saes / "topk" / "cfg.json").read_text())["metadata"]["routesae"]["source"]["held_out"]
+    assert table["topk"]["NormMSE"].value == held_out["norm_mse"]
+
+
+def test_plots_are_of_the_pages_colours_and_hold_no_name(saes: Path) -> None:
+    runs = read_runs((), saes, None)
+    plots = draw_plots(runs)
+    assert [plot.section for plot in plots] == ["runs", *["curves"] * 3, *["routing"] * 2, "density"]
+    for plot in plots:
+        svg = str(plot.svg)
+        assert svg.startswith("<svg")
+        assert "var(--series-" in svg
+        assert "crosscoder" not in svg
+        assert re.findall(r"#0[0-9a-f]{5}\b", svg) == []  # a stand-in colour that stayed
+        assert any(run.name in plot.alternative for run in runs)
+
+
+# ----------------------------------------------------------------------------------------- the file
+
+
+def test_page_carries_every_latent_with_its_contexts(saes: Path, tiny_model: Path, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    arguments = ["report", "--out", saes, "--html", page, "--model", tiny_model, "--contexts", "4", "--device", "cpu"]
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    size = page.stat().st_size
+    assert result.stdout == f"{page}: 3 SAEs, {2 * LATENTS} latents to look at, {size / 1000:.1f} kB\n"
+    found = blocks(page)
+    pieces = [f"piece-{run}-{at}" for run in (0, 1) for at in (0, 1)]
+    assert list(found) == ["shared", "list-0", "list-1", *pieces]
+    assert [run["browsable"] for run in found["shared"]["runs"]] == [True, True, False]
+    assert found["shared"]["runs"][0]["routes"] is None
+    assert len(found["shared"]["runs"][1]["routes"]["classes"]) > 5
+    assert found["list-1"]["score"][3] == 4
+    assert found["list-1"]["explained"] == {"3": ["answered", "low-level", "words about </script>"]}
+    written = 0
+    for latent in read_contexts(saes / "routesae").latents():
+        piece = found[f"piece-1-{latent.latent // PIECE}"]
+        told = piece["contexts"][str(latent.latent)]
+        given = [*latent.chosen[:4], *(latent.samples[kind][0] for kind in latent.samples if latent.samples[kind])]
+        assert len(told) == len(given)
+        for (_, activation, layer, row, position, _, at, words, active, values), context in zip(
+            told, given, strict=True
+        ):
+            assert "".join(piece["words"][word] for word in words) == context.text
+            assert (layer, row, position, at) == (context.layer, context.row, context.position, context.at)
+            assert activation == pytest.approx(context.activation, rel=1e-3)
+            assert values == pytest.approx([context.activations[token] for token in active], rel=1e-3)
+            assert {token for token, value in enumerate(context.activations) if value > 0} == set(active)
+            written += 1
+        assert len(piece["promoted"][latent.latent % PIECE]) == TOKENS
+    assert written > 100
+    sae = load_sae(saes / "routesae", CPU)
+    last = nearest(unit_rows(decoder_of(sae)), LATENTS - 1, LATENTS)
+    assert found["piece-1-1"]["near"][-1] == last.latent_nK[0].tolist()
+
+
+def test_page_is_the_same_bytes_again_and_lets_only_its_own_script_run(saes: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "a.html", tmp_path / "b.html"
+    for page in (first, second):
+        write_report(ReportSettings(out=str(saes), html=str(page), device="cpu"))
+    assert first.read_bytes() == second.read_bytes()
+    text = first.read_text()
+    (script,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"default-src 'none'; script-src 'sha256-{digest}';" in text
+    assert re.findall(r"(?:src|href)=\"(?!#)[^\"]*\"", re.sub(r"<svg.*?</svg>", "", text, flags=re.DOTALL)) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.html", "b.html"]
+
+
+def test_packed_text_cannot_end_the_element_it_stands_in() -> None:
+    hostile = {"text": "</script><script>alert(1)</script>\u2028\u202e\u200b\ud800 &lt; '\""}
+    data = packed(hostile)
+    assert re.fullmatch(r"[A-Za-z0-9+/]+=*", data)
+    assert json.loads(gzip.decompress(base64.b64decode(data))) == hostile
+
+
+# ----------------------------------------------------------------------------------------- wrong input
+
+
+def change(**changes: Any) -> Callable[[Path], dict[str, Any]]:
+    return lambda out: {name: value.format(out=out) for name, value in changes.items()}
+
+
+def swap_weights(out: Path) -> dict[str, Any]:
+    shutil.copyfile(out / "topk" / "sae_weights.safetensors", out / "routesae" / "sae_weights.safetensors")
+    return {}
+
+
+def cut_curve(out: Path) -> dict[str, Any]:
+    path = out / "topk" / "metrics.jsonl"
+    path.write_text(path.read_text()[:-20])
+    return {}
+
+
+def no_scores(out: Path) -> dict[str, Any]:
+    (out / "scores.json").write_text('{"saes": [{"KLDiv": 1}]}')
+    return {"scores": str(out / "scores.json")}
+
+
+@pytest.mark.parametrize(
+    ("prepare", "told"),
+    [
+        (change(html="{out}/missing/report.html"), "there is no folder"),
+        (change(html="{out}"), "is a folder; name a file in it"),
+        (change(out="{out}/nothing"), "no SAE under"),
+        (change(scores="{out}/none.json"), "write it with routesae analyze --json"),
+        (change(cache="{out}/none"), "is not a cache folder"),
+        (no_scores, "is not what routesae analyze --json writes"),
+        (swap_weights, "has other weights than its contexts; run routesae contexts again"),
+        (cut_curve, "metrics.jsonl cannot be read"),
+    ],
+)
+def test_wrong_input_is_one_line_and_leaves_no_page(
+    saes: Path, tmp_path: Path, prepare: Callable[[Path], dict[str, Any]], told: str
+) -> None:
+    out = tmp_path / "saes"
+    shutil.copytree(saes, out)
+    page = tmp_path / "report.html"
+    given = {"out": str(out), "html": str(page), "device": "cpu", **prepare(out)}
+    flags = [part for name, value in given.items() for part in (f"--{name}", value)]
+    result = CliRunner().invoke(main, ["report", *flags])
+    assert result.exit_code == 2, result.output
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith("routesae: ")
+    assert told in line
+    assert list(tmp_path.glob("*.html*")) == list(tmp_path.glob(".*")) == []
+
+
+def test_a_cache_that_is_no_longer_what_contexts_read_leaves_routing_by_token_out(
+    saes: Path, cache: Cache, tmp_path: Path
+) -> None:
+    def routed(**given: str) -> bool:
+        page = tmp_path / "report.html"
+        write_report(ReportSettings(out=str(saes), html=str(page), device="cpu", **given))
+        return blocks(page)["shared"]["runs"][1]["routes"] is not None
+
+    away = cache.path.with_name("away")
+    cache.path.rename(away)
+    try:
+        assert not routed()
+        assert routed(cache=str(away))
+        shutil.copytree(away, cache.path)
+        assert routed()
+        shutil.rmtree(cache.path / "shard-00001")
+        assert not routed()
+        with pytest.raises(WrongInput, match="shard"):
+            routed(cache=str(cache.path))
+    finally:
+        shutil.rmtree(cache.path, ignore_errors=True)
+        away.rename(cache.path)
+
+
+def test_a_missing_library_is_named_with_the_extra_that_brings_it(
+    saes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "jinja2" else real(name))
+    with pytest.raises(WrongInput, match=r"needs jinja2: pip install 'routesae\[report\]'"):
+        write_report(ReportSettings(out=str(saes), html=str(tmp_path / "report.html")))
+
+
+def test_another_lm_than_the_caches_is_refused(saes: Path, tiny_model: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "rope_theta": 5.0, "rms_norm_eps": 0.5}))
+    with pytest.raises(WrongInput, match="is not the one the cache was harvested from"):
+        write_report(ReportSettings(out=str(saes), html=str(tmp_path / "r.html"), model=str(other), device="cpu"))

@@ -1,0 +1,303 @@
+"""One Zarr array that is one raw file: its bytes, its readers, and what is wrong with a damaged one."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+import pytest
+import xxhash
+import zarr
+
+from routesae.harvest.cache.arrays import (
+    ArrayWriter,
+    BadArray,
+    ChunkHasher,
+    array_hash,
+    array_hashes,
+    check_array,
+    data_file,
+    file_bytes,
+    map_array,
+    write_array,
+)
+
+Array = npt.NDArray[Any]
+CASES = [
+    ((5, 3), "<f2", 2),
+    ((256, 4), "<f2", 256),
+    ((257, 4), "<f4", 256),
+    ((600, 7), "<i4", 256),
+    ((9,), "<i4", 9),
+    ((1000,), "<i8", 256),
+]
+
+
+def example(shape: tuple[int, ...], dtype: str) -> Array:
+    return (np.random.default_rng(0).standard_normal(shape) * 100).astype(dtype)
+
+
+def raw(folder: Path) -> bytes:
+    (path,) = [p for p in folder.rglob("*") if p.is_file() and p.name != "zarr.json"]
+    return path.read_bytes()
+
+
+def test_golden_bytes_of_float16(tmp_path: Path) -> None:
+    array = np.array([[1.0, -2.0], [0.5, 65504.0], [0.0, -0.0]], "<f2")
+    write_array(tmp_path / "a", array, chunk_rows=2)
+    assert data_file(tmp_path / "a", 2) == tmp_path / "a" / "c" / "0" / "0"
+    assert raw(tmp_path / "a") == bytes.fromhex(
+        "003c 00c0"  # row 0
+        "0038 ff7b"  # row 1
+        "0000 0080"  # row 2
+        "007e 007e"  # NaN up to the end of the second chunk
+        "0000000000000000 0800000000000000"  # chunk 0: offset 0, 8 bytes
+        "0800000000000000 0800000000000000"  # chunk 1: offset 8, 8 bytes
+        "12a46c81"  # crc32c of the index
+    )
+
+
+def test_golden_bytes_of_int32(tmp_path: Path) -> None:
+    write_array(tmp_path / "a", np.array([1, -1, 258], "<i4"), chunk_rows=4)
+    assert data_file(tmp_path / "a", 1) == tmp_path / "a" / "c" / "0"
+    assert raw(tmp_path / "a") == bytes.fromhex(
+        "01000000 ffffffff 02010000"
+        "00000000"  # fill
+        "0000000000000000 1000000000000000"  # one chunk: offset 0, 16 bytes
+        "5e9306c6"
+    )
+
+
+def test_metadata_is_plain_zarr_v3_with_bytes_only(tmp_path: Path) -> None:
+    write_array(tmp_path / "a", example((300, 4), "<f2"))
+    metadata = json.loads((tmp_path / "a" / "zarr.json").read_text())
+    assert (metadata["zarr_format"], metadata["node_type"], metadata["shape"]) == (3, "array", [300, 4])
+    assert metadata["data_type"] == "float16"
+    assert metadata["fill_value"] == "NaN"
+    assert metadata["chunk_grid"]["configuration"]["chunk_shape"] == [512, 4]
+    (sharding,) = metadata["codecs"]
+    assert sharding["name"] == "sharding_indexed"
+    assert sharding["configuration"]["chunk_shape"] == [256, 4]
+    assert sharding["configuration"]["index_location"] == "end"
+    assert [codec["name"] for codec in sharding["configuration"]["codecs"]] == ["bytes"]
+    assert sharding["configuration"]["codecs"][0]["configuration"]["endian"] == "little"
+    assert [codec["name"] for codec in sharding["configuration"]["index_codecs"]] == ["bytes", "crc32c"]
+
+
+@pytest.mark.parametrize(("shape", "dtype", "chunk_rows"), CASES)
+def test_zarr_and_memmap_read_exactly_what_was_written(
+    shape: tuple[int, ...], dtype: str, chunk_rows: int, tmp_path: Path
+) -> None:
+    array = example(shape, dtype)
+    write_array(tmp_path / "a", array, chunk_rows=chunk_rows)
+    read = zarr.open_array(str(tmp_path / "a"), mode="r")
+    assert read.dtype == np.dtype(dtype)
+    assert np.array_equal(read[:], array)
+    memmap = np.memmap(data_file(tmp_path / "a", len(shape)), dtype, "r", shape=shape)
+    assert np.array_equal(memmap, array)
+    mapped = map_array(tmp_path / "a", shape, dtype)
+    assert isinstance(mapped, np.memmap)
+    assert np.array_equal(mapped, array)
+    check_array(tmp_path / "a", shape, dtype)
+    assert len(raw(tmp_path / "a")) == file_bytes(shape, dtype, chunk_rows)
+
+
+@pytest.mark.parametrize(("shape", "dtype", "chunk_rows"), CASES)
+def test_the_file_is_byte_for_byte_what_zarr_itself_writes(
+    shape: tuple[int, ...], dtype: str, chunk_rows: int, tmp_path: Path
+) -> None:
+    array = example(shape, dtype)
+    write_array(tmp_path / "ours", array, chunk_rows=chunk_rows)
+    shard_rows = -(-shape[0] // chunk_rows) * chunk_rows
+    theirs = zarr.create_array(
+        str(tmp_path / "theirs"),
+        shape=shape,
+        dtype=dtype,
+        shards=(shard_rows, *shape[1:]),
+        chunks=(chunk_rows, *shape[1:]),
+        compressors=None,
+        fill_value=np.nan if dtype[1] == "f" else 0,
+        config={"write_empty_chunks": True},
+    )
+    theirs[:] = array
+    assert raw(tmp_path / "ours") == raw(tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize("value", [0, np.nan])
+def test_a_chunk_of_nothing_but_zeros_or_fill_is_still_there(value: float, compress: bool, tmp_path: Path) -> None:
+    array = example((30, 4), "<f2")
+    array[10:20] = value
+    write_array(tmp_path / "a", array, chunk_rows=10, compress=compress)
+    check_array(tmp_path / "a", (30, 4), "<f2", compress=compress)
+    assert np.array_equal(zarr.open_array(str(tmp_path / "a"), mode="r")[:], array, equal_nan=True)
+    if not compress:
+        assert raw(tmp_path / "a")[: array.nbytes] == array.tobytes()
+
+
+@pytest.mark.parametrize(("shape", "dtype", "chunk_rows"), CASES)
+def test_rows_written_piece_by_piece_give_the_same_files(
+    shape: tuple[int, ...], dtype: str, chunk_rows: int, tmp_path: Path
+) -> None:
+    array = example(shape, dtype)
+    write_array(tmp_path / "whole", array, chunk_rows=chunk_rows)
+    writer = ArrayWriter(tmp_path / "pieces", shape[1:], dtype, chunk_rows)
+    for start in range(0, len(array), 3):
+        writer.write(array[start : start + 3])
+    assert not (tmp_path / "pieces" / "zarr.json").exists()  # no array until it is closed
+    writer.close()
+    assert raw(tmp_path / "pieces") == raw(tmp_path / "whole")
+    assert (tmp_path / "pieces" / "zarr.json").read_bytes() == (tmp_path / "whole" / "zarr.json").read_bytes()
+
+
+def test_rows_of_another_byte_order_or_stride_are_written_as_the_same_numbers(tmp_path: Path) -> None:
+    array = example((40, 6), "<f4")
+    write_array(tmp_path / "a", np.asfortranarray(array)[::2, ::-1].astype(">f4"))
+    assert np.array_equal(map_array(tmp_path / "a", (20, 6), "<f4"), array[::2, ::-1])
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_an_array_of_no_rows_is_an_array(compress: bool, tmp_path: Path) -> None:
+    write_array(tmp_path / "a", np.empty((0, 4), "<f2"), compress=compress)
+    check_array(tmp_path / "a", (0, 4), "<f2", compress=compress)
+    assert map_array(tmp_path / "a", (0, 4), "<f2", compress=compress).shape == (0, 4)
+    assert zarr.open_array(str(tmp_path / "a"), mode="r")[:].shape == (0, 4)
+
+
+def test_an_array_is_not_written_over_another(tmp_path: Path) -> None:
+    write_array(tmp_path / "a", example((5, 3), "<f2"))
+    before = raw(tmp_path / "a")
+    with pytest.raises(FileExistsError):
+        write_array(tmp_path / "a", np.zeros((5, 3), "<f2"))
+    assert raw(tmp_path / "a") == before
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def cut_half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def extend(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+def extend_front(path: Path) -> None:
+    path.write_bytes(b"\0" * 16 + path.read_bytes())
+
+
+def alter_index(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-20] ^= 1
+    path.write_bytes(data)
+
+
+def alter_checksum(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def forget_a_chunk(path: Path) -> None:
+    """As zarr writes it without write_empty_chunks: an index with a hole, its checksum right."""
+    data = path.read_bytes()
+    index = struct.pack("<QQ", 2**64 - 1, 2**64 - 1) + data[-4 - 32 : -4][16:]
+    path.write_bytes(data[:-36] + index + struct.pack("<I", google_crc32c.value(index)))
+
+
+def point_outside(path: Path) -> None:
+    data = path.read_bytes()
+    index = data[-36:-20] + struct.pack("<QQ", len(data), 8)
+    path.write_bytes(data[:-36] + index + struct.pack("<I", google_crc32c.value(index)))
+
+
+DAMAGES = [cut, cut_half, empty, extend, alter_index, alter_checksum, forget_a_chunk, point_outside, Path.unlink]
+
+
+@pytest.mark.parametrize(
+    ("damage", "compress"),
+    [(damage, compress) for damage in DAMAGES for compress in (False, True)] + [(extend_front, False)],
+)
+def test_check_finds_a_damaged_data_file(damage: Callable[[Path], None], compress: bool, tmp_path: Path) -> None:
+    write_array(tmp_path / "a", example((20, 4), "<f2"), chunk_rows=10, compress=compress)
+    check_array(tmp_path / "a", (20, 4), "<f2", compress=compress)
+    damage(data_file(tmp_path / "a", 2))
+    with pytest.raises(BadArray):
+        check_array(tmp_path / "a", (20, 4), "<f2", compress=compress)
+
+
+@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize("shape", [(19, 4), (20, 5), (20,), (20, 4, 1)])
+def test_check_finds_another_shape(shape: tuple[int, ...], compress: bool, tmp_path: Path) -> None:
+    write_array(tmp_path / "a", example((20, 4), "<f2"), chunk_rows=10, compress=compress)
+    with pytest.raises(BadArray, match="shape"):
+        check_array(tmp_path / "a", shape, "<f2", compress=compress)
+
+
+def test_check_finds_another_width_of_number(tmp_path: Path) -> None:
+    write_array(tmp_path / "a", example((20, 4), "<f2"))
+    with pytest.raises(BadArray, match="data type"):
+        check_array(tmp_path / "a", (20, 4), "<f4")
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"", b"{}", b"[]", b"null", b'{"shape": 3}', b'{"shape": [20, 4]}', b"\xff"]
+)
+def test_check_finds_missing_or_unreadable_metadata(content: bytes | None, tmp_path: Path) -> None:
+    write_array(tmp_path / "a", example((20, 4), "<f2"), chunk_rows=10)
+    metadata = tmp_path / "a" / "zarr.json"
+    metadata.unlink()
+    if content is not None:
+        metadata.write_bytes(content)
+    with pytest.raises(BadArray, match=r"zarr\.json"):
+        check_array(tmp_path / "a", (20, 4), "<f2")
+
+
+@pytest.mark.parametrize(("shape", "dtype", "chunk_rows"), CASES)
+def test_compressed_arrays_read_back_the_same_numbers(
+    shape: tuple[int, ...], dtype: str, chunk_rows: int, tmp_path: Path
+) -> None:
+    array = np.zeros_like(example(shape, dtype))
+    array[: len(array) // 2] = example(shape, dtype)[: len(array) // 2]
+    write_array(tmp_path / "a", array, chunk_rows=chunk_rows, compress=True)
+    check_array(tmp_path / "a", shape, dtype, compress=True)
+    read = map_array(tmp_path / "a", shape, dtype, compress=True)
+    assert read.dtype == np.dtype(dtype)
+    assert np.array_equal(read, array)
+    assert np.array_equal(zarr.open_array(str(tmp_path / "a"), mode="r")[:], array)
+    if array.nbytes > 1000:
+        assert len(raw(tmp_path / "a")) < file_bytes(shape, dtype, chunk_rows)
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((600, 7), "<f2"), ((512, 3), "|i1"), ((1, 9), "<f4"), ((300,), "<i4")])
+def test_both_hashes_are_xxh3_of_the_rows_and_of_each_256_however_the_bytes_are_cut(
+    shape: tuple[int, ...], dtype: str
+) -> None:
+    array = example(shape, dtype)
+    expected = [xxhash.xxh3_64_intdigest(array[at : at + 256].tobytes()) for at in range(0, len(array), 256)]
+    found = array_hashes(array)
+    assert found.whole == array_hash(array) == xxhash.xxh3_64_hexdigest(array.tobytes())
+    assert (found.chunks.dtype, found.chunks.tolist()) == (np.uint64, expected)
+    for size in (1, 1000, 256 * array[:1].nbytes, 10_000):
+        hasher = ChunkHasher(array[:1].nbytes)
+        for at in range(0, array.nbytes, size):
+            hasher.update(memoryview(array.tobytes())[at : at + size])
+        cut = hasher.finish()
+        assert (cut.whole, cut.chunks.tolist()) == (found.whole, expected)
+
+
+def test_no_rows_have_no_chunks() -> None:
+    found = array_hashes(np.empty((0, 5), np.float16))
+    assert (found.whole, found.chunks.tolist()) == (xxhash.xxh3_64_hexdigest(b""), [])

@@ -1,0 +1,348 @@
+"""Documents out of every kind of corpus, and what is said of those that cannot be read."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from routesae.harvest.corpus.texts import TextCounts, read_documents
+from routesae.harvest.corpus.tokens import Fingerprint
+from routesae.reporting import FailedRun, WrongInput
+
+TEXTS = [f"Document {i}: naïve café, 東京, “{'x' * i}” \N{GRINNING FACE}\nand a second line." for i in range(12)]
+
+
+def read(data: Path | str, **changes: Any) -> tuple[list[str], TextCounts]:
+    counts = TextCounts()
+    options = {"text_field": "text", "split": "train", "min_chars": 0, "seed": 0, **changes}
+    return [document.text for document in read_documents(str(data), counts=counts, **options)], counts
+
+
+def lines(texts: list[str], field: str = "text") -> bytes:
+    return b"".join(json.dumps({"id": 1, field: text}).encode() + b"\n" for text in texts)
+
+
+def put_txt(folder: Path) -> None:
+    for i, text in enumerate(TEXTS):
+        (folder / f"{i:02d}.txt").write_bytes(text.encode())
+
+
+def put_jsonl(folder: Path) -> None:
+    (folder / "a.jsonl").write_bytes(lines(TEXTS))
+
+
+def put_gz(folder: Path) -> None:
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(lines(TEXTS)))
+
+
+def put_zst(folder: Path) -> None:
+    (folder / "a.jsonl.zst").write_bytes(pyarrow.compress(lines(TEXTS), codec="zstd", asbytes=True))
+
+
+def put_parquet(folder: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"id": [1] * len(TEXTS), "text": TEXTS}), folder / "a.parquet")
+
+
+def put_mixed(folder: Path) -> None:
+    (folder / "deep" / "er").mkdir(parents=True)
+    (folder / "0.txt").write_bytes(TEXTS[0].encode())
+    (folder / "deep" / "1.JSONL").write_bytes(lines(TEXTS[1:4]))
+    (folder / "deep" / "2.jsonl.gz").write_bytes(gzip.compress(lines(TEXTS[4:7])))
+    (folder / "deep" / "er" / "3.jsonl.zst").write_bytes(
+        pyarrow.compress(lines(TEXTS[7:9]), codec="zstd", asbytes=True)
+    )
+    pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS[9:]}), folder / "4.parquet")
+    (folder / "README.md").write_text("not a corpus")
+
+
+@pytest.mark.parametrize("put", [put_txt, put_jsonl, put_gz, put_zst, put_parquet, put_mixed])
+def test_every_format_gives_the_same_documents(put: Callable[[Path], None], tmp_path: Path) -> None:
+    put(tmp_path)
+    texts, counts = read(tmp_path)
+    assert sorted(texts) == sorted(TEXTS)
+    assert (counts.entries, counts.documents, counts.short, counts.malformed) == (len(TEXTS), len(TEXTS), 0, [])
+
+
+@pytest.mark.parametrize("put", [put_jsonl, put_gz, put_zst, put_parquet])
+def test_one_file_gives_its_documents_in_its_own_order(put: Callable[[Path], None], tmp_path: Path) -> None:
+    put(tmp_path)
+    assert read(next(tmp_path.iterdir()))[0] == TEXTS
+
+
+def test_one_txt_file_is_one_document(tmp_path: Path) -> None:
+    put_txt(tmp_path)
+    assert read(tmp_path / "03.txt")[0] == [TEXTS[3]]
+
+
+def test_archives_of_several_members_are_read_whole(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines(TEXTS[:5])) + gzip.compress(lines(TEXTS[5:])))
+    frames = [pyarrow.compress(lines(part), codec="zstd", asbytes=True) for part in (TEXTS[:5], TEXTS[5:])]
+    (tmp_path / "b.jsonl.zst").write_bytes(b"".join(frames))
+    assert read(tmp_path / "a.jsonl.gz")[0] == read(tmp_path / "b.jsonl.zst")[0] == TEXTS
+
+
+def test_fingerprint_is_of_the_documents_not_of_how_they_are_stored(tmp_path: Path) -> None:
+    def fingerprint(texts: list[str], name: str, data: bytes) -> str:
+        (tmp_path / name).write_bytes(data)
+        found, counts = Fingerprint(), TextCounts()
+        documents = read_documents(
+            str(tmp_path / name), text_field="text", split="train", min_chars=0, seed=0, counts=counts
+        )
+        assert [document.text for document in found.passing(documents)] == texts
+        return found.hexdigest()
+
+    plain = fingerprint(TEXTS, "a.jsonl", lines(TEXTS))
+    assert fingerprint(TEXTS, "b.jsonl.gz", gzip.compress(lines(TEXTS))) == plain
+    assert fingerprint(TEXTS[::-1], "c.jsonl", lines(TEXTS[::-1])) != plain
+    moved = [TEXTS[0] + TEXTS[1][:1], TEXTS[1][1:], *TEXTS[2:]]
+    assert fingerprint(moved, "d.jsonl", lines(moved)) != plain
+
+
+def test_folder_order_is_fixed_by_the_seed_and_not_alphabetic(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        put_txt(tmp_path / name)
+    orders = [read(tmp_path / "one", seed=seed)[0] for seed in range(3)]
+    assert [read(tmp_path / "two", seed=seed)[0] for seed in range(3)] == orders
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+    assert TEXTS not in orders
+
+
+def test_documents_below_min_chars_are_skipped_and_counted(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines(["x" * 99, "y" * 100, "é" * 99, "", "z" * 101]))
+    texts, counts = read(path, min_chars=100)
+    assert texts == ["y" * 100, "z" * 101]
+    assert (counts.entries, counts.documents, counts.short, counts.malformed) == (5, 2, 3, [])
+
+
+MALFORMED = {
+    "cut": (b'{"text": "cut', "JSON"),
+    "list": (b'["text"]', "list"),
+    "other fields": (b'{"body": "x", "title": "y"}', "body, title"),
+    "number": (b'{"text": 3}', "'text'"),
+    "latin-1": (b'{"text": "\xff"}', "UTF-8"),
+    "lone surrogate": (b'{"text": "no UTF-8 \\ud800 has this"}', ""),  # tokenizers refuse it with a TypeError
+    "huge number": (b'{"text": "x", "n": 1' + b"0" * 5000 + b"}", ""),
+    "deep": (b"[" * 100_000, ""),
+}
+
+
+@pytest.mark.parametrize(("line", "reason"), MALFORMED.values(), ids=MALFORMED)
+def test_a_malformed_line_is_counted_and_named_with_file_and_line(line: bytes, reason: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines(TEXTS[:1] * 99) + b"\n" + line + b"\n" + lines(TEXTS[1:2] * 100))
+    texts, counts = read(path)
+    assert texts == TEXTS[:1] * 99 + TEXTS[1:2] * 100
+    assert counts.entries == 200  # the empty line is none
+    (malformed,) = counts.malformed
+    assert malformed.startswith(f"{path}:101: ")
+    assert reason in malformed
+
+
+def test_malformed_lines_are_logged_as_they_are_met(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines(TEXTS[:1] * 150) + b"{\n")
+    read(path)
+    (record,) = caplog.records
+    assert f"{path}:151" in record.getMessage()
+
+
+@pytest.mark.parametrize("entries", [100, 700, 2000, 5700])
+def test_one_percent_malformed_passes_and_more_stops_the_run(entries: int, tmp_path: Path) -> None:
+    path, bad = tmp_path / "a.jsonl", entries // 100
+    path.write_bytes(lines(["x"] * (entries - bad)) + b"{\n" * bad)
+    texts, counts = read(path)
+    assert (len(texts), len(counts.malformed)) == (entries - bad, bad)
+    path.write_bytes(lines(["x"] * (entries - bad - 1)) + b"{\n" * (bad + 1))
+    with pytest.raises(FailedRun, match=rf"malformed, more than 1%; the first is {path}:{entries - bad}: "):
+        read(path)
+
+
+def test_a_hopeless_file_is_given_up_before_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines(["x"] * 900) + b"{\n" * 1000 + lines(["x"] * 50_000))
+    counts = TextCounts()
+    documents = read_documents(str(path), text_field="text", split="train", min_chars=0, seed=0, counts=counts)
+    with pytest.raises(FailedRun, match="malformed"):
+        list(documents)
+    assert counts.entries == 1000
+
+
+def test_files_that_are_not_utf8_are_malformed_documents(tmp_path: Path) -> None:
+    for i in range(100):
+        (tmp_path / f"{i:03d}.txt").write_text("good")
+    (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
+    texts, counts = read(tmp_path)
+    assert texts == ["good"] * 100
+    assert counts.malformed == [f"{tmp_path / 'latin.txt'}: not UTF-8 at byte 2"]
+
+
+def test_nul_bytes_empty_documents_and_a_very_long_line_are_documents(tmp_path: Path) -> None:
+    long = "a line without an end " * 100_000
+    texts = ["with \0 NUL \0\0", "", long, "\0", " "]
+    (tmp_path / "a.jsonl").write_bytes(lines(texts))
+    assert read(tmp_path / "a.jsonl")[0] == texts
+    assert read(tmp_path / "a.jsonl", min_chars=2)[0] == [texts[0], long]
+    (tmp_path / "nul.txt").write_bytes(b"with \0 NUL")
+    assert read(tmp_path / "nul.txt")[0] == ["with \0 NUL"]
+    (tmp_path / "empty.txt").write_bytes(b"")
+    texts, counts = read(tmp_path / "empty.txt", min_chars=1)
+    assert (texts, counts.entries, counts.short, counts.malformed) == ([], 1, 1, [])
+
+
+def test_nul_bytes_between_lines_are_a_malformed_line(tmp_path: Path) -> None:
+    """What a file that was being written at a power cut ends with."""
+    (tmp_path / "a.jsonl").write_bytes(lines(["x"] * 200) + bytes(4096))
+    texts, counts = read(tmp_path / "a.jsonl")
+    assert len(texts) == 200
+    assert [bad.split(": ")[0] for bad in counts.malformed] == [f"{tmp_path / 'a.jsonl'}:201"]
+
+
+def test_parquet_nulls_are_malformed_and_named_by_row(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["x"] * 150 + [None] + ["x"] * 1500}), path)
+    texts, counts = read(path)
+    assert len(texts) == 1650
+    assert [bad.split(": ")[0] for bad in counts.malformed] == [f"{path}:151"]
+
+
+def test_another_text_field_is_read_and_a_missing_one_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines(TEXTS, "body"))
+    assert read(tmp_path / "a.jsonl", text_field="body")[0] == TEXTS
+    with pytest.raises(FailedRun, match=r"no text in field 'text'; its fields are id, body.*--text-field"):
+        read(tmp_path / "a.jsonl")
+    pyarrow.parquet.write_table(pyarrow.table({"id": [1], "body": ["x"]}), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet", text_field="body")[0] == ["x"]
+    with pytest.raises(WrongInput, match="no column 'text'; --text-field is one of id, body"):
+        read(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("name", ["nowhere.jsonl", "./nowhere", "~/nowhere-at-all", "a/b/c"])
+def test_a_missing_corpus_is_wrong_input(name: str) -> None:
+    with pytest.raises(WrongInput, match=f"{name} does not exist"):
+        read(name)
+
+
+def test_a_folder_without_a_corpus_and_a_file_of_another_kind_are_wrong_input(tmp_path: Path) -> None:
+    (tmp_path / "a.zip").write_bytes(b"x")
+    for path in (tmp_path, tmp_path / "a.zip"):
+        with pytest.raises(WrongInput, match=r"\.jsonl\.zst") as error:
+            read(path)
+        assert str(path) in str(error.value)
+
+
+def flipped(data: bytes) -> Iterator[bytes]:
+    for at in range(12, len(data), max(1, len(data) // 60)):
+        yield data[:at] + bytes([data[at] ^ 0x7F]) + data[at + 1 :]
+
+
+def test_a_truncated_or_damaged_archive_is_one_line_naming_it(tmp_path: Path) -> None:
+    long = [str(i) * 9 for i in range(3000)]
+    packed = {
+        tmp_path / "a.jsonl.gz": gzip.compress(lines(long)),
+        tmp_path / "a.jsonl.zst": pyarrow.compress(lines(long), codec="zstd", asbytes=True),
+    }
+    for path, data in packed.items():
+        for damaged in (data[: len(data) // 2], b"{}", *(flipped(data) if path.suffix == ".gz" else ())):
+            path.write_bytes(damaged)
+            with pytest.raises(FailedRun, match=path.name):  # cut short, or more than 1 % malformed before that
+                read(path)
+
+
+def test_a_damaged_parquet_file_is_one_line_naming_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": [str(i) * 50 for i in range(3000)]}), path)
+    data = path.read_bytes()
+    for damaged in (b"", b"hello", data[: len(data) // 2]):
+        path.write_bytes(damaged)
+        with pytest.raises(WrongInput, match=r"a\.parquet is not a Parquet file"):
+            read(path)
+    path.write_bytes(data[:20] + bytes(400) + data[420:])
+    with pytest.raises((FailedRun, WrongInput), match=r"a\.parquet"):
+        read(path)
+
+
+def hub(monkeypatch: pytest.MonkeyPatch, load: Callable[..., Any]) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+
+
+def test_a_hub_dataset_is_streamed_from_the_split_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for text in [*TEXTS, None, *TEXTS * 10]:
+            taken.append(text)
+            yield {"id": 1, "text": text}
+
+    def load(dataset_id: str, *, split: str, streaming: bool) -> Iterator[dict[str, Any]]:
+        assert (dataset_id, split, streaming) == ("owner/name", "test", True)
+        return rows()
+
+    hub(monkeypatch, load)
+    counts = TextCounts()
+    documents = read_documents("owner/name", text_field="text", split="test", min_chars=0, seed=0, counts=counts)
+    assert next(documents) == (TEXTS[0], "owner/name:1")
+    assert len(taken) == 1  # no document is fetched before it is wanted
+    assert [document.text for document in documents] == TEXTS[1:] + TEXTS * 10
+    assert [bad.split(": ")[0] for bad in counts.malformed] == ["owner/name:13"]
+
+
+def test_a_dataset_defined_by_a_script_is_read_from_its_parquet_branch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(dataset_id: str, *, split: str, streaming: bool, revision: str | None = None) -> list[dict[str, str]]:
+        if revision != "refs/convert/parquet":
+            raise RuntimeError("Dataset scripts are no longer supported, but found openwebtext.py")
+        return [{"text": text} for text in TEXTS]
+
+    hub(monkeypatch, load)
+    assert read("owner/name")[0] == TEXTS
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionError("Couldn't reach 'owner/name' on the Hub\nand more"),
+        ValueError("Bad split: trainn."),
+        RuntimeError("anything"),
+        FileNotFoundError("Dataset 'owner/name' doesn't exist on the Hub"),
+    ],
+)
+def test_a_dataset_the_hub_does_not_give_is_one_line_with_the_remedy(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    hub(monkeypatch, load)
+    with pytest.raises(WrongInput, match="owner/name") as raised:
+        read("owner/name", split="trainn")
+    message = str(raised.value)
+    assert "hf auth login" in message
+    assert "'trainn'" in message
+    assert str(error).splitlines()[0].rstrip(".") in message
+    assert "\n" not in message
+
+
+def test_a_stream_that_breaks_off_is_one_line_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows() -> Iterator[dict[str, str]]:
+        yield {"text": "first"}
+        raise ConnectionError("connection reset\nby peer")
+
+    hub(monkeypatch, lambda *args, **kwargs: rows())
+    with pytest.raises((WrongInput, FailedRun), match=r"owner/name.*connection reset"):
+        read("owner/name")
+
+
+def test_a_dataset_without_the_text_field_names_its_fields(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub(monkeypatch, lambda *args, **kwargs: [{"title": "t", "body": "b"}] * 2000)
+    with pytest.raises(WrongInput, match="no field 'text'; --text-field is one of title, body"):
+        read("owner/name")

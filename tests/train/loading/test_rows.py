@@ -1,0 +1,153 @@
+"""Which reads hold the rows that are wanted, and that no chunk is taken that is not what was written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from routesae.harvest.cache.arrays import CHUNK_ROWS, BadArray, data_file, write_array
+from routesae.harvest.cache.manifest import hashed_arrays
+from routesae.harvest.cache.reader import Cache
+from routesae.harvest.run import harvest
+from routesae.harvest.settings import HarvestSettings
+from routesae.reporting import FailedRun
+from routesae.train.loading.rows import Span, rows_of, spans_of
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.5, 1.0])
+def test_spans_hold_the_wanted_rows_in_order_and_none_is_of_two_chunks(share: float) -> None:
+    rows = np.flatnonzero(np.random.default_rng(0).random(5000) < share)
+    spans = spans_of(rows)
+    picked = [span.first + span.picked for span in spans if span.picked is not None]
+    np.testing.assert_array_equal(np.concatenate(picked), rows)
+    assert [span.wanted for span in spans] == [len(of) for of in picked]
+    chunks = [span.first // CHUNK_ROWS for span in spans]
+    assert chunks == [(span.after - 1) // CHUNK_ROWS for span in spans]
+    assert len(set(chunks)) == len(chunks)
+
+
+def test_no_rows_are_no_spans() -> None:
+    assert spans_of(np.empty(0, np.int64)) == []
+
+
+# --------------------------------------------------------------------------------------------------- checked
+
+
+@pytest.fixture(params=["float16", "int8"])
+def folder(request: pytest.FixtureRequest, tiny_cache: Cache, int8_cache: Cache, tmp_path: Path) -> Path:
+    whole = tiny_cache if request.param == "float16" else int8_cache
+    return Path(shutil.copytree(whole.folder, tmp_path / "shards"))
+
+
+def flip(array: Path, at: int) -> None:
+    """A bit of a byte, in place: the file stays the one that others have open."""
+    with data_file(array, 2).open("r+b") as file:
+        old = os.pread(file.fileno(), 1, at)
+        os.pwrite(file.fileno(), bytes([old[0] ^ 16]), at)
+
+
+def read(cache: Cache, name: str, span: Span, index: int = 1) -> Any:
+    shard = cache.shard(index)
+    plain = shard.read(name)
+    rows = np.empty((span.wanted, plain.shape[1]), plain.dtype)
+    rows_of(cache).read(shard, name, span, rows)
+    return rows
+
+
+def names_of(cache: Cache) -> tuple[str, ...]:
+    return hashed_arrays(cache.manifest)
+
+
+def test_every_chunk_of_every_array_is_compared_the_last_of_fewer_rows_too(folder: Path) -> None:
+    cache = Cache(folder)
+    kept = cache.shard(1).record.kept
+    assert kept % CHUNK_ROWS
+    for name in names_of(cache):
+        row_bytes = cache.shard(1).row_bytes(name)
+        for first in range(0, kept, CHUNK_ROWS):
+            after = min(first + CHUNK_ROWS, kept)
+            for at in (first * row_bytes, after * row_bytes - 1):
+                flip(folder / "shard-00001" / name, at)
+                with pytest.raises(BadArray, match=f"^rows {first} to {after - 1} are not what was written"):
+                    read(cache, name, Span(first, after))
+                flip(folder / "shard-00001" / name, at)
+            read(cache, name, Span(first, after))
+
+
+def test_a_bit_of_the_padding_is_no_row_s(folder: Path) -> None:
+    cache = Cache(folder)
+    kept = cache.shard(1).record.kept
+    for name in names_of(cache):
+        flip(folder / "shard-00001" / name, kept * cache.shard(1).row_bytes(name))
+        read(cache, name, Span(kept - 10, kept))
+
+
+@pytest.mark.parametrize(
+    ("span", "beside"),
+    [
+        (Span(300, 310), 511),
+        (Span(500, 600), 256),
+        (Span(256, 1000), 400),
+        (Span(260, 700, np.array([0, 9])), 256),
+        (Span(300, 512, np.array([0, 9])), 302),
+    ],
+)
+def test_rows_within_chunks_are_those_of_the_array_and_their_whole_chunks_are_compared(
+    folder: Path, span: Span, beside: int
+) -> None:
+    cache = Cache(folder)
+    for name in names_of(cache):
+        expected = cache.shard(1).read(name)[span.first : span.after]
+        assert np.array_equal(read(cache, name, span), expected if span.picked is None else expected[span.picked])
+        flip(folder / "shard-00001" / name, beside * cache.shard(1).row_bytes(name))
+        with pytest.raises(BadArray, match="rows 256 to 511 are not what was written"):
+            read(cache, name, span)
+
+
+def test_a_decompressed_chunk_is_compared_too(tiny_settings: Callable[..., HarvestSettings], tmp_path: Path) -> None:
+    cache = harvest(tiny_settings(out=str(tmp_path / "shards"), compress="zstd", tokens=2560, layers="2-3"))
+    hidden_nD = np.array(cache.shard(0).read("layer_03"))
+    assert np.array_equal(read(cache, "layer_03", Span(300, 700), 0), hidden_nD[300:700])
+    hidden_nD.view(np.uint16)[600, 5] ^= 1
+    shutil.rmtree(cache.folder / "shard-00000" / "layer_03")
+    write_array(
+        cache.folder / "shard-00000" / "layer_03", hidden_nD, compress=True
+    )  # what decompresses without a word
+    read(cache, "layer_03", Span(0, 512), 0)
+    with pytest.raises(BadArray, match="rows 512 to 767 are not what was written"):
+        read(cache, "layer_03", Span(700, 701), 0)
+
+
+@pytest.mark.parametrize(
+    ("alter", "said"),
+    [
+        (lambda array: flip(array, 40), "checksum differs from the one recorded"),
+        (shutil.rmtree, "zarr.json missing"),
+        (lambda array: _replaced(array, lambda hashes_CA: hashes_CA[:-1]), "shape"),
+        (lambda array: _replaced(array, lambda hashes_CA: hashes_CA[:, :-1]), "shape"),
+        (lambda array: _replaced(array, lambda hashes_CA: hashes_CA.astype(np.int64)), "data type"),
+        (lambda array: _replaced(array, lambda hashes_CA: hashes_CA + np.uint64(1)), "checksum differs"),
+    ],
+)
+def test_chunk_hashes_that_are_not_what_was_written_are_refused_by_name(
+    folder: Path, alter: Callable[[Path], None], said: str
+) -> None:
+    alter(folder / "shard-00001" / "chunk_hashes")
+    with pytest.raises(FailedRun, match=f"shard-00001/chunk_hashes is damaged: .*{said}.*cache repair") as refused:
+        read(Cache(folder), "layer_03", Span(0, 10))
+    assert "\n" not in str(refused.value)
+
+
+def _replaced(array: Path, change: Callable[[Any], Any]) -> None:
+    import zarr
+
+    hashes_CA = zarr.open_array(str(array), mode="r")[:]
+    shutil.rmtree(array)
+    changed = change(hashes_CA)
+    write_array(array, changed, chunk_rows=len(changed))

@@ -1,0 +1,1 @@
+"""An SAE on disk, and its conversions from and to other formats."""

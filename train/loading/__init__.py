@@ -1,0 +1,1 @@
+"""Shuffled batches of hidden states, from shards to the device."""

@@ -1,0 +1,358 @@
+"""A cache in; seeded, shuffled batches of hidden states out, as fast as the disk or the memory gives them.
+
+A batch is made of blocks of up to 256 contiguous stored rows from many shards; since every shard was shuffled
+when it was written, no mixing buffer is needed. A thread announces blocks to the kernel a few batches ahead (the disk
+would else see one small read at a time) and, with a second one, reads them one batch ahead of the trainer.
+
+Dimension letters: N tokens a batch, L layers of the selection, M layers of the cache, D width, m rows of a span.
+"""
+
+from __future__ import annotations
+
+import atexit
+import math
+import mmap
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from routesae.harvest.cache import arrays
+from routesae.harvest.cache.manifest import STATISTICS
+from routesae.harvest.cache.reader import Cache, Shard, damaged
+from routesae.machine.device import CACHE_DTYPES
+from routesae.train.loading.hidden import HiddenRows
+from routesae.train.loading.rows import Span, reading, rows_of, spans_of
+
+BLOCK_ROWS = arrays.CHUNK_ROWS
+ADVISE_BATCHES, ADVISE_BYTES = 2, 1 << 26  # the kernel is told of both, at least, ahead of the reading
+STAGING_BATCHES = 3  # one with the trainer, one ready, one being filled
+_PLAN_PIECE_BLOCKS = 4096
+
+
+class Batch(NamedTuple):
+    """Hidden states as they are stored, decoded where that is int8; and what STATISTICS names, float32: mean and
+    (unbiased) standard deviation of each over D."""
+
+    hidden_LND: Tensor
+    mean_LN1: Tensor
+    std_LN1: Tensor
+
+
+class Block(NamedTuple):
+    """Selected stored rows first … after-1 of a shard, at most BLOCK_ROWS, counted among the selected ones."""
+
+    shard: int
+    first: int
+    after: int
+
+
+Plan = list[Block]
+Batches = Generator[Batch, None, None]
+
+
+class Selection:
+    """The stored rows of a cache whose tokens stand in rows [first_row, after_row) of `tokens`.
+
+    Raises WrongInput where a shard is missing or damaged or a layer was not harvested.
+    """
+
+    def __init__(self, cache: Cache, first_row: int, after_row: int, layers: Sequence[int]):
+        self.cache = cache
+        self.layers = tuple(layers)
+        cache.require_layers(layers)
+        cache.require_whole()
+        self.shards: list[Shard] = []
+        self.rows: list[npt.NDArray[np.int64] | None] = []  # None: all of the shard's rows, in order
+        for shard in cache.shards():
+            first, after = shard.record.rows
+            if after <= first_row or after_row <= first:
+                continue
+            try:
+                rows = shard.positions(first_row, after_row)
+            except arrays.BadArray as bad:
+                raise damaged(shard.path, bad) from bad
+            self.shards.append(shard)
+            self.rows.append(rows)
+
+    def count(self, shard: int) -> int:
+        """Selected rows of the shard-th of `self.shards`."""
+        rows = self.rows[shard]
+        return self.shards[shard].record.kept if rows is None else len(rows)
+
+    def __len__(self) -> int:
+        """Selected rows, that is tokens, in all."""
+        return sum(map(self.count, range(len(self.shards))))
+
+    def block_table(self) -> npt.NDArray[np.int64]:
+        """[blocks, 3]: shard, first and after of every block; every selected row once, in stored order."""
+        counts = np.array([self.count(shard) for shard in range(len(self.shards))], np.int64)
+        blocks = -(-counts // BLOCK_ROWS)
+        shard = np.repeat(np.arange(len(counts)), blocks)
+        first = BLOCK_ROWS * (np.arange(len(shard)) - np.repeat(blocks.cumsum() - blocks, blocks))
+        return np.stack([shard, first, np.minimum(first + BLOCK_ROWS, counts[shard])], axis=1)
+
+    def blocks(self) -> Plan:
+        """Every selected row once, in stored order."""
+        return [Block(*row) for row in self.block_table().tolist()]
+
+
+def epoch_plans(selection: Selection, *, seed: int, epoch: int, batch_tokens: int) -> Iterator[Plan]:
+    """The batches of one epoch: every selected token once, in an order fixed by (seed, epoch).
+
+    All have `batch_tokens` tokens but the last, which has what remains.
+    """
+    table = selection.block_table()
+    order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(len(table))
+    pieces = (table[order[at : at + _PLAN_PIECE_BLOCKS]] for at in range(0, len(order), _PLAN_PIECE_BLOCKS))
+    return cut_plans((Block(*row) for piece in pieces for row in piece.tolist()), batch_tokens)
+
+
+def cut_plans(blocks: Iterator[Block], batch_tokens: int) -> Iterator[Plan]:
+    """Gather blocks into batches of exactly `batch_tokens`, splitting a block where a batch is full."""
+    plan: Plan = []
+    room = batch_tokens
+    for block in blocks:
+        first = block.first
+        while first < block.after:
+            after = min(block.after, first + room)
+            whole = (first, after) == block[1:]
+            plan.append(block if whole else Block(block.shard, first, after))
+            room -= after - first
+            first = after
+            if room == 0:
+                yield plan
+                plan, room = [], batch_tokens
+    if plan:
+        yield plan
+
+
+def share_of(plan: Plan, rank: int, world: int) -> Plan:
+    """What one of `world` ranks reads of a plan: contiguous rows, every row read by one rank alone, shares of the
+    same size or one row less. Of fewer tokens than ranks each rank reads all."""
+    tokens = tokens_of(plan)
+    if world == 1 or tokens < world:
+        return plan
+    first, after = tokens * rank // world, tokens * (rank + 1) // world
+    own: Plan = []
+    begins = 0
+    for block in plan:
+        low, high = max(first - begins, 0), min(after - begins, block.after - block.first)
+        if low < high:
+            own.append(Block(block.shard, block.first + low, block.first + high))
+        begins += block.after - block.first
+    return own
+
+
+def largest_share(batch_tokens: int, world: int) -> int:
+    """The most tokens that `share_of` gives a rank of a batch of at most `batch_tokens`."""
+    return max(-(-batch_tokens // world), min(batch_tokens, world - 1))
+
+
+class Read(NamedTuple):
+    """A span of a shard, for the rows `at` and on of a batch."""
+
+    shard: Shard
+    span: Span
+    at: int
+
+
+def reads_of(selection: Selection, plan: Plan) -> list[Read]:
+    """What is to be read of every layer for the plan's batch."""
+    reads, at = [], 0
+    for block in plan:
+        rows = selection.rows[block.shard]
+        whole = [Span(block.first, block.after)]
+        for span in whole if rows is None else spans_of(rows[block.first : block.after]):
+            reads.append(Read(selection.shards[block.shard], span, at))
+            at += span.wanted
+    return reads
+
+
+def tokens_of(plan: Plan) -> int:
+    """N of the plan's batch."""
+    return sum(block.after - block.first for block in plan)
+
+
+def empty_batch(selection: Selection, tokens: int, *, pinned: bool = False) -> Batch:
+    """Memory for a batch of `tokens`, at least one."""
+    manifest, layers = selection.cache.manifest, len(selection.layers)
+    return Batch(
+        _memory((layers, tokens, manifest.width), CACHE_DTYPES[manifest.dtype], pinned),
+        _memory((layers, tokens, 1), torch.float32, pinned),
+        _memory((layers, tokens, 1), torch.float32, pinned),
+    )
+
+
+def _memory(shape: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> Tensor:
+    if pinned:
+        return torch.empty(shape, dtype=dtype, pin_memory=True)
+    held = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # the first batches are read into fresh pages; 512 times fewer faults
+        held.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(held, dtype=dtype).view(shape)
+
+
+class Reader:
+    """Reads what is to be read for a batch, and tells the kernel of it beforehand."""
+
+    def __init__(self, selection: Selection):
+        manifest = selection.cache.manifest
+        self.layers = selection.layers
+        self.columns = [manifest.layers.index(layer) for layer in self.layers]
+        self.cache_layers = len(manifest.layers)
+        self.row_bytes = manifest.token_bytes // self.cache_layers
+        self.rows = rows_of(selection.cache)
+        self.hidden = HiddenRows(manifest, self.layers, self.rows)
+
+    def advise(self, reads: Sequence[Read]) -> None:
+        """Tell the kernel that they are wanted soon."""
+        for shard, span, _ in reads:
+            for name, wanted in (*self.hidden.wanted(span), *((name, span) for name in STATISTICS)):
+                with suppress(arrays.BadArray, OSError):  # the reading meets the same fault and names it
+                    self.rows.advise(shard, name, wanted)
+
+    def read(self, reads: Sequence[Read], batch: Batch) -> None:
+        """Copy them into the batch, in which they are neighbours.
+
+        Raises FailedRun where a file is gone, cut or altered.
+        """
+        if not reads:
+            return
+        first, after = reads[0].at, reads[-1].at + reads[-1].span.wanted
+        hidden_LND = batch.hidden_LND.numpy()
+        statistics_nM = {name: np.empty((after - first, self.cache_layers), np.float32) for name in STATISTICS}
+        for shard, span, at in reads:
+            rows = slice(at, at + span.wanted)
+            self.hidden.read(shard, span, hidden_LND[:, rows])
+            for name, values_nM in statistics_nM.items():
+                with reading(shard, name):
+                    self.rows.read(shard, name, span, values_nM[at - first : rows.stop - first])
+        for values_nM, out_LN1 in zip(statistics_nM.values(), batch[1:], strict=True):
+            out_LN1.numpy()[:, first:after, 0] = values_nM[:, self.columns].T
+
+
+def read_sample(selection: Selection, *, seed: int, tokens: int) -> Batch:
+    """The first `tokens` (or all there are) of the first epoch, in memory of their own."""
+    plan = next(epoch_plans(selection, seed=seed, epoch=0, batch_tokens=tokens))
+    batch = empty_batch(selection, tokens_of(plan))
+    reader, reads = Reader(selection), reads_of(selection, plan)
+    reader.advise(reads)
+    reader.read(reads, batch)
+    return batch
+
+
+def load(selection: Selection, plans: Iterator[Plan], batch_tokens: int, device: torch.device) -> Batches:
+    """The batch of every plan on `device`; valid until the next one is asked for.
+
+    Close it (contextlib.closing) where it is not read to its end, and its threads end too.
+    On CUDA the copy to the device is made from pinned memory on a stream of its own, one batch ahead.
+    Raises FailedRun where a file is gone, cut or altered.
+    """
+    staged = _staged(selection, plans, batch_tokens, pinned=device.type == "cuda")
+    return _on_device(staged, device) if device.type == "cuda" else staged
+
+
+def _staged(selection: Selection, plans: Iterator[Plan], batch_tokens: int, *, pinned: bool) -> Batches:
+    reader, tokens = Reader(selection), min(batch_tokens, len(selection))
+    free: queue.Queue[Batch | None] = queue.Queue()
+    ready: queue.Queue[tuple[Batch, int] | BaseException | None] = queue.Queue()
+    for _ in range(STAGING_BATCHES):
+        free.put(empty_batch(selection, tokens, pinned=pinned))
+    stopped = threading.Event()
+
+    def fill() -> None:
+        try:
+            with ThreadPoolExecutor(1, thread_name_prefix="batch-loader") as second:
+                for reads, n in _advised(reader, selection, plans):
+                    staging = free.get()
+                    if staging is None or stopped.is_set():
+                        return
+                    half = len(reads) // 2
+                    other_half = second.submit(reader.read, reads[half:], staging)
+                    reader.read(reads[:half], staging)
+                    other_half.result()
+                    ready.put((staging, n))
+            ready.put(None)
+        except BaseException as failure:  # handed to the trainer's thread, which raises it
+            ready.put(failure)
+
+    def stop() -> None:
+        stopped.set()
+        free.put(None)  # wakes a thread that waits for a staging buffer
+
+    with _running(fill, stop):
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            staging, n = item
+            yield Batch(*(values[:, :n] for values in staging))
+            free.put(staging)
+
+
+@contextmanager
+def _running(fill: Callable[[], None], stop: Callable[[], None]) -> Iterator[None]:
+    thread = threading.Thread(target=fill, name="batch-loader", daemon=True)
+
+    def end() -> None:
+        stop()
+        thread.join()
+
+    # Of a loader that nobody closes: at exit, while threads can still be joined.
+    atexit.register(end)
+    thread.start()
+    try:
+        yield
+    finally:
+        end()
+        atexit.unregister(end)
+
+
+def _advised(reader: Reader, selection: Selection, plans: Iterator[Plan]) -> Iterator[tuple[list[Read], int]]:
+    """What to read for each plan, and N, announced to the kernel at least ADVISE_BATCHES and ADVISE_BYTES ahead."""
+    ahead: deque[tuple[list[Read], int]] = deque()
+    token_bytes = reader.row_bytes * len(reader.layers)
+    tokens_ahead = 0  # of all in `ahead` but the first
+    for plan in plans:
+        reads, n = reads_of(selection, plan), tokens_of(plan)
+        reader.advise(reads)
+        if ahead:
+            tokens_ahead += n
+        ahead.append((reads, n))
+        if len(ahead) > ADVISE_BATCHES and tokens_ahead * token_bytes >= ADVISE_BYTES:
+            yield ahead.popleft()
+            tokens_ahead -= ahead[0][1]
+    yield from ahead
+
+
+def _on_device(staged: Batches, device: torch.device) -> Batches:
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    copied: tuple[Batch, torch.cuda.Event] | None = None
+    for staging in staged:
+        with torch.cuda.stream(stream):
+            batch = Batch(*(values.to(device, non_blocking=True) for values in staging))
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+        if copied is not None:
+            yield _arrived(*copied)
+        # `staged` reuses the buffer once it is resumed; by now its copy ran beside the trainer's whole step.
+        event.synchronize()
+        copied = (batch, event)
+    if copied is not None:
+        yield _arrived(*copied)
+
+
+def _arrived(batch: Batch, event: torch.cuda.Event) -> Batch:
+    current = torch.cuda.current_stream(batch.hidden_LND.device)
+    current.wait_event(event)
+    for values in batch:
+        values.record_stream(current)
+    return batch
