@@ -309,8 +309,8 @@ def analyze(json_file: str | None, **options: Any) -> None:
 
     What follows ± is half of a 95 % confidence interval, by bootstrap over rows; --json has both its ends.
     """
-    from routesae.analyze.scores.run import AnalyzeSettings
     from routesae.analyze.scores.run import analyze as run
+    from routesae.analyze.scores.settings import AnalyzeSettings
 
     if json_file is not None and not Path(json_file).absolute().parent.is_dir():
         raise WrongInput(f"--json {json_file}: there is no folder {Path(json_file).parent} to write it to")
@@ -370,8 +370,8 @@ def clamp(json_file: str | None, **options: Any) -> None:
     VALUE is in the SAE's own activation units, those of its normalised input. Changes may be several, one a latent,
     and hold at every token, of the prompt and generated, but special tokens and the first.
     """
-    from routesae.analyze.clamp.run import ClampSettings
     from routesae.analyze.clamp.run import clamp as run
+    from routesae.analyze.clamp.settings import ClampSettings
 
     if json_file is not None and not Path(json_file).absolute().parent.is_dir():
         raise WrongInput(f"--json {json_file}: there is no folder {Path(json_file).parent} to write it to")
@@ -405,8 +405,8 @@ def contexts(**options: Any) -> None:
     Into the SAE's folder: contexts.json, in the shape of the published RouteSAE code, contexts.parquet and
     latents.parquet. The features counted are the latents that the published rule keeps.
     """
-    from routesae.analyze.contexts.run import ContextSettings
     from routesae.analyze.contexts.run import contexts as run
+    from routesae.analyze.contexts.settings import ContextSettings
 
     with watching(status_of(options["saes"], options["out"])) as report:
         results = run(ContextSettings(**options), report)
@@ -476,9 +476,9 @@ def interpret(latents: str, dry_run: bool, **options: Any) -> None:
     """
     from dataclasses import fields
 
-    from routesae.analyze.interpret.chat import ChatSettings
-    from routesae.analyze.interpret.run import InterpretSettings, estimate, row_of
+    from routesae.analyze.interpret.run import estimate, row_of
     from routesae.analyze.interpret.run import interpret as run
+    from routesae.analyze.interpret.settings import ChatSettings, InterpretSettings
 
     chat = ChatSettings(**{field.name: options.pop(field.name) for field in fields(ChatSettings)})
     settings = InterpretSettings(chat=chat, latents=count_or_all(latents), **options)
@@ -521,7 +521,8 @@ def report(**options: Any) -> None:
     A browser opens it from disk; it needs no network. Latents can be looked at of the SAEs that `routesae contexts`
     has read, with their explanations where `routesae interpret` has written any.
     """
-    from routesae.analyze.report.run import ReportSettings, write_report
+    from routesae.analyze.report.run import write_report
+    from routesae.analyze.report.settings import ReportSettings
     from routesae.reporting import human_bytes
 
     with watching() as show:
@@ -571,8 +572,8 @@ def convert(**options: Any) -> None:
 
     FILE is a .pt that it saved. Tensors are read from it; no code in it runs.
     """
-    from routesae.train.folder.convert import ConvertSettings
     from routesae.train.folder.convert import convert as run
+    from routesae.train.folder.settings import ConvertSettings
 
     converted = run(ConvertSettings(**options))
     recipe, layers = converted.recipe, ", ".join(map(str, converted.recipe.layers))

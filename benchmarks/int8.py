@@ -21,7 +21,8 @@ from typing import Any
 import record
 import torch
 
-from routesae.analyze.scores.run import AnalyzeSettings, analyze
+from routesae.analyze.scores.run import analyze
+from routesae.analyze.scores.settings import AnalyzeSettings
 from routesae.harvest.cache.inspect import describe
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.run import harvest

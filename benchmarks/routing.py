@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from routesae.analyze.scores.run import AnalyzeSettings, analyze
+from routesae.analyze.scores.run import analyze
+from routesae.analyze.scores.settings import AnalyzeSettings
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.lm.model import load_tokenizer
 from routesae.train.folder.checkpoint import load_sae

@@ -22,7 +22,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from routesae import __version__
-from routesae.analyze.scores.run import AnalyzeSettings
+from routesae.analyze.scores.settings import AnalyzeSettings
 from routesae.cli import main
 from routesae.console.terminal import COUNT, table
 from routesae.harvest.cache.reader import Cache

@@ -31,7 +31,6 @@ from routesae.reporting import FailedRun, WrongInput
 
 log = logging.getLogger(__name__)
 
-CONVERSIONS = ("conversation", "text")
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 SPEAKERS = {"user": HUMAN, "assistant": ASSISTANT}
 

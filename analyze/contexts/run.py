@@ -7,7 +7,6 @@ what is written: routesae.analyze.contexts.file.
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,55 +16,16 @@ import numpy as np
 from routesae import __version__
 from routesae.analyze.contexts.collect import Collected, Wanted, collect
 from routesae.analyze.contexts.file import FORMAT, SAMPLES, write_contexts
+from routesae.analyze.contexts.settings import ContextSettings
 from routesae.analyze.contexts.table import choose, context_batches, kept_by_rule, latent_table
 from routesae.analyze.contexts.windows import Vocabulary
 from routesae.analyze.scores.identity import sae_identity
 from routesae.analyze.scores.run import OpenSAE, load_harvested_tokenizer, open_saes
 from routesae.harvest.cache.reader import Cache
 from routesae.machine.device import pick_device
-from routesae.reporting import Progress, Report, WrongInput, silent
+from routesae.reporting import Progress, Report, silent
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ContextSettings:
-    """What `routesae contexts` was asked for. Raises WrongInput where a value is impossible."""
-
-    cache: str = "shards"
-    saes: tuple[str, ...] = ()
-    """SAE folders or hub references; none for every SAE under `out`."""
-    out: str = "saes"
-    threshold: float = 15.0
-    """Activations above it count for the rule; on the SAE's normalised input."""
-    window: int = 64
-    """Tokens of a context, at most."""
-    top: int | None = None
-    """Choose the N strongest activations of every latent instead of what the rule keeps."""
-    per_class: int = 2
-    """The rule: contexts a token class, at most."""
-    max_classes: int = 32
-    """The rule: latents of more token classes are left out."""
-    min_contexts: int = 5
-    """The rule: latents of fewer contexts are left out."""
-    samples: int = 5
-    """Contexts of each third, strong, middle and weak, of a uniform sample of a latent's activations."""
-    seed: int = 0
-    """Of that sample."""
-    batch_tokens: int = 4096
-    model: str | None = None
-    """Where the tokenizer is now; None for where the manifest says the LM was."""
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.threshold) and self.threshold >= 0):
-            raise WrongInput(f"--threshold {self.threshold} is not a number of 0 or more")
-        for name in ("window", "top", "per_class", "max_classes", "min_contexts", "samples", "batch_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise WrongInput(f"--{name.replace('_', '-')} {value} is below 1")
-        if self.seed < 0:
-            raise WrongInput(f"--seed {self.seed} is below 0")
 
 
 @dataclass(frozen=True, kw_only=True)

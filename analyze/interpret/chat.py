@@ -14,25 +14,21 @@ import asyncio
 import email.utils
 import json
 import logging
-import os
 import random
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
-from urllib.parse import urlsplit
 
 from routesae.analyze.interpret.prices import NOTHING, Budget, Used
-from routesae.reporting import FailedRun, WrongInput
+from routesae.analyze.interpret.settings import AZURE_KEY, KEY, OPENAI, ChatSettings
+from routesae.reporting import FailedRun
 
 if TYPE_CHECKING:
     from openai import APIStatusError, AsyncOpenAI
 
 log = logging.getLogger(__name__)
 
-OPENAI = "https://api.openai.com/v1"
-KEY, AZURE_KEY, AZURE_ENDPOINT = "OPENAI_API_KEY", "AZURE_OPENAI_API_KEY", "AZURE_OPENAI_ENDPOINT"
 FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS = 0.5, 60.0  # of the backoff, where the server names no time
 MAX_RETRY_AFTER_SECONDS = 600.0  # a server that asks for more has closed for the day: stop, go on later
 QUOTA_CODES = ("insufficient_quota", "billing_hard_limit_reached")
@@ -41,72 +37,6 @@ OVERHEAD_TOKENS = 64  # what a chat template adds around one message, at most
 MAX_COMPLAINT = 300  # characters of a server's error that are shown
 
 Limit = Literal["max_completion_tokens", "max_tokens"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChatSettings:
-    """Which model is asked, where, and how patiently. Raises WrongInput where a value is impossible."""
-
-    model: str = "gpt-4o"
-    """With Azure the name of the deployment."""
-    base_url: str | None = None
-    """None for OpenAI, or with Azure for $AZURE_OPENAI_ENDPOINT."""
-    api_version: str | None = None
-    """Azure's; None for every other server."""
-    key_env: str | None = None
-    """The environment variable that holds the key; None for the usual one."""
-    concurrency: int = 8
-    """Requests under way at once."""
-    timeout: float = 120.0
-    """Seconds from a request's start to the end of its answer."""
-    retries: int = 6
-    """Tries after the first, where a server is busy, fails or stays silent."""
-    temperature: float = 0.1
-    max_output_tokens: int = 512
-
-    def __post_init__(self) -> None:
-        for name, least in (("concurrency", 1), ("retries", 0), ("temperature", 0), ("max_output_tokens", 1)):
-            if getattr(self, name) < least:
-                raise WrongInput(f"--{name.replace('_', '-')} {getattr(self, name)} is below {least}")
-        if not self.timeout > 0:
-            raise WrongInput(f"--timeout {self.timeout} is not above 0 seconds")
-        if not self.model.strip():
-            raise WrongInput("--model is empty; give the chat model's name")
-        if self.base_url is not None:
-            _require_address(self.base_url, "--base-url")
-
-    def endpoint(self) -> str:
-        """The address requests go to. Raises WrongInput where Azure's is not known."""
-        if self.api_version is None:
-            return (self.base_url or OPENAI).rstrip("/")
-        address = self.base_url or os.environ.get(AZURE_ENDPOINT)
-        if not address:
-            raise WrongInput(f"--api-version means Azure: give its endpoint with --base-url or ${AZURE_ENDPOINT}")
-        _require_address(address, AZURE_ENDPOINT)
-        return address.rstrip("/")
-
-    def key(self) -> str | None:
-        """From the environment. None where a server of one's own may well want none."""
-        name = self.key_env or (KEY if self.api_version is None else AZURE_KEY)
-        key = os.environ.get(name, "").strip()
-        if not key and (self.key_env or self.api_version or self.base_url is None):
-            raise WrongInput(f"there is no API key in ${name}; set it, or give a server of your own with --base-url")
-        if not key.isascii() or not key.isprintable():
-            raise WrongInput(f"the API key in ${name} holds characters that no key has; set it again")
-        return key or None
-
-
-def _require_address(address: str, name: str) -> None:
-    """An http address with nothing secret in it: it is written beside the answers."""
-    try:
-        parts = urlsplit(address)
-        port_is_fine = parts.port is None or parts.port > 0
-    except ValueError:
-        parts, port_is_fine = urlsplit(""), False
-    if parts.scheme not in ("http", "https") or not parts.hostname or not port_is_fine:
-        raise WrongInput(f"{name} is no address such as http://localhost:8000/v1")
-    if parts.username or parts.password or parts.query or parts.fragment:
-        raise WrongInput(f"{name} may hold no user, password or ?query; a key goes into the environment, ${KEY}")
 
 
 class Answer(NamedTuple):

@@ -15,11 +15,9 @@ import asyncio
 import hashlib
 import json
 import logging
-import math
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -29,10 +27,11 @@ from routesae import __version__
 from routesae.analyze.contexts.file import Context, ContextsFile, read_contexts, read_facts
 from routesae.analyze.interpret.answers import CATEGORIES, EXPLANATION_SCHEMA, parse_explanation
 from routesae.analyze.interpret.asking import ANSWERED, UNANSWERED, UNPARSED, Asking, Question, bill, used_at_most
-from routesae.analyze.interpret.chat import ChatSettings, open_chat
+from routesae.analyze.interpret.chat import open_chat
 from routesae.analyze.interpret.ledger import Ledger, read_lines
 from routesae.analyze.interpret.prices import Budget, Price, Used, price_of
-from routesae.analyze.interpret.scoring import MODES, Explained, Scoring, score_summary
+from routesae.analyze.interpret.scoring import Explained, Scoring, score_summary
+from routesae.analyze.interpret.settings import MODES, ChatSettings, InterpretSettings
 from routesae.machine.stop import StopRequest, stop_requests
 from routesae.reporting import Report, WrongInput, silent
 
@@ -42,43 +41,6 @@ FORMAT = 1
 LINES, SUMMARY = "interpretations.jsonl", "interpretations.json"
 BYTES_PER_TOKEN = 4.0  # of English, about; only for what is shown as an estimate
 TYPICAL_ANSWER_TOKENS = 80
-
-
-@dataclass(frozen=True, kw_only=True)
-class InterpretSettings:
-    """What `routesae interpret` was asked for. Raises WrongInput where a value is impossible."""
-
-    chat: ChatSettings = field(default_factory=ChatSettings)
-    saes: tuple[str, ...] = ()
-    """SAE folders with contexts; none for every one under `out`."""
-    out: str = "saes"
-    latents: int | None = 100
-    """How many, a seeded sample of those that contexts kept; None for all. A larger one later keeps the smaller."""
-    examples: int = 64
-    """Contexts shown of a latent, the strongest; 64 are all that the published rule keeps."""
-    seed: int = 0
-    prompt: str | None = None
-    """A template file of the user's, with $examples in it."""
-    scores: tuple[str, ...] = ()
-    """Of MODES: how explanations are put to the test."""
-    cache: str | None = None
-    """Where the cache is now, for detection; None for where the contexts say it was."""
-    device: str = "auto"
-    max_cost: float | None = None
-    """US dollars, over all SAEs and what was spent on them by earlier runs."""
-    prices: str | None = None
-    retry_unparsed: bool = False
-    overwrite: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("latents", "examples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise WrongInput(f"--{name} {value} is below 1")
-        if unknown := [mode for mode in self.scores if mode not in MODES]:
-            raise WrongInput(f"--score {unknown[0]!r} is none of {', '.join(MODES)}")
-        if self.max_cost is not None and not (self.max_cost > 0 and math.isfinite(self.max_cost)):
-            raise WrongInput(f"--max-cost {self.max_cost} is not above 0 US dollars")
 
 
 class Estimate(NamedTuple):

@@ -27,7 +27,6 @@ from routesae.analyze.interpret.ledger import Ledger
 if TYPE_CHECKING:
     from routesae.analyze.interpret.silence import Pool
 
-MODES = ("detection", "fuzzing")
 EACH = 10  # positives, and as many negatives, of a latent
 LEAST = 3  # positives and negatives below which a latent is not scored
 BATCH = 10  # examples a request

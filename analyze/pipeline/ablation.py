@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from routesae.analyze.contexts.file import read_facts
-from routesae.analyze.contexts.run import ContextSettings, contexts
-from routesae.analyze.scores.run import DESCRIPTIONS, AnalyzeSettings, analyze
+from routesae.analyze.contexts.run import contexts
+from routesae.analyze.contexts.settings import ContextSettings
+from routesae.analyze.scores.run import DESCRIPTIONS, analyze
+from routesae.analyze.scores.settings import AnalyzeSettings
 from routesae.reporting import Report, WrongInput, silent
 from routesae.train.jobs import folders
 from routesae.train.run import train

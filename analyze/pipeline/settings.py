@@ -23,11 +23,10 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from routesae.analyze.contexts.run import ContextSettings
-from routesae.analyze.interpret.chat import ChatSettings
-from routesae.analyze.interpret.run import InterpretSettings
-from routesae.analyze.report.run import ReportSettings
-from routesae.analyze.scores.run import AnalyzeSettings
+from routesae.analyze.contexts.settings import ContextSettings
+from routesae.analyze.interpret.settings import ChatSettings, InterpretSettings
+from routesae.analyze.report.settings import ReportSettings
+from routesae.analyze.scores.settings import AnalyzeSettings
 from routesae.harvest.cache.store.folder import is_url
 from routesae.harvest.settings import HarvestSettings
 from routesae.reporting import WrongInput

@@ -16,7 +16,6 @@ import importlib.util
 import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
@@ -26,6 +25,7 @@ from routesae.analyze.report.lens import LogitLens
 from routesae.analyze.report.plots import draw_plots
 from routesae.analyze.report.routes import routes_by_class
 from routesae.analyze.report.runs import Run, read_runs, table_of
+from routesae.analyze.report.settings import ReportSettings
 from routesae.analyze.scores.run import load_harvested_lm, load_harvested_tokenizer
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.cache.store.folder import is_url
@@ -40,35 +40,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 PAGE = Path(__file__).parent / "page"
 LIBRARIES = ("jinja2", "matplotlib")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReportSettings:
-    """What `routesae report` was asked for. Raises WrongInput where a value is impossible."""
-
-    saes: tuple[str, ...] = ()
-    """SAE folders or hub references; none for every SAE under `out`."""
-    out: str = "saes"
-    html: str = "report.html"
-    """The file to write."""
-    scores: str | None = None
-    """A file of analyze --json, for the metrics that need the LM."""
-    cache: str | None = None
-    """For routing by token class and to check the LM; None for where contexts found it, if it is still there."""
-    model: str | None = None
-    """The LM, for what latents do to the logits; None: not shown."""
-    contexts: int = 8
-    """Of a latent, the strongest; of each third of its sample a quarter as many."""
-    device: str = "auto"
-    lm_dtype: str = "auto"
-
-    def __post_init__(self) -> None:
-        if self.contexts < 1:
-            raise WrongInput(f"--contexts {self.contexts} is below 1")
-        if not Path(self.html).absolute().parent.is_dir():
-            raise WrongInput(f"--html {self.html}: there is no folder {Path(self.html).parent} to write it to")
-        if Path(self.html).is_dir():
-            raise WrongInput(f"--html {self.html} is a folder; name a file in it")
 
 
 class Page(NamedTuple):

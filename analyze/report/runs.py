@@ -12,7 +12,7 @@ import torch
 
 from routesae.analyze.contexts.file import CONTEXTS, ContextsFile, read_contexts
 from routesae.analyze.interpret.run import SUMMARY, read_interpretations
-from routesae.analyze.interpret.scoring import MODES
+from routesae.analyze.interpret.settings import MODES
 from routesae.analyze.scores.identity import sae_identity
 from routesae.analyze.scores.run import described
 from routesae.reporting import WrongInput

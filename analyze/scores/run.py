@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,6 +19,7 @@ from routesae import __version__
 from routesae.analyze.contexts.file import read_facts
 from routesae.analyze.scores.identity import cache_identity, sae_identity, versions
 from routesae.analyze.scores.intervals import draws, intervals, rows_of_cache_scores, rows_of_lm_scores
+from routesae.analyze.scores.settings import AnalyzeSettings
 from routesae.analyze.scores.sparsity import Sparsity, at_sparsity, has_other_sparsities
 from routesae.harvest.cache.manifest import Manifest
 from routesae.harvest.cache.reader import Cache
@@ -49,49 +50,8 @@ LM_METRICS: dict[str, Callable[[LMScores], dict[str, Any]]] = {
     "DeltaCE": lambda scores: {"DeltaCE": scores.delta_ce, "CE_clean": scores.ce_clean},
     "Recovered": lambda scores: {"Recovered": scores.recovered},
 }
-METRICS = (*CACHE_METRICS, *LM_METRICS)
 DESCRIPTIONS = ("Features", "Score")  # columns of what contexts and interpret have found: see `described`
 INTERPRETATIONS = "interpretations.json"  # the summary that `routesae interpret` writes into an SAE's folder
-
-
-@dataclass(frozen=True, kw_only=True)
-class AnalyzeSettings:
-    """What `routesae analyze` was asked for. Raises WrongInput where a value is impossible."""
-
-    cache: str = "shards"
-    saes: tuple[str, ...] = ()
-    """SAE folders or hub references; none for every SAE under `out`."""
-    out: str = "saes"
-    metrics: tuple[str, ...] = tuple(CACHE_METRICS)
-    tokens: int | None = None
-    """Held-out tokens to score on, in whole rows; None for all."""
-    batch_sequences: int = 8
-    infer_k: tuple[int, ...] = ()
-    """Score with so many active latents a token, a row for each; none for what each SAE does by itself."""
-    theta: tuple[float, ...] = ()
-    """Score with the latents above so much active, a row for each."""
-    seed: int = 0
-    """Of the draws that confidence intervals are made of."""
-    model: str | None = None
-    """Where the LM is now; None for where the manifest says it was."""
-    device: str = "auto"
-    lm_dtype: str = "auto"
-
-    def __post_init__(self) -> None:
-        if unknown := [metric for metric in self.metrics if metric not in METRICS]:
-            raise WrongInput(f"--metric {unknown[0]!r} is none of {', '.join(METRICS)}")
-        if self.tokens is not None and self.tokens < 1:
-            raise WrongInput(f"--tokens {self.tokens} is below 1")
-        if self.batch_sequences < 1:
-            raise WrongInput(f"--batch-sequences {self.batch_sequences} is below 1")
-        if self.seed < 0:
-            raise WrongInput(f"--seed {self.seed} is below 0")
-        self.sparsities()
-
-    def sparsities(self) -> list[Sparsity | None]:
-        """One an SAE's row; None for what the SAE does by itself. Raises WrongInput where one is impossible."""
-        by_k = [Sparsity(k=k) for k in dict.fromkeys(self.infer_k)]
-        return [*by_k, *(Sparsity(theta=theta) for theta in dict.fromkeys(self.theta))] or [None]
 
 
 def analyze(settings: AnalyzeSettings, report: Report = silent) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from routesae import __version__
 from routesae.harvest.settings import parse_layers
 from routesae.reporting import WrongInput
 from routesae.train.folder.checkpoint import CONFIG, commit_folder, save_sae
+from routesae.train.folder.settings import ConvertSettings
 from routesae.train.saes import SINGLE_LAYER, Recipe, build
 from routesae.train.saes.crosscoder import CROSSCODER
 from routesae.train.saes.routesae import ROUTER
@@ -49,7 +50,6 @@ KEYS: dict[frozenset[str], tuple[str, ...]] = {
     frozenset((*DICTIONARY, *GATES)) - {"latent_bias"}: ("gated",),
     frozenset(("router.weight", *(f"sae.{key}" for key in DICTIONARY))): ("routesae",),
 }
-CONVERTED = (*(name for names in KEYS.values() for name in names), "crosscoder")
 # Ours, in SAELens' words, of each tensor [F] or [D] of theirs.
 VECTORS = {
     "pre_bias": "b_dec",
@@ -62,39 +62,6 @@ VECTORS = {
 LAYERED = {"VL": "vanilla", "GL": "gated", "JL": "jumprelu", "K": "topk"}
 EVERY_LAYER = {"ML": "mlsae", "RDM": "random"}
 DEEPEST = 10_000  # blocks of an LM; a list of layers beyond is a slip of the finger
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConvertSettings:
-    """What `routesae convert` was asked for. Raises WrongInput where a value is impossible."""
-
-    file: str
-    sae: str | None = None
-    """Variant; None for what keys and file name say."""
-    k: int | None = None
-    layer: int | None = None
-    layers: str | None = None
-    """Such as "4-12"; None for n//4 … 3n//4 of an LM as deep as the number of layers says."""
-    routing: str | None = None
-    aggregate: str | None = None
-    model: str | None = None
-    """The LM it was trained on, kept as where the SAE came from."""
-    out: str = "saes"
-    name: str | None = None
-    """Folder under `out`; None for the file's name without its ending."""
-    overwrite: bool = False
-
-    def __post_init__(self) -> None:
-        if self.sae is not None and self.sae not in CONVERTED:
-            raise WrongInput(f"--sae {self.sae!r} is none of {', '.join(CONVERTED)}")
-        if self.layer is not None and self.layers is not None:
-            raise WrongInput(f"--layer {self.layer} is for an SAE over one layer, --layers for the others; give one")
-        if Path(self.folder_name).name != self.folder_name or self.folder_name.startswith("."):
-            raise WrongInput(f"--name {self.folder_name!r} must be a plain folder name, not a path and not hidden")
-
-    @property
-    def folder_name(self) -> str:
-        return self.name if self.name is not None else Path(self.file).stem
 
 
 @dataclass(frozen=True)

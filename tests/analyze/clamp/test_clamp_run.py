@@ -14,7 +14,8 @@ import torch
 from click.testing import CliRunner, Result
 
 from routesae import __version__
-from routesae.analyze.clamp.run import ClampSettings, clamp
+from routesae.analyze.clamp.run import clamp
+from routesae.analyze.clamp.settings import ClampSettings
 from routesae.cli import main
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.lm.model import load_lm, load_tokenizer, weights_hash

@@ -31,8 +31,10 @@ from routesae.analyze.contexts.file import (
     ContextsFile,
     read_contexts,
 )
-from routesae.analyze.contexts.run import ContextResult, ContextSettings, contexts
-from routesae.analyze.scores.run import AnalyzeSettings, analyze
+from routesae.analyze.contexts.run import ContextResult, contexts
+from routesae.analyze.contexts.settings import ContextSettings
+from routesae.analyze.scores.run import analyze
+from routesae.analyze.scores.settings import AnalyzeSettings
 from routesae.cli import main
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.run import harvest

@@ -23,10 +23,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 from routesae.analyze.contexts.file import context_schema, write_contexts
-from routesae.analyze.contexts.run import ContextSettings, contexts
+from routesae.analyze.contexts.run import contexts
+from routesae.analyze.contexts.settings import ContextSettings
 from routesae.analyze.interpret import chat as chat_module
-from routesae.analyze.interpret.chat import ChatSettings
-from routesae.analyze.interpret.run import InterpretSettings, interpret, read_interpretations
+from routesae.analyze.interpret.run import interpret, read_interpretations
+from routesae.analyze.interpret.settings import ChatSettings, InterpretSettings
 from routesae.analyze.interpret.silence import active_positions
 from routesae.cli import main
 from routesae.harvest.cache.reader import Cache

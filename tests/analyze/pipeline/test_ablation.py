@@ -13,7 +13,8 @@ import pytest
 
 from routesae.analyze.contexts.file import read_contexts
 from routesae.analyze.pipeline.ablation import COLUMNS, METRICS, VARIANTS, ablation, draw_pareto
-from routesae.analyze.scores.run import INTERPRETATIONS, AnalyzeSettings, analyze
+from routesae.analyze.scores.run import INTERPRETATIONS, analyze
+from routesae.analyze.scores.settings import AnalyzeSettings
 from routesae.harvest.cache.reader import Cache
 from routesae.reporting import WrongInput
 from routesae.train.settings import settings_of

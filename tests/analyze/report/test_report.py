@@ -19,14 +19,16 @@ import torch
 from click.testing import CliRunner
 
 from routesae.analyze.contexts.file import read_contexts
-from routesae.analyze.contexts.run import ContextSettings, contexts
+from routesae.analyze.contexts.run import contexts
+from routesae.analyze.contexts.settings import ContextSettings
 from routesae.analyze.contexts.windows import Vocabulary
 from routesae.analyze.report.latents import PIECE, packed
 from routesae.analyze.report.lens import NEAREST, TOKENS, LogitLens, decoder_of, nearest, unit_rows
 from routesae.analyze.report.plots import draw_plots
 from routesae.analyze.report.routes import routes_by_class
-from routesae.analyze.report.run import ReportSettings, write_report
+from routesae.analyze.report.run import write_report
 from routesae.analyze.report.runs import read_runs, table_of
+from routesae.analyze.report.settings import ReportSettings
 from routesae.cli import main
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.lm.model import LanguageModel, load_lm, load_tokenizer

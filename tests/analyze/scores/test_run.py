@@ -22,7 +22,8 @@ from torch import Tensor
 from routesae import __version__
 from routesae.analyze.scores.identity import cache_identity
 from routesae.analyze.scores.intervals import SCORES
-from routesae.analyze.scores.run import CACHE_METRICS, LM_METRICS, AnalyzeSettings, analyze
+from routesae.analyze.scores.run import CACHE_METRICS, LM_METRICS, analyze
+from routesae.analyze.scores.settings import AnalyzeSettings
 from routesae.cli import main
 from routesae.harvest.cache.reader import Cache
 from routesae.reporting import WrongInput

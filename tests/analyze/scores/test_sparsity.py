@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from routesae.analyze.scores.run import AnalyzeSettings, analyze
+from routesae.analyze.scores.run import analyze
+from routesae.analyze.scores.settings import AnalyzeSettings
 from routesae.analyze.scores.sparsity import Sparsity, at_sparsity
 from routesae.harvest.cache.reader import Cache
 from routesae.reporting import WrongInput

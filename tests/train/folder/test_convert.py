@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from routesae.cli import main
 from routesae.reporting import WrongInput
 from routesae.train.folder.checkpoint import load_sae, read_config
-from routesae.train.folder.convert import ConvertSettings, convert, read_title
+from routesae.train.folder.convert import convert, read_title
+from routesae.train.folder.settings import ConvertSettings
 from routesae.train.saes import SAE, RouteSAE, SingleLayerSAE
 
 CPU = torch.device("cpu")
