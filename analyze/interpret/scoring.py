@@ -19,15 +19,15 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from routesae.analyze.contexts.file import Context, ContextsFile, LatentContexts
+from routesae.analyze.contexts.file import ContextsFile
 from routesae.analyze.interpret.answers import PREDICTIONS_SCHEMA, parse_predictions
 from routesae.analyze.interpret.asking import ANSWERED, UNPARSED, Question
+from routesae.analyze.interpret.examples import EACH, Example, fuzzed, held_out, place_of, text_of
 from routesae.analyze.interpret.ledger import Ledger
 
 if TYPE_CHECKING:
     from routesae.analyze.interpret.silence import Pool
 
-EACH = 10  # positives, and as many negatives, of a latent
 LEAST = 3  # positives and negatives below which a latent is not scored
 BATCH = 10  # examples a request
 
@@ -42,16 +42,6 @@ class Explained(NamedTuple):
     def key(self) -> tuple[int, str]:
         """Latent and a hash of the explanation: another explanation is another thing to score."""
         return self.latent, hashlib.sha256(self.explanation.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-
-
-class Example(NamedTuple):
-    """A text to predict on. active: the truth. row, position, length: its tokens in the cache, to find it again."""
-
-    text: str
-    active: bool
-    row: int
-    position: int
-    length: int
 
 
 class Scoring:
@@ -153,52 +143,6 @@ def _predictions(text: str, *, count: int) -> dict[str, Any]:
 def key_of(line: Mapping[str, Any]) -> tuple[int, str, int]:
     """What makes a question the same one."""
     return line["latent"], line["digest"], line["batch"]
-
-
-def held_out(latent: LatentContexts, shown: int) -> list[Context]:
-    """Contexts of the sample whose window overlaps none that the explainer saw, nor one another."""
-    taken = [span_of(context) for context in latent.chosen[:shown]]
-    found = []
-    for context in (context for kind in latent.samples.values() for context in kind):
-        row, first, after = span_of(context)
-        if not any(row == r and first < a and f < after for r, f, a in taken):
-            taken.append((row, first, after))
-            found.append(context)
-    return found
-
-
-def fuzzed(texts: Sequence[Context], rng: random.Random) -> list[Example]:
-    """Every other text with its own mark, the rest marked where the latent is silent; no text twice."""
-    examples: list[Example] = []
-    for context in texts:
-        on_tokens = zip(context.tokens, context.activations, strict=True)
-        silent = [at for at, (text, activation) in enumerate(on_tokens) if activation == 0 and text.strip()]
-        positives = sum(example.active for example in examples)
-        negatives = len(examples) - positives
-        active = not silent or positives <= negatives
-        if (positives if active else negatives) < EACH:
-            at = context.at if active else rng.choice(silent)
-            examples.append(Example(text_of(context, at), active, *place_of(context)))
-    return examples
-
-
-def text_of(context: Context, marked_at: int | None = None) -> str:
-    """The context on one line, one token marked or none."""
-    pieces = list(context.tokens)
-    if marked_at is not None:
-        pieces[marked_at] = f"<ACTIVATED>{pieces[marked_at]}</ACTIVATED>"
-    return "".join(pieces).replace("\r", "\\r").replace("\n", "\\n").strip()
-
-
-def span_of(context: Context) -> tuple[int, int, int]:
-    """Row, first position of the window and the one after its last."""
-    row, first, length = place_of(context)
-    return row, first, first + length
-
-
-def place_of(context: Context) -> tuple[int, int, int]:
-    """Row, position and number of the window's tokens."""
-    return context.row, context.position - context.at, len(context.tokens)
 
 
 def score_summary(lines: Sequence[Mapping[str, Any]], explained: Sequence[Explained]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from routesae.analyze.contexts.file import ContextsFile
-from routesae.analyze.interpret.scoring import place_of, text_of
+from routesae.analyze.interpret.examples import place_of, text_of
 from routesae.harvest.cache.reader import Cache
 from routesae.machine.device import pick_device
 from routesae.reporting import WrongInput

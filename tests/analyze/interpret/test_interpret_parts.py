@@ -13,9 +13,9 @@ import pytest
 from routesae.analyze.contexts.file import Context, LatentContexts, LatentSummary
 from routesae.analyze.interpret.answers import Explanation, Unparsed, parse_explanation, parse_predictions
 from routesae.analyze.interpret.chat import read_answer, retry_after
+from routesae.analyze.interpret.examples import held_out, span_of
 from routesae.analyze.interpret.ledger import Ledger, read_lines
 from routesae.analyze.interpret.prices import Budget, Price, Used, price_of
-from routesae.analyze.interpret.scoring import held_out, span_of
 from routesae.analyze.interpret.settings import ChatSettings, InterpretSettings
 from routesae.reporting import WrongInput
 
