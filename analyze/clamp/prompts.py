@@ -1,18 +1,17 @@
-"""Texts, files of them and HH-RLHF pairs in; prompts out.
+"""Read the prompts of `routesae clamp` from the command line, from text files and from HH-RLHF pairs.
 
     --prompt TEXT            one prompt
     FILE.txt                 one prompt a line
     FILE.jsonl, .jsonl.gz    one object a line:
-        {"prompt": TEXT}                  one prompt; the field's name is --text-field
-        {"messages": [{role, content}]}   one prompt, a conversation that the assistant is to go on with
-        {"chosen": …, "rejected": …}      a pair of HH-RLHF, converted as the published RouteSAE code does it:
-            conversation   a prompt for every human turn, after the turns before it with their chosen replies; that
-                           code puts the LM's own replies there, so that one prompt hangs on what the last one gave
-            text           one prompt, both conversations as one text: each turn's question and chosen reply, and its
-                           rejected reply where it is another
+        {"prompt": TEXT}                  one prompt; --text-field names another field
+        {"messages": [{role, content}]}   one prompt: a conversation that the assistant continues
+        {"chosen": …, "rejected": …}      a pair of HH-RLHF, converted as in the published RouteSAE code:
+            conversation   one prompt for each human turn. Earlier turns come with their chosen replies, where that
+                           code uses the LM's own replies and so makes each prompt depend on the one before
+            text           one prompt: both conversations as one text, each turn's question and chosen reply,
+                           followed by its rejected reply where that differs
 
-Speakers are told by HH-RLHF's own marks at the start of a paragraph; the published code takes every "Human:" in a
-text for one.
+A turn begins with HH-RLHF's mark at the start of a paragraph; the published code splits at every "Human:".
 """
 
 from __future__ import annotations
@@ -32,19 +31,17 @@ from routesae.reporting import FailedRun, WrongInput
 log = logging.getLogger(__name__)
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
-SPEAKERS = {"user": HUMAN, "assistant": ASSISTANT}
-
-
-class Message(NamedTuple):
-    role: str
-    content: str
+SPEAKERS = {"user": f"{HUMAN} ", "assistant": f"{ASSISTANT} "}
+Message = dict[str, str]
+"""Its role and its content, as chat templates take it."""
 
 
 class Prompt(NamedTuple):
-    """What to go on from, and where it came from ("hh.jsonl:3, turn 2"), for messages.
+    """A text for the LM to continue.
 
-    text: without a chat template. messages: what a chat template is filled with; none where it must not be.
-    replies: what the data says followed, by name ("chosen", "rejected").
+    origin: where it came from, such as "hh.jsonl:3, turn 2", for messages. text: the prompt without a chat template.
+    messages: what a chat template is filled with; empty where none must be used. replies: the continuations in the
+    data, by name ("chosen", "rejected").
     """
 
     origin: str
@@ -53,49 +50,42 @@ class Prompt(NamedTuple):
     replies: Mapping[str, str] = {}
 
 
-class Turn(NamedTuple):
-    """One exchange of a conversation."""
-
-    human: str
-    assistant: str
-
-
 def read_prompts(
     texts: tuple[str, ...], file: str | None, *, text_field: str, hh: str, limit: int | None
 ) -> list[Prompt]:
-    """Those of the command line, then those of the file, the first `limit` of all.
+    """The prompts of the command line, then those of the file; at most `limit` in all.
 
-    Raises WrongInput where there is none, or naming the line that holds none.
+    Raises WrongInput where there is none, or naming the line that has no usable prompt.
     """
     prompts = [_plain(text, f"--prompt {number}") for number, text in enumerate(texts, start=1)]
     if file is not None:
-        wanted = None if limit is None else max(0, limit - len(prompts))
-        prompts += islice(_file_prompts(Path(file).expanduser(), text_field, hh), wanted)
+        room = None if limit is None else max(0, limit - len(prompts))
+        prompts += islice(_file_prompts(Path(file).expanduser(), text_field, hh), room)
     if not prompts:
         raise WrongInput(f"{file} holds no prompt" if file else "no prompt; give --prompt TEXT or --prompts FILE")
     return prompts[:limit]
 
 
 def prompt_ids(prompt: Prompt, tokenizer: Any, framing: Framing, *, chat: bool) -> list[int]:
-    """Token ids: by the chat template where there are messages and `chat`, else as harvest begins a document."""
+    """Token ids of the filled chat template where `chat` is set and the prompt has messages, else of its text.
+
+    A plain text is framed as harvest frames the start of a document.
+    """
     if not (chat and prompt.messages):
         return [*framing.before, *tokenizer(prompt.text, add_special_tokens=False)["input_ids"]]
     from jinja2 import TemplateError
 
-    messages = [message._asdict() for message in prompt.messages]
     try:
-        filled = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        filled = tokenizer.apply_chat_template(list(prompt.messages), add_generation_prompt=True, tokenize=False)
     except TemplateError as refusal:
-        raise WrongInput(
-            f"{prompt.origin}: the tokenizer's chat template does not take it ({refusal}); give --no-chat"
-        ) from refusal
+        raise WrongInput(f"{prompt.origin}: the chat template refuses it ({refusal}); give --no-chat") from refusal
     return list(tokenizer(filled, add_special_tokens=False)["input_ids"])
 
 
 def _file_prompts(path: Path, text_field: str, hh: str) -> Iterator[Prompt]:
     name = path.name.lower()
     if not name.endswith((".txt", ".jsonl", ".jsonl.gz")):
-        raise WrongInput(f"{path} is no file of prompts: its name must end in .txt, .jsonl or .jsonl.gz")
+        raise WrongInput(f"{path} is not a file of prompts: its name must end in .txt, .jsonl or .jsonl.gz")
     try:
         with gzip.open(path, "rb") if name.endswith(".gz") else path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
@@ -104,29 +94,32 @@ def _file_prompts(path: Path, text_field: str, hh: str) -> Iterator[Prompt]:
                     text = line.decode().rstrip("\r\n")
                 except UnicodeDecodeError as error:
                     raise WrongInput(f"{origin}: not UTF-8 at byte {error.start}") from None
-                if text.strip() and name.endswith(".txt"):
+                if not text.strip():
+                    continue
+                if name.endswith(".txt"):
                     yield _plain(text, origin)
-                elif text.strip():
-                    yield from _entry(text, origin, text_field, hh)
+                else:
+                    yield from _line_prompts(text, origin, text_field, hh)
     except FileNotFoundError:
         raise WrongInput(f"{path} does not exist; give a .txt, .jsonl or .jsonl.gz") from None
-    except (EOFError, gzip.BadGzipFile, zlib.error) as broken:
-        raise FailedRun(f"{path} cannot be read to its end: {broken}; fetch or write it again") from broken
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise FailedRun(f"{path} cannot be read to its end: {error}; fetch or write it again") from error
 
 
-def _entry(line: str, origin: str, text_field: str, hh: str) -> list[Prompt]:
+def _line_prompts(line: str, origin: str, text_field: str, hh: str) -> list[Prompt]:
     try:
         entry: Any = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise WrongInput(f"{origin}: not JSON: {error}") from None
     if not isinstance(entry, dict):
         raise WrongInput(f"{origin}: a JSON {type(entry).__name__}, not an object")
-    if isinstance(entry.get("chosen"), str) and isinstance(entry.get("rejected"), str):
-        return _hh_prompts(_sound(entry["chosen"], origin), _sound(entry["rejected"], origin), origin, hh)
+    chosen, rejected, text = entry.get("chosen"), entry.get("rejected"), entry.get(text_field)
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        return _hh_prompts(_require_unicode(chosen, origin), _require_unicode(rejected, origin), origin, hh)
     if "messages" in entry:
         return [_conversation(_messages(entry["messages"], origin), origin)]
-    if isinstance(entry.get(text_field), str):
-        return [_plain(entry[text_field], origin)]
+    if isinstance(text, str):
+        return [_plain(text, origin)]
     raise WrongInput(
         f"{origin}: no text in field {text_field!r}, no messages, no chosen and rejected; its fields are "
         f"{', '.join(list(entry)[:8]) or 'none'}; name one with --text-field"
@@ -135,63 +128,62 @@ def _entry(line: str, origin: str, text_field: str, hh: str) -> list[Prompt]:
 
 def _plain(text: str, origin: str) -> Prompt:
     if not text.strip():
-        raise WrongInput(f"{origin} is empty; give some text to go on from")
-    return Prompt(origin, _sound(text, origin), (Message("user", text),))
+        raise WrongInput(f"{origin} is empty; give some text to continue")
+    return Prompt(origin, _require_unicode(text, origin), ({"role": "user", "content": text},))
 
 
-def _sound(text: str, origin: str) -> str:
-    """Refuse what JSON's \\ud800, or a shell's stray byte, can smuggle in and no tokenizer takes."""
+def _require_unicode(text: str, origin: str) -> str:
+    """Refuse the lone surrogates that JSON's \\ud800 or a stray byte of the shell makes; no tokenizer takes them."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise WrongInput(f"{origin}: holds a lone surrogate, which is no character") from None
+        raise WrongInput(f"{origin}: holds a lone surrogate, which is not a character") from None
     return text
 
 
-def _messages(given: object, origin: str) -> tuple[Message, ...]:
-    if isinstance(given, list) and given and all(isinstance(message, dict) for message in given):
-        pairs = [(message.get("role"), message.get("content")) for message in given]
-        if all(isinstance(role, str) and isinstance(content, str) for role, content in pairs):
-            return tuple(Message(role, _sound(content, origin)) for role, content in pairs)
-    raise WrongInput(f'{origin}: messages is no list such as [{{"role": "user", "content": "Hello"}}]')
+def _messages(value: object, origin: str) -> list[Message]:
+    messages = value if isinstance(value, list) else []
+    try:
+        pairs = [(message["role"], message["content"]) for message in messages]
+    except (TypeError, KeyError):
+        pairs = []
+    if not pairs or not all(isinstance(text, str) for pair in pairs for text in pair):
+        raise WrongInput(f'{origin}: messages is not a list such as [{{"role": "user", "content": "Hello"}}]')
+    return [{"role": role, "content": _require_unicode(content, origin)} for role, content in pairs]
 
 
-def _conversation(messages: tuple[Message, ...], origin: str, replies: Mapping[str, str] | None = None) -> Prompt:
-    """Without a chat template it is written as HH-RLHF writes conversations."""
-    said = [f"{SPEAKERS.get(role, '')} {content}" if role in SPEAKERS else content for role, content in messages]
-    return Prompt(origin, ("".join(said) + ASSISTANT).lstrip(), messages, replies or {})
+def _conversation(messages: list[Message], origin: str, replies: Mapping[str, str] | None = None) -> Prompt:
+    """Its text, for use without a chat template, is written as HH-RLHF writes conversations."""
+    text = "".join(SPEAKERS.get(message["role"], "") + message["content"] for message in messages) + ASSISTANT
+    return Prompt(origin, text.lstrip(), tuple(messages), replies or {})
 
 
-def hh_turns(conversation: str) -> list[Turn]:
-    """Each human turn with the reply to it; a turn without one is left out."""
-    turns = []
-    for part in f"\n\n{conversation.strip()}".split(HUMAN)[1:]:
-        human, replied, assistant = part.partition(ASSISTANT)
-        if replied:
-            turns.append(Turn(human.strip(), assistant.strip()))
-    return turns
+def hh_turns(conversation: str) -> list[tuple[str, str]]:
+    """Each human turn with the assistant's reply; a turn without a reply is left out."""
+    parts = [part.partition(ASSISTANT) for part in f"\n\n{conversation.strip()}".split(HUMAN)[1:]]
+    return [(human.strip(), reply.strip()) for human, mark, reply in parts if mark]
 
 
 def _hh_prompts(chosen: str, rejected: str, origin: str, hh: str) -> list[Prompt]:
-    pairs = list(zip(hh_turns(chosen), hh_turns(rejected), strict=False))
-    if not pairs:
-        log.warning("%s: no turn of both chosen and rejected; left out", origin)
+    turns = [
+        (human, reply, other)
+        for (human, reply), (_, other) in zip(hh_turns(chosen), hh_turns(rejected), strict=False)
+    ]
+    if not turns:
+        log.warning("%s: no turn stands in both chosen and rejected; left out", origin)
         return []
     if hh == "text":
-        return [Prompt(origin, _hh_text(pairs))]
-    prompts, before = [], list[Message]()
-    for number, (good, bad) in enumerate(pairs, start=1):
-        messages = (*before, Message("user", good.human))
-        replies = {"chosen": good.assistant, "rejected": bad.assistant}
-        prompts.append(_conversation(messages, f"{origin}, turn {number}", replies))
-        before = [*messages, Message("assistant", good.assistant)]
+        return [Prompt(origin, _hh_text(turns))]
+    prompts, messages = [], list[Message]()
+    for number, (human, reply, other) in enumerate(turns, start=1):
+        messages = [*messages, {"role": "user", "content": human}]
+        prompts.append(_conversation(messages, f"{origin}, turn {number}", {"chosen": reply, "rejected": other}))
+        messages = [*messages, {"role": "assistant", "content": reply}]
     return prompts
 
 
-def _hh_text(pairs: list[tuple[Turn, Turn]]) -> str:
+def _hh_text(turns: list[tuple[str, str, str]]) -> str:
     lines = []
-    for good, bad in pairs:
-        lines += [f"Human: {good.human}", f"Assistant: {good.assistant}"]
-        if bad.assistant != good.assistant:
-            lines.append(f"Assistant: {bad.assistant}")
+    for human, reply, other in turns:
+        lines += [f"Human: {human}", f"Assistant: {reply}", *([f"Assistant: {other}"] if other != reply else [])]
     return "\n".join(lines)

@@ -199,7 +199,7 @@ def _text(
     log_p, log_p_clamped = math.fsum(original.log_p), math.fsum(again.log_p)
     return {
         "origin": prompt.origin,
-        "given": prompt.messages[-1].content if prompt.messages else prompt.text,
+        "given": prompt.messages[-1]["content"] if prompt.messages else prompt.text,
         "prompt": tokenizer.decode(ids),
         "prompt_ids": ids,
         "original": tokenizer.decode(original.token_ids, skip_special_tokens=True),

@@ -15,7 +15,7 @@ from routesae.analyze.clamp.changes import Change, Clamp, active, parse_change
 from routesae.analyze.clamp.steps import (
     Continuation,
     Kept,
-    Rows,
+    feed,
     generate,
     greedy,
     left_padded,
@@ -265,21 +265,25 @@ def test_no_change_and_no_error_term_is_the_splice_of_the_metrics(llama: Languag
     clean = clean_pass(llama, ids_BT, sae.recipe.layers)
     final_BTD = spliced_pass(llama, ids_BT, clean, replacement.edits(sae, clean.hidden, kept_BT))
     expected_V = torch.log_softmax(logits(llama, final_BTD[0, -1:]), 1)[0]
-    rows = Rows(llama, KEPT, Clamp(sae, (), error_term=False))
-    found_BV = rows.feed(ids_BT, mask_BT=torch.ones_like(kept_BT), live_B=torch.ones(1, dtype=torch.bool))
+    found_BV = one_step(llama, ids_BT, torch.ones_like(kept_BT), Clamp(sae, (), error_term=False))
     torch.testing.assert_close(found_BV[0], expected_V, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(found_BV[0], torch.log_softmax(logits(llama, clean.final_BTD[0, -1:]), 1)[0], atol=1e-2)
+
+
+def one_step(lm: LanguageModel, ids_BT: Tensor, mask_BT: Tensor, clamp: Clamp | None) -> Tensor:
+    from transformers import DynamicCache
+
+    return feed(lm, DynamicCache(), ids_BT, mask_BS=mask_BT, live_B=mask_BT.any(1), kept=KEPT, clamp=clamp)
 
 
 def fed(lm: LanguageModel, clamp: Clamp | None, layers: Sequence[int]) -> dict[int, Tensor]:
     """{layer: hidden_BTD} after one step over the padded prompts, edits in."""
     ids_BT, real_BT = left_padded(PROMPTS, CPU)
     hidden: dict[int, Tensor] = {}
-    rows = Rows(lm, KEPT, clamp)
     with torch.inference_mode():
         if clamp is None:
             with capturing(lm, layers, hidden.__setitem__):
-                rows.feed(ids_BT, mask_BT=real_BT, live_B=real_BT.any(1))
+                one_step(lm, ids_BT, real_BT, None)
             return hidden
         edits = clamp.edits(fed(lm, None, clamp.sae.recipe.layers), kept_of_prompts())
         return {layer: edits[layer](fed(lm, None, [layer])[layer]) for layer in layers if layer in edits}

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from routesae.analyze.clamp.prompts import Message, Prompt, Turn, hh_turns, prompt_ids, read_prompts
+from routesae.analyze.clamp.prompts import Message, Prompt, hh_turns, prompt_ids, read_prompts
 from routesae.harvest.corpus.tokens import framing
 from routesae.harvest.lm.model import load_tokenizer
 from routesae.reporting import FailedRun, WrongInput
@@ -24,6 +24,10 @@ REJECTED = (
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}{% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
 )
+
+
+def message(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
 
 
 def read(file: Path | None = None, *texts: str, **changes: Any) -> list[Prompt]:
@@ -41,7 +45,7 @@ def test_texts_of_the_command_line_come_before_those_of_the_file(tmp_path: Path)
     prompts = read(tmp_path / "more.txt", "first", "second")
     assert [prompt.text for prompt in prompts] == ["first", "second", "third one", "fourth: naïve"]
     assert [prompt.origin for prompt in prompts[1:3]] == ["--prompt 2", f"{tmp_path / 'more.txt'}:1"]
-    assert prompts[0].messages == (Message("user", "first"),)
+    assert prompts[0].messages == (message("user", "first"),)
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3])
@@ -72,9 +76,9 @@ def test_gzipped_jsonl_is_read_as_hh_rlhf_is_shipped(tmp_path: Path) -> None:
 
 
 def test_speakers_are_told_at_the_start_of_a_paragraph_only() -> None:
-    assert hh_turns(CHOSEN) == [Turn("What is a row?", "Tokens.\nMany of them."), Turn("Is 'Human: x' one?", "No.")]
+    assert hh_turns(CHOSEN) == [("What is a row?", "Tokens.\nMany of them."), ("Is 'Human: x' one?", "No.")]
     assert hh_turns("\n\nHuman: left alone") == []
-    assert hh_turns("Human: a\n\nAssistant: b\n\nAssistant: c") == [Turn("a", "b\n\nAssistant: c")]
+    assert hh_turns("Human: a\n\nAssistant: b\n\nAssistant: c") == [("a", "b\n\nAssistant: c")]
     assert hh_turns("") == []
 
 
@@ -85,9 +89,9 @@ def test_a_pair_as_a_conversation_is_a_prompt_for_each_human_turn(tmp_path: Path
         "Human: What is a row?\n\nAssistant: Tokens.\nMany of them.\n\nHuman: Is 'Human: x' one?\n\nAssistant:"
     )
     assert second.messages == (
-        Message("user", "What is a row?"),
-        Message("assistant", "Tokens.\nMany of them."),
-        Message("user", "Is 'Human: x' one?"),
+        message("user", "What is a row?"),
+        message("assistant", "Tokens.\nMany of them."),
+        message("user", "Is 'Human: x' one?"),
     )
     assert first.replies == {"chosen": "Tokens.\nMany of them.", "rejected": "Tokens.\nMany of them."}
     assert second.replies == {"chosen": "No.", "rejected": "Yes."}
@@ -96,7 +100,7 @@ def test_a_pair_as_a_conversation_is_a_prompt_for_each_human_turn(tmp_path: Path
 def test_a_conversation_goes_on_from_the_chosen_reply(tmp_path: Path) -> None:
     pair = {name: f"\n\nHuman: a\n\nAssistant: {name}\n\nHuman: b\n\nAssistant: c" for name in ("chosen", "rejected")}
     _, second = read(jsonl(tmp_path / "hh.jsonl", pair))
-    assert second.messages == (Message("user", "a"), Message("assistant", "chosen"), Message("user", "b"))
+    assert second.messages == (message("user", "a"), message("assistant", "chosen"), message("user", "b"))
 
 
 def test_a_pair_as_text_holds_the_rejected_reply_only_where_it_is_another(tmp_path: Path) -> None:
@@ -116,14 +120,14 @@ def test_a_pair_without_a_common_turn_is_left_out_with_a_warning(
         (prompt,) = read(jsonl(tmp_path / "hh.jsonl", *pairs))
     assert prompt.origin.endswith("hh.jsonl:2, turn 1")
     assert [record.getMessage() for record in caplog.records] == [
-        f"{tmp_path / 'hh.jsonl'}:1: no turn of both chosen and rejected; left out"
+        f"{tmp_path / 'hh.jsonl'}:1: no turn stands in both chosen and rejected; left out"
     ]
 
 
 def test_messages_are_a_conversation(tmp_path: Path) -> None:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     (prompt,) = read(jsonl(tmp_path / "chat.jsonl", {"messages": messages}))
-    assert prompt.messages == (Message("system", "Be brief."), Message("user", "Hi"))
+    assert prompt.messages == (message("system", "Be brief."), message("user", "Hi"))
     assert prompt.text == "Be brief.\n\nHuman: Hi\n\nAssistant:"
 
 
@@ -137,9 +141,9 @@ def test_messages_are_a_conversation(tmp_path: Path) -> None:
         ({"prompt": "  "}, "is empty"),
         ({"prompt": "a\ud800"}, "lone surrogate"),
         ({"chosen": "a\ud800", "rejected": ""}, "lone surrogate"),
-        ({"messages": []}, "messages is no list such as"),
-        ({"messages": [{"role": "user"}]}, "messages is no list such as"),
-        ({"messages": "Hi"}, "messages is no list such as"),
+        ({"messages": []}, "messages is not a list such as"),
+        ({"messages": [{"role": "user"}]}, "messages is not a list such as"),
+        ({"messages": "Hi"}, "messages is not a list such as"),
     ],
 )
 def test_a_line_that_holds_no_prompt_is_refused_naming_it(tmp_path: Path, entry: Any, message: str) -> None:
@@ -160,7 +164,7 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
         read(tmp_path / "empty.txt")
     with pytest.raises(WrongInput, match=r"missing.txt does not exist"):
         read(tmp_path / "missing.txt")
-    with pytest.raises(WrongInput, match=r"p.csv is no file of prompts.*\.txt, \.jsonl or \.jsonl\.gz"):
+    with pytest.raises(WrongInput, match=r"p.csv is not a file of prompts.*\.txt, \.jsonl or \.jsonl\.gz"):
         read(tmp_path / "p.csv")
     with pytest.raises(WrongInput, match=r"no prompt; give --prompt TEXT or --prompts FILE"):
         read()
