@@ -27,12 +27,12 @@ import numpy as np
 import torch
 
 from routesae.harvest.cache.arrays import Array
+from routesae.harvest.cache.claims import Claims
 from routesae.harvest.cache.manifest import Manifest, ShardRecord, shard_name, shard_order
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.cache.statistics import TokenStatistics, stored_statistics
 from routesae.harvest.cache.writer import write_shard
 from routesae.harvest.filling.begin import open_or_begin
-from routesae.harvest.filling.claims import Claims
 from routesae.harvest.filling.shards import harvest_shards
 from routesae.harvest.lm import model as lm
 from routesae.harvest.settings import HarvestSettings

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import faulthandler
+import fcntl
 import json
 import os
 import random
@@ -46,9 +48,10 @@ from routesae.harvest.cache.arrays import array_hash
 from routesae.harvest.cache.manifest import shard_arrays
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.cache.verify import verify
-from routesae.harvest.filling import claims, shards
+from routesae.harvest.filling import shards
 from routesae.harvest.run import harvest
 from routesae.harvest.settings import HarvestSettings
+from routesae.machine import lock
 from routesae.reporting import FailedRun, Stopped, WrongInput
 
 WIDTH, CONTEXT, SHARD_TOKENS, TOKENS = 32, 16, 2048, 20_000
@@ -268,11 +271,19 @@ def several(bench: Bench, trials: int, count: int) -> Row:
 
 
 def suspended(bench: Bench, trials: int) -> Row:
-    """A machine that hangs: its claims go stale, and it wakes up beside its successor."""
+    """A machine that hangs: its claims go stale, and it wakes up beside its successor.
+
+    On one machine a suspended process keeps its locks, so these two see no flock, as machines may not.
+    """
+
+    def refuse(file: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
     row = Row("one of two harvesters suspended, taken over, woken up again", "both exit 0; bytes of all files")
 
     def soon() -> None:
-        claims.HEARTBEAT_SECONDS, claims.DEAD_AFTER_SECONDS, shards.POLL_SECONDS = 0.1, 0.7, 0.05
+        lock.HEARTBEAT_SECONDS, lock.DEAD_AFTER_SECONDS, shards.POLL_SECONDS = 0.1, 0.7, 0.05
+        fcntl.flock = refuse  # type: ignore[assignment]
 
     for _ in range(trials):
         out = bench.out()

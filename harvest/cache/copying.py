@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from routesae.harvest.cache import arrays
+from routesae.harvest.cache.claims import Claims
 from routesae.harvest.cache.manifest import Manifest, shard_arrays, shard_name
 from routesae.harvest.cache.reader import Cache, Place, Shard, damaged, place
 from routesae.harvest.cache.store.arrays import object_name, open_array
@@ -29,7 +30,6 @@ from routesae.harvest.cache.writer import (
     partial_folder,
     remove_partial_shards,
 )
-from routesae.harvest.filling.claims import Claims
 from routesae.machine.faults import disk_faults
 from routesae.machine.files import LARGEST_BYTES
 from routesae.reporting import FailedRun, Progress, Report, WrongInput, human_bytes, silent
@@ -73,7 +73,7 @@ def merge(sources: Sequence[Path | str], target: Path, *, link: bool = False, re
             for done, (index, shard) in enumerate(wanted.items(), 1):
                 if (claim := claims.take(shard_name(index))) is not None:  # else another writes it just now
                     copy_shard(shard, target, link=link)
-                    claims.release(claim)
+                    claim.release()
                 report(Progress("merge", done, len(wanted), "shards", {}))
     return Merged(there, len(wanted), len(there.missing()))
 

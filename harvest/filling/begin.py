@@ -20,16 +20,17 @@ from typing import Any
 
 from routesae import __version__
 from routesae.harvest.cache import arrays
+from routesae.harvest.cache.claims import Claims
 from routesae.harvest.cache.manifest import Manifest, token_bytes
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.cache.store.folder import is_url
 from routesae.harvest.cache.writer import STAGED_TOKENS, TOKENS, begin_cache, is_uncommitted, partial_folder
 from routesae.harvest.corpus.packing import write_tokens
 from routesae.harvest.corpus.tokens import tokenizer_hash
-from routesae.harvest.filling.claims import Claim, Claims
 from routesae.harvest.filling.staging import STAGED_SHARDS, stage_of, staging_folder
 from routesae.harvest.lm import model as lm
 from routesae.harvest.settings import HarvestSettings, parse_layers
+from routesae.machine.lock import Lock
 from routesae.reporting import Progress, Report, WrongInput, human_bytes
 
 log = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ def open_or_begin(settings: HarvestSettings, config: Any, lm_dtype: str, claims:
                 raise
             log.info("another harvester took the tokenising over while this process was suspended")
         finally:
-            claims.release(claim)
+            claim.release()
             if made_folder:
                 with suppress(OSError):  # another harvester is in it, or it is a cache now
                     path.rmdir()
@@ -92,7 +93,7 @@ def _report_other(path: Path, settings: HarvestSettings, report: Report) -> None
             report(Progress("tokenise elsewhere", min(done, settings.tokens), settings.tokens, "tokens", {}))
 
 
-def _begin(settings: HarvestSettings, config: Any, lm_dtype: str, claim: Claim, report: Report) -> None:
+def _begin(settings: HarvestSettings, config: Any, lm_dtype: str, claim: Lock, report: Report) -> None:
     """Tokenise and pack the corpus, and make a cache of it and the manifest."""
     path = staging_folder(settings)
     layers = _checked_layers(settings, config)

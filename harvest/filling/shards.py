@@ -18,14 +18,15 @@ from functools import partial
 import numpy as np
 import torch
 
+from routesae.harvest.cache.claims import Claims
 from routesae.harvest.cache.manifest import shard_name
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.filling.batching import Batching
 from routesae.harvest.filling.buffer import ShardBuffer
-from routesae.harvest.filling.claims import Claim, Claims
 from routesae.harvest.lm import model as lm
 from routesae.harvest.settings import HarvestSettings, share_of
 from routesae.machine.device import keep_freed_memory
+from routesae.machine.lock import Lock
 from routesae.machine.stop import StopRequest, stop_code, stop_requests
 from routesae.reporting import Progress, Report, Stopped, WrongInput, human_bytes
 
@@ -71,7 +72,7 @@ def harvest_shards(
                 except _OutOfTime:
                     break
                 _settle(pending)  # at most one shard is being written while one is filled
-                pending.append(writer.submit(_write, buffer, cache, claims, claim, weights, batching.sequences))
+                pending.append(writer.submit(_write, buffer, cache, claim, weights, batching.sequences))
             if stop():
                 break
         _settle(pending)
@@ -108,9 +109,7 @@ def _settle(pending: list[Future[None]]) -> None:
         pending.pop().result()
 
 
-def _write(
-    buffer: ShardBuffer, cache: Cache, claims: Claims, claim: Claim, weights: str, batch_sequences: int
-) -> None:
+def _write(buffer: ShardBuffer, cache: Cache, claim: Lock, weights: str, batch_sequences: int) -> None:
     try:
         buffer.commit(cache, weights, batch_sequences)
         cache.publish(buffer.index)
@@ -119,7 +118,7 @@ def _write(
             raise
         log.info("%s was taken over while this process was suspended", shard_name(buffer.index))
     finally:
-        claims.release(claim)
+        claim.release()
 
 
 # ------------------------------------------------------------------------------------------------- asked to stop
@@ -196,7 +195,7 @@ class Tally:
         return (after - first) * self.cache.manifest.context
 
 
-def claimed(tally: Tally, claims: Claims) -> Iterator[tuple[int, Claim] | None]:
+def claimed(tally: Tally, claims: Claims) -> Iterator[tuple[int, Lock] | None]:
     """Shards to write and the claim on each, until all are there; None where others have claimed what is left."""
     while left := tally.left():
         found = False
@@ -204,7 +203,7 @@ def claimed(tally: Tally, claims: Claims) -> Iterator[tuple[int, Claim] | None]:
             if tally.cache.has_shard(index) or (claim := claims.take(shard_name(index))) is None:
                 continue
             if tally.cache.has_shard(index):  # committed between the look and the claim
-                claims.release(claim)
+                claim.release()
                 continue
             tally.mine.add(index)
             found = True

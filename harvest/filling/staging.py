@@ -19,12 +19,12 @@ from pathlib import Path
 
 import xxhash
 
+from routesae.harvest.cache.claims import Claims
 from routesae.harvest.cache.copying import ROOT_ARRAYS, begin_copy, require_same_cache, require_unused, send_arrays
 from routesae.harvest.cache.manifest import shard_arrays, shard_name
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.cache.store.blocks import chosen
 from routesae.harvest.cache.store.folder import RemoteFolder, is_url
-from routesae.harvest.filling.claims import Claims
 from routesae.harvest.settings import HarvestSettings
 from routesae.reporting import WrongInput
 

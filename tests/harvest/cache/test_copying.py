@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from routesae.harvest.cache import copying
+from routesae.harvest.cache.claims import Claims
 from routesae.harvest.cache.copying import merge
 from routesae.harvest.cache.manifest import shard_arrays
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.cache.verify import examine
-from routesae.harvest.filling.claims import Claims
 from routesae.reporting import Progress, WrongInput
 
 

@@ -6,24 +6,23 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
+import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from routesae.harvest.cache.claims import Claims
 from routesae.harvest.cache.reader import Cache
-from routesae.harvest.filling import claims, shards
-from routesae.harvest.filling.claims import Claims
+from routesae.harvest.filling import shards
 from routesae.harvest.filling.shards import harvest_shards
 from routesae.harvest.lm import model as lm
 from routesae.harvest.run import harvest
 from routesae.harvest.settings import HarvestSettings, Share, share_of
+from routesae.machine.lock import Lock
 from routesae.reporting import Progress, Stopped, WrongInput
 
 Settings = Callable[..., HarvestSettings]
@@ -167,12 +166,12 @@ def test_a_claimed_shard_is_left_to_its_harvester_until_that_one_leaves_it(
         def report(now: Progress) -> None:
             seen.append(now)
             if "waiting for" in now.facts and len(written) == 4:
-                other.release(claim)
+                claim.release()
 
         harvest(tiny_settings(out=str(begun)), report)
     assert written == [f"shard-0000{index}" for index in (0, 2, 3, 4, 1)]
     waiting = next(now for now in seen if "waiting for" in now.facts)
-    assert waiting.facts["waiting for"] == f"process {os.getpid()} on {claim.owner.host}"
+    assert waiting.facts["waiting for"] == f"process {os.getpid()} on {socket.gethostname()}"
     assert (waiting.done, seen[-1].done) == (seen[-1].total - 2048, seen[-1].total)
     assert contents(begun) == contents(tiny_cache.path)
 
@@ -201,11 +200,11 @@ def test_anothers_work_in_progress_is_left_alone_and_a_dead_ones_removed(
     begun: Path, tiny_cache: Cache, tiny_settings: Settings
 ) -> None:
     without_shards(begun, 1, 2)
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    (begun / ".shard-00001.claim").write_text(
-        json.dumps(asdict(replace(claims._myself(), pid=dead.pid, started="1")))
-    )
+    if (child := os.fork()) == 0:
+        Lock(begun / ".shard-00001.claim").take()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert (begun / ".shard-00001.claim").exists()
     for name in (".shard-00001.77-ab.partial", ".shard-00002.78-cd.partial"):
         (begun / name / "order").mkdir(parents=True)
     with Claims(begun) as other:
@@ -266,7 +265,7 @@ def test_one_tokenises_and_another_that_begins_meanwhile_waits_for_it(
             if now.stage == "tokenise elsewhere":  # the other is done
                 shutil.rmtree(out / ".tokens.1-ab.partial")
                 shutil.copytree(tiny_cache.path, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("shard-*"))
-                other.release(claim)
+                claim.release()
 
         harvest(tiny_settings(out=str(out)), report)
     assert {now.stage for now in seen} == {"tokenise elsewhere", "harvest"}
@@ -282,7 +281,7 @@ def test_one_that_waits_tokenises_itself_when_the_other_gives_up(
     with Claims(out) as other:
         claim = other.take("tokens")
         assert claim is not None
-        monkeypatch.setattr(time, "sleep", lambda seconds: other.release(claim))
+        monkeypatch.setattr(time, "sleep", lambda seconds: claim.release())
         (out / ".tokens.1-ab.partial").mkdir()  # what it leaves
         harvest(tiny_settings(out=str(out)))
     assert contents(out) == contents(tiny_cache.path)

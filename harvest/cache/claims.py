@@ -1,0 +1,57 @@
+"""Divide the work on a cache among harvesters that share its folder: a claim is a lock on a shard, or on the tokens.
+
+    .shard-00003.claim   a lock file (routesae.machine.lock)
+
+Claims only save work; they protect nothing. The owner of a claim may wake up beside its successor after its machine
+hung. So whatever a claim is for is written under a random name and committed by a rename that only one can win.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from routesae.machine.lock import Lock, Owner
+
+
+class Claims:
+    """The claims in `folder`. As a context it releases at its end all that were taken through it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._locks: dict[str, Lock] = {}
+
+    def take(self, name: str) -> Lock | None:
+        """Claim `name`; return None if it is claimed. Raises OSError if the folder takes no file."""
+        lock = self._lock(name)
+        return lock if not lock.held() and lock.take() else None
+
+    def is_live(self, name: str) -> bool:
+        """Whether somebody who is alive, perhaps this process, has claimed `name`."""
+        return self.owner(name) is not None
+
+    def owner(self, name: str) -> Owner | None:
+        """Return who has claimed `name`, or None if it is free."""
+        holder = self._lock(name).look()
+        return holder and holder.owner
+
+    def sweep(self, is_done: Callable[[str], bool]) -> None:
+        """Delete the claims on what is done: those that killed owners left."""
+        for path in self.folder.glob(".*.claim*"):
+            if is_done(path.name[1:].partition(".")[0]):
+                path.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for lock in self._locks.values():
+            lock.release()
+
+    def _lock(self, name: str) -> Lock:
+        # One object a name: it times how long nobody has renewed another machine's claim.
+        return self._locks.setdefault(name, Lock(self.folder / f".{name}.claim"))
