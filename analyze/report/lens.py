@@ -20,8 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from routesae.analyze.scores.splice import CleanPass, clean_pass, logits, spliced_pass
 from routesae.harvest.lm.model import LanguageModel
+from routesae.harvest.lm.splice import CleanPass, clean_pass, logits, spliced_pass
 from routesae.train.saes import SAE
 
 NEAREST, TOKENS = 5, 10

@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 
 from routesae.analyze.scores import replacement
-from routesae.analyze.scores.splice import CleanPass, clean_pass, logits, spliced_pass
 from routesae.harvest.corpus.tokens import Ids
 from routesae.harvest.lm.model import LanguageModel
+from routesae.harvest.lm.splice import CleanPass, clean_pass, logits, spliced_pass
 from routesae.reporting import FailedRun, Progress, Report, silent
 from routesae.train.saes import SAE, RouteSAE
 

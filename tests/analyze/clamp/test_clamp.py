@@ -24,8 +24,8 @@ from routesae.analyze.clamp.steps import (
     sampling,
 )
 from routesae.analyze.scores import replacement
-from routesae.analyze.scores.splice import clean_pass, logits, spliced_pass
 from routesae.harvest.lm.model import LanguageModel, capturing, find_blocks, load_lm
+from routesae.harvest.lm.splice import clean_pass, logits, spliced_pass
 from routesae.reporting import WrongInput
 from routesae.train.saes import SAE, Crosscoder, Recipe, RouteSAE, SingleLayerSAE, build
 from routesae.train.sparse.kernels import DenseLatents, Latents
