@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from routesae.harvest.cache.arrays import BadArray
-from routesae.harvest.cache.reader import Cache, damaged
+from routesae.harvest.cache.reader import Cache
 from routesae.reporting import Progress, Report, WrongInput, silent
 from routesae.train.loading.batches import Selection, cut_plans, load
 from routesae.train.losses import squared_error_shares
 from routesae.train.saes import SAE, Forward, Recipe
 from routesae.train.saes.normalise import NormalisedLayers, with_statistics
+from routesae.train.saes.routers import places_of
 
 BATCH_TOKENS = 4096
 
@@ -91,7 +91,13 @@ def score_all_on_cache(
         raise WrongInput(f"{cache.path} has no kept token in rows {first_row} to {after_row - 1}; harvest more text")
     device = next(iter(saes.values())).device
     sums = {name: _Sums(sae.recipe, after_row - first_row, device) for name, sae in saes.items()}
-    row_N = _token_rows(selection, first_row).to(device)
+    position_N = np.concatenate([selection.positions(shard) for shard in range(len(selection.shards))])
+    context = cache.manifest.context
+    row_N = torch.from_numpy(position_N // context - first_row).to(device)
+    place_N = None
+    if any(sae.recipe.router == "random" for sae in saes.values()):
+        token_ids_N = cache.tokens().reshape(-1)[position_N]
+        place_N = places_of(*(torch.from_numpy(of_N).to(device) for of_N in (token_ids_N, position_N % context)))
     done = 0
     plans = cut_plans(iter(selection.blocks()), BATCH_TOKENS)
     with closing(load(selection, plans, BATCH_TOKENS, device)) as batches:
@@ -100,7 +106,8 @@ def score_all_on_cache(
             normalised: dict[str, NormalisedLayers] = {}  # SAEs that want it the same way share it
             for name, sae in saes.items():
                 how = sae.recipe.normalize
-                x = normalised.setdefault(how, with_statistics(how, 1.0, *batch))
+                here_N = None if place_N is None else place_N[done : done + n]
+                x = normalised.setdefault(how, with_statistics(how, 1.0, *batch, here_N))
                 out = sae(x.of([layers.index(layer) for layer in sae.recipe.layers]))
                 sums[name].add(out, row_N[done : done + n])
             done += n
@@ -174,19 +181,6 @@ class _Sums:
             active_S=self.active_S.cpu(),
             routed_SL=routed_SL,
         )
-
-
-def _token_rows(selection: Selection, first_row: int) -> torch.Tensor:
-    """int64 [N]: the row of tokens that each selected token stands in, counted from first_row, in stored order."""
-    context = selection.cache.manifest.context
-    found = []
-    for shard, picked in zip(selection.shards, selection.rows, strict=True):
-        try:
-            row_n = shard.read("order") // context + (shard.record.rows[0] - first_row)
-        except BadArray as bad:
-            raise damaged(shard.path, bad) from bad
-        found.append(row_n if picked is None else row_n[picked])
-    return torch.from_numpy(np.concatenate(found)).long()
 
 
 def entropy(shares_L: torch.Tensor) -> float:

@@ -84,7 +84,7 @@ def auxk(
     assert encoder.b_dec_D is not None
     x_ND, b_dec_D = x_ND.detach(), encoder.b_dec_D.detach()
     residual_ND = x_ND - reconstruction_ND.detach()
-    of_dead = Encoder(encoder.W_enc_FD[dead], encoder.b_enc_F[dead], b_dec_D, encoder.chunk_rows)
+    of_dead = Encoder(encoder.W_enc_FD[dead], encoder.b_enc_F[dead], b_dec_D, *encoder[3:])
     pairs, z_M = encode_topk(x_ND, of_dead, min(x_ND.shape[1] // 2, len(dead)))
     modelled_ND = pairs.decode(z_M.relu(), W_dec_FD[dead], torch.zeros_like(b_dec_D))
     return norm_mse(residual_ND, modelled_ND, weights_N)

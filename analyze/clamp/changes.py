@@ -104,10 +104,10 @@ class Clamp:
         return self.sae.recipe.layers if isinstance(self.sae, RouteSAE | Crosscoder) else ()
 
     @torch.no_grad()
-    def edits(self, hidden: Mapping[int, Tensor], kept_BT: Tensor) -> dict[int, Edit]:
+    def edits(self, hidden: Mapping[int, Tensor], kept_BT: Tensor, place_BT: Tensor | None = None) -> dict[int, Edit]:
         """{layer: edit} for one pass. hidden: {layer: hidden_BTD} of `layers_read`, from a pass without edits.
 
-        kept_BT: bool, the positions to be replaced.
+        kept_BT: bool, the positions to be replaced. place_BT: each token's id and position (routers.places_of).
         """
         if not bool(kept_BT.any()):
             return {}
@@ -115,7 +115,7 @@ class Clamp:
             by_layer = self._by_crosscoder(self.sae, {layer: hidden[layer][kept_BT] for layer in self.layers_read})
         else:
             by_layer = dict.fromkeys(spliced_layers(self.sae), self._by_dictionary)
-        return edits_by(self.sae, hidden, kept_BT, by_layer)
+        return edits_by(self.sae, hidden, kept_BT, by_layer, place_BT)
 
     def _by_dictionary(self, hidden_mD: Tensor, scale_m1: Tensor) -> Tensor:
         dictionary = self.sae.shared if isinstance(self.sae, RouteSAE) else self.sae

@@ -32,6 +32,7 @@ from routesae.analyze.clamp.changes import Clamp
 from routesae.harvest.lm.model import LanguageModel, capturing
 from routesae.harvest.lm.splice import editing, logits
 from routesae.reporting import WrongInput
+from routesae.train.saes.routers import places_of
 
 Pick = Callable[[int, Tensor], Tensor]
 """(step, log_p_BV on the LM's device) → the next token ids_B."""
@@ -137,7 +138,7 @@ def feed(
             with capturing(lm, clamp.layers_read, hidden.__setitem__):
                 lm.body(input_ids=ids_BT, **inputs)
             cache.crop(-new)
-        edits = clamp.edits(hidden, kept_BT)
+        edits = clamp.edits(hidden, kept_BT, places_of(ids_BT, positions_BT))
     with editing(lm, edits):
         final_BTD = lm.body(input_ids=ids_BT, **inputs)[0]
     return torch.log_softmax(logits(lm, final_BTD[:, -1]), dim=1)

@@ -33,6 +33,7 @@ from routesae.reporting import Progress, Report, WrongInput, silent
 from routesae.train.loading.batches import BLOCK_ROWS, Batch, Block, Plan, Selection, cut_plans, load
 from routesae.train.saes import SAE
 from routesae.train.saes.normalise import with_statistics
+from routesae.train.saes.routers import places_of
 
 LOOKED_UP = 1 << 16  # windows whose activations are looked up at a time
 
@@ -194,7 +195,9 @@ class Collector:
 
     def take(self, batch: Batch, position_N: Tensor) -> None:
         """One batch of a shard. position_N: flat positions in tokens, on the CPU."""
-        out = self.sae(with_statistics(self.sae.recipe.normalize, 1.0, *batch))
+        ids_N = self._tokens_ST.reshape(-1)[position_N.numpy()]
+        place_N = places_of(torch.from_numpy(ids_N), position_N % self.cache.manifest.context).to(self.device)
+        out = self.sae(with_statistics(self.sae.recipe.normalize, 1.0, *batch, place_N))
         row_M, latent_M, value_M = out.latents.active()
         n, rows = len(position_N), len(out.x_ND)
         token_M = row_M % n  # rows of a later layer stand behind those of all tokens
@@ -205,7 +208,6 @@ class Collector:
             layer_M = out.routing_NL.argmax(1)[token_M]
             self.one_layer = True
         position_M = position_N.to(self.device)[token_M]
-        ids_N = self._tokens_ST.reshape(-1)[position_N.numpy()]
         class_M = torch.from_numpy(self.vocabulary.class_V[ids_N]).to(self.device)[token_M]
         found = Activations(latent_M, position_M, layer_M, class_M, value_M)
         self.tokens += n

@@ -27,6 +27,7 @@ from routesae.train.evaluate import require_fit
 from routesae.train.folder.checkpoint import CONFIG, load_sae
 from routesae.train.loading.batches import Selection, cut_plans, load
 from routesae.train.saes.normalise import with_statistics
+from routesae.train.saes.routers import places_of
 
 POOL_TOKENS, POOL_TEXTS = 16_384, 2_000  # enough for ten texts of any latent that is not active nearly everywhere
 BATCH_TOKENS = 512  # all F latents of so many exist at once
@@ -83,20 +84,15 @@ def active_positions(
     first = first_row * manifest.context
     active_WP = np.zeros((len(latents), manifest.rows * manifest.context - first), np.bool_)
     selection = Selection(cache, first_row, manifest.rows, sae.recipe.layers)
-    positions = [_positions(selection, shard) - first for shard in range(len(selection.shards))]
+    positions = [selection.positions(shard) for shard in range(len(selection.shards))]
+    tokens = cache.tokens().reshape(-1)
     plans = list(cut_plans(iter(selection.blocks()), BATCH_TOKENS))
     with torch.no_grad(), closing(load(selection, iter(plans), BATCH_TOKENS, sae.device)) as batches:
         for plan, batch in zip(plans, batches, strict=True):
-            out = sae(with_statistics(sae.recipe.normalize, 1.0, *batch))
-            active_RW = (out.latents.dense(sae.recipe.latents)[:, list(latents)] > 0).cpu().numpy()
             position_N = np.concatenate([positions[block.shard][block.first : block.after] for block in plan])
+            place_N = places_of(*map(torch.from_numpy, (tokens[position_N], position_N % manifest.context)))
+            out = sae(with_statistics(sae.recipe.normalize, 1.0, *batch, place_N.to(sae.device)))
+            active_RW = (out.latents.dense(sae.recipe.latents)[:, list(latents)] > 0).cpu().numpy()
             for active_NW in np.split(active_RW, len(active_RW) // len(position_N)):  # mlsae, random: once a layer
-                active_WP[:, position_N] |= active_NW.T
+                active_WP[:, position_N - first] |= active_NW.T
     return active_WP
-
-
-def _positions(selection: Selection, shard: int) -> npt.NDArray[np.int64]:
-    """Flat positions in tokens of the shard's selected rows, in stored order."""
-    opened, rows = selection.shards[shard], selection.rows[shard]
-    order = np.asarray(opened.read("order"), np.int64) + opened.record.rows[0] * selection.cache.manifest.context
-    return order if rows is None else order[rows]

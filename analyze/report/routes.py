@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from routesae.analyze.contexts.windows import Vocabulary
-from routesae.harvest.cache.arrays import BadArray
-from routesae.harvest.cache.reader import Cache, damaged
+from routesae.harvest.cache.reader import Cache
 from routesae.reporting import Progress, Report, WrongInput, silent
 from routesae.train.evaluate import BATCH_TOKENS, require_fit
-from routesae.train.loading.batches import Plan, Selection, cut_plans, load
+from routesae.train.loading.batches import Selection, cut_plans, load
 from routesae.train.saes import SAE
 from routesae.train.saes.normalise import with_statistics
+from routesae.train.saes.routers import places_of
 from routesae.train.saes.routesae import RouteSAE
 
 CLASSES = 40
@@ -49,7 +49,9 @@ def routes_by_class(sae: SAE, cache: Cache, vocabulary: Vocabulary, report: Repo
     selection = Selection(cache, first, cache.manifest.rows, sae.recipe.layers)
     if not len(selection):
         raise WrongInput(f"{cache.path} has no kept token in rows {first} to {cache.manifest.rows - 1}")
-    class_n = _classes(selection, vocabulary)
+    positions = [selection.positions(shard) for shard in range(len(selection.shards))]
+    token_ids = cache.tokens().reshape(-1)
+    class_n = [torch.from_numpy(vocabulary.class_V[token_ids[position_n]]) for position_n in positions]
     weight_CL = torch.zeros(len(vocabulary.class_names), len(sae.recipe.layers), dtype=torch.float64)
     plans, blocks = (
         cut_plans(iter(selection.blocks()), BATCH_TOKENS),
@@ -58,8 +60,10 @@ def routes_by_class(sae: SAE, cache: Cache, vocabulary: Vocabulary, report: Repo
     done = 0
     with closing(load(selection, plans, BATCH_TOKENS, sae.device)) as batches:
         for batch, plan in zip(batches, blocks, strict=True):
-            class_N = _of_plan(class_n, plan)
-            routed_NL = _routed(sae, with_statistics(sae.recipe.normalize, 1.0, *batch))
+            class_N = torch.cat([class_n[block.shard][block.first : block.after] for block in plan])
+            position_N = np.concatenate([positions[block.shard][block.first : block.after] for block in plan])
+            place_N = places_of(*map(torch.from_numpy, (token_ids[position_N], position_N % cache.manifest.context)))
+            routed_NL = _routed(sae, with_statistics(sae.recipe.normalize, 1.0, *batch, place_N.to(sae.device)))
             weight_CL.index_add_(0, class_N, routed_NL.double().cpu())
             done += len(class_N)
             report(Progress("routes", done, len(selection), "tokens", {}))
@@ -80,22 +84,3 @@ def _routed(sae: RouteSAE, x: Any) -> Tensor:
     if sae.recipe.routing == "soft":
         return sae.routing(x)
     return torch.nn.functional.one_hot(sae.routes(x).at_N, len(sae.recipe.layers))
-
-
-def _classes(selection: Selection, vocabulary: Vocabulary) -> list[Tensor]:
-    """Of each shard's selected rows, in stored order, the token class."""
-    token_ids_ST = selection.cache.tokens()
-    found = []
-    for shard, rows in zip(selection.shards, selection.rows, strict=True):
-        try:
-            order_n = shard.read("order").astype(np.int64)
-        except BadArray as bad:
-            raise damaged(shard.path, bad) from bad
-        begin, after = shard.record.rows
-        ids_n = np.asarray(token_ids_ST[begin:after]).reshape(-1)[order_n if rows is None else order_n[rows]]
-        found.append(torch.from_numpy(vocabulary.class_V[ids_n]))
-    return found
-
-
-def _of_plan(class_n: list[Tensor], plan: Plan) -> Tensor:
-    return torch.cat([class_n[block.shard][block.first : block.after] for block in plan])

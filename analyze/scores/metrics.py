@@ -33,6 +33,7 @@ from routesae.harvest.lm.model import LanguageModel
 from routesae.harvest.lm.splice import CleanPass, clean_pass, logits, spliced_pass
 from routesae.reporting import FailedRun, Progress, Report, silent
 from routesae.train.saes import SAE, RouteSAE
+from routesae.train.saes.routers import places_of
 
 CHUNK_POSITIONS = 256  # positions whose logits exist at a time: 50 MB each pass at SmolLM2's 49,152 tokens
 PASSES_HELD = (
@@ -175,7 +176,8 @@ def _final_states(
     lm: LanguageModel, key: Pass, sae: SAE, clean: CleanPass, token_ids_BT: Tensor, kept_BT: Tensor
 ) -> Tensor:
     """final_BTD of one pass."""
-    edits = replacement.edits(sae, clean.hidden, kept_BT, zero=key.kind == "zero")
+    place_BT = places_of(token_ids_BT, torch.arange(token_ids_BT.shape[1], device=token_ids_BT.device))
+    edits = replacement.edits(sae, clean.hidden, kept_BT, place_BT, zero=key.kind == "zero")
     return spliced_pass(lm, token_ids_BT, clean, edits)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from routesae.harvest.lm.splice import Edit
 from routesae.reporting import WrongInput
 from routesae.train.saes import SAE, Crosscoder, RouteSAE, SingleLayerSAE
-from routesae.train.saes.normalise import Normalised, normalise
+from routesae.train.saes.normalise import Normalised, NormalisedLayers, normalise
 
 Reconstruct = Callable[[Tensor, Tensor], Tensor]
 """(hidden_mD, scale_m1) → what takes their place, in the LM's own scale."""
@@ -49,11 +49,14 @@ def spliced_layers(sae: SAE) -> tuple[int, ...]:
     return layers if isinstance(sae, RouteSAE | Crosscoder) else (layers[len(layers) // 2],)
 
 
-def edits(sae: SAE, hidden: Mapping[int, Tensor], kept_BT: Tensor, *, zero: bool = False) -> dict[int, Edit]:
+def edits(
+    sae: SAE, hidden: Mapping[int, Tensor], kept_BT: Tensor, place_BT: Tensor | None = None, *, zero: bool = False
+) -> dict[int, Edit]:
     """The splice of `sae` into one batch of rows: {layer: edit}.
 
     hidden: the clean pass's {layer: hidden_BTD} of the SAE's layers. kept_BT: bool, the positions that training
-    used. zero: put zeros where the reconstructions would be, which is what Recovered measures against.
+    used. place_BT: each token's id and position (routers.places_of), for a random router. zero: put zeros
+    where the reconstructions would be, which is what Recovered measures against.
     """
     if zero:
         reconstruct: Mapping[int, Reconstruct] = dict.fromkeys(spliced_layers(sae), _zeros)
@@ -61,29 +64,34 @@ def edits(sae: SAE, hidden: Mapping[int, Tensor], kept_BT: Tensor, *, zero: bool
         reconstruct = _by_crosscoder(sae, {layer: hidden[layer][kept_BT] for layer in sae.recipe.layers})
     else:
         reconstruct = dict.fromkeys(spliced_layers(sae), _by_dictionary(sae))
-    return edits_by(sae, hidden, kept_BT, reconstruct)
+    return edits_by(sae, hidden, kept_BT, reconstruct, place_BT)
 
 
 def edits_by(
-    sae: SAE, hidden: Mapping[int, Tensor], kept_BT: Tensor, reconstruct: Mapping[int, Reconstruct]
+    sae: SAE,
+    hidden: Mapping[int, Tensor],
+    kept_BT: Tensor,
+    reconstruct: Mapping[int, Reconstruct],
+    place_BT: Tensor | None = None,
 ) -> dict[int, Edit]:
     """The same splice with something else in the place of the reconstructions: {layer: what gives it}.
 
     A layer at which no position is replaced has no edit. hidden is looked at where `sae` has a router, to route.
     """
-    sites = _sites(sae, hidden, kept_BT)
+    sites = _sites(sae, hidden, kept_BT, place_BT)
     return {
         layer: _replacing(site, reconstruct[layer]) for layer, site in sites.items() if bool(site.positions_BT.any())
     }
 
 
-def _sites(sae: SAE, hidden: Mapping[int, Tensor], kept_BT: Tensor) -> dict[int, Site]:
+def _sites(sae: SAE, hidden: Mapping[int, Tensor], kept_BT: Tensor, place_BT: Tensor | None) -> dict[int, Site]:
     if not isinstance(sae, RouteSAE):
         ones_BT = torch.ones(kept_BT.shape, device=kept_BT.device)
         return dict.fromkeys(spliced_layers(sae), Site(kept_BT, ones_BT))
     layers = sae.recipe.layers
     x = [normalised(sae, hidden[layer].flatten(0, 1)).x_ND for layer in layers]
-    routes = sae.routes(torch.stack(x))
+    place_N = None if place_BT is None else place_BT.flatten()
+    routes = sae.routes(NormalisedLayers(torch.stack(x), place_N=place_N))
     at_BT, scale_BT = routes.at_N.view(kept_BT.shape), routes.scale_N.view(kept_BT.shape)
     return {layer: Site(kept_BT & (at_BT == at), scale_BT) for at, layer in enumerate(layers)}
 

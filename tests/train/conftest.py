@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from routesae.train.sparse import kernels, search
+from routesae.train.saes import SAE
+from routesae.train.sparse import kernels
 
 FLOAT64_PATHS = ["dense, float64", "sparse, float64"]
 FLOAT32_PATHS = ["dense, float32", "sparse, float32", "sparse, proposed in bfloat16"]
@@ -13,7 +14,7 @@ FLOAT32_PATHS = ["dense, float32", "sparse, float32", "sparse, proposed in bfloa
 
 def _take(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "SPARSE_BELOW", -1.0 if "dense" in name else 1.1)
-    monkeypatch.setattr(search, "has_amx", lambda: "bfloat16" in name)
+    monkeypatch.setattr(SAE, "proposal", torch.bfloat16 if "bfloat16" in name else torch.float32)
 
 
 @pytest.fixture(params=FLOAT64_PATHS + FLOAT32_PATHS)

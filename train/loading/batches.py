@@ -92,6 +92,15 @@ class Selection:
         """Selected rows, that is tokens, in all."""
         return sum(map(self.count, range(len(self.shards))))
 
+    def positions(self, shard: int) -> npt.NDArray[np.int64]:
+        """Flat positions in `tokens` of the selected rows of the shard-th of `self.shards`, in stored order."""
+        opened, rows = self.shards[shard], self.rows[shard]
+        try:
+            order = np.asarray(opened.read("order"), np.int64) + opened.record.rows[0] * self.cache.manifest.context
+        except arrays.BadArray as bad:
+            raise damaged(opened.path, bad) from bad
+        return order if rows is None else order[rows]
+
     def block_table(self) -> npt.NDArray[np.int64]:
         """[blocks, 3]: shard, first and after of every block; every selected row once, in stored order."""
         counts = np.array([self.count(shard) for shard in range(len(self.shards))], np.int64)

@@ -53,7 +53,7 @@ class Crosscoder(SAE):
 
     def forward(self, x: NormalisedLayers) -> Forward:
         x_NC = torch.cat(list(x), dim=1)
-        encoder = Encoder(self.W_enc_FC, self.b_enc_F, chunk_rows=self.chunk_rows)
+        encoder = Encoder(self.W_enc_FC, self.b_enc_F, None, self.chunk_rows, self.proposal)
         pairs, z_P = encode_above(x_NC, encoder, torch.zeros_like(self.b_enc_F))
         f_P = z_P.relu()
         latents = pairs.latents(f_P)

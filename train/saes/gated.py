@@ -91,7 +91,8 @@ class Gated(SingleLayerSAE):
             self.b_gate_F.copy_(-least_active(x_ND - self.b_dec_D, self.W_enc_FD, self.k))
 
     def encoder(self) -> Encoder:
-        return Encoder(self.W_enc_FD, None, self.b_dec_D, self.chunk_rows)  # the two paths have biases of their own
+        # The two paths have biases of their own.
+        return Encoder(self.W_enc_FD, None, self.b_dec_D, self.chunk_rows, self.proposal)
 
     def penalty_weight(self, sparsity_factor: float) -> Tensor | float:
         weight: Tensor | float = self.penalty(sparsity_factor)

@@ -57,10 +57,17 @@ class NormalisedLayers:
 
     hidden_LND: of any float dtype. mean_LN1, std_LN1: what x = (hidden − mean) / std takes; None: hidden_LND is x_LND
     already. Hard routing reads one row of L, so [L, N, D] is never made for it. What several SAEs read is made once.
+    place_N: each token's id and position (routers.places_of), which a random router looks at in use.
     """
 
-    def __init__(self, hidden_LND: Tensor, mean_LN1: Tensor | None = None, std_LN1: Tensor | None = None):
-        self.hidden_LND, self.mean_LN1, self.std_LN1 = hidden_LND, mean_LN1, std_LN1
+    def __init__(
+        self,
+        hidden_LND: Tensor,
+        mean_LN1: Tensor | None = None,
+        std_LN1: Tensor | None = None,
+        place_N: Tensor | None = None,
+    ):
+        self.hidden_LND, self.mean_LN1, self.std_LN1, self.place_N = hidden_LND, mean_LN1, std_LN1, place_N
         self.at = tuple(range(len(hidden_LND)))
         self._layers: dict[int, Tensor] = {}
         self._totals: dict[tuple[int, ...], Tensor] = {}
@@ -165,14 +172,14 @@ def as_layers(x: NormalisedLayers | Tensor) -> NormalisedLayers:
 
 
 def with_statistics(
-    how: str, scale: float, hidden_LND: Tensor, mean_LN1: Tensor, std_LN1: Tensor
+    how: str, scale: float, hidden_LND: Tensor, mean_LN1: Tensor, std_LN1: Tensor, place_N: Tensor | None = None
 ) -> NormalisedLayers:
     """How `how`, one of NORMALIZATIONS, reads hidden states whose token means and unbiased stds are known."""
     if how == "token":
-        return NormalisedLayers(hidden_LND, mean_LN1, std_LN1 + EPSILON)
+        return NormalisedLayers(hidden_LND, mean_LN1, std_LN1 + EPSILON, place_N)
     if how == "none":
-        return NormalisedLayers(hidden_LND)
-    return NormalisedLayers(hidden_LND, torch.zeros_like(mean_LN1), torch.full_like(std_LN1, 1 / scale))
+        return NormalisedLayers(hidden_LND, place_N=place_N)
+    return NormalisedLayers(hidden_LND, torch.zeros_like(mean_LN1), torch.full_like(std_LN1, 1 / scale), place_N)
 
 
 def dataset_scale(hidden_LND: Tensor) -> float:

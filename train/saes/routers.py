@@ -6,7 +6,8 @@
                input and target are scaled alike, and only the SAE's biases see it
     top2       each token's loss is the mean of its two likeliest layers' losses, weighted by w over the two
     frozen     control: the router keeps its first weights
-    random     control: a layer that depends on nothing that matters, a hash of the hidden state
+    random     control: a layer that depends on nothing that matters. Training draws one for each token; in use it is
+               a hash of the token's id and position, so that batches, splicing and generation agree
 
 Only `published` scales x by w; the others read x^ℓ* as it is. A load-balancing term, --balance b, adds
 b·L·Σ_ℓ f_ℓ P_ℓ with f_ℓ the share of tokens at layer ℓ and P_ℓ the mean of w_ℓ (2101.03961, eq. 4).
@@ -26,7 +27,7 @@ from routesae.train.ranks.distributed import batch_mean
 ROUTERS = ("published", "top2", "frozen", "random")
 CONTROLS = ("frozen", "random")  # do not learn
 SCALED = ("published", "frozen")  # read w·x rather than x
-HASH_FACTOR = 997.0
+_MIX = (0x9E3779B97F4A7C15 - 2**64, 0xBF58476D1CE4E5B9 - 2**64)  # of splitmix64, as int64
 
 
 class Rows(NamedTuple):
@@ -54,9 +55,17 @@ def rows(router: str, w_NL: Tensor, *, training: bool) -> Rows:
     return Rows(token_N, at_N, w_NL.gather(1, at_N[:, None]).squeeze(1) if router in SCALED else None)
 
 
-def hashed_layers(r_NL: Tensor) -> Tensor:
-    """[N] indices of layers, spread evenly: digits of the first score far behind its leading ones."""
-    return ((r_NL[:, 0].double() * HASH_FACTOR).frac().abs() * r_NL.shape[1]).long().clamp(max=r_NL.shape[1] - 1)
+def places_of(token_ids: Tensor, positions: Tensor) -> Tensor:
+    """int64, of their shape: one number for each token's id and its position in its row."""
+    return positions.long() * 2**32 + token_ids
+
+
+def hashed_layers(place_N: Tensor, layers: int) -> Tensor:
+    """int64 [N]: an index of a layer for each of `places_of`, spread evenly; exact, as all is whole numbers."""
+    for factor in _MIX:
+        place_N = place_N * factor  # int64 wraps around
+        place_N = place_N ^ (place_N >> 31 & 0x1FFFFFFFF)
+    return (place_N & 0x7FFFFFFF) % layers
 
 
 def balance_loss(w_NL: Tensor, at_R: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from routesae.reporting import WrongInput
 from routesae.train.losses import Objective
 from routesae.train.saes.normalise import NormalisedLayers, as_layers
 from routesae.train.saes.routers import CONTROLS, balance_loss, hashed_layers, rows
@@ -45,7 +46,7 @@ class RouteSAE(SAE):
         self.router_LD = nn.Parameter(router_LD, requires_grad=recipe.router not in CONTROLS)
 
     def forward(self, x: NormalisedLayers) -> Forward:
-        self.shared.k, self.shared.chunk_rows = self.k, self.chunk_rows
+        self.shared.k, self.shared.chunk_rows, self.shared.proposal = self.k, self.chunk_rows, self.proposal
         w_NL = self.routing(x)
         if self.recipe.routing == "soft":
             return self.shared.autoencode(x.weighted(w_NL))._replace(routing_NL=w_NL)
@@ -76,12 +77,19 @@ class RouteSAE(SAE):
     def routing(self, x: NormalisedLayers | Tensor) -> Tensor:
         """w_NL, the router's softmax over the layers."""
         x = as_layers(x)
+        if self.recipe.router == "random":
+            return nn.functional.one_hot(self._random_layers(x), len(x)).float()
         gathered_ND = x.total() / len(x) if self.recipe.aggregate == "mean" else x.total()
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 would move tokens to other layers
             r_NL = gathered_ND @ self.router_LD.T
-        if self.recipe.router == "random":
-            return nn.functional.one_hot(hashed_layers(r_NL), len(x)).to(r_NL.dtype)
         return torch.softmax(r_NL, dim=1)
+
+    def _random_layers(self, x: NormalisedLayers) -> Tensor:
+        if self.training:
+            return torch.randint(len(x), (x.tokens,)).to(x.device)  # the trainer seeds the generator for every step
+        if x.place_N is None:
+            raise WrongInput("--router random goes by each token's id and position; give them with the hidden states")
+        return hashed_layers(x.place_N, len(x))
 
     @torch.no_grad()
     def routes(self, x: NormalisedLayers | Tensor) -> Routes:

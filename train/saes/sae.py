@@ -122,6 +122,7 @@ class SAE(nn.Module, ABC):
     """
 
     one_layer: ClassVar[bool] = False
+    proposal: torch.dtype | None = None  # of the encoder's product; None: what is fastest (sparse/search.py)
 
     def __init__(self, recipe: Recipe):
         super().__init__()

@@ -75,7 +75,7 @@ class SingleLayerSAE(SAE):
         return self.autoencode(x[0])
 
     def encoder(self) -> Encoder:
-        return Encoder(self.W_enc_FD, self.b_enc_F, self.b_dec_D, self.chunk_rows)
+        return Encoder(self.W_enc_FD, self.b_enc_F, self.b_dec_D, self.chunk_rows, self.proposal)
 
     def loss(self, out: Forward, dead_F: Tensor, sparsity_factor: float = 1.0) -> Objective:
         error = loss = norm_mse(out.x_ND, out.reconstruction_ND, out.weights_N)

@@ -5,9 +5,10 @@
 Of an SAE that keeps K of F latents only this product is dense. It runs a few rows at a time, in one buffer, and what
 is wanted of it is found while those rows are still near their cores. Nothing here has a gradient.
 
-Where the device multiplies bfloat16 several times faster than float32 (CUDA under autocast, CPUs with AMX) the
-product only proposes: its error, about 1/350 of a pre-activation's standard deviation, is far smaller than the room
-left around what is wanted, and every pre-activation handed out is computed anew in the precision of x.
+Where the device multiplies bfloat16 several times faster than float32 (CUDA under autocast, CPUs with AMX), or where
+the encoder asks for it, the product only proposes. Its error, about 1/350 of a pre-activation's standard deviation,
+is far smaller than the room left around what is wanted, and every pre-activation handed out is computed anew in the
+precision of x.
 
 Dimension letters: N tokens, n rows at a time, D width, F latents, K candidates, M pairs of a token and a latent.
 """
@@ -38,12 +39,17 @@ _COLUMNS = 32  # a bfloat16 product is fastest where its inner size is a multipl
 
 
 class Encoder(NamedTuple):
-    """z = W_enc (x − b_dec) + b_enc; a bias that is None is zero. chunk_rows: tokens at a time; None: the fastest."""
+    """z = W_enc (x − b_dec) + b_enc; a bias that is None is zero.
+
+    chunk_rows: tokens encoded at a time. proposal: the precision of the product over float32 rows without autocast.
+    Each None for what is fastest on the device.
+    """
 
     W_enc_FD: Tensor
     b_enc_F: Tensor | None = None
     b_dec_D: Tensor | None = None
     chunk_rows: int | None = None
+    proposal: torch.dtype | None = None
 
     def raised(self, by: Tensor) -> Encoder:
         """With `by`, [F] or one number, added to every pre-activation."""
@@ -58,12 +64,13 @@ class Encoder(NamedTuple):
             return bias_F - self.W_enc_FD @ self.b_dec_D
 
 
-def proposal_dtype(x_ND: Tensor) -> torch.dtype:
-    """In which precision the product runs; x's own: nothing has to be computed anew."""
+def proposal_dtype(x_ND: Tensor, asked: torch.dtype | None = None) -> torch.dtype:
+    """In which precision the product runs; x's own: nothing has to be computed anew. asked: Encoder's proposal."""
     kind = x_ND.device.type
     if x_ND.dtype != torch.float32:
         return x_ND.dtype
-    return product_dtype(kind, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32)
+    precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+    return asked if asked is not None and precision == torch.float32 else product_dtype(kind, precision)
 
 
 def product_dtype(kind: str, precision: torch.dtype) -> torch.dtype:
@@ -144,7 +151,7 @@ def _threads(count: int) -> ThreadPoolExecutor:
 
 def topk_of(x_ND: Tensor, encoder: Encoder, k: int) -> tuple[Tensor, Tensor]:
     """(z_NK, indices_NK): the k largest pre-activations of each token, those above 0 exactly, in no order."""
-    dtype = proposal_dtype(x_ND)
+    dtype = proposal_dtype(x_ND, encoder.proposal)
     exact = dtype == x_ND.dtype
     room = k if exact else min(k + k // 8 + SPARE, len(encoder.W_enc_FD))
     proposing = encoder if exact else encoder.raised(_margin(x_ND, encoder).max())
@@ -165,8 +172,9 @@ def topk_of(x_ND: Tensor, encoder: Encoder, k: int) -> tuple[Tensor, Tensor]:
 
 def all_above(x_ND: Tensor, encoder: Encoder, floor_F: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(tokens_M, latents_M, z_M) of every pre-activation above its latent's floor; by token."""
-    dtype = proposal_dtype(x_ND)
+    dtype = proposal_dtype(x_ND, encoder.proposal)
     exact = dtype == x_ND.dtype
+    floor_F = floor_F.to(x_ND.dtype)
     above = encoder.raised(-floor_F)
     if not exact:
         above = above.raised(_margin(x_ND, above))

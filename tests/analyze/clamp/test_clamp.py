@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,13 @@ from routesae.analyze.clamp.steps import (
     sampling,
 )
 from routesae.analyze.scores import replacement
+from routesae.harvest.cache.reader import Cache
 from routesae.harvest.lm.model import LanguageModel, capturing, find_blocks, load_lm
-from routesae.harvest.lm.splice import clean_pass, logits, spliced_pass
+from routesae.harvest.lm.splice import Edit, clean_pass, logits, spliced_pass
 from routesae.reporting import WrongInput
+from routesae.train.evaluate import score_on_cache
 from routesae.train.saes import SAE, Crosscoder, Recipe, RouteSAE, SingleLayerSAE, build
+from routesae.train.saes.routers import places_of
 from routesae.train.sparse.kernels import DenseLatents, Latents
 
 CPU = torch.device("cpu")
@@ -274,6 +278,54 @@ def one_step(lm: LanguageModel, ids_BT: Tensor, mask_BT: Tensor, clamp: Clamp | 
     from transformers import DynamicCache
 
     return feed(lm, DynamicCache(), ids_BT, mask_BS=mask_BT, live_B=mask_BT.any(1), kept=KEPT, clamp=clamp)
+
+
+def places_of_row(ids: list[int]) -> Tensor:
+    return places_of(torch.tensor([ids]), torch.arange(len(ids)))
+
+
+@pytest.mark.parametrize("rows_a_batch", [1, 6])
+def test_a_random_router_agrees_on_every_token_in_the_cache_in_a_splice_and_in_generation(
+    llama: LanguageModel, tiny_cache: Cache, rows_a_batch: int, set_threads: Callable[[int], None]
+) -> None:
+    """The cache holds float16 from batches of another shape; a splice reads rows; generation reads token by token."""
+    manifest = tiny_cache.manifest
+    first, kept = manifest.train_rows, Kept(manifest.dropped_ids, manifest.skip_positions)
+    layers = manifest.layers
+    recipe = Recipe(sae="routesae", layers=layers, width=WIDTH, latents=LATENTS, k=12, router="random")
+    sae = build(recipe).requires_grad_(False).eval()
+    set_threads(rows_a_batch % 2 + 1)
+    routed_SL = score_on_cache(sae, tiny_cache, first, first + 3).by_row.routed_SL
+    assert routed_SL is not None
+    for row in range(3):
+        ids = tiny_cache.tokens()[first + row].tolist()
+        batch_BT = torch.tensor([ids] * rows_a_batch)
+        kept_BT = torch.tensor(
+            [[at >= kept.skip_positions and one not in kept.dropped_ids for at, one in enumerate(ids)]]
+            * len(batch_BT)
+        )
+        clean = clean_pass(llama, batch_BT, layers)
+        edits = replacement.edits(sae, clean.hidden, kept_BT, places_of_row(ids).expand_as(batch_BT), zero=True)
+        spliced_LT = torch.stack(
+            [(edits[at](clean.hidden[at])[-1] == 0).all(1) if at in edits else kept_BT[0] & False for at in layers]
+        )
+        assert spliced_LT.sum() == kept_BT[0].sum() > 4
+        assert spliced_LT.sum(1).tolist() == routed_SL[row].tolist()
+
+        clamp, seen = Clamp(sae, [Change(latent=0, how="add", value=1e4)]), list[int]()
+
+        def recorded(
+            hidden: Mapping[int, Tensor], kept_BT: Tensor, place_BT: Tensor, of: Clamp = clamp, to: list[int] = seen
+        ) -> dict[int, Edit]:
+            moved = Clamp.edits(of, hidden, kept_BT, place_BT)
+            to += [layer for layer, edit in moved.items() if bool((edit(hidden[layer]) != hidden[layer]).any())]
+            return moved
+
+        clamp.edits = recorded  # type: ignore[method-assign]
+        following = [*ids[1:], 0]
+        pick = partial(lambda step, log_p_BV, of: torch.tensor([of[step]]), of=following)
+        generate(llama, [ids[:1]], pick=pick, max_new_tokens=len(ids), stop_ids=(), kept=kept, clamp=clamp)
+        assert seen == [layers[at] for at in spliced_LT.T.nonzero()[:, 1].tolist()]
 
 
 def fed(lm: LanguageModel, clamp: Clamp | None, layers: Sequence[int]) -> dict[int, Tensor]:

@@ -161,22 +161,30 @@ def naive_crosscoded(sae: Crosscoder, hidden: Sequence[Tensor], layer: int, posi
     return x_D * std + mean
 
 
-def naive_routes(sae: SAE, hidden: Sequence[Tensor], position: int) -> dict[int, float]:
+def naive_hash(token_id: int, position: int) -> int:
+    """31 bits of a token and its place, by Python's whole numbers."""
+    mixed = (position * 2**32 + token_id) % 2**64
+    for factor in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9):
+        mixed = mixed * factor % 2**64
+        mixed ^= mixed >> 31
+    return mixed % 2**31
+
+
+def naive_routes(sae: SAE, hidden: Sequence[Tensor], position: int, token_id: int) -> dict[int, float]:
     """{layer: scale} at which one token is replaced: its argmax of softmax(W_r Σ x̃), every layer, or the one."""
     layers = sae.recipe.layers
     if isinstance(sae, Crosscoder):
         return dict.fromkeys(layers, 1.0)
     if not isinstance(sae, RouteSAE):
         return {layers[len(layers) // 2]: 1.0}
+    if sae.recipe.router == "random":
+        return {layers[naive_hash(token_id, position) % len(layers)]: 1.0}
     gathered_D = torch.zeros(WIDTH)
     for layer in layers:
         gathered_D = gathered_D + naive_normalised(sae, hidden[layer - 1][position])[0]
     if sae.recipe.aggregate == "mean":
         gathered_D = gathered_D / len(layers)
     r_L = sae.router_LD @ gathered_D
-    if sae.recipe.router == "random":  # digits of the first score, far behind its leading ones
-        digits = abs(float(r_L[0]) * 997) % 1
-        return {layers[int(digits * len(layers))]: 1.0}
     w_L = torch.softmax(r_L, 0)
     scaled = sae.recipe.router in ("published", "frozen")
     return {layers[int(w_L.argmax())]: float(w_L.max()) if scaled else 1.0}
@@ -209,7 +217,7 @@ def naive_pass(
     """Log-probabilities [T, V] of one sequence as it is, and with its kept tokens replaced where they are routed."""
     hidden: list[Tensor] = []
     clean_TV = hooked(lm, ids_T, lambda layer: lambda hidden_TD: hidden.append(hidden_TD.clone()))  # type: ignore[func-returns-value]
-    routes = [naive_routes(sae, hidden, position) for position in range(len(ids_T))]
+    routes = [naive_routes(sae, hidden, position, token_id) for position, token_id in enumerate(ids_T.tolist())]
 
     def new(layer: int, position: int, hidden_D: Tensor) -> Tensor:
         if zero:
@@ -324,7 +332,8 @@ def test_routes_of_the_random_weights_use_every_layer(llama: LanguageModel, name
         hidden: list[Tensor] = []
         ids_T = torch.tensor(ids, dtype=torch.int64)
         hooked(llama, ids_T, lambda layer, hidden=hidden: lambda hidden_TD: hidden.append(hidden_TD))
-        used |= {layer for position in np.flatnonzero(kept) for layer in naive_routes(sae, hidden, int(position))}
+        for position in np.flatnonzero(kept):
+            used |= set(naive_routes(sae, hidden, int(position), int(ids[position])))
     assert used == set(layers)
 
 

@@ -17,7 +17,8 @@ from routesae.harvest.lm.model import LanguageModel, find_blocks, load_lm
 from routesae.harvest.lm.splice import Edit, clean_pass, logits, spliced_pass
 from routesae.reporting import WrongInput
 from routesae.train.saes import SAE, Crosscoder, Recipe, RouteSAE, SingleLayerSAE, build
-from routesae.train.saes.normalise import normalise
+from routesae.train.saes.normalise import NormalisedLayers, normalise
+from routesae.train.saes.routers import places_of
 
 CPU = torch.device("cpu")
 FAMILIES = ("llama", "gemma2", "gpt2", "mixtral", "opt")
@@ -329,7 +330,9 @@ def test_only_the_published_router_and_its_frozen_control_scale_what_the_sae_rea
     clean = clean_pass(llama, token_ids(), layers)
     x = {layer: normalise(clean.hidden[layer].flatten(0, 1)) for layer in layers}
     x_LND = torch.stack([x[layer].x_ND for layer in layers])
-    w_NL, at_N = sae.routing(x_LND), sae.routes(x_LND).at_N
+    place_BT = places_of(token_ids(), torch.arange(CONTEXT))
+    given = NormalisedLayers(x_LND, place_N=place_BT.flatten())
+    w_NL, at_N = sae.routing(given), sae.routes(given).at_N
     assert set(at_N[kept_BT.flatten()].tolist()) == {0, 1, 2}  # or the routes prove nothing
     scale_N1 = w_NL.amax(1, keepdim=True) if router in ("published", "frozen") else torch.ones(len(w_NL), 1)
     if router in ("published", "frozen"):
@@ -339,7 +342,7 @@ def test_only_the_published_router_and_its_frozen_control_scale_what_the_sae_rea
         here_BT = kept_BT & (at_N.view(kept_BT.shape) == at)
         expected_BTD = clean.hidden[layer].clone()
         expected_BTD[here_BT] = x[layer].undo(shared).view(expected_BTD.shape)[here_BT]
-        found_BTD = edits(sae, clean.hidden, kept_BT)[layer](clean.hidden[layer])
+        found_BTD = edits(sae, clean.hidden, kept_BT, place_BT)[layer](clean.hidden[layer])
         torch.testing.assert_close(found_BTD, expected_BTD, atol=1e-4, rtol=1e-5)
 
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from routesae.reporting import WrongInput
 from routesae.train.saes import Forward, Recipe, RouteSAE, build
 from routesae.train.saes.normalise import NormalisedLayers, normalise_layers
-from routesae.train.saes.routers import CONTROLS, ROUTERS, balance_loss, hashed_layers, rows
+from routesae.train.saes.routers import CONTROLS, ROUTERS, balance_loss, hashed_layers, places_of, rows
 from routesae.train.saes.single import SingleLayerSAE
 from routesae.train.saes.starts import geometric_median
 
@@ -240,31 +241,42 @@ def test_only_the_controls_do_not_learn(router: str) -> None:
     assert sae.shared.W_enc_FD.grad is not None
 
 
-def test_the_random_router_spreads_tokens_evenly_and_alike_in_training_and_in_use() -> None:
-    sae, x_LND = routesae(router="random"), normalised(tokens=6000)
-    trained = sae(x_LND)
-    sae.eval()
-    used = sae(x_LND)
-    assert trained.routing_NL is not None
+def test_the_random_router_spreads_tokens_evenly_by_their_ids_and_positions_and_nothing_else() -> None:
+    sae, x_LND = routesae(router="random").eval(), normalised(tokens=6000)
+    place_N = places_of(torch.arange(6000) % 50, torch.arange(6000) // 50)
+    used = sae(NormalisedLayers(x_LND, place_N=place_N))
     assert used.routing_NL is not None
-    assert torch.equal(trained.routing_NL, used.routing_NL)
-    assert torch.equal(used.routing_NL.argmax(1), sae.routes(NormalisedLayers(x_LND)).at_N)
     assert used.routing_NL.sum(1).unique().tolist() == [1]
-    shares_L = used.routing_NL.mean(0)
-    assert shares_L.tolist() == pytest.approx([1 / L] * L, abs=0.03)  # five standard deviations
+    assert used.routing_NL.mean(0).tolist() == pytest.approx([1 / L] * L, abs=0.03)  # five standard deviations
     at_N = used.routing_NL.argmax(1)
     assert torch.equal(used.x_ND, x_LND[at_N, torch.arange(6000)])  # unscaled
-    # Of neighbours in the score, as many are apart as of any two tokens.
-    r_N = x_LND.sum(0) @ sae.router_LD[0]
-    ordered_N = at_N[r_N.argsort()]
-    assert float((ordered_N[1:] != ordered_N[:-1]).float().mean()) == pytest.approx(1 - 1 / L, abs=0.1)
+    # Tokens of neighbouring ids or positions are apart as often as any two.
+    by_position = at_N.view(120, 50)
+    for apart in (by_position[1:] != by_position[:-1], by_position[:, 1:] != by_position[:, :-1]):
+        assert float(apart.float().mean()) == pytest.approx(1 - 1 / L, abs=0.03)
+    # Other hidden states, another batch, another order: the same layers.
+    other = NormalisedLayers(torch.randn(L, 37, D), place_N=place_N[100:137].flip(0))
+    assert torch.equal(sae.routes(other).at_N, at_N[100:137].flip(0))
+    with pytest.raises(WrongInput, match="random goes by each token's id and position"):
+        sae(x_LND)
 
 
-def test_hashed_layers_are_layers_for_any_score() -> None:
-    r_NL = torch.tensor([0.0, -0.0, 1e-30, -3.7, 1e6, -1e6, 0.9999999])[:, None].expand(-1, 4)
-    at_N = hashed_layers(r_NL)
-    assert at_N.dtype == torch.int64
-    assert 0 <= int(at_N.min()) <= int(at_N.max()) <= 3
+def test_the_random_router_draws_evenly_in_training_and_again_what_the_seed_says() -> None:
+    sae, x_LND = routesae(router="random"), normalised(tokens=6000)
+    drawn = []
+    for seed in (1, 2, 1):
+        torch.manual_seed(seed)
+        routing_NL = sae(x_LND).routing_NL
+        assert routing_NL is not None
+        assert routing_NL.mean(0).tolist() == pytest.approx([1 / L] * L, abs=0.03)
+        drawn.append(routing_NL)
+    assert torch.equal(drawn[0], drawn[2])
+    assert not torch.equal(drawn[0], drawn[1])
+
+
+def test_hashed_layers_are_layers_for_any_place() -> None:
+    extreme_N = torch.tensor([0, 1, 2**31 - 1, 2**32, 2**63 - 1, -1])
+    assert set(hashed_layers(extreme_N, 4).tolist()) <= {0, 1, 2, 3}
 
 
 # -------------------------------------------------------------------------------------------------- balance

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -97,10 +98,12 @@ class Out(NamedTuple):
 BIASES = {"both biases": (True, True), "b_enc": (True, False), "b_dec": (False, True), "no bias": (False, False)}
 
 
-def sparse_autoencode(select: Selection, given: Problem, k: int, biases: str = "both biases") -> Out:
+def sparse_autoencode(
+    select: Selection, given: Problem, k: int, biases: str = "both biases", proposal: torch.dtype | None = None
+) -> Out:
     x_ND, W_enc_FD, b_enc_F, W_dec_FD, b_dec_D, v_F = given
     has_b_enc, has_b_dec = BIASES[biases]
-    encoder = Encoder(W_enc_FD, b_enc_F if has_b_enc else None, b_dec_D if has_b_dec else None)
+    encoder = Encoder(W_enc_FD, b_enc_F if has_b_enc else None, b_dec_D if has_b_dec else None, proposal=proposal)
     pairs, z_P = select.encode(x_ND, encoder, k)
     f_P = select.activation(z_P)
     f_NF = pairs.latents(f_P).dense(len(W_enc_FD))
@@ -351,11 +354,13 @@ def test_a_gradient_that_is_not_contiguous_is_the_same_gradient() -> None:
         assert torch.equal(straight, transposed)
 
 
+@pytest.mark.parametrize("proposal", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("selection", SELECTIONS)
-def test_float32_gradients_are_those_of_float64_to_1e_5(selection: str) -> None:
+def test_float32_gradients_are_those_of_float64_to_1e_5(selection: str, proposal: torch.dtype) -> None:
     given, select = problem(600, 16, 64), SELECTIONS[selection]
     exact = outputs_and_gradients(dense_autoencode, select, given, 4)
-    found = outputs_and_gradients(sparse_autoencode, select, Problem(*(tensor.float() for tensor in given)), 4)
+    proposed = partial(sparse_autoencode, proposal=proposal)
+    found = outputs_and_gradients(proposed, select, Problem(*(tensor.float() for tensor in given)), 4)
     assert torch.equal(found["f_NF"] != 0, exact["f_NF"] != 0)
     for name, tensor in exact.items():
         assert found[name].dtype == torch.float32, name

@@ -135,8 +135,7 @@ PRECISIONS = ["float64", "float32", "proposed in bfloat16"]
 
 @pytest.fixture(params=PRECISIONS)
 def precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Whether the CPU has tiles or not; a few chunks of rows in every precision."""
-    monkeypatch.setattr(search, "has_amx", lambda: request.param == "proposed in bfloat16")
+    """In which precision the product runs; a few chunks of rows in each."""
     monkeypatch.setattr(search, "CPU_CHUNK_ROWS", {torch.float32: 128, torch.float64: 128, torch.bfloat16: 128})
     seen: list[torch.dtype] = []
     inner = pre_activations
@@ -153,7 +152,8 @@ def precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 def given_in(precision: str, given: Problem) -> Problem:
     if precision != "float64":
-        return given
+        proposal = torch.bfloat16 if precision == "proposed in bfloat16" else torch.float32
+        return given._replace(encoder=given.encoder._replace(proposal=proposal))
     parts = (None if part is None else part.double() for part in given.encoder[:3])
     return Problem(given.x_ND.double(), Encoder(*parts))
 
@@ -186,21 +186,21 @@ def test_topk_of_is_the_exact_top_k_also_where_bfloat16_proposes(kind: str, prec
             assert not wrong_NF.any(), (n, width, latents, k, int(wrong_NF.sum()))
 
 
-def test_the_top_k_is_the_same_whatever_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_top_k_is_the_same_whichever_precision_proposes() -> None:
     """Values to 1e-5, and the very same latents where the k-th stands clear of the next."""
     for kind in KINDS[:-2]:
         given = problem(kind)
         z_NF, rounding = given.exact()
         found = {}
-        for amx in (False, True):
-            monkeypatch.setattr(search, "has_amx", lambda amx=amx: amx)
-            z_NK, indices_NK = topk_of(given.x_ND, given.encoder, 8)
-            found[amx] = z_NK.sort(dim=1).values, indices_NK.sort(dim=1).values
-        torch.testing.assert_close(found[True][0], found[False][0], rtol=1e-5, atol=rounding)
+        for proposal in (torch.float32, torch.bfloat16):
+            z_NK, indices_NK = topk_of(given.x_ND, given.encoder._replace(proposal=proposal), 8)
+            found[proposal] = z_NK.sort(dim=1).values, indices_NK.sort(dim=1).values
+        plain, proposed = found[torch.float32], found[torch.bfloat16]
+        torch.testing.assert_close(proposed[0], plain[0], rtol=1e-5, atol=rounding)
         best_N9 = torch.topk(z_NF, 9, dim=1).values
         clear_N = best_N9[:, 7] - best_N9[:, 8] > 2 * rounding
         assert clear_N.double().mean() > 0.9, kind
-        assert torch.equal(found[True][1][clear_N], found[False][1][clear_N]), kind
+        assert torch.equal(proposed[1][clear_N], plain[1][clear_N]), kind
 
 
 # ------------------------------------------------------------------------------------------------------- all_above
@@ -276,28 +276,26 @@ def test_pre_activations_come_in_order_and_once_and_within_their_precision(kind:
     assert begin == n
 
 
-def test_only_float32_rows_are_proposed_for_and_in_what_autocast_or_the_cpu_prefers(
+def test_only_float32_rows_are_proposed_for_in_what_autocast_or_the_encoder_asks_or_the_cpu_prefers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     x_ND = torch.zeros(2, 3)
     for amx in (False, True):
         monkeypatch.setattr(search, "has_amx", lambda amx=amx: amx)
-        assert proposal_dtype(x_ND) == (torch.bfloat16 if amx else torch.float32)
-        assert proposal_dtype(x_ND.double()) == torch.float64
-        assert proposal_dtype(x_ND.bfloat16()) == torch.bfloat16
-        for dtype in (torch.bfloat16, torch.float16):
-            with torch.autocast("cpu", dtype=dtype):
-                assert proposal_dtype(x_ND) == dtype
-                assert proposal_dtype(x_ND.double()) == torch.float64
-        with torch.autocast("cpu", enabled=False):
-            assert proposal_dtype(x_ND) == (torch.bfloat16 if amx else torch.float32)
+        fastest = torch.bfloat16 if amx else torch.float32
+        for asked in (None, torch.float32, torch.bfloat16):
+            assert proposal_dtype(x_ND, asked) == (asked or fastest)
+            assert proposal_dtype(x_ND.double(), asked) == torch.float64
+            assert proposal_dtype(x_ND.bfloat16(), asked) == torch.bfloat16
+            for dtype in (torch.bfloat16, torch.float16):
+                with torch.autocast("cpu", dtype=dtype):
+                    assert proposal_dtype(x_ND, asked) == dtype
+                    assert proposal_dtype(x_ND.double(), asked) == torch.float64
+            with torch.autocast("cpu", enabled=False):
+                assert proposal_dtype(x_ND, asked) == (asked or fastest)
 
 
-@pytest.mark.parametrize("amx", [False, True])
-def test_under_autocast_what_is_handed_out_is_as_exact_as_without_it(
-    amx: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(search, "has_amx", lambda: amx)
+def test_under_autocast_what_is_handed_out_is_as_exact_as_without_it() -> None:
     for kind in KINDS[:-2]:
         given = problem(kind)
         z_NF, rounding = given.exact()

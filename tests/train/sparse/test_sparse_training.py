@@ -13,7 +13,7 @@ from routesae.train.adam import EPSILON as ADAM_EPSILON
 from routesae.train.saes import SAE, Forward, Recipe, RouteSAE, SingleLayerSAE, build
 from routesae.train.saes.crosscoder import Crosscoder
 from routesae.train.saes.topk import TopK
-from routesae.train.sparse import kernels, search
+from routesae.train.sparse import kernels
 from routesae.train.sparse.kernels import AllPairs, DenseLatents, Latents, RaggedLatents
 from routesae.train.sparse.search import Encoder
 from routesae.train.trainee import DEFAULT_CLIP
@@ -86,8 +86,9 @@ def test_the_objective_and_all_gradients_over_few_pairs_are_those_over_all(
     case, layers = (OVER_ONE[name], 1) if name in OVER_ONE else (OVER_SEVERAL[name], L)
     x_LND = rows(layers, seed=1)
     found: dict[type, dict[str, Tensor]] = {}
-    for amx, kind in ((True, RaggedLatents), (False, RaggedLatents), (False, DenseLatents)):
-        monkeypatch.setattr(search, "has_amx", lambda amx=amx: amx)
+    few, plain = torch.bfloat16, torch.float32
+    for proposal, kind in ((few, RaggedLatents), (plain, RaggedLatents), (plain, DenseLatents)):
+        monkeypatch.setattr(SAE, "proposal", proposal)
         if kind is DenseLatents:
             monkeypatch.setattr(kernels, "SPARSE_BELOW", -1)
         sae = make(case, x_LND)
@@ -100,7 +101,7 @@ def test_the_objective_and_all_gradients_over_few_pairs_are_those_over_all(
         assert 0 < now["f"].count_nonzero() < now["f"].numel() / 20
         for of, tensor in found.get(RaggedLatents, now).items():
             error = float((now[of] - tensor).detach().norm() / tensor.detach().norm())
-            assert error < (1e-4 if of == "router_LD" else 1e-5), (of, error, amx, kind)
+            assert error < (1e-4 if of == "router_LD" else 1e-5), (of, error, proposal, kind)
         assert found.setdefault(RaggedLatents, now).keys() == now.keys()
 
 
@@ -147,7 +148,7 @@ def curve(sae: SAE, kind: type, dtype: torch.dtype) -> Tensor:
 def test_200_steps_of_training_over_few_pairs_have_the_curve_of_those_over_all(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(search, "has_amx", lambda: True)
+    monkeypatch.setattr(SAE, "proposal", torch.bfloat16)
     monkeypatch.setattr(kernels, "SPARSE_BELOW", 1.1)
     recipe = Recipe(sae=name, layers=(1,), width=D, latents=LATENTS, k=2 * K)
     sparsely = build(recipe, torch.Generator().manual_seed(0))
