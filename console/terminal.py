@@ -122,6 +122,6 @@ def side_by_side(text: dict[str, Any]) -> str:
     width = max(20, min(shutil.get_terminal_size().columns, 160) // 2 - 2)
     shown = tabulate([list(columns.values())], headers=list(columns), maxcolwidths=width, disable_numparse=True)
     return (
-        f"> {text['given']}\n\n{shown}\n\nlog p of the original: {text['log_p']:.2f} nats, clamped "
+        f"> {text['prompt']}\n\n{shown}\n\nlog p of the original: {text['log_p']:.2f} nats, clamped "
         f"{text['log_p_clamped']:.2f}: {text['delta_log_p']:+.2f}, {text['delta_log_p_per_token']:+.3f} a token\n"
     )

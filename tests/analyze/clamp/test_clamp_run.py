@@ -90,13 +90,13 @@ def test_the_result_holds_all_that_is_needed_to_have_it_again(saes: Path, tiny_m
 def test_texts_are_those_of_their_ids_and_deltas_those_of_their_sums(saes: Path, tiny_model: Path) -> None:
     tokenizer, lm = load_tokenizer(str(tiny_model)), load_lm(str(tiny_model), device=CPU, lm_dtype="float32")
     for prompt, text in zip(PROMPTS, clamped(saes / "topk")["texts"], strict=True):
-        assert text["given"] == prompt
-        assert text["prompt"].endswith(prompt)
+        assert text["prompt"] == prompt
+        assert text["input"].endswith(prompt)
         for kind in ("original", "clamped"):
             assert text[kind] == tokenizer.decode(text[f"{kind}_ids"], skip_special_tokens=True)
-        ids = text["prompt_ids"] + text["original_ids"]
+        ids = text["input_ids"] + text["original_ids"]
         log_p_TV = torch.log_softmax(lm.model(input_ids=torch.tensor([ids])).logits[0], 1)
-        start, length = len(text["prompt_ids"]) - 1, len(text["original_ids"])
+        start, length = len(text["input_ids"]) - 1, len(text["original_ids"])
         expected = sum(float(log_p_TV[start + at, token]) for at, token in enumerate(text["original_ids"]))
         assert text["log_p"] == pytest.approx(expected, abs=1e-3)
         assert text["delta_log_p"] == pytest.approx(text["log_p_clamped"] - text["log_p"])
@@ -108,7 +108,7 @@ def test_the_clamped_log_probability_is_of_the_whole_text_under_the_clamp(saes: 
     """A topk of layer 3 needs no clean pass: one pass with a hook there scores the whole text."""
     sae, lm = load_sae(saes / "topk", CPU), load_lm(str(tiny_model), device=CPU, lm_dtype="float32")
     (text,) = clamped(saes / "topk", prompt=PROMPTS[:1], add=("3=6",), set=(), ablate=(), multiply=())["texts"]
-    ids = torch.tensor(text["prompt_ids"] + text["original_ids"])
+    ids = torch.tensor(text["input_ids"] + text["original_ids"])
     kept_T1 = ((ids > 1) & (torch.arange(len(ids)) > 0))[:, None]
 
     def hook(module: Any, inputs: Any, output: Any) -> Any:
@@ -119,7 +119,7 @@ def test_the_clamped_log_probability_is_of_the_whole_text_under_the_clamp(saes: 
     handle = lm.blocks[2].register_forward_hook(hook)
     log_p_TV = torch.log_softmax(lm.model(input_ids=ids[None]).logits[0], 1)
     handle.remove()
-    start = len(text["prompt_ids"]) - 1
+    start = len(text["input_ids"]) - 1
     expected = sum(float(log_p_TV[start + at, token]) for at, token in enumerate(text["original_ids"]))
     assert text["log_p_clamped"] == pytest.approx(expected, abs=1e-3)
 
@@ -156,7 +156,7 @@ def test_replies_of_the_data_stand_beside_the_texts(saes: Path, tmp_path: Path) 
     pair = {"chosen": "\n\nHuman: a row\n\nAssistant: yes", "rejected": "\n\nHuman: a row\n\nAssistant: no"}
     (tmp_path / "hh.jsonl").write_text(json.dumps(pair))
     (text,) = clamped(saes / "topk", prompt=(), prompts=str(tmp_path / "hh.jsonl"))["texts"]
-    assert (text["given"], text["chosen"], text["rejected"]) == ("a row", "yes", "no")
+    assert (text["prompt"], text["chosen"], text["rejected"]) == ("a row", "yes", "no")
 
 
 def test_prompts_are_of_the_field_asked_for_and_no_more_than_asked_for(saes: Path, tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_prompts_are_of_the_field_asked_for_and_no_more_than_asked_for(saes: Pat
     (tmp_path / "asked.jsonl").write_text("\n".join(lines))
     asked = {"prompts": str(tmp_path / "asked.jsonl"), "text_field": "question", "max_prompts": 2}
     texts = clamped(saes / "topk", prompt=("a shard",), max_new_tokens=1, **asked)["texts"]
-    assert [text["given"] for text in texts] == ["a shard", PROMPTS[0]]
+    assert [text["prompt"] for text in texts] == ["a shard", PROMPTS[0]]
 
 
 def test_a_chat_template_is_used_where_there_is_one(saes: Path, tiny_model: Path, tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_a_chat_template_is_used_where_there_is_one(saes: Path, tiny_model: Path
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %} model:"
     tokenizer.save_pretrained(model)
     by_default, without = (
-        clamped(saes / "topk", model=str(model), chat=chat)["texts"][1]["prompt"] for chat in (None, False)
+        clamped(saes / "topk", model=str(model), chat=chat)["texts"][1]["input"] for chat in (None, False)
     )
     assert (by_default, without) == ("user: sparse model:", "sparse")
     with pytest.raises(WrongInput, match=r"--chat: the tokenizer of .* has no chat template"):
@@ -237,8 +237,8 @@ def test_an_sae_made_elsewhere_needs_a_model_that_fits(
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ({"width": 16}, "width 16 is not the 32 of model"),
-        ({"layer": 7}, "reads layer 7, and model .* has 6"),
+        ({"width": 16}, "width 16 and model .* has 32"),
+        ({"layer": 7}, "reads layer 7 and model .* has 6"),
         ({"layer": 0}, "layer 0, the embedding"),
     ],
 )
@@ -322,7 +322,7 @@ def test_the_only_sae_is_the_default_and_several_must_be_told_apart(saes: Path, 
     flags = ("--prompt", "a row", "--ablate", 3, "--max-new-tokens", 2, "--device", "cpu")
     several = invoke("--out", saes, *flags)
     assert several.exit_code == 2
-    assert f"4 SAEs under {saes}, and one is clamped; name it with --sae: {saes / 'crosscoder'}, " in several.stderr
+    assert f"4 SAEs under {saes}, and clamp takes one; name it with --sae: {saes / 'crosscoder'}, " in several.stderr
     shutil.copytree(saes / "topk", tmp_path / "topk")
     assert invoke("--out", tmp_path, *flags).exit_code == 0
 
