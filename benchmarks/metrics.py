@@ -26,7 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from routesae.analyze.scores.metrics import score_with_lm
+from routesae.analyze.scores.intervals import draws, measure
+from routesae.analyze.scores.lm_scores import score_with_lm
+from routesae.analyze.scores.metrics import METRICS
 from routesae.analyze.scores.run import load_harvested_lm
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.corpus.tokens import kept_positions
@@ -131,7 +133,9 @@ def next_token_loss(log_p_BTV: Tensor, ids_BT: Tensor) -> float:
 
 def score_together(lm: LanguageModel, saes: Mapping[str, SAE], ids: Any, kept: Any, batch_sequences: int) -> Scores:
     scores = score_with_lm(lm, saes, ids, kept, batch_sequences=batch_sequences)
-    return {name: (one.kl_div, one.delta_ce, one.recovered) for name, one in scores.items()}
+    metrics, drawn_RS = [METRICS[name] for name in NAMES], draws(len(ids), seed=0)
+    measured = {name: measure(metrics, row_sums, drawn_RS)[0] for name, row_sums in scores.items()}
+    return {name: tuple(numbers[metric] for metric in NAMES) for name, numbers in measured.items()}
 
 
 def six_saes(cache: Cache, layer: int, latents: int, out: str) -> list[Path]:

@@ -17,6 +17,7 @@ from typing import Any
 from routesae.analyze.contexts.file import read_facts
 from routesae.analyze.contexts.run import contexts
 from routesae.analyze.contexts.settings import ContextSettings
+from routesae.analyze.scores.metrics import METRICS
 from routesae.analyze.scores.run import DESCRIPTIONS, analyze
 from routesae.analyze.scores.settings import AnalyzeSettings
 from routesae.reporting import Report, WrongInput, silent
@@ -25,8 +26,11 @@ from routesae.train.run import train
 from routesae.train.settings import TrainSettings
 
 VARIANTS = ("vanilla", "gated", "topk", "jumprelu", "routesae", "crosscoder")
-METRICS = ("NormMSE", "L0", "Dead", "KLDiv", "DeltaCE", "Recovered")
-COLUMNS = ("sae", "variant", "layers", "latents", *METRICS, *DESCRIPTIONS)
+COLUMNS = (
+    *("sae", "variant", "layers", "latents"),
+    *(metric.column for metric in METRICS.values()),
+    *DESCRIPTIONS,
+)
 
 
 def ablation(
@@ -56,7 +60,7 @@ def ablation(
             ),
             report,
         )
-    results = analyze(AnalyzeSettings(cache=settings.cache, saes=saes, metrics=METRICS, **scoring), report)
+    results = analyze(AnalyzeSettings(cache=settings.cache, saes=saes, metrics=tuple(METRICS), **scoring), report)
     known = [name for name in COLUMNS if any(name in row for row in results["saes"])]
     rows = [{name: row.get(name) for name in known} for row in results["saes"]]
     (out / "ablation.json").write_text(json.dumps(results, indent=2) + "\n")

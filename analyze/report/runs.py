@@ -14,11 +14,12 @@ from routesae.analyze.contexts.file import CONTEXTS, ContextsFile, read_contexts
 from routesae.analyze.interpret.run import SUMMARY, read_interpretations
 from routesae.analyze.interpret.settings import MODES
 from routesae.analyze.scores.identity import sae_identity
+from routesae.analyze.scores.metrics import METRICS
 from routesae.analyze.scores.run import described
 from routesae.reporting import WrongInput
+from routesae.train import log as training_log
 from routesae.train.folder.checkpoint import find_saes, load_sae, read_config, read_recipe
 from routesae.train.folder.hub import fetch_sae
-from routesae.train.log import METRICS
 from routesae.train.saes import SAE, Recipe
 
 # A column of the table, what it says beside its name, and which way is better: -1 less, 1 more, 0 neither.
@@ -27,14 +28,7 @@ COLUMNS: dict[str, tuple[str, int]] = {
     "layers": ("layers of the language model that it reads", 0),
     "latents": ("size of the dictionary", 0),
     "k": ("active latents a token, exactly, on average or aimed at", 0),
-    "L0": ("active latents a token, held out", 0),
-    "NormMSE": ("mean of the squared error over the squared norm, held out", -1),
-    "FVU": ("fraction of variance unexplained, held out", -1),
-    "Dead": ("share of latents active on no held-out token", -1),
-    "Entropy": ("of the shares of tokens routed to each layer, in nats", 0),
-    "KLDiv": ("of the next token, clean against spliced, in nats", -1),
-    "DeltaCE": ("cross-entropy spliced less clean, in nats a token", -1),
-    "Recovered": ("share of the loss between zero ablation and clean", 1),
+    **{metric.column: (metric.meaning, metric.better) for metric in METRICS.values()},
     "Features": ("latents that the published rule keeps", 1),
     "Score": ("mean monosemanticity by the explainer, 1 to 5", 1),
     "detection": ("balanced accuracy of explanations on texts", 1),
@@ -101,7 +95,7 @@ def _read_run(name: str, folder: Path, beside: Path, scored: Mapping[str, Mappin
         folder=folder,
         recipe=recipe,
         source=source,
-        curve=_read_curve(folder / METRICS),
+        curve=_read_curve(folder / training_log.METRICS),
         scores=scores,
         shares=row.get("Shares") or held_out.get("layer_shares"),
         contexts=read_contexts(beside) if (beside / CONTEXTS).is_file() else None,

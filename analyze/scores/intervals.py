@@ -1,55 +1,29 @@
-"""How sure a score is: what it is made of, by row of tokens, in; its 95 % confidence interval out.
+"""Scores and their 95 % confidence intervals, from sums over each row of tokens.
 
 A percentile bootstrap over rows (Efron & Tibshirani 1993, chapter 13): rows are drawn with replacement, as many as
-there are, and the score is computed anew of each draw. Tokens of a row belong together, so it is rows that are drawn.
-Every score of every SAE is computed of the same draws. Dead has no interval: a draw repeats rows, so it sees fewer
-different ones than there are, and finds more latents dead. Where rows are few (below some thirty) an interval is too
-narrow: harvest or score more.
+there are, and the metric is computed anew from each draw. Rows are drawn and not tokens, since the tokens of a row
+depend on each other. Every metric of every SAE is computed from the same draws. With fewer than some thirty rows an
+interval is too narrow: harvest or score more.
 
 Dimension letters: S rows of tokens, R draws, L layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from routesae.analyze.scores.metrics import LMScores
-from routesae.train.evaluate import CacheScores
+from routesae.analyze.scores.metrics import Metric
 
+log = logging.getLogger(__name__)
 DRAWS = 1000
 ENDS = (2.5, 97.5)  # percentiles between which 95 % of the draws lie
 
 Array = npt.NDArray[np.float64]
-Sums = Mapping[str, Array]
-"""What the sums over the rows of each draw are: [R], or [R, L]."""
-
-
-def _recovered(sums: Sums) -> Array:
-    return 1 - (sums["ce_spliced"] - sums["ce_clean"]) / (sums["ce_zero"] - sums["ce_clean"])
-
-
-def _entropy(sums: Sums) -> Array:
-    shares_RL = sums["routed"] / sums["routed"].sum(1, keepdims=True)
-    terms_RL: Array = shares_RL * np.log(np.where(shares_RL > 0, shares_RL, 1))
-    entropy_R: Array = -terms_RL.sum(1)
-    return entropy_R
-
-
-# Each score as a function of sums over rows, by the name it has among the results.
-SCORES: dict[str, Callable[[Sums], Array]] = {
-    "NormMSE": lambda sums: sums["shares"] / sums["readings"],
-    "FVU": lambda sums: sums["errors"] / sums["deviations"],
-    "L0": lambda sums: sums["active"] / sums["readings"],
-    "Entropy": _entropy,
-    "KLDiv": lambda sums: sums["kl"] / sums["positions"],
-    "KLDiv_seq": lambda sums: sums["kl"] / sums["rows"],
-    "DeltaCE": lambda sums: (sums["ce_spliced"] - sums["ce_clean"]) / sums["predictions"],
-    "CE_clean": lambda sums: sums["ce_clean"] / sums["predictions"],
-    "Recovered": _recovered,
-}
 
 
 def draws(rows: int, seed: int, count: int = DRAWS) -> Array:
@@ -58,30 +32,41 @@ def draws(rows: int, seed: int, count: int = DRAWS) -> Array:
     return random.multinomial(rows, np.full(rows, 1 / rows), size=count).astype(np.float64)
 
 
-def intervals(names: Iterable[str], of_rows: Mapping[str, Array], draws_RS: Array) -> dict[str, list[float]]:
-    """[low, high] of each score that has an interval; none where there is a single row.
+def measure(
+    metrics: Iterable[Metric],
+    row_sums: Mapping[str, Any],
+    drawn_RS: Array,
+    *,
+    layers: Sequence[int] = (),
+    dead: float | None = None,
+) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """The numbers of each metric by column, and [low, high] of those that have an interval.
 
-    of_rows: what the scores are made of, for each row, [S] or [S, L].
+    row_sums: by the names of routesae.analyze.scores.metrics, [S] or [S, L], tensors or arrays. layers: of a number
+    that has a value for each of them. dead: the share of dead latents, which is no sum over rows. A number is None if
+    it does not apply or is undefined on these rows. A single row has no interval.
     """
-    wanted = [name for name in names if name in SCORES] if draws_RS.shape[1] > 1 else []
-    sums = {name: draws_RS @ values for name, values in of_rows.items()} if wanted else {}
-    found = {}
-    with np.errstate(divide="ignore", invalid="ignore"):  # a draw of rows that a token or a loss is missing from
-        for name in wanted:
-            low, high = np.nanpercentile(SCORES[name](sums), ENDS)
-            found[name] = [float(low), float(high)]
-    return found
-
-
-def rows_of_cache_scores(scores: CacheScores) -> dict[str, Array]:
-    """What CacheScores are made of, by row."""
-    named = {name.rpartition("_")[0]: sums for name, sums in scores.by_row._asdict().items() if sums is not None}
-    return {name: sums.numpy() for name, sums in named.items()}
-
-
-def rows_of_lm_scores(scores: LMScores) -> dict[str, Array]:
-    """What LMScores are made of, by row."""
-    one_S = np.ones(len(scores.kl_S))
-    counts = {"rows": one_S, "positions": scores.context * one_S, "predictions": (scores.context - 1) * one_S}
-    losses = {"kl": scores.kl_S, "ce_clean": scores.ce_clean_S, "ce_spliced": scores.ce_spliced_S}
-    return {**counts, **losses, **({} if scores.ce_zero_S is None else {"ce_zero": scores.ce_zero_S})}
+    whole = {name: np.asarray(sums_S.sum(0))[None] for name, sums_S in row_sums.items()}
+    drawn = {name: drawn_RS @ np.asarray(sums_S) for name, sums_S in row_sums.items()}
+    if dead is not None:
+        whole["dead"] = np.array([dead])
+    numbers: dict[str, Any] = {}
+    intervals: dict[str, list[float]] = {}
+    with np.errstate(divide="ignore", invalid="ignore"):  # some draws may hold no token, or no loss, of the divisor
+        for metric in metrics:
+            for name, function in metric.numbers.items():
+                value = function(whole)
+                if value is None or not np.isfinite(value).all():
+                    if value is not None:
+                        log.warning("%s is undefined on these rows: it divides by zero or a score is NaN", name)
+                    numbers[name] = None
+                elif value.ndim > 1:
+                    numbers[name] = dict(zip(layers, value[0].tolist(), strict=True))
+                else:
+                    numbers[name] = float(value[0])
+                    if metric.by_row and drawn_RS.shape[1] > 1:
+                        of_draws: Any = function(drawn)
+                        low, high = np.nanpercentile(of_draws, ENDS)
+                        if np.isfinite([low, high]).all():
+                            intervals[name] = [float(low), float(high)]
+    return numbers, intervals

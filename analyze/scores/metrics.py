@@ -1,208 +1,149 @@
-"""The metrics that need the LM: rows of tokens and SAEs in; KLDiv, DeltaCE and Recovered of each out.
+"""Every metric of `routesae analyze`: one record each, from which flags, table, intervals, page and docs are made.
 
-    KLDiv      mean over all positions of KL(P_clean ‖ P_spliced), nats a token
-    KLDiv_seq  its sum over a row, averaged over rows: what the published RouteSAE code calls KLDiv
-    DeltaCE    CE_spliced − CE_clean, over the positions that have a next token in the row
-    Recovered  1 − (CE_spliced − CE_clean) / (CE_zero − CE_clean), zero ablation at the same positions
+A metric is a function of sums over rows of tokens. One function therefore gives both the score, from the sums over
+all rows, and its confidence interval, from the sums over rows drawn with replacement. These are the sums, each an
+array [R] of R draws (R = 1 for the score itself), by the name that the functions below use:
 
-Every SAE shares the clean pass and its logits, and with SAEs spliced at the same site zero ablation. Sums are over
-tokens, in float64, and kept by row of tokens, for intervals; no mean of batch means.
+    readings     inputs that the SAE read: the kept tokens, times the layers for mlsae and random
+    shares       ‖x−x̂‖²/‖x‖² of each reading; errors: ‖x−x̂‖²; deviations: ‖x−mean‖²; active: active latents
+    routed       [R, L] tokens routed to each layer; missing without a router
+    dead         no sum: the share of latents that are active on no token
+    rows         rows of tokens; positions: all of their positions; predictions: positions with a next token
+    kl           KL(P_clean ‖ P_spliced) of each position, in nats
+    ce_clean     cross-entropy of each prediction, in nats; ce_spliced: spliced; ce_zero: with zeros spliced in
 
-With z the logits and Z = log Σ exp z, a position costs one exponential of the vocabulary a pass:
-
-    KL(p ‖ q) = Σ p (z_p − z_q) − Z_p + Z_q;   −log q(next) = Z_q − z_q[next]
-
-Dimension letters: S rows of tokens in all, B of a batch, T context, D width, N positions of a batch, C of a chunk,
-V vocabulary.
+This module imports no torch, so that the command line knows the names of the metrics at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
-from routesae.analyze.scores import replacement
-from routesae.harvest.corpus.tokens import Ids
-from routesae.harvest.lm.model import LanguageModel
-from routesae.harvest.lm.splice import CleanPass, clean_pass, logits, spliced_pass
-from routesae.reporting import FailedRun, Progress, Report, silent
-from routesae.train.saes import SAE, RouteSAE
-from routesae.train.saes.routers import places_of
+    Array = npt.NDArray[np.float64]
+    Sums = Mapping[str, Array]
+    Function = Callable[[Sums], Array | None]
 
-CHUNK_POSITIONS = 256  # positions whose logits exist at a time: 50 MB each pass at SmolLM2's 49,152 tokens
-PASSES_HELD = (
-    8  # spliced passes whose final states, [B, T, D] each, are held at a time; the clean logits serve them all
-)
-
-Rows = npt.NDArray[np.float64]
+LOWER, NEITHER, HIGHER = -1, 0, 1
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class LMScores:
-    """Of one SAE. kl_S, ce_*_S: sums over the positions of each row of tokens, in nats.
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """What one name of --metric computes.
 
-    ce_zero_S: None where zero ablation was not run.
+    column: its name in the results, if that is not the metric's. value: [R], or None if it does not apply to the SAE.
+    details: further numbers that are written beside it, [R] or one a layer [R, L]. zero_ablation: whether the LM also
+    runs with zeros in the SAE's place. by_row: whether it is a function of sums over rows, and so has an interval.
     """
 
-    context: int
-    kl_S: Rows
-    ce_clean_S: Rows
-    ce_spliced_S: Rows
-    ce_zero_S: Rows | None
+    name: str
+    meaning: str
+    better: int
+    value: Function
+    column: str = ""
+    details: Mapping[str, Function] = field(default_factory=dict)
+    needs_lm: bool = False
+    zero_ablation: bool = False
+    by_row: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "column", self.column or self.name)
 
     @property
-    def tokens(self) -> int:
-        """Positions scored."""
-        return len(self.kl_S) * self.context
-
-    @property
-    def kl_div(self) -> float:
-        return float(self.kl_S.sum()) / self.tokens
-
-    @property
-    def kl_div_seq(self) -> float:
-        return self.kl_div * self.context
-
-    @property
-    def ce_clean(self) -> float:
-        """Mean cross-entropy in nats a token, as the other two."""
-        return self._mean(self.ce_clean_S)
-
-    @property
-    def ce_spliced(self) -> float:
-        return self._mean(self.ce_spliced_S)
-
-    @property
-    def ce_zero(self) -> float | None:
-        return None if self.ce_zero_S is None else self._mean(self.ce_zero_S)
-
-    @property
-    def delta_ce(self) -> float:
-        return self.ce_spliced - self.ce_clean
-
-    @property
-    def recovered(self) -> float:
-        """Raises FailedRun where zero ablation was not run or changed nothing."""
-        if self.ce_zero is None or self.ce_zero == self.ce_clean:
-            raise FailedRun("zero ablation does not change the LM's loss, so Recovered is undefined")
-        return 1 - self.delta_ce / (self.ce_zero - self.ce_clean)
-
-    def _mean(self, ce_S: Rows) -> float:
-        return float(ce_S.sum()) / (len(ce_S) * (self.context - 1))
+    def numbers(self) -> dict[str, Function]:
+        """The functions of all that it adds to a row of the results, by column."""
+        return {self.column: self.value, **self.details}
 
 
-class Pass(NamedTuple):
-    """One way the LM ran over the rows: clean, spliced with an SAE, or with zeros at a site (`of`)."""
-
-    kind: str
-    of: str
+def _route_shares(sums: Sums) -> Array | None:
+    return sums["routed"] / sums["routed"].sum(-1, keepdims=True) if "routed" in sums else None
 
 
-CLEAN = Pass("clean", "")
+def _route_entropy(sums: Sums) -> Array | None:
+    import torch
+
+    shares_RL = _route_shares(sums)
+    return None if shares_RL is None else torch.special.entr(torch.from_numpy(shares_RL)).sum(-1).numpy()
 
 
-def score_with_lm(
-    lm: LanguageModel,
-    saes: Mapping[str, SAE],
-    token_ids_ST: Ids,
-    kept_ST: npt.NDArray[np.bool_],
-    *,
-    batch_sequences: int,
-    zero_ablation: bool = True,
-    report: Report = silent,
-) -> dict[str, LMScores]:
-    """Scores of each SAE over rows of tokens; kept_ST marks the positions that may be replaced.
-
-    zero_ablation: whether to run the passes that only Recovered needs.
-    Raises WrongInput where an SAE cannot be spliced.
-    """
-    for sae in saes.values():
-        replacement.require_spliceable(sae)
-    rows, context = token_ids_ST.shape
-    kl: dict[Pass, Rows] = {}
-    ce: dict[Pass, Rows] = {}
-    for start in range(0, rows, batch_sequences):
-        batch = slice(start, min(start + batch_sequences, rows))
-        token_ids_BT = torch.from_numpy(np.array(token_ids_ST[batch])).long().to(lm.device)
-        kept_BT = torch.from_numpy(np.array(kept_ST[batch])).to(lm.device)
-        for key, kl_B, ce_B in _score_batch(lm, saes, token_ids_BT, kept_BT, zero_ablation):
-            kl.setdefault(key, np.zeros(rows))[batch] = kl_B
-            ce.setdefault(key, np.zeros(rows))[batch] = ce_B
-        report(Progress("score with the LM", batch.stop * context, rows * context, "tokens", {}))
-    return {
-        name: LMScores(
-            context=context,
-            kl_S=kl[Pass("spliced", name)],
-            ce_clean_S=ce[CLEAN],
-            ce_spliced_S=ce[Pass("spliced", name)],
-            ce_zero_S=ce[Pass("zero", _site(sae))] if zero_ablation else None,
-        )
-        for name, sae in saes.items()
-    }
+def _kl_div(sums: Sums) -> Array:
+    return sums["kl"] / sums["positions"]
 
 
-def _site(sae: SAE) -> str:
-    """Where an SAE is spliced: those of the same layers share it, and so do views of one SAE, whose router is one."""
-    if isinstance(sae, RouteSAE):
-        return f"routes of router {id(sae.router_LD)}"
-    return f"layers {replacement.spliced_layers(sae)}"
+def _mean_ce(sums: Sums, of: str) -> Array:
+    return sums[f"ce_{of}"] / sums["predictions"]
 
 
-def _score_batch(
-    lm: LanguageModel, saes: Mapping[str, SAE], token_ids_BT: Tensor, kept_BT: Tensor, zero_ablation: bool
-) -> Iterator[tuple[Pass, Rows, Rows]]:
-    """Of every pass over a batch of rows: KL from the clean one and cross-entropy, summed over each row."""
-    wanted: dict[Pass, SAE] = {}
-    for name, sae in saes.items():
-        wanted[Pass("spliced", name)] = sae
-        if zero_ablation:
-            wanted.setdefault(Pass("zero", _site(sae)), sae)
-    layers = sorted({layer for sae in saes.values() for layer in sae.recipe.layers})
-    clean = clean_pass(lm, token_ids_BT, layers)
-    left = list(wanted.items())
-    while left:
-        finals = {key: _final_states(lm, key, sae, clean, token_ids_BT, kept_BT) for key, sae in left[:PASSES_HELD]}
-        left = left[PASSES_HELD:]
-        yield from _compare(lm, {CLEAN: clean.final_BTD, **finals}, token_ids_BT)
+def _delta_ce(sums: Sums) -> Array:
+    return _mean_ce(sums, "spliced") - _mean_ce(sums, "clean")
 
 
-def _final_states(
-    lm: LanguageModel, key: Pass, sae: SAE, clean: CleanPass, token_ids_BT: Tensor, kept_BT: Tensor
-) -> Tensor:
-    """final_BTD of one pass."""
-    place_BT = places_of(token_ids_BT, torch.arange(token_ids_BT.shape[1], device=token_ids_BT.device))
-    edits = replacement.edits(sae, clean.hidden, kept_BT, place_BT, zero=key.kind == "zero")
-    return spliced_pass(lm, token_ids_BT, clean, edits)
-
-
-@torch.inference_mode()
-def _compare(
-    lm: LanguageModel, finals: Mapping[Pass, Tensor], token_ids_BT: Tensor
-) -> Iterator[tuple[Pass, Rows, Rows]]:
-    """For each pass, clean among them: KL(clean ‖ pass) and cross-entropy, summed over the positions of each row."""
-    flat = {key: final_BTD.flatten(0, 1) for key, final_BTD in finals.items()}
-    next_N = torch.roll(token_ids_BT, -1, dims=1).flatten()
-    zeros_N = torch.zeros(len(next_N), dtype=torch.float64, device=next_N.device)
-    kl = {key: zeros_N.clone() for key in flat}
-    ce = {key: zeros_N.clone() for key in flat}
-    for start in range(0, len(next_N), CHUNK_POSITIONS):
-        chunk = slice(start, start + CHUNK_POSITIONS)
-        clean_CV = logits(lm, flat[CLEAN][chunk])
-        p_CV = torch.softmax(clean_CV, dim=1)
-        log_total_C = torch.logsumexp(clean_CV, dim=1)
-        for key, final_ND in flat.items():
-            z_CV = clean_CV if key == CLEAN else logits(lm, final_ND[chunk])
-            log_total_q_C = log_total_C if key == CLEAN else torch.logsumexp(z_CV, dim=1)
-            ce[key][chunk] = log_total_q_C - z_CV.gather(1, next_N[chunk, None]).squeeze(1)
-            if key.kind == "spliced":
-                kl[key][chunk] = torch.linalg.vecdot(p_CV, clean_CV - z_CV) - log_total_C + log_total_q_C
-    rows, context = token_ids_BT.shape
-    for key in flat:
-        ce_BT = ce[key].view(rows, context)[:, :-1]  # the last position of a row has no next token
-        yield key, kl[key].view(rows, context).sum(1).cpu().numpy(), ce_BT.sum(1).cpu().numpy()
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric(
+            name="NormMSE",
+            meaning="mean of the squared error over the squared norm of the SAE's input",
+            better=LOWER,
+            value=lambda sums: sums["shares"] / sums["readings"],
+        ),
+        Metric(
+            name="FVU",
+            meaning="fraction of the variance of the SAE's input that it leaves unexplained",
+            better=LOWER,
+            value=lambda sums: sums["errors"] / sums["deviations"],
+        ),
+        Metric(
+            name="L0",
+            meaning="mean number of active latents a token",
+            better=NEITHER,
+            value=lambda sums: sums["active"] / sums["readings"],
+        ),
+        Metric(
+            name="Dead",
+            meaning="share of latents that are active on no held-out token",
+            better=LOWER,
+            value=lambda sums: sums["dead"],
+            by_row=False,  # a draw repeats rows, so it sees fewer different ones and finds more latents dead
+        ),
+        Metric(
+            name="Routing",
+            meaning="entropy of the shares of tokens routed to each layer, in nats",
+            better=NEITHER,
+            column="Entropy",
+            value=_route_entropy,
+            details={"Shares": _route_shares},
+        ),
+        Metric(
+            name="KLDiv",
+            meaning="mean KL divergence of the LM's next token, clean against spliced, in nats",
+            better=LOWER,
+            value=_kl_div,
+            details={"KLDiv_seq": lambda sums: _kl_div(sums) * (sums["positions"] / sums["rows"])},
+            needs_lm=True,
+        ),
+        Metric(
+            name="DeltaCE",
+            meaning="cross-entropy of the LM, spliced minus clean, in nats a token",
+            better=LOWER,
+            value=_delta_ce,
+            details={"CE_clean": lambda sums: _mean_ce(sums, "clean")},
+            needs_lm=True,
+        ),
+        Metric(
+            name="Recovered",
+            meaning="share of the loss between zero ablation and clean that the SAE recovers",
+            better=HIGHER,
+            value=lambda sums: 1 - _delta_ce(sums) / (_mean_ce(sums, "zero") - _mean_ce(sums, "clean")),
+            needs_lm=True,
+            zero_ablation=True,
+        ),
+    )
+}
+CACHE_METRICS = tuple(name for name, metric in METRICS.items() if not metric.needs_lm)
+LM_METRICS = tuple(name for name, metric in METRICS.items() if metric.needs_lm)

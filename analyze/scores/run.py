@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,7 +18,8 @@ import torch
 from routesae import __version__
 from routesae.analyze.contexts.file import read_facts
 from routesae.analyze.scores.identity import cache_identity, sae_identity, versions
-from routesae.analyze.scores.intervals import draws, intervals, rows_of_cache_scores, rows_of_lm_scores
+from routesae.analyze.scores.intervals import draws, measure
+from routesae.analyze.scores.metrics import METRICS, Metric
 from routesae.analyze.scores.settings import AnalyzeSettings
 from routesae.analyze.scores.sparsity import Sparsity, at_sparsity, has_other_sparsities
 from routesae.harvest.cache.manifest import Manifest
@@ -26,30 +27,16 @@ from routesae.harvest.cache.reader import Cache
 from routesae.harvest.corpus.tokens import kept_positions
 from routesae.machine.device import pick_device, pick_lm_dtype
 from routesae.reporting import Report, WrongInput, silent
-from routesae.train.evaluate import CacheScores, require_fit, score_all_on_cache
+from routesae.train.evaluate import require_fit, score_all_on_cache
 from routesae.train.folder.checkpoint import find_saes, load_sae
 from routesae.train.folder.hub import fetch_sae
 from routesae.train.saes import SAE
 
 if TYPE_CHECKING:
-    from routesae.analyze.scores.metrics import LMScores
     from routesae.harvest.lm.model import LanguageModel
 
 log = logging.getLogger(__name__)
 
-# What each metric adds to a row, from the cache alone or from the LM; the only list of metrics there is.
-CACHE_METRICS: dict[str, Callable[[CacheScores], dict[str, Any]]] = {
-    "NormMSE": lambda scores: {"NormMSE": scores.norm_mse},
-    "FVU": lambda scores: {"FVU": scores.fvu},
-    "L0": lambda scores: {"L0": scores.l0},
-    "Dead": lambda scores: {"Dead": scores.dead},
-    "Routing": lambda scores: {"Entropy": scores.routing_entropy, "Shares": scores.layer_shares},
-}
-LM_METRICS: dict[str, Callable[[LMScores], dict[str, Any]]] = {
-    "KLDiv": lambda scores: {"KLDiv": scores.kl_div, "KLDiv_seq": scores.kl_div_seq},
-    "DeltaCE": lambda scores: {"DeltaCE": scores.delta_ce, "CE_clean": scores.ce_clean},
-    "Recovered": lambda scores: {"Recovered": scores.recovered},
-}
 DESCRIPTIONS = ("Features", "Score")  # columns of what contexts and interpret have found: see `described`
 INTERPRETATIONS = "interpretations.json"  # the summary that `routesae interpret` writes into an SAE's folder
 
@@ -70,14 +57,17 @@ def analyze(settings: AnalyzeSettings, report: Report = silent) -> dict[str, Any
     rows = {key: _identity(subject, opened[subject.name].folder) for key, subject in subjects.items()}
     saes = {key: subject.sae for key, subject in subjects.items()}
     drawn_RS = draws(after - first, settings.seed)
-    if wanted := [metric for metric in settings.metrics if metric in CACHE_METRICS]:
+    metrics = [METRICS[name] for name in settings.metrics]
+    if of_cache := [metric for metric in metrics if not metric.needs_lm]:
         for key, scores in score_all_on_cache(saes, cache, first, after, report).items():
-            values = [CACHE_METRICS[metric](scores) for metric in wanted]
-            _add(rows[key], values, rows_of_cache_scores(scores), drawn_RS)
-    if wanted := [metric for metric in settings.metrics if metric in LM_METRICS]:
-        for key, lm_scores in _lm_scores(settings, cache, saes, (first, after), wanted, report).items():
-            values = [LM_METRICS[metric](lm_scores) for metric in wanted]
-            _add(rows[key], values, rows_of_lm_scores(lm_scores), drawn_RS)
+            row_sums = {
+                name.rpartition("_")[0]: sums for name, sums in scores.by_row._asdict().items() if sums is not None
+            }
+            layers = saes[key].recipe.layers
+            _add(rows[key], *measure(of_cache, row_sums, drawn_RS, layers=layers, dead=scores.dead))
+    if of_lm := [metric for metric in metrics if metric.needs_lm]:
+        for key, row_sums in _lm_row_sums(settings, cache, saes, (first, after), of_lm, report).items():
+            _add(rows[key], *measure(of_lm, row_sums, drawn_RS))
     return {
         "routesae": __version__,
         "versions": versions(),
@@ -91,12 +81,9 @@ def analyze(settings: AnalyzeSettings, report: Report = silent) -> dict[str, Any
     }
 
 
-def _add(row: dict[str, Any], values: Sequence[dict[str, Any]], of_rows: Mapping[str, Any], drawn_RS: Any) -> None:
-    """Put metrics' numbers into a row of the results, and their intervals into its own."""
-    for named in values:
-        row |= named
-        numbers = [name for name, value in named.items() if value is not None]
-        row.setdefault("intervals", {}).update(intervals(numbers, of_rows, drawn_RS))
+def _add(row: dict[str, Any], numbers: Mapping[str, Any], intervals: Mapping[str, list[float]]) -> None:
+    row |= numbers
+    row.setdefault("intervals", {}).update(intervals)
 
 
 class Subject(NamedTuple):
@@ -209,15 +196,15 @@ def held_out_rows(cache: Cache, tokens: int | None) -> tuple[int, int]:
     return first, after
 
 
-def _lm_scores(
+def _lm_row_sums(
     settings: AnalyzeSettings,
     cache: Cache,
     saes: Mapping[str, SAE],
     rows: tuple[int, int],
-    metrics: Sequence[str],
+    metrics: Sequence[Metric],
     report: Report,
-) -> dict[str, LMScores]:
-    from routesae.analyze.scores.metrics import score_with_lm
+) -> dict[str, dict[str, Any]]:
+    from routesae.analyze.scores.lm_scores import score_with_lm
     from routesae.analyze.scores.replacement import require_spliceable
 
     spliceable = {}
@@ -241,7 +228,7 @@ def _lm_scores(
         token_ids_ST,
         kept_ST,
         batch_sequences=settings.batch_sequences,
-        zero_ablation="Recovered" in metrics,
+        zero_ablation=any(metric.zero_ablation for metric in metrics),
         report=report,
     )
 

@@ -5,14 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from routesae.analyze.scores.metrics import CACHE_METRICS, METRICS
 from routesae.reporting import WrongInput
 
 if TYPE_CHECKING:
     from routesae.analyze.scores.sparsity import Sparsity
-
-CACHE_METRICS = ("NormMSE", "FVU", "L0", "Dead", "Routing")
-LM_METRICS = ("KLDiv", "DeltaCE", "Recovered")
-METRICS = (*CACHE_METRICS, *LM_METRICS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,8 @@ from xml.etree import ElementTree
 import pytest
 
 from routesae.analyze.contexts.file import read_contexts
-from routesae.analyze.pipeline.ablation import COLUMNS, METRICS, VARIANTS, ablation, draw_pareto
+from routesae.analyze.pipeline.ablation import COLUMNS, VARIANTS, ablation, draw_pareto
+from routesae.analyze.scores.metrics import METRICS
 from routesae.analyze.scores.run import INTERPRETATIONS, analyze
 from routesae.analyze.scores.settings import AnalyzeSettings
 from routesae.harvest.cache.reader import Cache
@@ -34,10 +35,11 @@ def test_all_six_variants_are_scored_and_the_files_say_what_analyze_says(tiny_ca
     assert {row["variant"] for row in rows} == set(VARIANTS)
     assert len(rows) == 2 * len(VARIANTS)
     folders = tuple(str(path) for path in sorted((tmp_path / "saes").iterdir()))
-    apart = AnalyzeSettings(cache=str(tiny_cache.path), saes=folders, metrics=METRICS, **SCORING)
+    apart = AnalyzeSettings(cache=str(tiny_cache.path), saes=folders, metrics=tuple(METRICS), **SCORING)
     alone = {row["sae"]: row for row in analyze(apart)["saes"]}
     for row in rows:
-        assert {name: row[name] for name in METRICS} == {name: alone[row["sae"]][name] for name in METRICS}
+        compared = [metric.column for metric in METRICS.values()]
+        assert {name: row[name] for name in compared} == {name: alone[row["sae"]][name] for name in compared}
     read = json.loads((tmp_path / "ablation.json").read_text())["saes"]
     assert [{name: row[name] for name in rows[0]} for row in read] == rows
     assert list(rows[0]) == [name for name in COLUMNS if name not in ("Features", "Score")]  # nothing has read them

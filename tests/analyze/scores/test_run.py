@@ -21,8 +21,8 @@ from torch import Tensor
 
 from routesae import __version__
 from routesae.analyze.scores.identity import cache_identity
-from routesae.analyze.scores.intervals import SCORES
-from routesae.analyze.scores.run import CACHE_METRICS, LM_METRICS, analyze
+from routesae.analyze.scores.metrics import CACHE_METRICS, LM_METRICS, METRICS
+from routesae.analyze.scores.run import analyze
 from routesae.analyze.scores.settings import AnalyzeSettings
 from routesae.cli import main
 from routesae.harvest.cache.reader import Cache
@@ -101,8 +101,8 @@ def topk_by_hand(folder: Path, hidden_ND: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def test_default_metrics_are_those_of_the_cache() -> None:
-    assert AnalyzeSettings().metrics == ("NormMSE", "FVU", "L0", "Dead", "Routing") == tuple(CACHE_METRICS)
-    assert tuple(LM_METRICS) == ("KLDiv", "DeltaCE", "Recovered")
+    assert AnalyzeSettings().metrics == ("NormMSE", "FVU", "L0", "Dead", "Routing") == CACHE_METRICS
+    assert LM_METRICS == ("KLDiv", "DeltaCE", "Recovered")
 
 
 def test_every_sae_under_out_gets_one_row(tiny_cache: Cache, saes: Path) -> None:
@@ -201,7 +201,8 @@ def test_every_variant_gets_every_number(
     assert row["KLDiv"] > 0
     assert row["KLDiv_seq"] == pytest.approx(row["KLDiv"] * tiny_cache.manifest.context)
     assert all(math.isfinite(row[name]) for name in ("DeltaCE", "CE_clean", "Recovered"))
-    assert set(row["intervals"]) == {name for name in SCORES if row[name] is not None}
+    numbers = {name for metric in METRICS.values() if metric.by_row for name in metric.numbers} - {"Shares"}
+    assert set(row["intervals"]) == {name for name in numbers if row[name] is not None}
     for name, (low, high) in row["intervals"].items():
         assert low <= row[name] <= high or abs(high - low) < 1e-6, name
 
