@@ -35,6 +35,7 @@ from routesae.harvest.cache.writer import write_shard
 from routesae.harvest.filling.begin import open_or_begin
 from routesae.harvest.filling.shards import harvest_shards
 from routesae.harvest.lm import model as lm
+from routesae.harvest.lm.passes import run_until
 from routesae.harvest.settings import HarvestSettings
 from routesae.machine.device import has_amx, pick_device, pick_lm_dtype
 from routesae.reporting import silent
@@ -101,7 +102,7 @@ def beside_the_lm(cache: Cache, settings: HarvestSettings, device: torch.device,
         for index in shards:
             first, after = manifest.shard_range(index)
             for start in range(first, after, batch):
-                lm.run_until(model, rows_ST[start : min(after, start + batch)], manifest.layers[-1])
+                run_until(model, rows_ST[start : min(after, start + batch)], manifest.layers[-1])
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from routesae.analyze.scores.replacement import Reconstruct, edits_by, normalised, require_spliceable, spliced_layers
-from routesae.harvest.lm.splice import Edit
+from routesae.harvest.lm.passes import Edit
 from routesae.reporting import WrongInput
 from routesae.train.saes import SAE, Crosscoder, RouteSAE, SingleLayerSAE
 from routesae.train.sparse.kernels import AnyLatents, Latents

@@ -29,8 +29,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from routesae.analyze.clamp.changes import Clamp
-from routesae.harvest.lm.model import LanguageModel, capturing
-from routesae.harvest.lm.splice import editing, logits
+from routesae.harvest.lm.model import LanguageModel
+from routesae.harvest.lm.passes import capturing, editing, logits
 from routesae.reporting import WrongInput
 from routesae.train.saes.routers import places_of
 

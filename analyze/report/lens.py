@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from routesae.harvest.lm.model import LanguageModel
-from routesae.harvest.lm.splice import CleanPass, clean_pass, logits, spliced_pass
+from routesae.harvest.lm.passes import clean_pass, logits, spliced_pass
 from routesae.train.saes import SAE
 
 NEAREST, TOKENS = 5, 10
@@ -88,7 +88,7 @@ class LogitLens:
     def _ended(self, d_nD: Tensor) -> Tensor:
         like_BTD = self._shape.hidden[self.last]
         start_n1D = d_nD[:, None].to(like_BTD.dtype)
-        given = CleanPass(self._shape.final_BTD, {self.last: start_n1D}, self._shape.in_tuples)
+        given = self._shape._replace(hidden={self.last: start_n1D})
         some_tokens_n1 = torch.zeros(len(d_nD), 1, dtype=torch.int64, device=self.lm.device)
         final_n1D = spliced_pass(self.lm, some_tokens_n1, given, {self.last: lambda hidden_BTD: hidden_BTD})
         return logits(self.lm, final_n1D[:, 0])

@@ -23,7 +23,7 @@ from torch import Tensor
 from routesae.analyze.scores import replacement
 from routesae.harvest.corpus.tokens import Ids
 from routesae.harvest.lm.model import LanguageModel
-from routesae.harvest.lm.splice import clean_pass, logits, spliced_pass
+from routesae.harvest.lm.passes import clean_pass, logits, spliced_pass
 from routesae.reporting import Progress, Report, silent
 from routesae.train.saes import SAE, RouteSAE
 from routesae.train.saes.routers import places_of

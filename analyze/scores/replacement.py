@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from routesae.harvest.lm.splice import Edit
+from routesae.harvest.lm.passes import Edit
 from routesae.reporting import WrongInput
 from routesae.train.saes import SAE, Crosscoder, RouteSAE, SingleLayerSAE
 from routesae.train.saes.normalise import Normalised, NormalisedLayers, normalise

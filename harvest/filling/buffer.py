@@ -25,7 +25,8 @@ from routesae.harvest.cache.reader import Cache
 from routesae.harvest.cache.statistics import PIECE_ROWS, Extremes, TokenStatistics, row_statistics
 from routesae.harvest.cache.writer import write_shard
 from routesae.harvest.corpus.tokens import Ids
-from routesae.harvest.lm.model import LanguageModel, capturing, run_until
+from routesae.harvest.lm.model import LanguageModel
+from routesae.harvest.lm.passes import capturing, run_until
 from routesae.machine.device import CACHE_DTYPES
 from routesae.reporting import FailedRun
 

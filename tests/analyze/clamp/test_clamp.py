@@ -26,8 +26,8 @@ from routesae.analyze.clamp.steps import (
 )
 from routesae.analyze.scores import replacement
 from routesae.harvest.cache.reader import Cache
-from routesae.harvest.lm.model import LanguageModel, capturing, find_blocks, load_lm
-from routesae.harvest.lm.splice import Edit, clean_pass, logits, spliced_pass
+from routesae.harvest.lm.model import LanguageModel, find_blocks, load_lm
+from routesae.harvest.lm.passes import Edit, capturing, clean_pass, logits, spliced_pass
 from routesae.reporting import WrongInput
 from routesae.train.evaluate import score_on_cache
 from routesae.train.saes import SAE, Crosscoder, Recipe, RouteSAE, SingleLayerSAE, build

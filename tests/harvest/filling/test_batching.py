@@ -14,7 +14,8 @@ from torch import Tensor
 from routesae.harvest import run
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.filling import batching, buffer
-from routesae.harvest.lm.model import LanguageModel, run_until
+from routesae.harvest.lm.model import LanguageModel
+from routesae.harvest.lm.passes import run_until
 from routesae.harvest.run import harvest
 from routesae.harvest.settings import HarvestSettings
 from routesae.reporting import FailedRun, Progress

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from routesae.harvest.lm.model import (
     LanguageModel,
-    capturing,
     config_hash,
     cut_after,
     find_blocks,
@@ -29,9 +28,9 @@ from routesae.harvest.lm.model import (
     load_lm,
     load_tokenizer,
     model_layers,
-    run_until,
     weights_hash,
 )
+from routesae.harvest.lm.passes import capturing, run_until
 from routesae.harvest.run import harvest
 from routesae.harvest.settings import HarvestSettings
 from routesae.machine.device import pick_device, pick_lm_dtype

