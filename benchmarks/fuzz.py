@@ -48,7 +48,7 @@ from routesae.train.folder.checkpoint import load_sae, save_sae
 from routesae.train.loading.batches import Selection, read_sample
 from routesae.train.saes import Recipe, build
 from routesae.train.settings import settings_of
-from routesae.train.state import hash_of_facts, read_facts
+from routesae.train.state import checkpoint_file, load_checkpoint, save_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent))
 from synthetic import synthetic_cache
@@ -207,18 +207,6 @@ def mutated_header(valid: bytes) -> st.SearchStrategy[bytes]:
     return _altered(header).map(with_header) | lengths | mutated_bytes(valid)
 
 
-def resealed_facts(valid: bytes) -> st.SearchStrategy[bytes]:
-    """state.json that agrees with its own checksum."""
-
-    def sealed(facts: Any) -> bytes:
-        facts.pop("facts_hash", None)
-        with contextlib.suppress(UnicodeEncodeError):
-            facts["facts_hash"] = hash_of_facts(facts)
-        return _dumps(facts)
-
-    return _altered(json.loads(valid)).map(sealed) | mutated_json(valid)
-
-
 def mutated_toml(valid: bytes) -> st.SearchStrategy[bytes]:
     known = [line.split(b" = ")[0] for line in valid.splitlines() if b" = " in line]
     key = st.sampled_from(known) | st.binary(max_size=8)
@@ -243,11 +231,9 @@ def readers(scratch: Path) -> list[Reader]:
     sae = scratch / "sae"
     sae.mkdir()
     save_sae(sae, build(recipe, torch.Generator().manual_seed(0)), {"model": "x"})
-    step = scratch / "run" / "step-00000003"
-    step.mkdir(parents=True)
-    counts = dict.fromkeys(("metrics_bytes", "tokens_done", "log_steps", "log_tokens"), 7)
-    facts = {"step": 3, "identity": {"run": {"k": 2}}, "scale": 1.0, "tensors_hash": "00", **counts}
-    (step / "state.json").write_bytes(_dumps({**facts, "facts_hash": hash_of_facts(facts)}))
+    partial = scratch / "run"
+    partial.mkdir()
+    save_checkpoint(partial, 3, {"scale": torch.ones(()), "counts": torch.arange(3)}, {"run": {"k": 2}})
     config = scratch / "config.toml"
     config.write_text('k = 4\nlr = 1e-3\nname = "x"\nout = "saes"\nseed = 1\n[[run]]\nsae = "topk"\nlatents = 8\n')
 
@@ -312,7 +298,7 @@ def readers(scratch: Path) -> list[Reader]:
         Reader("compressed metadata", packed / "zarr.json", read_packed, mutated_json),
         Reader("cfg.json", sae / "cfg.json", read_sae, mutated_json),
         Reader("safetensors", sae / "sae_weights.safetensors", read_sae, mutated_header),
-        Reader("state.json", step / "state.json", lambda: read_facts(scratch / "run", 3), resealed_facts),
+        Reader("checkpoint", checkpoint_file(partial, 3), lambda: load_checkpoint(partial, 3), mutated_header),
         Reader("TOML config", config, lambda: settings_of({}, str(config)), mutated_toml),
         Reader("contexts.parquet", contexts / CONTEXTS, read_contexts_whole, mutated_bytes),
         Reader("latents.parquet", contexts / LATENTS, read_contexts_whole, mutated_bytes),

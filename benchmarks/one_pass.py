@@ -19,7 +19,7 @@ import torch
 from routesae.harvest.cache.reader import Cache
 from routesae.train.jobs import jobs_of
 from routesae.train.loading.batches import Selection, load
-from routesae.train.run import _trainee, pace_of, planned
+from routesae.train.run import pace_of, planned, trainee_of
 from routesae.train.settings import settings_of
 from routesae.train.trainee import Inputs
 
@@ -44,7 +44,7 @@ def main() -> None:
         for job in jobs:
             job.partial.mkdir(parents=True)
         pace = pace_of(selection, settings, CPU)
-        trainees = [_trainee(job, settings, pace, CPU, stack) for job in jobs]
+        trainees = [trainee_of(job, settings, pace, CPU, stack) for job in jobs]
         _, plans = planned(selection, settings)
         batches = stack.enter_context(closing(load(selection, plans, args.batch_tokens, CPU)))
         times: dict[str, list[float]] = {name: [] for name in (*VARIANTS, "pass")}

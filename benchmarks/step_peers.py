@@ -31,7 +31,7 @@ from routesae.harvest.cache.manifest import STATISTICS
 from routesae.harvest.cache.reader import Cache
 from routesae.train.jobs import jobs_of
 from routesae.train.loading.batches import Batch, Selection
-from routesae.train.run import _trainee, pace_of
+from routesae.train.run import pace_of, trainee_of
 from routesae.train.settings import settings_of
 from routesae.train.trainee import Inputs
 
@@ -130,7 +130,7 @@ def ours(
     job = replace(job, recipe=replace(job.recipe, layers=task.layers))
     job.partial.mkdir(parents=True)
     selection = Selection(cache, 0, cache.manifest.train_rows, task.layers)
-    trainee = _trainee(job, settings, pace_of(selection, settings, CPU), CPU, stack)
+    trainee = trainee_of(job, settings, pace_of(selection, settings, CPU), CPU, stack)
     trainee.sae.initialise(Inputs(batch.stored, batch.layers)(trainee.sae.recipe, trainee.scale))
     done = 0
 

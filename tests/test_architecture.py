@@ -51,8 +51,6 @@ TO_MEND: set[str] = {
     "harvest/cache/manifest.py imports routesae.harvest.corpus.tokens.kept_positions",
     "harvest/cache/reader.py imports routesae.harvest.corpus.tokens.Ids",
     "harvest/cache/writer.py imports routesae.harvest.corpus.tokens.Ids",
-    "train/folder/hub.py imports routesae.train.log.METRICS",
-    "train/ranks/sharding.py imports routesae.train.saes.SAE",
 }
 MODULES_A_FOLDER = 12  # saes apart, where a variant is a file
 COMMAND_LINE = (

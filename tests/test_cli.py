@@ -921,13 +921,13 @@ def test_ctrl_c_leaves_no_sae_but_a_checkpoint_that_the_same_goes_on_from(tiny_c
     metrics = tmp_path / "saes" / ".long.partial" / "metrics.jsonl"
     run = routesae(*arguments, cwd=tmp_path)
     (line,) = interrupted(run, lambda: metrics.exists() and metrics.stat().st_size > 0)
-    found = re.fullmatch(r"routesae: stopped after step (\d+) of \d+; the same with --resume goes on", line)
+    found = re.fullmatch(r"routesae: stopped after step (\d+) of \d+; the same command with --resume goes on", line)
     assert found is not None, line
     assert [path for path in (tmp_path / "saes").iterdir() if path.is_dir()] == [metrics.parent]
     (state,) = metrics.parent.glob("step-*")
     assert int(state.name[5:]) == int(found[1])
     again = refused(*arguments, "--out", tmp_path / "saes")
-    assert f"long was stopped after step {int(found[1])}; --resume goes on there, --overwrite starts again" in again
+    assert f"long was stopped after step {int(found[1])}; --resume continues it, --overwrite starts again" in again
     shorter = refused(*arguments, "--out", tmp_path / "saes", "--resume", "--epochs", "1")
     assert "long was begun with other settings: pass.epochs (was 100000, now 1)" in shorter
 

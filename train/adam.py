@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
-from routesae.train.ranks.distributed import own_rows
+from routesae.train.ranks.distributed import local_rows
 
 BETAS = (0.9, 0.999)
 EPSILON = 6.25e-10  # 2406.04093, appendix A.2: rarely active latents have tiny gradients
@@ -39,10 +39,10 @@ class Adam:
         for factor in sorted(set(self.factors)):
             at = [i for i, p in enumerate(self.parameters) if self.factors[i] == factor and p.grad is not None]
             adam(
-                [own_rows(self.parameters[i]) for i in at],
-                [own_rows(grad) for i in at if (grad := self.parameters[i].grad) is not None],
-                [own_rows(self.means[i]) for i in at],
-                [own_rows(self.squares[i]) for i in at],
+                [local_rows(self.parameters[i]) for i in at],
+                [local_rows(grad) for i in at if (grad := self.parameters[i].grad) is not None],
+                [local_rows(self.means[i]) for i in at],
+                [local_rows(self.squares[i]) for i in at],
                 [],
                 [self.steps[i] for i in at],
                 fused=True,

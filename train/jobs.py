@@ -1,10 +1,11 @@
-"""What a pass is to train: settings and a cache in; a job an SAE, and from which step on, out.
+"""The SAEs that a run is to train, and whether their folders may be written.
 
-A folder that holds another SAE, or the rest of another run, is never written without being asked to.
+A folder that holds another SAE, or the rest of another run, is only written with --resume or --overwrite.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Sequence
@@ -21,19 +22,29 @@ from routesae.train.folder.checkpoint import CONFIG, read_config
 from routesae.train.recipes import default_name, make_recipe
 from routesae.train.saes import Recipe
 from routesae.train.settings import RunSettings, TrainSettings
-from routesae.train.state import drop_checkpoints, newest_step, partial_folder, read_facts, require_same
+from routesae.train.state import drop_checkpoints, load_checkpoint, newest_step, partial_folder, require_same
 
 log = logging.getLogger(__name__)
+
+DECISIVE = ("batch_tokens", "epochs", "tokens", "dead_after_tokens", "sparsity_warmup", "seed")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One SAE to be. identity: all that decides its weights, as JSON; a run resumed must have the same."""
+    """One SAE to train.
+
+    identity: all that decides its weights, as JSON has it; a run may only be resumed with the same. It is kept in
+    checkpoints and in the finished SAE's cfg.json.
+    """
 
     settings: RunSettings
     recipe: Recipe
     folder: Path
     identity: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
 
     @property
     def partial(self) -> Path:
@@ -46,21 +57,21 @@ def folders(settings: TrainSettings) -> list[Path]:
 
 
 def jobs_of(settings: TrainSettings, cache: Cache, device: torch.device) -> list[Job]:
-    passed = {name: getattr(settings, name) for name in ("batch_tokens", "epochs", "tokens", "dead_after_tokens")}
-    passed |= {"sparsity_warmup": settings.sparsity_warmup, "seed": settings.seed}
-    passed |= {"precision": str(precision_of(settings, device))}
+    """Raises WrongInput for settings that do not fit the cache, and for two SAEs of one name."""
+    shared = {name: getattr(settings, name) for name in DECISIVE}
+    shared["precision"] = str(precision_of(settings, device))
     origin = {**cache.manifest.to_dict(), "lm_weights": cache.weights_hash()}
-    jobs = []
+    jobs: dict[Path, Job] = {}
     for run in settings.runs:
         recipe = make_recipe(run, cache)
         cache.require_layers(recipe.layers)
-        own = {name: value for name, value in asdict(run).items() if name != "name"}
-        identity = {"run": own, "recipe": asdict(recipe), "pass": passed, "cache": origin}
-        jobs.append(Job(run, recipe, Path(settings.out) / (run.name or default_name(recipe)), identity))
-    for job in jobs:
-        if sum(other.folder == job.folder for other in jobs) > 1:
-            raise WrongInput(f"two SAEs of this run would be {job.folder}; name each in its [[run]] of a --config")
-    return jobs
+        folder = Path(settings.out) / (run.name or default_name(recipe))
+        if folder in jobs:
+            raise WrongInput(f"two SAEs of this run would be {folder}; name each in its [[run]] of a --config")
+        decisive = {name: value for name, value in asdict(run).items() if name != "name"}
+        identity = {"run": decisive, "recipe": asdict(recipe), "pass": shared, "cache": origin}
+        jobs[folder] = Job(run, recipe, folder, json.loads(json.dumps(identity)))
+    return list(jobs.values())
 
 
 def precision_of(settings: TrainSettings, device: torch.device) -> torch.dtype:
@@ -70,17 +81,17 @@ def precision_of(settings: TrainSettings, device: torch.device) -> torch.dtype:
 
 
 def is_finished(job: Job, settings: TrainSettings) -> bool:
-    """Whether --resume finds this SAE trained already. Raises WrongInput where its folder must not be written."""
+    """Whether --resume finds this SAE trained already. Raises WrongInput if its folder must not be written."""
     if not job.folder.exists():
         return False
     if not (job.folder / CONFIG).is_file():
         raise WrongInput(f"{job.folder} exists and is not an SAE, so it is not overwritten; give another --name")
     if settings.resume and newest_step([job.partial]):
-        return False  # a stopped --overwrite: what is there is replaced once the new one is done
+        return False  # an --overwrite was stopped: the SAE there is replaced once the new one is finished
     if settings.resume:
         source = read_config(job.folder).get("metadata", {}).get("routesae", {}).get("source", {})
         require_same(job.folder, source.get("identity", {}), job.identity)
-        drop_checkpoints(job.folder)  # where a kill came just before that
+        drop_checkpoints(job.folder)  # left by a run that was killed just before it dropped them
         log.info("%s is trained already", job.folder)
         return True
     if not settings.overwrite:
@@ -89,24 +100,23 @@ def is_finished(job: Job, settings: TrainSettings) -> bool:
 
 
 def first_step(jobs: Sequence[Job], settings: TrainSettings) -> int:
-    """Steps already done; makes the partial folders. Raises WrongInput where what is there must not be lost."""
-    steps = {job.folder.name: newest_step([job.partial]) for job in jobs}
+    """How many steps are done already; makes the partial folders. Raises WrongInput if work would be lost."""
+    steps = {job.name: newest_step([job.partial]) for job in jobs if not settings.overwrite}
     stopped = {name: step for name, step in steps.items() if step}
-    if stopped and not settings.resume and not settings.overwrite:
+    if stopped and not settings.resume:
         name, step = next(iter(stopped.items()))
-        raise WrongInput(f"{name} was stopped after step {step}; --resume goes on there, --overwrite starts again")
-    if settings.resume and stopped:
-        if absent := [job.folder.name for job in jobs if not job.partial.exists()]:
-            raise WrongInput(f"--resume: {absent[0]} was not stopped with {', '.join(stopped)}; train it apart")
+        raise WrongInput(f"{name} was stopped after step {step}; --resume continues it, --overwrite starts again")
+    if stopped:
+        if absent := [job.name for job in jobs if not job.partial.exists()]:
+            raise WrongInput(f"--resume: {absent[0]} was not stopped with {', '.join(stopped)}; train it separately")
         for job in jobs:
-            if steps[job.folder.name]:
-                then = read_facts(job.partial, steps[job.folder.name])["identity"]
-                require_same(job.folder, then, job.identity)
+            if step := steps[job.name]:
+                require_same(job.folder, load_checkpoint(job.partial, step)[1], job.identity)
         if step := newest_step([job.partial for job in jobs]):
             return step
         if all(steps.values()):
-            stood = ", ".join(f"{name} after step {step}" for name, step in steps.items())
-            raise WrongInput(f"--resume: they were not stopped together ({stood}); train them apart")
+            shown = ", ".join(f"{name} after step {step}" for name, step in steps.items())
+            raise WrongInput(f"--resume: the SAEs were not stopped together ({shown}); train them separately")
     for job in jobs:
         shutil.rmtree(job.partial, ignore_errors=True)
         job.partial.mkdir(parents=True)

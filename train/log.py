@@ -1,4 +1,4 @@
-"""Steps in; a line of metrics.jsonl, of every tracker and of the progress bar every so often out.
+"""The log of an SAE in training: every few steps a line for metrics.jsonl, the trackers and the progress bar.
 
 Dimension letters: F latents, L layers.
 """
@@ -17,60 +17,58 @@ from torch import Tensor
 from routesae.machine.files import refuse_link
 from routesae.reporting import FailedRun
 from routesae.train.evaluate import entropy
+from routesae.train.folder.checkpoint import METRICS_FILE
 from routesae.train.losses import Objective
 from routesae.train.ranks.distributed import batch_rows, batch_sum
 from routesae.train.saes import SAE, Forward
 from routesae.train.trackers import Tracker
 
-METRICS = "metrics.jsonl"
-
 
 class StepLog:
-    """Sums over the steps since the last line, and that line. Reads the device once a line.
+    """Sums over the steps since the last line. Waits for the device once a line.
 
-    folder: where the lines go; None: nowhere, as another rank writes them.
+    folder: where metrics.jsonl is written; None on ranks that do not write it.
     """
 
     def __init__(self, sae: SAE, folder: Path | None, trackers: list[Tracker], peak_lr: float):
         self.sae, self.trackers, self.peak_lr = sae, trackers, peak_lr
-        path = Path(os.devnull) if folder is None else folder / METRICS
+        self.writes = folder is not None
+        path = Path(os.devnull) if folder is None else folder / METRICS_FILE
         refuse_link(path)
         self.file = path.open("a")
-        self.writes = folder is not None
-        self.tokens_done = 0
+        self.tokens_done = 0  # up to the last line
         self.lr = 0.0
-        self.steps = self.tokens = 0
+        self.tokens = 0  # since the last line
         self.sums = torch.zeros(3, dtype=torch.float64, device=sae.device)  # loss, NormMSE, L0; each times tokens
-        self.lost = torch.zeros((), dtype=torch.int64, device=sae.device)  # the first step whose loss was no number
+        self.first_bad_step = torch.zeros((), dtype=torch.int64, device=sae.device)  # whose loss was not finite
         self.routed_L = torch.zeros(len(sae.recipe.layers), dtype=torch.float64, device=sae.device)
         self.waited_seconds = 0.0  # for batches
         self.began = time.perf_counter()
 
     @torch.no_grad()
     def add(self, out: Forward, objective: Objective, counts_F: Tensor, tokens: int, lr: float, step: int) -> None:
-        """counts_F: on how many of the batch's rows each latent was active. tokens: of the batch."""
+        """counts_F: on how many of the batch's rows each latent was active. tokens: of the whole batch."""
         l0 = counts_F.sum() / batch_rows(len(out.x_ND))
         self.sums += torch.stack([objective.total.double(), objective.norm_mse.double(), l0.double()]) * tokens
-        self.lost = torch.where((self.lost == 0) & ~objective.total.isfinite(), step, self.lost)
+        is_first = (self.first_bad_step == 0) & ~objective.total.isfinite()
+        self.first_bad_step = torch.where(is_first, step, self.first_bad_step)
         if out.routing_NL is not None:
             tokens_L = batch_sum(torch.bincount(out.routing_NL.argmax(1), minlength=len(self.routed_L)))
             self.routed_L += tokens_L * (tokens / batch_rows(len(out.routing_NL)))
-        self.steps += 1
         self.tokens += tokens
         self.lr = lr
 
     def require_finite(self) -> None:
-        """Raises FailedRun naming the step where the loss became no number. Waits for the device."""
-        if lost := int(self.lost):
-            raise FailedRun(f"the loss became no number at step {lost}; lower --lr {self.peak_lr}")
+        """Raises FailedRun naming the first step whose loss was NaN or infinite. Waits for the device."""
+        if step := int(self.first_bad_step):
+            raise FailedRun(f"the loss is NaN or infinite at step {step}; lower --lr {self.peak_lr}")
 
     def write(self, step: int, dead: Tensor) -> dict[str, str]:
-        """The line; returns what of it a progress bar shows. Raises FailedRun where the loss is no number."""
+        """Write a line and return what a progress bar shows of it. Raises FailedRun if a loss was not finite."""
         self.require_finite()
         loss, error, l0 = (self.sums / self.tokens).tolist()
         self.tokens_done += self.tokens
         seconds = time.perf_counter() - self.began
-        tokens_per_second = self.tokens / seconds
         line: dict[str, Any] = {
             "step": step,
             "tokens": self.tokens_done,
@@ -79,59 +77,47 @@ class StepLog:
             "l0": l0,
             "dead": float(dead),
             "lr": self.lr,
-            "tokens_per_second": tokens_per_second,
+            "tokens_per_second": self.tokens / seconds,
             "data_wait": self.waited_seconds / seconds,
         }
-        facts = {"NormMSE": f"{error:.4f}", "L0": f"{l0:.1f}", "dead": f"{float(dead):.1%}"}
+        shown = {"NormMSE": f"{error:.4f}", "L0": f"{l0:.1f}", "dead": f"{float(dead):.1%}"}
         if self.routed_L.any():
-            shares_L = self.routed_L / self.tokens
-            line["layer_shares"] = dict(zip(map(str, self.sae.recipe.layers), shares_L.tolist(), strict=True))
+            layers, shares_L = self.sae.recipe.layers, self.routed_L / self.tokens
+            line["layer_shares"] = dict(zip(map(str, layers), shares_L.tolist(), strict=True))
             line["routing_entropy"] = entropy(shares_L)
             top = int(shares_L.argmax())
-            facts["top layer"] = f"{self.sae.recipe.layers[top]}: {float(shares_L[top]):.0%}"
-        facts["tokens/s"] = f"{tokens_per_second:,.0f}"
+            shown["top layer"] = f"{layers[top]}: {float(shares_L[top]):.0%}"
+        shown["tokens/s"] = f"{line['tokens_per_second']:,.0f}"
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
         for tracker in self.trackers:
             tracker.log(step, line)
         self.sums.zero_()
         self.routed_L.zero_()
-        self.steps = self.tokens = 0
-        self.waited_seconds = 0.0
-        self.began = time.perf_counter()
-        return facts
+        self.tokens, self.waited_seconds, self.began = 0, 0.0, time.perf_counter()
+        return shown
 
     def tensors(self) -> dict[str, Tensor]:
-        """The sums since the last line, for a checkpoint."""
-        return {"log.sums": self.sums, "log.routed": self.routed_L}
-
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        self.sums.copy_(tensors["log.sums"])
-        self.routed_L.copy_(tensors["log.routed"])
-
-    def facts(self) -> dict[str, Any]:
-        """Where metrics.jsonl stands, so that a resumed run can cut what came after its checkpoint."""
+        """The state for a checkpoint: sums, and how long metrics.jsonl is, which is then on the disk."""
         self.file.flush()
-        os.fsync(self.file.fileno())
-        return {
-            "metrics_bytes": self.file.tell(),
-            "tokens_done": self.tokens_done,
-            "log_steps": self.steps,
-            "log_tokens": self.tokens,
-        }
+        if self.writes:
+            os.fsync(self.file.fileno())
+        counts = torch.tensor([self.file.tell(), self.tokens_done, self.tokens])
+        return {"log.sums": self.sums, "log.routed": self.routed_L, "log.counts": counts}
 
-    def load_facts(self, facts: dict[str, Any]) -> None:
-        """Raises FailedRun where metrics.jsonl has lost what the checkpoint knew of."""
-        self.tokens_done, self.steps, self.tokens = facts["tokens_done"], facts["log_steps"], facts["log_tokens"]
+    def restore(self, length: int, tokens_done: int, tokens: int) -> None:
+        """Go on from a checkpoint: cut metrics.jsonl back to its length then. Raises FailedRun if it is shorter."""
+        self.tokens_done, self.tokens = tokens_done, tokens
         if not self.writes:
             return
         size = self.file.seek(0, os.SEEK_END)
-        if size < facts["metrics_bytes"]:
-            raise FailedRun(f"{self.file.name} is {size} bytes, shorter than at its checkpoint; start again")
-        self.file.truncate(facts["metrics_bytes"])
-        self.file.seek(0, os.SEEK_END)  # truncating leaves tell(), which the next checkpoint keeps, where it was
+        if size < length:
+            raise FailedRun(f"{self.file.name} has {size} bytes, fewer than at its checkpoint; start again")
+        self.file.truncate(length)
+        self.file.seek(0, os.SEEK_END)  # truncating does not move tell(), which the next checkpoint keeps
 
     def close(self) -> None:
+        """Close the file and the trackers; once is enough."""
         self.file.close()
-        for tracker in self.trackers:
-            tracker.close()
+        while self.trackers:
+            self.trackers.pop().close()

@@ -1,4 +1,4 @@
-"""The stage train: a cache in; SAEs in folders out, all of them from one pass over the batches, with no LM in sight.
+"""Train SAEs on a cache, all of them in one pass over its batches, with no LM in sight.
 
     shards → batches → normalised → each SAE: loss → gradient → Adam → … → saes/NAME/
 
@@ -24,7 +24,7 @@ from routesae import __version__
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.cache.verify import require_intact
 from routesae.machine.device import keep_freed_memory
-from routesae.machine.stop import stop_requests
+from routesae.machine.stop import stop_code, stop_requests
 from routesae.reporting import FailedRun, Progress, Report, Stopped, WrongInput, silent
 from routesae.train.evaluate import CacheScores, score_on_cache
 from routesae.train.folder.checkpoint import commit_folder, save_sae
@@ -46,7 +46,7 @@ from routesae.train.saes import SAE, build
 from routesae.train.saes.normalise import dataset_scale
 from routesae.train.settings import TrainSettings
 from routesae.train.sparse.search import product_dtype
-from routesae.train.state import drop_checkpoints, load_checkpoint, read_facts, save_checkpoint
+from routesae.train.state import drop_checkpoints
 from routesae.train.trackers import open_trackers, require_trackers
 from routesae.train.trainee import Inputs, Pace, Trainee
 
@@ -54,12 +54,12 @@ log = logging.getLogger(__name__)
 
 INITIAL_SAMPLE_TOKENS = 8192  # what b_dec's geometric median is taken over
 DEAD_AFTER_TOKENS = 10_000_000  # 2406.04093, appendix A.2
-_FAILED = 1 << 16  # what ranks agree on where one of them cannot go on; above the number of any signal
+_FAILED = 1 << 16  # what ranks agree on when one of them cannot go on; above the number of any signal
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """folder: where the SAE is. held_out: its scores on the held-out rows; None where the cache has none."""
+    """folder: where the SAE is. held_out: its scores on the held-out rows; None if the cache has none."""
 
     folder: Path
     held_out: CacheScores | None
@@ -68,56 +68,55 @@ class TrainResult:
 def train(settings: TrainSettings, report: Report = silent) -> list[TrainResult]:
     """Train the settings' SAEs on the cache's training rows and write each, whole or not at all.
 
-    With `resume`, SAEs that are finished already are left as they are and have no result.
-    Raises WrongInput for a cache or setting that cannot be used, FailedRun where training cannot go on, Stopped
-    where it was asked to stop and left a checkpoint.
+    With `resume`, SAEs that are finished already stay as they are and have no result. Of several ranks, rank 0 reads
+    and writes the folders and has the results.
+    Raises WrongInput for a cache or setting that cannot be used, FailedRun if training cannot go on, Stopped if it
+    was asked to stop and left a checkpoint.
     """
     require_trackers(settings.log)
-    with joined_ranks(group=settings.shard or settings.cpu_offload) as ranks:
-        return _train(settings, ranks, report if ranks.first else silent)
-
-
-def _train(settings: TrainSettings, ranks: Ranks, report: Report) -> list[TrainResult]:
-    """Where there are several ranks, rank 0 reads and writes the SAEs' folders and has the results."""
-    with ranks.all_or_none():
-        device = ranks.device(settings.device)
-        cache = Cache(settings.cache)
-        if settings.verify and ranks.first:
-            require_intact(cache, report)
-        jobs = jobs_of(settings, cache, device)
-        selection = _selection(cache, jobs, settings, ranks)
-        finished = [ranks.first and is_finished(job, settings) for job in jobs]
-    jobs = [job for job, done in zip(jobs, ranks.told(finished), strict=True) if not done]
-    if not jobs:
-        return []
-    with ranks.all_or_none():
-        begun = first_step(jobs, settings) if ranks.first else 0
-    begun = int(ranks.told([begun])[0])
-    keep_freed_memory()
-    with ExitStack() as stack:
+    divided = settings.shard or settings.cpu_offload
+    with joined_ranks(group=divided) as ranks, ExitStack() as stack:
+        report = report if ranks.first else silent
+        with ranks.all_or_none():
+            device = ranks.device(settings.device)
+            cache = Cache(settings.cache)
+            if settings.verify and ranks.first:
+                require_intact(cache, report)
+            jobs = jobs_of(settings, cache, device)
+            selection = _selection(cache, jobs, settings, ranks)
+            finished = [ranks.first and is_finished(job, settings) for job in jobs]
+        jobs = [job for job, done in zip(jobs, ranks.broadcast(finished), strict=True) if not done]
+        if not jobs:
+            return []
+        with ranks.all_or_none():
+            begun = first_step(jobs, settings) if ranks.first else 0
+        begun = int(ranks.broadcast([begun])[0])
+        keep_freed_memory()
         pace = pace_of(selection, settings, device)
         with ranks.all_or_none():
-            trainees = [_trainee(job, settings, pace, device, stack, ranks) for job in jobs]
-        _begin(trainees, selection, settings, begun, device)
-        fit(trainees, selection, settings, begun, [job.identity for job in jobs], report)
-    saes = [trainee.whole_sae() for trainee in trainees]
-    if not ranks.first:
-        return []
-    return [
-        _finish(trainee, sae.eval(), job, settings, cache, report)
-        for trainee, sae, job in zip(trainees, saes, jobs, strict=True)
-    ]
+            trainees = [trainee_of(job, settings, pace, device, stack, ranks) for job in jobs]
+        if begun == 0:
+            _initialise(trainees, selection, settings)
+        for trainee in trainees if divided else []:
+            trainee.divide(offload=settings.cpu_offload)
+        with ranks.all_or_none():
+            for trainee in trainees if begun else []:
+                trainee.load(begun)
+        fit(trainees, selection, settings, begun, report)
+        saes = [trainee.whole_sae().eval() for trainee in trainees]  # which every rank takes part in
+        finishing = zip(trainees, saes, strict=True) if ranks.first else ()
+        return [_finish(trainee, sae, settings, cache, report) for trainee, sae in finishing]
 
 
 def _selection(cache: Cache, jobs: Sequence[Job], settings: TrainSettings, ranks: Ranks) -> Selection:
-    """The training rows, of every layer that an SAE reads. Raises WrongInput where there are too few."""
+    """The training rows of every layer that an SAE reads. Raises WrongInput if there are too few."""
     layers = sorted({layer for job in jobs for layer in job.recipe.layers})
     selection = Selection(cache, 0, cache.manifest.train_rows, layers)
     if len(selection) == 0:
         raise WrongInput(f"{cache.path} has no kept token in its training rows; harvest more text")
     if settings.batch_tokens < ranks.world:
         raise WrongInput(
-            f"--batch-tokens {settings.batch_tokens} are fewer than the {ranks.world} processes that divide them"
+            f"--batch-tokens {settings.batch_tokens} is below the {ranks.world} processes that divide it; raise it"
         )
     return selection
 
@@ -139,9 +138,10 @@ def pace_of(selection: Selection, settings: TrainSettings, device: torch.device)
     )
 
 
-def _trainee(
+def trainee_of(
     job: Job, settings: TrainSettings, pace: Pace, device: torch.device, stack: ExitStack, ranks: Ranks = ALONE
 ) -> Trainee:
+    """A new SAE ready to be trained; the stack closes its log. Raises WrongInput if --max-memory is too small."""
     sae = build(job.recipe, torch.Generator().manual_seed(settings.seed)).to(device).train()
     if settings.max_memory is not None:
         sae.chunk_rows = settings.max_memory // (4 * job.recipe.latents)
@@ -151,58 +151,42 @@ def _trainee(
                 f"of one token; give {4 * job.recipe.latents:,} or more"
             )
     names = settings.log if ranks.first else ()
-    trackers = open_trackers(names, job.folder.name, job.partial, asdict(job.settings))
+    trackers = open_trackers(names, job.name, job.partial, asdict(job.settings))
     step_log = StepLog(sae, job.partial if ranks.first else None, trackers, job.settings.lr)
     stack.callback(step_log.close)
-    return Trainee(sae, job.settings, pace, job.partial, step_log, ranks)
-
-
-def _begin(
-    trainees: Sequence[Trainee], selection: Selection, settings: TrainSettings, begun: int, device: torch.device
-) -> None:
-    """The state after step `begun`, the same on every rank, divided among them where that was asked for."""
-    ranks = trainees[0].ranks
-    if begun == 0:
-        with ranks.all_or_none():
-            if ranks.first:
-                _initialise(trainees, _initial_sample(selection, settings, device), selection.layers)
-        for trainee in trainees:
-            ranks.share(list(trainee.sae.state_dict().values()))
-            (trainee.scale,) = ranks.told([trainee.scale])
-    for trainee in trainees if settings.shard or settings.cpu_offload else []:
-        trainee.divide(offload=settings.cpu_offload)
-    with ranks.all_or_none():
-        for trainee in trainees if begun else []:
-            load_checkpoint(trainee, begun, read_facts(trainee.folder, begun))
+    return Trainee(sae, job, pace, step_log, ranks)
 
 
 @torch.no_grad()
-def _initialise(trainees: Sequence[Trainee], sample: Batch, layers: Sequence[int]) -> None:
-    inputs = Inputs(sample, layers)
+def _initialise(trainees: Sequence[Trainee], selection: Selection, settings: TrainSettings) -> None:
+    """Start biases, thresholds and scales from a sample of the data, the same on every rank."""
+    ranks, device = trainees[0].ranks, trainees[0].device
+    with ranks.all_or_none():
+        if ranks.first:
+            sample = read_sample(selection, seed=settings.seed, tokens=INITIAL_SAMPLE_TOKENS)
+            inputs = Inputs(Batch(*(tensor.to(device) for tensor in sample)), selection.layers)
+            for trainee in trainees:
+                recipe = trainee.sae.recipe
+                if recipe.normalize == "dataset":
+                    at = [selection.layers.index(layer) for layer in recipe.layers]
+                    trainee.scale = dataset_scale(inputs.batch.hidden_LND[at])
+                trainee.sae.initialise(inputs(recipe, trainee.scale))
     for trainee in trainees:
-        if trainee.sae.recipe.normalize == "dataset":
-            own = [list(layers).index(layer) for layer in trainee.sae.recipe.layers]
-            trainee.scale = dataset_scale(sample.hidden_LND[own])
-        trainee.sae.initialise(inputs(trainee.sae.recipe, trainee.scale))
+        ranks.share(list(trainee.sae.state_dict().values()))
+        (trainee.scale,) = ranks.broadcast([trainee.scale])
 
 
 def fit(
-    trainees: Sequence[Trainee],
-    selection: Selection,
-    settings: TrainSettings,
-    begun: int,
-    identities: Sequence[dict[str, Any]],
-    report: Report = silent,
+    trainees: Sequence[Trainee], selection: Selection, settings: TrainSettings, begun: int, report: Report = silent
 ) -> None:
-    """The training loop: one pass of this is one step of every SAE. begun: steps that are done already."""
+    """The training loop: each round takes one step of every SAE. begun: steps that are done already."""
     total_steps, plans = planned(selection, settings)
-    tokens = len(selection)
     ranks, device = trainees[0].ranks, trainees[0].device
-    own = (share_of(plan, ranks.rank, ranks.world) for plan in islice(plans, begun, None))
+    shares = (share_of(plan, ranks.rank, ranks.world) for plan in islice(plans, begun, None))
     most = largest_share(settings.batch_tokens, ranks.world)
     stage = f"train {trainees[0].sae.recipe.sae}" if len(trainees) == 1 else f"train {len(trainees)} SAEs"
     saved = begun
-    with stop_requests() as stop, closing(load(selection, own, most, device)) as batches:
+    with stop_requests() as stop, closing(load(selection, shares, most, device)) as batches:
         for step in range(begun + 1, total_steps + 1):
             began = time.perf_counter()
             batch, failure = _next(batches)
@@ -211,82 +195,75 @@ def fit(
             # All ranks end with the same step, whichever of them was asked to stop or has no batch.
             if reason := ranks.largest(_FAILED if failure else request or 0):
                 if saved < step - 1:
-                    _checkpoint(trainees, step - 1, identities)
+                    _checkpoint(trainees, step - 1)
                 _end(ranks, failure, reason, f"stopped after step {step - 1} of {total_steps}")
             assert batch is not None
-            inputs = Inputs(batch, selection.layers, step_tokens(step, tokens, settings.batch_tokens))
+            inputs = Inputs(batch, selection.layers, step_tokens(step, len(selection), settings.batch_tokens))
             for trainee in trainees:
                 trainee.log.waited_seconds += waited
                 trainee.step(step, inputs)
             last = step == total_steps
             if last or step % settings.log_every_steps == 0:
-                shown = {trainee.name: trainee.log.write(step, trainee.dead_share) for trainee in trainees}
-                report(Progress(stage, step, total_steps, "steps", _facts(shown)))
+                shown = {trainee.job.name: trainee.log.write(step, trainee.dead_share) for trainee in trainees}
+                one = next(iter(shown.values())) if len(shown) == 1 else None
+                facts = one or {name: line["NormMSE"] for name, line in shown.items()}
+                report(Progress(stage, step, total_steps, "steps", facts))
             if last or step % settings.checkpoint_every_steps == 0:
-                _checkpoint(trainees, step, identities)
+                _checkpoint(trainees, step)
                 saved = step
 
 
 def _next(batches: Batches) -> tuple[Batch | None, Exception | None]:
     try:
         return next(batches), None
-    except (FailedRun, OSError) as failure:  # other ranks wait for this one, to end with it
+    except (FailedRun, OSError) as failure:  # the other ranks wait for this one, to end together
         return None, failure
 
 
-def _checkpoint(trainees: Sequence[Trainee], step: int, identities: Sequence[dict[str, Any]]) -> None:
-    """Of numbers only: what is broken must not replace the last checkpoint that is not. Raises FailedRun."""
+def _checkpoint(trainees: Sequence[Trainee], step: int) -> None:
+    """Save all SAEs, then delete their older checkpoints. Raises FailedRun if weights are NaN or infinite."""
     for trainee in trainees:
-        trainee.require_finite(step)
-    save_checkpoint(trainees, step, identities)
+        trainee.save(step)
+    for trainee in trainees if trainees[0].ranks.first else []:
+        drop_checkpoints(trainee.job.partial, but=step)
 
 
 def _end(ranks: Ranks, failure: Exception | None, reason: int, message: str) -> NoReturn:
     if failure is not None:
         raise failure
     if reason == _FAILED:
-        raise Stopped("", 1)  # the rank that failed says why
-    code = 0 if reason == signal.SIGTERM else 130
-    raise Stopped(f"{message}; the same with --resume goes on" if ranks.first else "", code)
+        raise Stopped("", 1)  # the rank that failed reports why
+    line = f"{message}; the same command with --resume goes on" if ranks.first else ""
+    raise Stopped(line, stop_code(signal.Signals(reason)))
 
 
-def _facts(shown: dict[str, dict[str, str]]) -> dict[str, str]:
-    if len(shown) == 1:
-        return next(iter(shown.values()))
-    return {name: facts["NormMSE"] for name, facts in shown.items()}
-
-
-def _finish(
-    trainee: Trainee, sae: SAE, job: Job, settings: TrainSettings, cache: Cache, report: Report
-) -> TrainResult:
-    """Score, save, and give the folder its name."""
+def _finish(trainee: Trainee, sae: SAE, settings: TrainSettings, cache: Cache, report: Report) -> TrainResult:
+    """Score the SAE, save it and give its folder its name. Raises FailedRun if it reconstructs no numbers."""
+    job = trainee.job
     if sae.recipe.normalize == "dataset":
         sae.fold_scale(trainee.scale)
         sae.recipe = replace(sae.recipe, normalize="none")
-    held_out = _held_out(sae, cache, report)
-    if held_out is not None and not math.isfinite(held_out.norm_mse):
-        raise FailedRun(f"training ended with a NormMSE of {held_out.norm_mse}; lower --lr {job.settings.lr}")
+    held_out = None
+    if cache.manifest.train_rows < cache.manifest.rows:
+        held_out = score_on_cache(sae, cache, cache.manifest.train_rows, cache.manifest.rows, report)
+        if not math.isfinite(held_out.norm_mse):
+            raise FailedRun(f"training ended with a NormMSE of {held_out.norm_mse}; lower --lr {job.settings.lr}")
+    else:
+        log.warning("%s has no held-out rows; nothing to score the SAE on", cache.path)
+    trainee.log.close()  # a tracker may write into the folder, which is about to be renamed
     save_sae(job.partial, sae, _source(settings, job, cache, held_out))
     commit_folder(job.partial, job.folder)
     drop_checkpoints(job.folder)
     return TrainResult(job.folder, held_out)
 
 
-def _held_out(sae: SAE, cache: Cache, report: Report) -> CacheScores | None:
-    first, after = cache.manifest.train_rows, cache.manifest.rows
-    if first == after:
-        log.warning("%s has no held-out rows; nothing to score the SAE on", cache.path)
-        return None
-    return score_on_cache(sae, cache, first, after, report)
-
-
 def _source(settings: TrainSettings, job: Job, cache: Cache, held_out: CacheScores | None) -> dict[str, Any]:
-    """Everything needed to know where an SAE came from."""
+    """Where the SAE comes from, for its cfg.json."""
     manifest = cache.manifest
     return {
         "settings": {**asdict(settings), "runs": None, "run": asdict(job.settings)},
         "identity": job.identity,
-        "cache": {**manifest.to_dict(), "path": settings.cache},  # as given: a pushed SAE tells no one's home folder
+        "cache": {**manifest.to_dict(), "path": settings.cache},  # as given: a pushed SAE shows no home folder
         "model": manifest.model,
         "corpus": manifest.corpus,
         "context": manifest.context,
@@ -296,17 +273,15 @@ def _source(settings: TrainSettings, job: Job, cache: Cache, held_out: CacheScor
 
 
 def planned(selection: Selection, settings: TrainSettings) -> tuple[int, Iterator[Plan]]:
-    """Steps of the run, and their batches: whole epochs, or as many batches as `tokens` needs."""
+    """The number of steps and their batches: whole epochs, or as many batches as `tokens` needs."""
     epoch_steps = -(-len(selection) // settings.batch_tokens)
     if settings.tokens is None:
-        epochs = settings.epochs or 1
-        total_steps = epochs * epoch_steps
+        total_steps = (settings.epochs or 1) * epoch_steps
     else:
         total_steps = max(1, round(settings.tokens * epoch_steps / len(selection)))
-        epochs = -(-total_steps // epoch_steps)
     plans = (
         epoch_plans(selection, seed=settings.seed, epoch=epoch, batch_tokens=settings.batch_tokens)
-        for epoch in range(epochs)
+        for epoch in range(-(-total_steps // epoch_steps))
     )
     return total_steps, islice(chain.from_iterable(plans), total_steps)
 
@@ -315,8 +290,3 @@ def step_tokens(step: int, epoch_tokens: int, batch_tokens: int) -> int:
     """N of the batch of a step, counted from 1."""
     at = (step - 1) % -(-epoch_tokens // batch_tokens)
     return min(batch_tokens, epoch_tokens - at * batch_tokens)
-
-
-def _initial_sample(selection: Selection, settings: TrainSettings, device: torch.device) -> Batch:
-    sample = read_sample(selection, seed=settings.seed, tokens=INITIAL_SAMPLE_TOKENS)
-    return Batch(*(tensor.to(device) for tensor in sample))

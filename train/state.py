@@ -1,132 +1,101 @@
-"""Checkpoints of a pass: its trainees in; folders from which exactly the same run goes on, out.
+"""Checkpoints: everything a stopped run needs to go on exactly as if it had not been stopped.
 
-    saes/.NAME.partial/               an SAE in training; renamed to saes/NAME when it is done
+    saes/.NAME.partial/           an SAE in training; renamed to saes/NAME when it is finished
       metrics.jsonl
-      step-00000400/                  written under a dot-name, fsynced, renamed
-        state.safetensors             weights, Adam's moments, dead-latent counters, log sums
-        state.json                    step, what must not change, where metrics.jsonl stood; checksums of both files
+      step-00000400.safetensors   weights, Adam's moments, counters; in its metadata what must not change, a checksum
 
-Every SAE of a pass is checkpointed at the same steps, and a pass goes on from the newest step that all of them have.
+A checkpoint is written under a dot-name, fsynced and renamed. All SAEs of a pass are checkpointed at the same steps,
+and the pass goes on from the newest step that all of them have.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import xxhash
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, uint8
 
-from routesae.harvest.cache.arrays import fsync, fsync_tree
-from routesae.machine.files import BadFile, read_json
+from routesae.harvest.cache.arrays import fsync
+from routesae.machine.files import BadFile, parse_json
 from routesae.reporting import FailedRun, WrongInput
-from routesae.train.ranks.distributed import whole
-from routesae.train.trainee import Trainee
 
-STATE, FACTS = "state.safetensors", "state.json"
-COUNTS = ("step", "metrics_bytes", "tokens_done", "log_steps", "log_tokens")
-FACT_NAMES = {*COUNTS, "identity", "scale", "tensors_hash", "facts_hash"}
+FORMAT = "2"  # format 1 was a folder a step
 
 
 def partial_folder(folder: Path) -> Path:
-    """Where the SAE that will be `folder` is while it is trained."""
+    """Where the SAE that becomes `folder` is while it is trained."""
     return folder.with_name(f".{folder.name}.partial")
 
 
-def save_checkpoint(trainees: Sequence[Trainee], step: int, identities: Sequence[Mapping[str, Any]]) -> None:
-    """Write step `step` of all trainees, then delete older ones. identities: what must be the same to go on."""
-    for trainee, identity in zip(trainees, identities, strict=True):
-        # Gathered on every rank where each holds a part. Cloned: safetensors refuses names that share memory.
-        tensors = {name: whole(tensor).detach().cpu().clone() for name, tensor in trainee.tensors().items()}
-        if not trainee.ranks.first:
-            continue
-        target = trainee.folder / f"step-{step:08d}"
-        writing = trainee.folder / f".{target.name}"
-        shutil.rmtree(writing, ignore_errors=True)
-        shutil.rmtree(target, ignore_errors=True)
-        writing.mkdir()
-        save_file(tensors, writing / STATE)
-        facts = {"step": step, "identity": identity, **trainee.facts(), "tensors_hash": _file_hash(writing / STATE)}
-        (writing / FACTS).write_text(json.dumps({**facts, "facts_hash": hash_of_facts(facts)}, indent=1) + "\n")
-        fsync_tree(writing)
-        writing.rename(target)
-        fsync(trainee.folder)
-    for trainee in trainees if trainees[0].ranks.first else []:
-        for old in _steps(trainee.folder):
-            if old != step:
-                shutil.rmtree(trainee.folder / f"step-{old:08d}")
+def checkpoint_file(partial: Path, step: int) -> Path:
+    return partial / f"step-{step:08d}.safetensors"
+
+
+def save_checkpoint(partial: Path, step: int, tensors: Mapping[str, Tensor], identity: Mapping[str, Any]) -> None:
+    """Write a checkpoint of one SAE. tensors: on the CPU, none sharing memory. identity: what must not change."""
+    target = checkpoint_file(partial, step)
+    writing = target.with_name(f".{target.name}")
+    text = json.dumps(identity)
+    metadata = {"format": FORMAT, "step": str(step), "identity": text, "hash": _checksum(tensors, text)}
+    save_file(dict(tensors), writing, metadata=metadata)
+    fsync(writing)
+    writing.rename(target)
+    fsync(partial)
+
+
+def load_checkpoint(partial: Path, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors and the identity of a checkpoint. Raises FailedRun if it is damaged."""
+    path, remedy = checkpoint_file(partial, step), f"delete {partial} and start again"
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = {"identity": "{}", **(file.metadata() or {})}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        identity = parse_json(metadata["identity"].encode())
+    except (OSError, SafetensorError, BadFile) as error:
+        raise FailedRun(f"{path} cannot be read ({error}); {remedy}") from error
+    if (metadata.get("format"), metadata.get("step")) != (FORMAT, str(step)):
+        raise FailedRun(f"{path} is not a checkpoint of step {step} in format {FORMAT}; {remedy}")
+    if metadata.get("hash") != _checksum(tensors, metadata["identity"]):
+        raise FailedRun(f"{path} was altered: its checksum differs; {remedy}")
+    return tensors, identity
+
+
+def newest_step(partials: Sequence[Path]) -> int:
+    """The newest step that every folder has a checkpoint of, or 0. Raises WrongInput for an older format."""
+    for old in (path for partial in partials for path in partial.glob("step-*") if path.is_dir()):
+        raise WrongInput(f"{old} is a checkpoint of an older version; delete {old.parent} and start again")
+    return max(set.intersection(*map(_steps, partials)), default=0)
 
 
 def _steps(folder: Path) -> set[int]:
-    return {int(path.name[5:]) for path in folder.glob("step-[0-9]*") if path.is_dir() and path.name[5:].isdigit()}
+    names = (path.name[5:-12] for path in folder.glob("step-*.safetensors"))
+    return {int(name) for name in names if name.isdigit()}
 
 
-def newest_step(folders: Sequence[Path]) -> int:
-    """The newest step that every folder has a checkpoint of; 0 where there is none."""
-    return max(set.intersection(*(_steps(folder) for folder in folders)), default=0)
+def drop_checkpoints(folder: Path, but: int | None = None) -> None:
+    """Delete the checkpoints in `folder`, half-written ones too, except that of step `but`."""
+    for path in [*folder.glob("step-*.safetensors"), *folder.glob(".step-*.safetensors")]:
+        if but is None or path != checkpoint_file(folder, but):
+            path.unlink()
 
 
-def read_facts(folder: Path, step: int) -> dict[str, Any]:
-    """state.json. Raises FailedRun where it cannot be read or is not as it was written."""
-    path = folder / f"step-{step:08d}" / FACTS
-    try:
-        facts: dict[str, Any] = read_json(path)
-    except (OSError, BadFile) as error:
-        raise FailedRun(f"{path} cannot be read ({error}); {_remedy(folder)}") from error
-    counts = [facts.get(name) for name in COUNTS] if isinstance(facts, dict) else [None]
-    if (
-        not all(type(count) is int and count >= 0 for count in counts)
-        or not set(facts) >= FACT_NAMES
-        or type(facts["scale"]) not in (float, int)
-        or not isinstance(facts["identity"], dict)
-        or facts["step"] != step
-    ):
-        raise FailedRun(f"{path} is not the state of a run at step {step}; {_remedy(folder)}")
-    if facts.pop("facts_hash") != hash_of_facts(facts):
-        raise FailedRun(f"{path} was altered: its checksum differs; {_remedy(folder)}")
-    return facts
-
-
-def load_checkpoint(trainee: Trainee, step: int, facts: Mapping[str, Any]) -> None:
-    """Make the trainee what it was after `step`. Raises FailedRun where its checkpoint is damaged."""
-    path = trainee.folder / f"step-{step:08d}" / STATE
-    try:
-        if _file_hash(path) != facts["tensors_hash"]:
-            raise FailedRun(f"{path} was altered: its checksum differs; {_remedy(trainee.folder)}")
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise FailedRun(f"{path} cannot be read ({error}); {_remedy(trainee.folder)}") from error
-    trainee.load_tensors(tensors)
-    trainee.log.load_facts(dict(facts))
-    trainee.scale = facts["scale"]
-
-
-def _remedy(folder: Path) -> str:
-    return f"delete {folder} and start again"
-
-
-def _file_hash(path: Path) -> str:
-    """xxh3-64 of a file's bytes."""
-    hasher = xxhash.xxh3_64()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 24):
-            hasher.update(piece)
+def _checksum(tensors: Mapping[str, Tensor], identity: str) -> str:
+    """xxh3-64 of everything a checkpoint holds."""
+    hasher = xxhash.xxh3_64(identity.encode())
+    for name, tensor in sorted(tensors.items()):
+        hasher.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        hasher.update(tensor.contiguous().view(-1).view(uint8).numpy().data)
     return hasher.hexdigest()
 
 
-def hash_of_facts(facts: Mapping[str, Any]) -> str:
-    """xxh3-64 of what state.json says, however it is spaced."""
-    plain = json.loads(json.dumps(facts))  # as it will be read back: tuples as lists, all keys text
-    return xxhash.xxh3_64_hexdigest(json.dumps(plain, sort_keys=True).encode())
-
-
 def require_same(folder: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raises WrongInput naming every setting in which a run differs from its checkpoint."""
-    before, after = _flat(then), _flat(json.loads(json.dumps(now)))
+    """Raises WrongInput naming the settings in which a run differs from the one it is to continue."""
+    before, after = _flat(then), _flat(now)
     if differing := sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name)):
         shown = ", ".join(f"{name} (was {before.get(name)}, now {after.get(name)})" for name in differing[:5])
         raise WrongInput(
@@ -139,11 +108,3 @@ def _flat(values: Any, path: str = "") -> dict[str, Any]:
         return {path: values}
     inner = [_flat(value, f"{path}.{name}" if path else name) for name, value in values.items()]
     return {name: value for flat in inner for name, value in flat.items()}
-
-
-def drop_checkpoints(folder: Path) -> None:
-    """What a finished SAE no longer needs."""
-    for step in _steps(folder):
-        shutil.rmtree(folder / f"step-{step:08d}")
-    for half in folder.glob(".step-*"):  # of a run killed while it wrote one
-        shutil.rmtree(half)

@@ -1,7 +1,7 @@
-"""Experiment trackers beside metrics.jsonl: the lines of a run in; TensorBoard, Weights & Biases or Trackio out.
+"""Experiment trackers beside metrics.jsonl: TensorBoard, Weights & Biases, Trackio.
 
-Each is an extra of its own and imported only when asked for. Offline modes are the trackers' own: WANDB_MODE=offline
-for Weights & Biases; TensorBoard and Trackio write to this machine anyway.
+Each is an extra of its own, imported only when asked for. Offline modes are the trackers' own: WANDB_MODE=offline for
+Weights & Biases; TensorBoard and Trackio write to this machine anyway.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def scalars(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 class TensorBoard:
-    """Event files in the SAE's own folder, under tensorboard/."""
+    """Writes event files in the SAE's own folder, under tensorboard/."""
 
     def __init__(self, name: str, folder: Path, settings: Mapping[str, Any]):
         self.folder, self.settings = folder / "tensorboard", settings
@@ -63,26 +63,27 @@ class TensorBoard:
 
 
 class Hosted:
-    """Weights & Biases, or Trackio, which has the same interface: one run an SAE, gone on with where the SAE is.
+    """Weights & Biases, or Trackio, which has the same interface: one run an SAE, continued when the SAE is.
 
     The run's id is kept beside metrics.jsonl for that.
     """
 
     def __init__(self, module: str, name: str, folder: Path, settings: Mapping[str, Any]):
-        tracker, begun = importlib.import_module(module), folder / f"{module}-run"
+        tracker, id_file = importlib.import_module(module), folder / f"{module}-run"
         options: dict[str, Any] = {"project": PROJECT, "name": name, "config": dict(settings)}
-        options |= {"resume": "allow" if begun.exists() else "never"}
+        options["resume"] = "allow" if id_file.exists() else "never"
         if module == "wandb":
             options |= {"dir": str(folder), "reinit": "create_new"}
-            options |= {"id": begun.read_text().strip()} if begun.exists() else {}
+            options |= {"id": id_file.read_text().strip()} if id_file.exists() else {}
+        refusals = (OSError, RuntimeError, ValueError, getattr(tracker, "Error", ValueError))
         try:
-            # Trackio's init ends the run that its context knows of, and the SAEs of a pass each have one.
+            # Trackio's init ends the run that its context knows of, but the SAEs of a pass each have one.
             with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
                 self.run = contextvars.copy_context().run(partial(tracker.init, **options))
-        except Exception as error:
+        except refusals as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise WrongInput(f"--log {module} cannot begin a run: {reason}") from error
-        begun.write_text(f"{self.run.id}\n")
+        id_file.write_text(f"{self.run.id}\n")
 
     def log(self, step: int, line: Mapping[str, Any]) -> None:
         self.run.log(dict(scalars(line)), step=step)
@@ -92,10 +93,10 @@ class Hosted:
             self.run.finish()
 
 
-TRACKERS: dict[str, tuple[str, Callable[[str, Path, Mapping[str, Any]], Tracker]]] = {
-    "tensorboard": ("tensorboard", TensorBoard),
-    "wandb": ("wandb", lambda *arguments: Hosted("wandb", *arguments)),
-    "trackio": ("trackio", lambda *arguments: Hosted("trackio", *arguments)),
+TRACKERS: dict[str, Callable[[str, Path, Mapping[str, Any]], Tracker]] = {
+    "tensorboard": TensorBoard,
+    "wandb": partial(Hosted, "wandb"),
+    "trackio": partial(Hosted, "trackio"),
 }
 
 
@@ -104,10 +105,10 @@ def require_trackers(names: tuple[str, ...]) -> None:
     for name in names:
         if name not in TRACKERS:
             raise WrongInput(f"--log {name!r} is none of {', '.join(TRACKERS)}")
-        if importlib.util.find_spec(TRACKERS[name][0]) is None:
-            raise WrongInput(f"--log {name} needs the package {TRACKERS[name][0]}: pip install 'routesae[{name}]'")
+        if importlib.util.find_spec(name) is None:
+            raise WrongInput(f"--log {name} needs the package {name}: pip install 'routesae[{name}]'")
 
 
 def open_trackers(names: tuple[str, ...], run: str, folder: Path, settings: Mapping[str, Any]) -> list[Tracker]:
-    """A tracker of each name for one run, whose files go under `folder` where it writes any there."""
-    return [TRACKERS[name][1](run, folder, settings) for name in names]
+    """Open the trackers named, for one run; those that write files here write them under `folder`."""
+    return [TRACKERS[name](run, folder, settings) for name in names]

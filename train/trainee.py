@@ -1,4 +1,4 @@
-"""One SAE in training: a batch in; a step of the optimiser, and everything that a checkpoint must hold, out.
+"""One SAE in training: its step of the optimiser, and the state that a checkpoint must hold.
 
 Dimension letters: L layers, N tokens a batch, D width, F latents.
 """
@@ -8,41 +8,39 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from routesae.reporting import FailedRun
 from routesae.train.adam import Adam
+from routesae.train.jobs import Job
 from routesae.train.loading.batches import Batch
 from routesae.train.log import StepLog
-from routesae.train.ranks.distributed import ALONE, Ranks, batch_sum, is_divided, own_rows, whole
+from routesae.train.ranks.distributed import ALONE, Ranks, batch_sum, is_divided, local_rows, whole
 from routesae.train.ranks.sharding import copy_whole, shard
-from routesae.train.recipes import default_name
 from routesae.train.saes import SAE, build
 from routesae.train.saes.normalise import NormalisedLayers, with_statistics
 from routesae.train.saes.sae import Recipe
 from routesae.train.schedule import annealed_k, lr_factor, sparsity_factor
-from routesae.train.settings import RunSettings
+from routesae.train.state import load_checkpoint, save_checkpoint
 
-# SAELens and dictionary_learning clip at 1 the gradient of ‖x − x̂‖², which is D times NormMSE's. It then clips every
-# step, so that the first, large gradients do not weigh on Adam's second moments for the rest of a run; held-out
-# NormMSE of a topk after 100 steps: 0.1148 without, 0.1057 with (benchmarks/RESULTS.md).
+# SAELens and dictionary_learning clip the gradient of ‖x − x̂‖², D times NormMSE's, at 1. That clips every step, so
+# the first, large gradients do not weigh on Adam's second moments for the rest of a run: the held-out NormMSE of a
+# topk after 100 steps is 0.1057 with it and 0.1148 without (benchmarks/RESULTS.md).
 DEFAULT_CLIP = 1.0
 
 
 class Inputs:
-    """A batch of hidden states of `layers`, normalised once for all SAEs that want it the same way.
+    """A batch of hidden states of `layers`, normalised once for all SAEs that normalise alike.
 
-    tokens: of the whole batch, where this is one rank's part of it.
+    tokens: of the whole batch, if this is one rank's part of it.
     """
 
     def __init__(self, batch: Batch, layers: Sequence[int], tokens: int | None = None):
         self.batch, self.layers = batch, list(layers)
-        self.own_tokens = batch.hidden_LND.shape[1]
-        self.tokens = self.own_tokens if tokens is None else tokens
+        self.local_tokens = batch.hidden_LND.shape[1]
+        self.tokens = self.local_tokens if tokens is None else tokens
         self._normalised: dict[tuple[str, float], NormalisedLayers] = {}
 
     def __call__(self, recipe: Recipe, scale: float = 1.0) -> NormalisedLayers:
@@ -55,7 +53,7 @@ class Inputs:
 
 @dataclass(frozen=True, kw_only=True)
 class Pace:
-    """What all SAEs of a pass share. precision: of autocast; float32 turns it off."""
+    """What all SAEs of a pass share. precision: autocast's; float32 turns autocast off."""
 
     total_steps: int
     dead_after_tokens: int
@@ -67,23 +65,23 @@ class Pace:
 class Trainee:
     """An SAE with its optimiser, its dead-latent counters and its log. scale: s of "dataset" normalisation.
 
-    Of a run of several processes each has one, and all have the same weights, or each its rows of them.
+    In a run of several processes each has one; all hold the same weights, or each its rows of them.
     """
 
-    def __init__(self, sae: SAE, settings: RunSettings, pace: Pace, folder: Path, log: StepLog, ranks: Ranks = ALONE):
-        self.sae, self.settings, self.pace, self.folder, self.log = sae, settings, pace, folder, log
+    def __init__(self, sae: SAE, job: Job, pace: Pace, log: StepLog, ranks: Ranks = ALONE):
+        self.sae, self.job, self.pace, self.log = sae, job, pace, log
         self.ranks, self.device, self.divided = ranks, sae.device, False
         self.scale = 1.0
-        published = sae.recipe.published
-        self.clip = settings.clip if settings.clip is not None else 0.0 if published else DEFAULT_CLIP
+        default_clip = 0.0 if sae.recipe.published else DEFAULT_CLIP
+        self.clip = default_clip if job.settings.clip is None else job.settings.clip
         self.idle_tokens_F = torch.zeros(sae.recipe.latents, dtype=torch.int64, device=sae.device)
 
     def divide(self, *, offload: bool) -> None:
-        """Leave this rank its rows of the weights and of what Adam will hold. Before the first step only."""
+        """Leave this rank its rows of the weights and of Adam's moments. Before the first step only."""
         assert "adam" not in self.__dict__
         shard(self.sae, self.device, offload=offload)
         self.divided = True
-        assert all(map(is_divided, self.adam.parameters))  # made now: a forward pass puts whole ones in their place
+        assert all(map(is_divided, self.adam.parameters))  # made now: a forward pass swaps in whole parameters
 
     @cached_property
     def trained(self) -> list[nn.Parameter]:
@@ -91,21 +89,21 @@ class Trainee:
 
     @cached_property
     def adam(self) -> Adam:
-        """Made when it is first needed: dividing the parameters replaces them by others."""
+        """Made when first needed, since dividing the parameters replaces them."""
         factors = self.sae.rate_factors()
         return Adam(self.trained, [factors.get(parameter, 1.0) for parameter in self.trained])
 
     def step(self, step: int, inputs: Inputs) -> None:
-        """One step, counted from 1; of its rows of the batch where there are several ranks."""
+        """Take step `step`, counted from 1, on this rank's rows of the batch."""
         copies = self.ranks.world if inputs.tokens < self.ranks.world else 1  # see batches.share_of
-        with self.ranks.one_batch(inputs.own_tokens, inputs.tokens * copies):
+        with self.ranks.one_batch(inputs.local_tokens, inputs.tokens * copies):
             self._step(step, inputs)
 
     def _step(self, step: int, inputs: Inputs) -> None:
-        sae, pace, done = self.sae, self.pace, step - 1
-        torch.manual_seed((pace.seed << 32) + step)  # for what is drawn in training: the same after a resume
-        sae.k = annealed_k(done, pace.total_steps, pace.sparsity_warmup, self.settings.anneal_k_from, sae.recipe.k)
-        lr = self.settings.lr * lr_factor(done, pace.total_steps)
+        sae, settings, pace, done = self.sae, self.job.settings, self.pace, step - 1
+        torch.manual_seed((pace.seed << 32) + step)  # what training draws is then the same after a resume
+        sae.k = annealed_k(done, pace.total_steps, pace.sparsity_warmup, settings.anneal_k_from, sae.recipe.k)
+        lr = settings.lr * lr_factor(done, pace.total_steps)
         dead_F = self.idle_tokens_F >= pace.dead_after_tokens
         with torch.autocast(self.device.type, pace.precision, enabled=pace.precision != torch.float32):
             out = sae(inputs(sae.recipe, self.scale))
@@ -123,16 +121,9 @@ class Trainee:
         self.idle_tokens_F = torch.where(counts_F > 0, 0, self.idle_tokens_F + inputs.tokens)
         self.log.add(out, objective, counts_F, inputs.tokens, lr, step)
 
-    def require_finite(self, step: int) -> None:
-        """Raises FailedRun where the loss, a weight or a moment is no number after `step`. Waits for the device."""
-        self.log.require_finite()
-        finite = all(bool(own_rows(tensor).isfinite().all()) for tensor in self.tensors().values())
-        if self.ranks.largest(not finite):
-            raise FailedRun(f"the weights became no numbers by step {step}; lower --lr {self.settings.lr}")
-
     @torch.no_grad()
     def whole_sae(self) -> SAE:
-        """The SAE in one piece, on every rank, each of which must ask."""
+        """Return the undivided SAE on every rank; every rank must call it."""
         if not self.divided:
             return self.sae
         state = {name: whole(tensor).cpu() for name, tensor in self.sae.state_dict().items()}
@@ -142,40 +133,40 @@ class Trainee:
         return sae.to(self.device)
 
     @property
-    def name(self) -> str:
-        return self.settings.name or default_name(self.sae.recipe)
-
-    @property
     def dead_share(self) -> Tensor:
         return (self.idle_tokens_F >= self.pace.dead_after_tokens).double().mean()
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Weights, buffers, moments and counters by name, for a checkpoint."""
-        named = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
-        return {**named, **self.adam.tensors(), "idle_tokens": self.idle_tokens_F, **self.log.tensors()}
+    def save(self, step: int) -> None:
+        """Write a checkpoint after step `step`; every rank must call it.
+
+        Raises FailedRun if the loss, a weight or a moment is NaN or infinite, so a good checkpoint is never replaced.
+        """
+        self.log.require_finite()
+        tensors = self._tensors()
+        finite = all(bool(local_rows(tensor).isfinite().all()) for tensor in tensors.values())
+        if self.ranks.largest(not finite):
+            raise FailedRun(f"the weights are NaN or infinite at step {step}; lower --lr {self.job.settings.lr}")
+        # Cloned, since safetensors refuses tensors that share memory.
+        copies = {name: whole(tensor).detach().cpu().clone() for name, tensor in tensors.items()}
+        if self.ranks.first:
+            save_checkpoint(self.job.partial, step, copies, self.job.identity)
 
     @torch.no_grad()
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse. Raises FailedRun where a tensor is missing, too many or of another shape."""
-        tensors = dict(tensors)
-        try:
-            for name, own in self.sae.state_dict().items():
-                copy_whole(own, _same_shape(tensors.pop(f"sae.{name}"), own))
-            self.idle_tokens_F.copy_(_same_shape(tensors.pop("idle_tokens"), self.idle_tokens_F))
-            self.log.load_tensors({name: tensors.pop(name) for name in self.log.tensors()})
-            for name, own in self.adam.tensors().items():
-                copy_whole(own, _same_shape(tensors.pop(name), own))
-        except KeyError as missing:
-            raise FailedRun(f"a checkpoint of {self.folder.name} holds no {missing}; start again") from None
-        if tensors:
-            raise FailedRun(f"a checkpoint of {self.folder.name} holds {sorted(tensors)[0]} too; start again")
+    def load(self, step: int) -> None:
+        """Become what it was after step `step`. Raises FailedRun if the checkpoint is damaged or does not fit."""
+        tensors, _ = load_checkpoint(self.job.partial, step)
+        into = self._tensors()
+        kinds = [{name: (t.shape, t.dtype) for name, t in state.items()} for state in (into, tensors)]
+        if differing := sorted({name for name, _ in kinds[0].items() ^ kinds[1].items()}):
+            shown = ", ".join(differing[:3])
+            raise FailedRun(f"the checkpoint in {self.job.partial} does not fit this SAE ({shown}); start again")
+        for name, tensor in tensors.items():
+            copy_whole(into[name], tensor)
+        self.log.restore(*into["log.counts"].tolist())
+        self.scale = float(tensors["scale"])
 
-    def facts(self) -> dict[str, Any]:
-        """What a checkpoint keeps as JSON."""
-        return {"scale": self.scale, **self.log.facts()}
-
-
-def _same_shape(tensor: Tensor, own: Tensor) -> Tensor:
-    if tensor.shape != own.shape or tensor.dtype != own.dtype:
-        raise FailedRun(f"a checkpoint's tensor is {list(tensor.shape)} where {list(own.shape)} belongs; start again")
-    return tensor
+    def _tensors(self) -> dict[str, Tensor]:
+        """Everything a checkpoint holds: weights, buffers, moments, counters and the log's sums."""
+        weights = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
+        rest = {"idle_tokens": self.idle_tokens_F, "scale": torch.tensor(self.scale, dtype=torch.float64)}
+        return {**weights, **self.adam.tensors(), **rest, **self.log.tensors()}

@@ -33,7 +33,7 @@ from routesae.train.folder.checkpoint import CONFIG, find_saes, read_config
 from routesae.train.jobs import Job, jobs_of
 from routesae.train.run import train
 from routesae.train.settings import TrainSettings
-from routesae.train.state import newest_step, read_facts
+from routesae.train.state import load_checkpoint, newest_step
 
 log = logging.getLogger(__name__)
 
@@ -235,7 +235,7 @@ def _require_ours(job: Job) -> None:
     """Raises WrongInput unless the SAE that is there is the one that would be trained."""
     config = read_config(job.folder)
     source = config.get("metadata", {}).get("routesae", {}).get("source", {})
-    if source.get("identity") != _plain(job.identity):
+    if source.get("identity") != job.identity:
         raise WrongInput(
             f"{job.folder} is there with other settings, and was not trained from here, so it is not replaced; "
             "give its [[train.run]] a name, or move it away"
@@ -245,7 +245,7 @@ def _require_ours(job: Job) -> None:
 def _goes_on(job: Job) -> bool:
     """Whether a stopped run of just this SAE left a checkpoint."""
     step = newest_step([job.partial])
-    return bool(step) and read_facts(job.partial, step)["identity"] == _plain(job.identity)
+    return bool(step) and load_checkpoint(job.partial, step)[1] == job.identity
 
 
 def _analyze(

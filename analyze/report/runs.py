@@ -17,8 +17,7 @@ from routesae.analyze.scores.identity import sae_identity
 from routesae.analyze.scores.metrics import METRICS
 from routesae.analyze.scores.run import described
 from routesae.reporting import WrongInput
-from routesae.train import log as training_log
-from routesae.train.folder.checkpoint import find_saes, load_sae, read_config, read_recipe
+from routesae.train.folder.checkpoint import METRICS_FILE, find_saes, load_sae, read_config, read_recipe
 from routesae.train.folder.hub import fetch_sae
 from routesae.train.saes import SAE, Recipe
 
@@ -95,7 +94,7 @@ def _read_run(name: str, folder: Path, beside: Path, scored: Mapping[str, Mappin
         folder=folder,
         recipe=recipe,
         source=source,
-        curve=_read_curve(folder / training_log.METRICS),
+        curve=_read_curve(folder / METRICS_FILE),
         scores=scores,
         shares=row.get("Shares") or held_out.get("layer_shares"),
         contexts=read_contexts(beside) if (beside / CONTEXTS).is_file() else None,

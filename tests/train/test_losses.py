@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from routesae.train.log import METRICS, StepLog
+from routesae.train.folder.checkpoint import METRICS_FILE
+from routesae.train.log import StepLog
 from routesae.train.losses import AUXK_WEIGHT, Objective, auxk, norm_mse, squared_error_shares
 from routesae.train.saes import Recipe, build
 from routesae.train.sparse.search import Encoder
@@ -126,7 +127,7 @@ def test_a_line_of_the_log_has_the_objectives_own_numbers_weighted_by_tokens(tmp
             log.add(out, objective, out.latents.active_counts(LATENTS), tokens, 1e-3, 1)
     log.write(2, torch.zeros(()))
     log.close()
-    (line,) = map(json.loads, (tmp_path / METRICS).read_text().splitlines())
+    (line,) = map(json.loads, (tmp_path / METRICS_FILE).read_text().splitlines())
     assert line["norm_mse"] == pytest.approx((0.5 * 30 + 0.25 * 10) / 40)
     assert line["loss"] == pytest.approx((5 * 30 + 2 * 10) / 40)
 

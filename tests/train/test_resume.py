@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +18,6 @@ from typing import Any
 
 import pytest
 import torch
-import xxhash
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
@@ -34,6 +32,7 @@ from routesae.train.run import TrainResult, train
 from routesae.train.saes import SAES, Recipe, build
 from routesae.train.schedule import lr_factor
 from routesae.train.settings import RunSettings, TrainSettings
+from routesae.train.state import checkpoint_file, drop_checkpoints, load_checkpoint, save_checkpoint
 
 CPU = torch.device("cpu")
 STEPS = 8
@@ -223,7 +222,7 @@ def test_a_pass_stopped_after_every_step_goes_on_to_the_same_bytes(
     names = ["topk", "batchtopk", "jumprelu", "top2", "annealed", "random"]
     for step in range(1, STEPS):
         stopped(run, stop_after, names, tmp_path, 1, resume=step > 1)
-        assert {path.name for path in tmp_path.glob(".*.partial/step-*")} == {f"step-{step:08d}"}
+        assert {path.name for path in tmp_path.glob(".*.partial/step-*")} == {f"step-{step:08d}.safetensors"}
     run(names, tmp_path, resume=True)
     for name in names:
         assert_same(tmp_path / name, alone(name))
@@ -246,8 +245,8 @@ def test_lines_written_after_the_checkpoint_are_cut_and_a_checkpoint_right_after
     assert [line["step"] for line in lines(partial)] == [3, 6]
     stopped(run, stop_after, ["topk"], tmp_path, 1, resume=True)
     assert [line["step"] for line in lines(partial)] == [3]
-    facts = json.loads((partial / "step-00000005" / "state.json").read_text())
-    assert facts["metrics_bytes"] == (partial / "metrics.jsonl").stat().st_size
+    tensors, _ = load_checkpoint(partial, 5)
+    assert tensors["log.counts"][0] == (partial / "metrics.jsonl").stat().st_size
     run(["topk"], tmp_path, resume=True)
     assert_same(tmp_path / "topk", alone("topk"))
 
@@ -256,14 +255,14 @@ def test_checkpoints_come_as_often_as_asked_and_only_the_newest_is_kept(
     run: Pass, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     kept: list[list[str]] = []
-    monkeypatch.setattr(
-        "routesae.train.run.save_checkpoint",
-        lambda *arguments: (save(*arguments), kept.append(sorted(p.name for p in tmp_path.glob(".topk.partial/s*")))),
-    )
-    from routesae.train.state import save_checkpoint as save
 
+    def drop(folder: Path, **but: int) -> None:
+        drop_checkpoints(folder, **but)
+        kept.append(sorted(path.stem for path in folder.glob("step-*")))
+
+    monkeypatch.setattr("routesae.train.run.drop_checkpoints", drop)
     run(["topk"], tmp_path, checkpoint_every_steps=3)
-    assert kept == [["step-00000003"], ["step-00000006"], ["step-00000008"]]
+    assert kept == [["step-00000003"], ["step-00000006"], ["step-00000008"], []]
     assert sorted(path.name for path in (tmp_path / "topk").iterdir()) == [
         "cfg.json",
         "metrics.jsonl",
@@ -279,10 +278,9 @@ def test_a_kill_between_the_checkpoints_of_two_saes_falls_back_to_the_step_that_
     older = shutil.copytree(tmp_path, tmp_path.with_name("older"))
     stopped(run, stop_after, names, tmp_path, 3, resume=True)
     both, lacking = tmp_path / ".topk.partial", tmp_path / ".top2.partial"
-    shutil.rmtree(lacking / "step-00000006")
+    checkpoint_file(lacking, 6).rename(lacking / ".step-00000006.safetensors")  # it was being written
     for partial in (both, lacking):
-        shutil.copytree(older / partial.name / "step-00000003", partial / "step-00000003")
-    (lacking / ".step-00000006").mkdir()  # the one that was being written
+        shutil.copy(checkpoint_file(older / partial.name, 3), checkpoint_file(partial, 3))
     begun: list[int] = []
     run(names, tmp_path, lambda progress: begun.append(progress.done), resume=True)
     assert begun[0] == 6  # the first line after step 3
@@ -296,7 +294,7 @@ def test_a_kill_between_the_first_checkpoints_of_two_saes_begins_again(
 ) -> None:
     names = ["topk", "top2"]
     stopped(run, stop_after, names, tmp_path, 3)
-    shutil.rmtree(tmp_path / ".top2.partial" / "step-00000003")
+    checkpoint_file(tmp_path / ".top2.partial", 3).unlink()
     run(names, tmp_path, resume=True)
     for name in names:
         assert_same(tmp_path / name, alone(name))
@@ -336,14 +334,15 @@ def test_a_finished_sae_is_left_as_it_is(run: Pass, tmp_path: Path) -> None:
 def test_a_kill_before_a_finished_saes_checkpoints_are_dropped_leaves_them_to_resume(
     run: Pass, alone: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(folder: Path) -> None:
-        raise KeyboardInterrupt
+    def interrupt(folder: Path, but: int | None = None) -> None:
+        if but is None:
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
         patched.setattr("routesae.train.run.drop_checkpoints", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run(["topk"], tmp_path)
-    assert (tmp_path / "topk" / "step-00000008").exists()
+    assert checkpoint_file(tmp_path / "topk", 8).exists()
     assert run(["topk"], tmp_path, resume=True) == []
     assert_same(tmp_path / "topk", alone("topk"))
 
@@ -420,7 +419,7 @@ def test_lines_and_checkpoints_may_come_at_other_steps_after_a_stop(
 def test_resuming_with_an_sae_that_was_never_begun_is_refused(run: Pass, stop_after: Stop, tmp_path: Path) -> None:
     stopped(run, stop_after, ["topk"], tmp_path, 3)
     before = contents(tmp_path)
-    with pytest.raises(WrongInput, match="--resume: vanilla was not stopped with topk; train it apart"):
+    with pytest.raises(WrongInput, match="--resume: vanilla was not stopped with topk; train it separately"):
         run(["topk", "vanilla"], tmp_path, resume=True)
     assert contents(tmp_path) == before
 
@@ -431,7 +430,9 @@ def test_resuming_saes_that_stand_at_different_steps_loses_neither(
     stopped(run, stop_after, ["topk"], tmp_path, 3)
     stopped(run, stop_after, ["vanilla"], tmp_path, 5)
     before = contents(tmp_path)
-    with pytest.raises(WrongInput, match=r"--resume: .*topk after step 3, vanilla after step 5.*train them apart"):
+    with pytest.raises(
+        WrongInput, match=r"--resume: .*topk after step 3, vanilla after step 5.*train them separately"
+    ):
         run(["topk", "vanilla"], tmp_path, resume=True)
     assert contents(tmp_path) == before
 
@@ -440,65 +441,76 @@ def cut(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
-def lose_a_tensor(path: Path) -> None:
-    tensors = load_file(path)
-    del tensors["adam.0.exp_avg"]
-    save_file(tensors, path)
-    reseal(path)
-
-
-def reshape_a_tensor(path: Path) -> None:
-    tensors = load_file(path).items()
-    save_file({name: tensor[..., :3].contiguous() if tensor.dim() else tensor for name, tensor in tensors}, path)
-    reseal(path)
-
-
-def reseal(path: Path) -> None:
-    """Have state.json agree with altered tensors, as somebody would who means it."""
-    facts = json.loads(path.with_name("state.json").read_text())
-    del facts["facts_hash"]
-    facts["tensors_hash"] = xxhash.xxh3_64_hexdigest(path.read_bytes())
-    facts["facts_hash"] = xxhash.xxh3_64_hexdigest(json.dumps(facts, sort_keys=True).encode())
-    path.with_name("state.json").write_text(json.dumps(facts))
-
-
 def flip_a_bit(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) * 3 // 4] ^= 1
     path.write_bytes(data)
 
 
-def alter_a_fact(path: Path) -> None:
-    written = path.read_text()
-    altered = re.sub(r'"tokens_done": (\d+)', lambda found: f'"tokens_done": {int(found[1]) + 1}', written)
-    assert altered != written
-    path.write_text(altered)
+def alter_an_identity(path: Path) -> None:
+    data = path.read_bytes()
+    assert data.count(rb"\"k\": 8") > 0
+    path.write_bytes(data.replace(rb"\"k\": 8", rb"\"k\": 9"))
+
+
+def lose_a_tensor(path: Path) -> None:
+    """As somebody would who means it: the checksum is right."""
+    tensors, identity = load_checkpoint(path.parent, 3)
+    del tensors["adam.0.exp_avg"]
+    save_checkpoint(path.parent, 3, tensors, identity)
+
+
+def reshape_a_tensor(path: Path) -> None:
+    tensors, identity = load_checkpoint(path.parent, 3)
+    tensors["sae.W_dec_FD"] = tensors["sae.W_dec_FD"][:, :3].contiguous()
+    save_checkpoint(path.parent, 3, tensors, identity)
+
+
+def rename(path: Path) -> None:
+    path.rename(path.with_name("step-00000004.safetensors"))
 
 
 @pytest.mark.parametrize(
     ("file", "damage", "message"),
     [
-        ("state.safetensors", cut, r"step-00000003/state\.safetensors was altered: its checksum differs"),
-        ("state.safetensors", flip_a_bit, r"step-00000003/state\.safetensors was altered: its checksum differs"),
-        ("state.safetensors", Path.unlink, r"step-00000003/state\.safetensors cannot be read"),
-        ("state.safetensors", lose_a_tensor, r"checkpoint of \.topk\.partial holds no 'adam\.0\.exp_avg'"),
-        ("state.safetensors", reshape_a_tensor, r"a checkpoint's tensor is \[.*3\] where \[.*\] belongs"),
-        ("state.json", cut, r"step-00000003/state\.json cannot be read"),
-        ("state.json", alter_a_fact, r"step-00000003/state\.json was altered: its checksum differs"),
-        ("state.json", Path.unlink, r"step-00000003/state\.json cannot be read"),
-        ("state.json", lambda path: path.write_text("{}"), r"step-00000003/state\.json is not the state of a run"),
-        ("state.json", lambda path: path.write_text("[]"), r"step-00000003/state\.json is not the state of a run"),
-        ("../metrics.jsonl", Path.unlink, r"metrics\.jsonl is 0 bytes, shorter than at its checkpoint"),
+        ("step-00000003.safetensors", cut, r"step-00000003\.safetensors cannot be read"),
+        ("step-00000003.safetensors", flip_a_bit, r"step-00000003\.safetensors was altered: its checksum differs"),
+        ("step-00000003.safetensors", alter_an_identity, r"step-00000003\.safetensors was altered: its checksum"),
+        ("step-00000003.safetensors", lose_a_tensor, r"\.topk\.partial does not fit this SAE \(adam\.0\.exp_avg\)"),
+        ("step-00000003.safetensors", reshape_a_tensor, r"\.topk\.partial does not fit this SAE \(sae\.W_dec_FD\)"),
+        (
+            "step-00000003.safetensors",
+            rename,
+            r"step-00000004\.safetensors is not a checkpoint of step 4 in format 2",
+        ),
+        ("step-00000003.safetensors", lambda path: save_file({}, path), r"is not a checkpoint of step 3 in format 2"),
+        ("metrics.jsonl", Path.unlink, r"metrics\.jsonl has 0 bytes, fewer than at its checkpoint"),
     ],
 )
 def test_a_damaged_checkpoint_is_named(
     run: Pass, stop_after: Stop, tmp_path: Path, file: str, damage: Callable[[Path], Any], message: str
 ) -> None:
     stopped(run, stop_after, ["topk"], tmp_path, 3)
-    damage(tmp_path / ".topk.partial" / "step-00000003" / file)
+    damage(tmp_path / ".topk.partial" / file)
     with pytest.raises(FailedRun, match=message):
         run(["topk"], tmp_path, resume=True)
     assert [path.name for path in tmp_path.iterdir()] == [".topk.partial"]
+
+
+def test_a_checkpoint_of_the_older_format_is_refused_with_what_to_do_and_overwrite_starts_again(
+    run: Pass, tmp_path: Path
+) -> None:
+    old = tmp_path / ".topk.partial" / "step-00000003"
+    old.mkdir(parents=True)
+    for name in ("state.json", "state.safetensors"):
+        (old / name).write_text("x")
+    for resume in (False, True):
+        message = rf"^{old} is a checkpoint of an older version; delete {old.parent} and start again$"
+        with pytest.raises(WrongInput, match=message):
+            run(["topk"], tmp_path, resume=resume)
+    run(["topk"], tmp_path, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["topk"]
+    assert "step-00000003" not in contents(tmp_path / "topk")
 
 
 # ----------------------------------------------------------------------------------------------- real processes
@@ -521,7 +533,7 @@ def process(cache: Path, out: Path, *more: str) -> subprocess.Popen[str]:
 
 
 def newest(out: Path) -> int:
-    return max((int(path.name[5:]) for path in out.glob(".*.partial/step-*")), default=0)
+    return max((int(path.stem[5:]) for path in out.glob(".*.partial/step-*")), default=0)
 
 
 def wait_for_checkpoint(child: subprocess.Popen[str], out: Path, after: int, *, or_end: bool = False) -> None:
@@ -545,7 +557,7 @@ def test_a_pass_killed_and_stopped_at_random_moments_goes_on_to_the_same_bytes(
     whole, out = tmp_path / "whole", tmp_path / "killed"
     rng = random.Random()
     stood = []
-    for asked, code in [(signal.SIGKILL, -9), (signal.SIGKILL, -9), (signal.SIGTERM, 0)]:
+    for asked, code in [(signal.SIGKILL, -9), (signal.SIGTERM, 0)]:
         child = process(tiny_cache.path, out, *length, "--resume")
         wait_for_checkpoint(child, out, newest(out))
         time.sleep(rng.random() * 0.1)
@@ -625,16 +637,15 @@ def test_the_annealed_k_is_that_of_each_step_and_ends_at_k(run: Pass, tmp_path: 
 def test_an_sae_trained_on_rescaled_states_is_saved_as_the_same_function_of_raw_ones(
     tiny_cache: Cache, run: Pass, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr("routesae.train.run.drop_checkpoints", lambda folder: None)
+    monkeypatch.setattr("routesae.train.run.drop_checkpoints", lambda folder, but=None: None)
     own = {field: getattr(RUNS[name], field) for field in RunSettings.__dataclass_fields__}
     (result,) = run([], tmp_path, runs=(RunSettings(**{**own, "normalize": "dataset"}),))
     recipe = read_recipe(result.folder)
     assert recipe.normalize == "none"
     trained = build(Recipe(**{**recipe.__dict__, "normalize": "dataset"})).eval()
-    (state,) = result.folder.glob("step-*")
-    tensors = load_file(state / "state.safetensors")
+    tensors, _ = load_checkpoint(result.folder, STEPS)
     trained.load_state_dict({key[4:]: tensor for key, tensor in tensors.items() if key.startswith("sae.")})
-    scale = json.loads((state / "state.json").read_text())["scale"]
+    scale = float(tensors["scale"])
     held_out = Selection(tiny_cache, tiny_cache.manifest.train_rows, tiny_cache.manifest.rows, recipe.layers)
     plans = epoch_plans(held_out, seed=0, epoch=0, batch_tokens=len(held_out))
     (h_LND,) = (batch.hidden_LND.float().clone() for batch in load(held_out, plans, len(held_out), CPU))
@@ -655,7 +666,7 @@ def test_an_sae_trained_on_rescaled_states_is_saved_as_the_same_function_of_raw_
 
 
 def test_every_variant_learns_in_bfloat16_and_is_saved_in_float32(run: Pass, tmp_path: Path) -> None:
-    results = run(list(RUNS), tmp_path, precision="bfloat16", epochs=3)
+    results = run(list(RUNS), tmp_path, precision="bfloat16", batch_tokens=300, tokens=7200)
     for result in results:
         found = [line["norm_mse"] for line in lines(result.folder)]
         assert all(torch.isfinite(torch.tensor([line["loss"] for line in lines(result.folder)]))), result.folder

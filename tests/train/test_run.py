@@ -23,6 +23,7 @@ from routesae.harvest.cache.reader import Cache
 from routesae.reporting import FailedRun, Progress, Report, Stopped, WrongInput, silent
 from routesae.train.evaluate import score_on_cache
 from routesae.train.folder.checkpoint import find_saes, load_sae
+from routesae.train.jobs import Job
 from routesae.train.loading.batches import Batch, Batches, Selection, load
 from routesae.train.log import StepLog
 from routesae.train.losses import Objective
@@ -81,11 +82,12 @@ def fitted(
         precision=torch.float32,
         seed=chosen.seed,
     )
-    folder.mkdir()
-    log = StepLog(sae, folder, [], chosen.runs[0].lr)
+    job = Job(chosen.runs[0], sae.recipe, folder, {})
+    job.partial.mkdir()
+    log = StepLog(sae, job.partial, [], chosen.runs[0].lr)
     with closing(log):
-        fit([Trainee(sae, chosen.runs[0], pace, folder, log)], selection, chosen, 0, [{}], report)
-    return logged(folder)
+        fit([Trainee(sae, job, pace, log)], selection, chosen, 0, report)
+    return logged(job.partial)
 
 
 def visible(folder: Path) -> list[str]:
@@ -506,13 +508,15 @@ def test_a_run_asked_to_stop_ends_with_a_checkpoint_in_a_hidden_folder(
         os.kill(os.getpid(), asked)
 
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    with pytest.raises(Stopped, match=r"stopped after step 3 of 8; the same with --resume goes on") as stopped:
+    with pytest.raises(
+        Stopped, match=r"stopped after step 3 of 8; the same command with --resume goes on"
+    ) as stopped:
         only(settings(name="mine"), ask)
     assert stopped.value.code == code
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
     assert [path.name for path in (tmp_path / "saes").iterdir()] == [".mine.partial"]
     left = sorted(contents(tmp_path / "saes" / ".mine.partial"))
-    assert left == ["metrics.jsonl", "step-00000003/state.json", "step-00000003/state.safetensors"]
+    assert left == ["metrics.jsonl", "step-00000003.safetensors"]
     with pytest.raises(WrongInput, match="no SAE under"):
         find_saes(tmp_path / "saes")
 
@@ -524,7 +528,7 @@ def test_a_stopped_run_is_neither_started_again_nor_lost_unless_told(settings: S
     with pytest.raises(Stopped):
         only(settings(name="mine"), ask)
     left = contents(tmp_path / "saes")
-    refusal = r"mine was stopped after step 3; --resume goes on there, --overwrite starts again"
+    refusal = r"mine was stopped after step 3; --resume continues it, --overwrite starts again"
     with pytest.raises(WrongInput, match=refusal):
         only(settings(name="mine"))
     assert contents(tmp_path / "saes") == left
@@ -617,7 +621,7 @@ def test_a_loss_that_is_no_number_stops_the_run_with_the_rate_to_lower(
     settings: Settings, tmp_path: Path, variant: dict[str, Any]
 ) -> None:
     with pytest.raises(
-        FailedRun, match=r"the (loss|weights) became no numbers? (at|by) step [1-3]; lower --lr 1e\+30"
+        FailedRun, match=r"the (loss is|weights are) NaN or infinite at step [1-3]; lower --lr 1e\+30"
     ):
         only(settings(**variant, lr=1e30))
     assert visible(tmp_path / "saes") == []
@@ -630,11 +634,11 @@ def test_a_loss_that_becomes_no_number_names_its_step_and_keeps_the_last_good_ch
     given = {"name": "mine", "log_every_steps": lines_every, "checkpoint_every_steps": 2}
     with monkeypatch.context() as patched:
         patched.setattr("routesae.train.run.load", lambda *given: poisoned_from(5, load(*given)))
-        with pytest.raises(FailedRun, match=r"^the loss became no number at step 5; lower --lr 0\.003$"):
+        with pytest.raises(FailedRun, match=r"^the loss is NaN or infinite at step 5; lower --lr 0\.003$"):
             only(settings(**given))
     (kept,) = (tmp_path / "saes" / ".mine.partial").glob("step-*")
-    assert kept.name == "step-00000004"
-    assert all(bool(tensor.isfinite().all()) for tensor in load_file(kept / "state.safetensors").values())
+    assert kept.name == "step-00000004.safetensors"
+    assert all(bool(tensor.isfinite().all()) for tensor in load_file(kept).values())
     assert_resumes_to_what_an_uninterrupted_run_gives(settings, given, tmp_path)
 
 
@@ -652,9 +656,11 @@ def test_weights_that_become_no_numbers_are_found_before_they_replace_a_checkpoi
 
     with monkeypatch.context() as patched:
         patched.setattr(Trainee, "step", broken_at_4)
-        with pytest.raises(FailedRun, match=r"^the weights became no numbers by step 4; lower --lr 0\.003$"):
+        with pytest.raises(FailedRun, match=r"^the weights are NaN or infinite at step 4; lower --lr 0\.003$"):
             only(settings(**given))
-    assert [path.name for path in (tmp_path / "saes" / ".mine.partial").glob("step-*")] == ["step-00000003"]
+    assert [path.name for path in (tmp_path / "saes" / ".mine.partial").glob("step-*")] == [
+        "step-00000003.safetensors"
+    ]
     assert_resumes_to_what_an_uninterrupted_run_gives(settings, given, tmp_path)
 
 

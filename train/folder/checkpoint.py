@@ -29,7 +29,7 @@ from routesae.train.folder.saelens import lens_config, recipe_of, tensors_of
 from routesae.train.saes import SAE, Recipe, build
 from routesae.train.saes.single import WEIGHTS
 
-CONFIG = "cfg.json"
+CONFIG, METRICS_FILE = "cfg.json", "metrics.jsonl"
 
 
 def save_sae(folder: Path, sae: SAE, source: Mapping[str, Any]) -> None:

@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from routesae.reporting import FailedRun, WrongInput
-from routesae.train.folder.checkpoint import CONFIG, load_sae, read_config
-from routesae.train.log import METRICS
+from routesae.train.folder.checkpoint import CONFIG, METRICS_FILE, load_sae, read_config
 from routesae.train.saes import Recipe
 from routesae.train.saes.crosscoder import CROSSCODER
 from routesae.train.saes.routesae import ROUTER
@@ -90,7 +89,7 @@ def push_sae(folder: Path, repo: str, *, private: bool = False, message: str | N
     if target is None or target.revision is not None:
         raise WrongInput(f"{repo!r} is no repository such as user/name or user/name/folder")
     sae = load_sae(folder, torch.device("cpu"))  # refuses a folder that nobody could load again
-    names = [CONFIG, *sae.files(), *[METRICS] * (folder / METRICS).is_file()]
+    names = [CONFIG, *sae.files(), *[METRICS_FILE] * (folder / METRICS_FILE).is_file()]
     card = model_card(sae.recipe, read_config(folder), repo)
     from huggingface_hub import CommitOperationAdd, HfApi
 

@@ -1,13 +1,13 @@
-"""Processes that train together: a batch divided among them in; numbers and gradients of the whole batch out.
+"""Processes that train one run together: each reads its part of every batch, and all take the same step.
 
     torchrun --nproc-per-node=4 -m routesae train …
 
-Every rank holds the same weights and reads its own rows of each batch. Within `Ranks.one_batch` a mean over a rank's
-rows becomes the mean over those of all ranks, so that each number of an objective is the whole batch's, and its
-gradient this rank's part of the gradient. `Ranks.sum_gradients` adds the parts up. So the ranks take the step that
-one process would take, up to the order of its sums. Where there is one process, nothing here changes a bit.
+Every rank holds the same weights. Within `Ranks.one_batch` a mean over a rank's rows becomes the mean over the rows
+of all ranks, so every number of an objective is the whole batch's and its gradient is this rank's part of the
+gradient; `Ranks.sum_gradients` adds the parts up. The ranks therefore take the step one process would take, up to the
+order of its sums. With one process nothing here changes a bit.
 
-The process group is PyTorch's: NCCL for what lies on GPUs, gloo for what lies in host memory.
+The process group is PyTorch's: NCCL for GPU tensors, gloo for tensors in host memory.
 
 Dimension letters: M values of a rank's pairs.
 """
@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -34,25 +34,17 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what it sets for each process
-PATIENCE = timedelta(days=1)  # rank 0 may check a whole cache or write for long; who dies is noticed at once
-SMALL_NUMBERS = 1 << 16  # gradients of fewer are sent as one, since each message costs about the same
-_SAID = 16  # added to an exit code by rank 0, whose message stands for all
+PATIENCE = timedelta(days=1)  # rank 0 may verify a whole cache first; a rank that dies is noticed at once
+SMALL_NUMBERS = 1 << 16  # smaller gradients are sent as one message, since every message costs about the same
+_REPORTED = 16  # added to an exit code by rank 0, whose message stands for all
 
-
-class _Batch(NamedTuple):
-    """A batch in work. own, whole: its tokens on this rank and on all of them, those that several ranks have counted
-    for each."""
-
-    own: int
-    whole: int
-
-
-_batch: ContextVar[_Batch | None] = ContextVar("batch", default=None)
+# Tokens of the current batch on this rank and on all ranks; tokens that several ranks read count for each.
+_batch: ContextVar[tuple[int, int] | None] = ContextVar("batch", default=None)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of a run, of which this is number `rank` of `world`. Rank 0 alone writes and reports."""
+    """The processes of a run; this one is number `rank` of `world`. Only rank 0 writes and reports."""
 
     rank: int = 0
     world: int = 1
@@ -62,72 +54,67 @@ class Ranks:
         return self.rank == 0
 
     @contextmanager
-    def one_batch(self, own: int, whole: int) -> Iterator[None]:
-        """While open, `batch_mean` and the like see the batch of which this rank has `own` of `whole` tokens."""
-        token = _batch.set(_Batch(own, whole) if self.world > 1 else None)
+    def one_batch(self, local: int, total: int) -> Iterator[None]:
+        """While open, `batch_mean` and the like work on a batch of which this rank has `local` of `total` tokens."""
+        token = _batch.set((local, total) if self.world > 1 else None)
         try:
             yield
         finally:
             _batch.reset(token)
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Every gradient becomes the sum over the ranks, bit for bit the same on each."""
+        """Replace every gradient by its sum over the ranks, bit for bit the same on each."""
         if self.world == 1:
             return
         grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        large = [grad for grad in grads if grad.numel() >= SMALL_NUMBERS]
         small = [grad for grad in grads if grad.numel() < SMALL_NUMBERS]
-        with _named_loss():
-            under_way = [dist.all_reduce(grad, async_op=True) for grad in large]
+        with _peer_errors():
+            pending = [dist.all_reduce(grad, async_op=True) for grad in grads if grad.numel() >= SMALL_NUMBERS]
             if small:
                 joined = torch.cat([grad.flatten() for grad in small])
                 dist.all_reduce(joined)
                 totals = torch.split_with_sizes(joined, [grad.numel() for grad in small])
                 for grad, total in zip(small, totals, strict=True):
                     grad.copy_(total.view_as(grad))
-            for work in under_way:
+            for work in pending:
                 assert work is not None
                 work.wait()
 
     def share(self, tensors: Sequence[Tensor]) -> None:
-        """The tensors of rank 0, in place, on every rank."""
+        """Overwrite the tensors with rank 0's, on every rank."""
         if self.world > 1:
-            with _named_loss():
+            with _peer_errors():
                 for tensor in tensors:
                     dist.broadcast(tensor, 0)
 
-    def told(self, numbers: Sequence[float]) -> list[float]:
-        """Rank 0's numbers, as many as each rank gives."""
+    def broadcast(self, numbers: Sequence[float]) -> list[float]:
+        """Return rank 0's numbers on every rank; each rank passes equally many."""
         values = torch.tensor(numbers, dtype=torch.float64)
         self.share([values])
         return values.tolist() if self.world > 1 else list(numbers)
 
     def largest(self, number: int) -> int:
-        """The largest of the ranks' numbers. Waits for the other processes, not for their GPUs."""
-        if self.world == 1:
-            return number
-        value = torch.tensor(number)
-        _reduce(value, dist.ReduceOp.MAX)
-        return int(value)
+        """Return the largest of the ranks' numbers. Waits for the other processes, not for their GPUs."""
+        return number if self.world == 1 else int(_reduce(torch.tensor(number), dist.ReduceOp.MAX))
 
     @contextmanager
     def all_or_none(self) -> Iterator[None]:
-        """Where one rank fails inside, all end, with its exit code; inside, ranks must not wait for each other."""
+        """If one rank fails inside, end all of them with its exit code. Ranks must not wait for each other inside."""
         try:
             yield
         except (WrongInput, FailedRun, OSError) as failure:
             code = 2 if isinstance(failure, WrongInput) else 1
-            if self.largest(code + _SAID * self.first) > _SAID and not self.first:
-                raise Stopped("", code) from failure  # most likely for the same reason, which rank 0 says
+            if self.largest(code + _REPORTED * self.first) > _REPORTED and not self.first:
+                raise Stopped("", code) from failure  # most likely for the same reason, which rank 0 reports
             raise
         if agreed := self.largest(0):
-            raise Stopped("", agreed % _SAID)  # the rank that failed says why
+            raise Stopped("", agreed % _REPORTED)  # the rank that failed reports why
 
-    def device(self, asked: str) -> torch.device:
-        """This rank's device: a GPU each. Raises WrongInput where there are too few."""
-        if self.world > 1 and asked.startswith("cuda:"):
-            raise WrongInput(f"--device {asked} is one GPU for {self.world} processes; give --device cuda")
-        return pick_device(asked)
+    def device(self, requested: str) -> torch.device:
+        """This rank's device, a GPU each. Raises WrongInput if there are too few GPUs."""
+        if self.world > 1 and requested.startswith("cuda:"):
+            raise WrongInput(f"--device {requested} is one GPU for {self.world} processes; give --device cuda")
+        return pick_device(requested)
 
 
 ALONE = Ranks()
@@ -135,56 +122,57 @@ ALONE = Ranks()
 
 @contextmanager
 def joined_ranks(*, group: bool = False) -> Iterator[Ranks]:
-    """The ranks that torchrun started, or this process alone, and until the end their process group.
+    """Join the ranks that torchrun started, or be the only one; leave the process group at the end.
 
-    group: have one also where this process is alone, as sharding needs.
-    Raises FailedRun where the other processes cannot be reached.
+    group: make a process group for a lone process too, as sharding needs one.
+    Raises FailedRun if the other processes cannot be reached.
     """
     launched = all(name in os.environ for name in TORCHRUN) and int(os.environ["WORLD_SIZE"]) > 1
     if not launched and not group:
         yield ALONE
         return
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    cuda = torch.cuda.is_available()
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    ranks = ALONE
     if launched:
-        with _named_loss():
-            if torch.cuda.is_available():
+        with _peer_errors():
+            if cuda:
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
             dist.init_process_group(backend, timeout=PATIENCE)
         ranks = Ranks(dist.get_rank(), dist.get_world_size())
     else:
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
-        ranks = ALONE
-    if not ranks.first:  # rank 0 says what there is to say
-        logging.getLogger("routesae").setLevel(logging.WARNING)
+    if not ranks.first:
+        logging.getLogger("routesae").setLevel(logging.WARNING)  # rank 0 logs for all
     try:
         yield ranks
     except BaseException:
-        if not torch.cuda.is_available():  # NCCL would wait for what a failed run left under way; the end of the
-            dist.destroy_process_group()  # process, which follows, does not
+        if not cuda:  # NCCL would wait for what the failed run left pending; the process is about to end anyway
+            dist.destroy_process_group()
         raise
     dist.destroy_process_group()
 
 
 @contextmanager
-def _named_loss() -> Iterator[None]:
-    """Of another rank: PyTorch raises RuntimeError, with a message about sockets."""
+def _peer_errors() -> Iterator[None]:
+    """Turn PyTorch's RuntimeError about sockets, raised when another rank is gone, into a FailedRun."""
     try:
         yield
     except RuntimeError as error:
         reason = next(iter(str(error).splitlines()), "no reason given")
         raise FailedRun(
-            f"another process of this run is gone or cannot be reached ({reason}); the same with --resume goes on"
+            f"another process of this run is gone or cannot be reached ({reason}); add --resume to continue the run"
         ) from error
 
 
 def _reduce(tensor: Tensor, how: Any = dist.ReduceOp.SUM) -> Tensor:
-    with _named_loss():
+    with _peer_errors():
         dist.all_reduce(tensor, how)
     return tensor
 
 
-# ----------------------------------------------------- of parameters that are divided (routesae.train.ranks.sharding)
+# ----------------------------------------------------- parameters divided among ranks (routesae.train.ranks.sharding)
 
 
 def is_divided(tensor: Tensor) -> bool:
@@ -192,21 +180,21 @@ def is_divided(tensor: Tensor) -> bool:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, on every rank, each of which must ask."""
+    """Gather all of a tensor on every rank; every rank must call it."""
     if not is_divided(tensor):
         return tensor
     divided = cast("DTensor", tensor)
-    # Gathered where the ranks exchange their rows, though what they hold may lie in host memory.
+    # Gathered on the device where the ranks exchange rows, even if the rows are kept in host memory.
     gathered: Tensor = cast("DTensor", divided.to(divided.device_mesh.device_type)).full_tensor()
     return gathered
 
 
-def own_rows(tensor: Tensor) -> Tensor:
-    """What this rank holds of it, in the same memory."""
+def local_rows(tensor: Tensor) -> Tensor:
+    """The rows of a tensor that this rank holds, in the same memory."""
     return cast("DTensor", tensor).to_local() if is_divided(tensor) else tensor
 
 
-# --------------------------------------------------------------------------- of the batch that is divided, if one is
+# ----------------------------------------------------------------------------------- the batch, if ranks divide it
 
 
 class _BatchMean(torch.autograd.Function):
@@ -221,17 +209,17 @@ class _BatchMean(torch.autograd.Function):
 
 
 def batch_mean(mean: Tensor) -> Tensor:
-    """Of means over this rank's rows, those over all rows of the batch. The gradient is this rank's part of it."""
+    """Turn means over this rank's rows into means over the whole batch; the gradient is this rank's part of it."""
     batch = _batch.get()
     if batch is None:
         return mean
-    return _BatchMean.apply(mean, batch.own / batch.whole)  # type: ignore[no-any-return, no-untyped-call]
+    return _BatchMean.apply(mean, batch[0] / batch[1])  # type: ignore[no-any-return, no-untyped-call]
 
 
 def batch_rows(rows: int) -> int:
-    """How many rows all ranks have where this one has `rows`, as many for every token."""
+    """How many rows all ranks have if this one has `rows`, as many for every token."""
     batch = _batch.get()
-    return rows if batch is None else rows * batch.whole // batch.own
+    return rows if batch is None else rows * batch[1] // batch[0]
 
 
 def batch_sum(counts: Tensor) -> Tensor:
@@ -240,19 +228,19 @@ def batch_sum(counts: Tensor) -> Tensor:
 
 
 def batch_least(values: Tensor) -> Tensor:
-    """The least over the ranks, number by number; no gradient."""
+    """The elementwise minimum over the ranks; no gradient."""
     return values if _batch.get() is None else _reduce(values.clone(), dist.ReduceOp.MIN)
 
 
 def batch_kth_largest(values_M: Tensor, k: int) -> Tensor:
-    """The k-th largest of the positive values of all ranks, which have at least k.
+    """The k-th largest of the positive values of all ranks, which together have at least k.
 
-    Read digit by digit from the top, as in a radix sort, so that ranks exchange counts of digits and not the values.
+    Found digit by digit from the top, as in a radix sort, so ranks exchange counts of digits rather than values.
     """
     if _batch.get() is None:
         return torch.kthvalue(-values_M, k).values.neg()
     assert values_M.dtype == torch.float32
-    keys_M = values_M.view(torch.int32)  # as integers, positive numbers keep their order
+    keys_M = values_M.view(torch.int32)  # positive floats keep their order when read as integers
     found, left = 0, k
     for shift, digits in ((20, 2048), (10, 1024), (0, 1024)):
         rest_M = keys_M >> shift

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from routesae.train.losses import Objective, norm_mse
-from routesae.train.ranks.distributed import batch_mean, own_rows
+from routesae.train.ranks.distributed import batch_mean, local_rows
 from routesae.train.saes.normalise import NormalisedLayers
 from routesae.train.saes.penalty import PenaltyWeight
 from routesae.train.saes.sae import PUBLISHED_DECODER_STEPS, SAE, Forward, Recipe
@@ -105,7 +105,7 @@ class Crosscoder(SAE):
     @torch.no_grad()
     def normalise_decoder(self, step: int, *, last: bool = False) -> None:
         if self.recipe.published and ((step - 1) % PUBLISHED_DECODER_STEPS == 0 or last):
-            rows_FLD = self._by_layer(own_rows(self.W_dec_FC))
+            rows_FLD = self._by_layer(local_rows(self.W_dec_FC))
             rows_FLD.div_(rows_FLD.norm(dim=2, keepdim=True))
 
     @torch.no_grad()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from routesae.reporting import WrongInput
 from routesae.train.losses import Objective
-from routesae.train.ranks.distributed import own_rows
+from routesae.train.ranks.distributed import local_rows
 from routesae.train.saes.normalise import NORMALIZATIONS, NormalisedLayers, as_layers
 from routesae.train.saes.routers import ROUTERS
 from routesae.train.sparse.kernels import AnyLatents
@@ -173,7 +173,7 @@ class SAE(nn.Module, ABC):
             return
         for decoder in self.decoders():
             assert decoder.grad is not None
-            W_dec_FD, grad_FD = own_rows(decoder), own_rows(decoder.grad)
+            W_dec_FD, grad_FD = local_rows(decoder), local_rows(decoder.grad)
             row_F = torch.arange(len(grad_FD), device=grad_FD.device)
             along_F = row_products(row_F, row_F, W_dec_FD, grad_FD)  # no third [F, D] is made
             grad_FD.addcmul_(W_dec_FD, along_F[:, None], value=-1)
@@ -186,7 +186,7 @@ class SAE(nn.Module, ABC):
         """
         if self.recipe.published and (step - 1) % PUBLISHED_DECODER_STEPS and not last:
             return
-        for W_dec_FD in map(own_rows, self.decoders()):
+        for W_dec_FD in map(local_rows, self.decoders()):
             W_dec_FD.div_(torch.linalg.vector_norm(W_dec_FD, dim=1, keepdim=True))
 
     def __call__(self, x: NormalisedLayers | Tensor) -> Forward:
