@@ -37,7 +37,7 @@ from routesae.harvest.filling.shards import harvest_shards
 from routesae.harvest.lm import model as lm
 from routesae.harvest.lm.passes import run_until
 from routesae.harvest.settings import HarvestSettings
-from routesae.machine.device import has_amx, pick_device, pick_lm_dtype
+from routesae.machine.device import has_bfloat16_units, pick_device, pick_lm_dtype
 from routesae.reporting import silent
 
 SHARDS_A_ROUND = 4  # the last one's writing has nothing to hide beside, as in a harvest of thousands
@@ -70,7 +70,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         settings = HarvestSettings(**{**vars(settings), "out": str(Path(folder, "shards"))})
         device = pick_device(settings.device)
-        lm_dtype = pick_lm_dtype(settings.lm_dtype, device, tiles=has_amx())
+        lm_dtype = pick_lm_dtype(settings.lm_dtype, device, bfloat16_units=has_bfloat16_units())
         with Claims(Path(settings.out)) as claims:
             cache = open_or_begin(settings, lm.load_config(settings.model), lm_dtype, claims, silent)
         print(f"{device}, {lm_dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}")

@@ -20,7 +20,7 @@ from routesae.harvest.filling.shards import harvest_shards, refuse_other_weights
 from routesae.harvest.filling.staging import publish_left, published, stage_of, staging_folder
 from routesae.harvest.lm import model as lm
 from routesae.harvest.settings import HarvestSettings, share_of
-from routesae.machine.device import has_amx, pick_device, pick_lm_dtype
+from routesae.machine.device import has_bfloat16_units, pick_device, pick_lm_dtype
 from routesae.machine.faults import disk_faults
 from routesae.machine.stop import ending_at_once
 from routesae.reporting import Report, silent
@@ -37,11 +37,11 @@ def harvest(settings: HarvestSettings, report: Report = silent) -> Cache:
     device = pick_device(settings.device)
     # Scores stay in float32 on every CPU; hidden states lose 1e-4 of their variance to this, a thousandth of what an
     # SAE does, and come 2.5 times as fast.
-    lm_dtype = pick_lm_dtype(settings.lm_dtype, device, tiles=has_amx())
+    lm_dtype = pick_lm_dtype(settings.lm_dtype, device, bfloat16_units=has_bfloat16_units())
     share_of(settings)  # whatever is wrong with it is said before the corpus is read
     path, stage = staging_folder(settings), stage_of(settings)
     config = lm.load_config(settings.model)
-    early = ending_at_once("stopped before a shard was begun; the same command goes on")
+    early = ending_at_once("stopped before a shard was begun; run the same command again to go on")
     with early, disk_faults(path, partial(_kept, path, settings)), Claims(path) as claims:
         resumed = (path / "zarr.json").exists()
         cache = open_or_begin(settings, config, lm_dtype, claims, report)

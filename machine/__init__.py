@@ -1,1 +1,1 @@
-"""What every room needs of the machine: devices, signals, disk errors, files written by strangers."""
+"""What every room needs of the machine: devices, memory, signals, locks, disk errors, files written by strangers."""

@@ -1,4 +1,4 @@
-"""What a disk does to a run that writes to it: an OSError in; one line with the remedy out."""
+"""Turn what a disk does to a run that writes to it into one line with the remedy."""
 
 from __future__ import annotations
 
@@ -15,37 +15,31 @@ _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 @contextmanager
 def disk_faults(path: Path, kept: Callable[[], str]) -> Iterator[None]:
-    """Say of an OSError about `path` what to do: FailedRun for a full disk or a folder that went away, WrongInput for
-    one that cannot be written. Others pass.
+    """While open, turn an OSError about `path` into FailedRun if the disk is full or the folder is gone, and into
+    WrongInput if it cannot be written. Other errors pass.
 
-    kept: what stays of the run, in words; asked for only then.
+    kept: says what the run leaves on the disk; called only after an error.
     """
     try:
         yield
     except OSError as error:
-        if not _is_about(error, path):
+        named = None if error.filename is None else Path(str(error.filename))  # a failed write names no file
+        if not (named is None or named.is_relative_to(path) or path.is_relative_to(named)):
             raise
         reason = error.strerror or str(error)
         if error.errno in _FULL:
             raise FailedRun(
-                f"no room left at {path} ({reason}): {kept()}; make room, and the same command goes on"
+                f"no room left at {path} ({reason}): {kept()}; make room and run the same command again"
             ) from error
         if error.errno in _FORBIDDEN:
             raise WrongInput(
-                f"{path} cannot be written ({reason}); give a folder that can be, or change its permissions"
+                f"{path} cannot be written ({reason}); give another folder, or change its permissions"
             ) from error
         if error.errno in (errno.ENOENT, errno.ESTALE) and not (path / "zarr.json").exists():
             with suppress(OSError):  # a writer may have made the folder anew
                 path.rmdir()
             raise FailedRun(
-                f"{path} went away while it was written; bring it back, and the same command goes on, or begins anew"
+                f"{path} was deleted or unmounted while it was written; bring it back and run the same command "
+                "again, or begin anew"
             ) from error
         raise
-
-
-def _is_about(error: OSError, path: Path) -> bool:
-    """A write that fails names no file."""
-    if error.filename is None:
-        return True
-    named = Path(str(error.filename))
-    return path in (named, *named.parents) or named in path.parents

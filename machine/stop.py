@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM or Ctrl-C in; a flag that a loop looks at between steps, or an end at once, out."""
+"""Handle SIGTERM and Ctrl-C: note them for a loop that looks between steps, or end at once."""
 
 from __future__ import annotations
 
@@ -15,52 +15,54 @@ StopRequest = Callable[[], signal.Signals | None]
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """While open, the first SIGTERM or SIGINT is only noted: the function given says which. A second one interrupts.
+    """While open, the first SIGTERM or SIGINT is only noted, and the yielded function returns it. A second one
+    interrupts.
 
-    Outside the main thread signals cannot be caught, and the function says None.
+    Outside the main thread signals cannot be caught, and the function returns None.
     """
     noted: list[signal.Signals] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: None
-        return
 
     def note(number: int, frame: FrameType | None) -> None:
         if noted:
             raise KeyboardInterrupt
         noted.append(signal.Signals(number))
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with _handlers(note, signal.SIGTERM, signal.SIGINT):
         yield lambda: noted[0] if noted else None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class _Terminated(KeyboardInterrupt):
-    """No Exception, so that no library that expects failures takes it for one."""
+    """Not an Exception, so that no library that expects failures catches it."""
 
 
 @contextmanager
 def ending_at_once(message: str) -> Iterator[None]:
     """While open, SIGTERM ends what is under way as Ctrl-C does, but as Stopped(message) with exit code 0.
 
-    For what has nothing to finish first. Outside the main thread signals cannot be caught, and nothing happens.
+    Outside the main thread signals cannot be caught, and nothing happens.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
     def end(number: int, frame: FrameType | None) -> None:
         raise _Terminated
 
-    before = signal.signal(signal.SIGTERM, end)
     try:
-        yield
+        with _handlers(end, signal.SIGTERM):
+            yield
     except _Terminated:
         raise Stopped(message, 0) from None
+
+
+@contextmanager
+def _handlers(handler: Callable[[int, FrameType | None], None], *numbers: signal.Signals) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, previous in before.items():
+            signal.signal(number, previous)
 
 
 def stop_code(request: signal.Signals) -> int:

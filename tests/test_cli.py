@@ -758,7 +758,7 @@ def test_an_sae_of_another_width_is_refused(tiny_cache: Cache, tmp_path: Path) -
         ("harvest --lm-dtype int4", "'int4' is none of auto, float32"),
         ("harvest --overflow wrap", "--overflow 'wrap' is none of error, clip"),
         ("harvest --compress gzip", "--compress 'gzip' is none of none, zstd"),
-        ("harvest --device tpu", "'tpu' is none of auto, cpu, cuda"),
+        ("harvest --device tpu", "unknown device 'tpu'; give auto, cpu, cuda"),
         ("harvest --model MODEL --layers 0-9 --context 16", "layers 1 to 6"),
         ("harvest --model MODEL --layers x --context 16", "--layers 'x' is not a list"),
         ("harvest --model MODEL --context 65", "--context 65 is more than the 64 positions"),
@@ -821,7 +821,7 @@ def test_cuda_is_refused_where_there_is_none(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     cache = [] if command == "harvest" else ["--cache", tiny_cache.path]
     line = refused(command, *cache, "--device", device)
-    assert f"{device} asked for, but no CUDA device" in line
+    assert f"--device {device} is not here: there is no CUDA device" in line
     assert "--device cpu" in line
 
 

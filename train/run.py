@@ -23,7 +23,7 @@ import torch
 from routesae import __version__
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.cache.verify import require_intact
-from routesae.machine.device import keep_freed_memory
+from routesae.machine.memory import keep_freed_memory
 from routesae.machine.stop import stop_code, stop_requests
 from routesae.reporting import FailedRun, Progress, Report, Stopped, WrongInput, silent
 from routesae.train.evaluate import CacheScores, score_on_cache

@@ -25,8 +25,8 @@ from routesae.harvest.filling.batching import Batching
 from routesae.harvest.filling.buffer import ShardBuffer
 from routesae.harvest.lm import model as lm
 from routesae.harvest.settings import HarvestSettings, share_of
-from routesae.machine.device import keep_freed_memory
 from routesae.machine.lock import Lock
+from routesae.machine.memory import keep_freed_memory
 from routesae.machine.stop import StopRequest, stop_code, stop_requests
 from routesae.reporting import Progress, Report, Stopped, WrongInput, human_bytes
 
@@ -80,7 +80,7 @@ def harvest_shards(
         request, missing = stop(), len(cache.missing())
     if request and missing:
         there = f"{cache.manifest.shard_count - missing} of {cache.manifest.shard_count} shards are there"
-        raise Stopped(f"stopped: {there}; the same command goes on", stop_code(request))
+        raise Stopped(f"stopped: {there}; run the same command again to go on", stop_code(request))
 
 
 def how_it_runs(model: lm.LanguageModel, lm_dtype: str, sequences: int) -> str:

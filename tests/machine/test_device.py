@@ -17,7 +17,7 @@ from routesae.reporting import WrongInput
 FORWARD_PASSES = """
 import resource, sys
 import torch
-from routesae.machine.device import keep_freed_memory
+from routesae.machine.memory import keep_freed_memory
 if sys.argv[1] == "kept":
     keep_freed_memory()
 for step in range(30):
@@ -69,7 +69,7 @@ def test_more_processes_than_gpus_are_refused_with_the_remedy(monkeypatch: pytes
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(WrongInput, match=r"cuda:2 asked for, but the last CUDA device is cuda:1; start fewer proc"):
+    with pytest.raises(WrongInput, match=r"cuda:2 is not here: the last CUDA device is cuda:1; start fewer proc"):
         pick_device("auto")
 
 

@@ -53,8 +53,8 @@ def change(path: Path, **fields: Any) -> None:
 @pytest.mark.parametrize(
     ("data", "why"),
     [
-        (b'{"a": 1, "b": {"c": 1, "c": 2}}', "it says 'c' twice"),
-        (b'{"a": 1, "b": "x:y", "a" : 2}', "it says 'a' twice"),
+        (b'{"a": 1, "b": {"c": 1, "c": 2}}', "the key 'c' stands twice"),
+        (b'{"a": 1, "b": "x:y", "a" : 2}', "the key 'a' stands twice"),
         (b'{"a": NaN}', "not JSON"),
         (b'{"a": -Infinity}', "not JSON"),
         (b'{"a": 1e999}', "not JSON"),
@@ -80,7 +80,7 @@ def test_only_regular_files_of_a_few_megabytes_are_read(tmp_path: Path) -> None:
     os.truncate(tmp_path / "large", 1 << 40)  # a terabyte, none of it on the disk
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "zero").symlink_to("/dev/zero")
-    for name, why in {"large": "more than", "pipe": "regular", "zero": "regular", ".": "regular"}.items():
+    for name, why in {"large": "at most", "pipe": "regular", "zero": "regular", ".": "regular"}.items():
         with within(10_000_000), pytest.raises(BadFile, match=why):
             read_json(tmp_path / name)
 

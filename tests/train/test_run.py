@@ -427,7 +427,7 @@ def test_the_epochs_of_a_run_are_ordered_differently(tiny_cache: Cache, settings
         ({"name": "/tmp/x"}, r"--name '/tmp/x' must be"),
         ({"name": ".."}, r"--name '..' must be"),
         ({"name": ".hidden"}, r"--name '.hidden' must be"),
-        ({"device": "gpu"}, r"device 'gpu' is none of auto, cpu, cuda"),
+        ({"device": "gpu"}, r"unknown device 'gpu'; give auto, cpu, cuda"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from routesae.machine.device import has_amx
+from routesae.machine.device import has_bfloat16_units
 
 # At fewer rows the encoder is fetched from memory too often, at more their product leaves the cores' caches
 # (benchmarks/steps.py on a Xeon: 256 rows 1.3 times slower).
@@ -75,7 +75,7 @@ def proposal_dtype(x_ND: Tensor, asked: torch.dtype | None = None) -> torch.dtyp
 
 def product_dtype(kind: str, precision: torch.dtype) -> torch.dtype:
     """The fastest for float32 rows on a device of that kind; precision: of autocast."""
-    return torch.bfloat16 if precision == torch.float32 and kind == "cpu" and has_amx() else precision
+    return torch.bfloat16 if precision == torch.float32 and kind == "cpu" and has_bfloat16_units() else precision
 
 
 def pre_activations(x_ND: Tensor, encoder: Encoder, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:

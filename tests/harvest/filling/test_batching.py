@@ -120,7 +120,7 @@ def test_where_nothing_fits_the_run_fails_with_the_remedy(
 def test_the_lm_runs_in_bfloat16_where_the_cpu_has_tiles(
     amx: bool, lm_dtype: str, tiny_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "has_amx", lambda: amx)
+    monkeypatch.setattr(run, "has_bfloat16_units", lambda: amx)
     cache = harvest(tiny_settings(out=str(tmp_path / "shards"), tokens=2048, lm_dtype="auto"))
     assert cache.manifest.lm_dtype == lm_dtype
 

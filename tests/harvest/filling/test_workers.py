@@ -353,7 +353,9 @@ def test_asked_to_stop_it_finishes_the_shard_and_says_what_is_there(
 ) -> None:
     caplog.set_level("INFO", "routesae")
     without_shards(begun)
-    with pytest.raises(Stopped, match="stopped: 2 of 5 shards are there; the same command goes on") as stopped:
+    with pytest.raises(
+        Stopped, match="stopped: 2 of 5 shards are there; run the same command again to go on"
+    ) as stopped:
         harvest(tiny_settings(out=str(begun)), signalled(1, 2048 + 128, number))
     assert stopped.value.code == code
     assert "stopping after this shard, or in 20 s; once more to stop at once" in caplog.text
@@ -403,7 +405,9 @@ def test_sigterm_while_tokenising_leaves_nothing_and_exits_0(tiny_settings: Sett
     def report(now: Progress) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(Stopped, match="stopped before a shard was begun; the same command goes on") as stopped:
+    with pytest.raises(
+        Stopped, match="stopped before a shard was begun; run the same command again to go on"
+    ) as stopped:
         harvest(tiny_settings(out=str(tmp_path / "shards")), report)
     assert stopped.value.code == 0
     assert not (tmp_path / "shards").exists()

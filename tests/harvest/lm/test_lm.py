@@ -219,7 +219,7 @@ def test_config_hash_tells_another_shape_of_model(tiny_model: Path) -> None:
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:3", "cuda:1"])
 def test_cuda_where_there_is_none_is_wrong_input(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(WrongInput, match=f"{device} asked for, but no CUDA device.*--device cpu"):
+    with pytest.raises(WrongInput, match=f"--device {device} is not here: there is no CUDA device.*--device cpu"):
         pick_device(device)
 
 
@@ -237,16 +237,16 @@ def test_devices_are_picked_by_what_is_there(monkeypatch: pytest.MonkeyPatch) ->
         assert pick_device("auto").type == expected
     assert pick_device("cpu") == CPU
     for wrong in ("gpu", "", "mps", "meta", "cuda:x"):
-        with pytest.raises(WrongInput, match="none of auto, cpu, cuda"):
+        with pytest.raises(WrongInput, match="give auto, cpu, cuda"):
             pick_device(wrong)
 
 
 def test_lm_dtype_auto_is_bfloat16_where_it_is_fast() -> None:
     assert pick_lm_dtype("auto", torch.device("cuda")) == "bfloat16"
     assert pick_lm_dtype("auto", CPU) == "float32"
-    assert pick_lm_dtype("auto", CPU, tiles=True) == "bfloat16"
-    assert pick_lm_dtype("float32", CPU, tiles=True) == "float32"
-    with pytest.raises(WrongInput, match="'int8' is none of auto, float32, bfloat16"):
+    assert pick_lm_dtype("auto", CPU, bfloat16_units=True) == "bfloat16"
+    assert pick_lm_dtype("float32", CPU, bfloat16_units=True) == "float32"
+    with pytest.raises(WrongInput, match="'int8'; give auto, float32 or bfloat16"):
         pick_lm_dtype("int8", CPU)
 
 

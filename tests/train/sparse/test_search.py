@@ -281,7 +281,7 @@ def test_only_float32_rows_are_proposed_for_in_what_autocast_or_the_encoder_asks
 ) -> None:
     x_ND = torch.zeros(2, 3)
     for amx in (False, True):
-        monkeypatch.setattr(search, "has_amx", lambda amx=amx: amx)
+        monkeypatch.setattr(search, "has_bfloat16_units", lambda amx=amx: amx)
         fastest = torch.bfloat16 if amx else torch.float32
         for asked in (None, torch.float32, torch.bfloat16):
             assert proposal_dtype(x_ND, asked) == (asked or fastest)
