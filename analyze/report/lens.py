@@ -1,12 +1,12 @@
-"""Decoder rows in; each latent's nearest latents, and the tokens it makes likelier and less likely, out.
+"""Find each latent's nearest latents, and the tokens that it makes likelier and less likely.
 
 The logit effect of a latent is the logit lens of its decoder row d, scaled to a root mean square of 1:
 
     e_V = (head(norm(d)) − head(norm(−d))) / 2
 
-with the LM's own final norm and head. The half-difference leaves out what is not of d: a LayerNorm's and a head's
-bias. With an RMSNorm it is W_U (γ ⊙ d) exactly. What the blocks in between would do to d is not in it. For a
-crosscoder d is the row of the last layer it writes to.
+with the LM's own final norm and head. The half-difference leaves out the biases of a LayerNorm and of the head. With
+an RMSNorm it is W_U (γ ⊙ d) exactly. The effect of the blocks in between is left out. For a crosscoder d is the row
+of the last layer it writes to.
 
 Dimension letters: F latents, D width, C numbers of a decoder row (D, or L·D of a crosscoder), n latents at a time, V
 vocabulary, K neighbours or tokens.
@@ -15,7 +15,6 @@ vocabulary, K neighbours or tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,18 +26,6 @@ from routesae.train.saes import SAE
 NEAREST, TOKENS = 5, 10
 
 
-class Neighbours(NamedTuple):
-    latent_nK: Tensor
-    cosine_nK: Tensor
-
-
-class Effects(NamedTuple):
-    """Texts of the tokens and their logits: the likelier first, then those that become least likely first."""
-
-    promoted: list[list[tuple[str, float]]]
-    suppressed: list[list[tuple[str, float]]]
-
-
 def decoder_of(sae: SAE) -> Tensor:
     """W_dec [F, D], of a crosscoder [F, L, D], on the SAE's device."""
     (W_dec,) = (tensors["W_dec"] for tensors in sae.files().values() if "W_dec" in tensors)
@@ -46,14 +33,14 @@ def decoder_of(sae: SAE) -> Tensor:
 
 
 def unit_rows(W_dec: Tensor) -> Tensor:
-    """[F, C] at unit norm; a row of zeros stays one, and is near to nothing."""
+    """The rows as [F, C] at unit norm; a row of zeros stays zero and is near no other."""
     W_FC = W_dec.flatten(1)
     norm_F1: Tensor = torch.linalg.vector_norm(W_FC, dim=1, keepdim=True)
     return W_FC / norm_F1.clamp_min(1e-12)
 
 
-def nearest(unit_FC: Tensor, first: int, after: int) -> Neighbours:
-    """The NEAREST latents by cosine of each of first … after-1, the nearest first; itself left out.
+def nearest(unit_FC: Tensor, first: int, after: int) -> tuple[Tensor, Tensor]:
+    """cosine_nK and latent_nK of the NEAREST other latents to each of first … after-1, the nearest first.
 
     Memory: n·F numbers.
     """
@@ -61,11 +48,11 @@ def nearest(unit_FC: Tensor, first: int, after: int) -> Neighbours:
     rows_n = torch.arange(after - first, device=unit_FC.device)
     cosine_nF[rows_n, rows_n + first] = -2
     cosine_nK, latent_nK = cosine_nF.topk(min(NEAREST, len(unit_FC) - 1), dim=1)
-    return Neighbours(latent_nK, cosine_nK)
+    return cosine_nK, latent_nK
 
 
 class LogitLens:
-    """The end of an LM, from its last block's output to the logits. texts: of its tokens, by id."""
+    """The end of an LM, from its last block's output to the logits. texts: each token's text, by id."""
 
     def __init__(self, lm: LanguageModel, texts: Sequence[str]):
         self.lm, self.texts = lm, texts
@@ -73,14 +60,17 @@ class LogitLens:
         some_token_11 = torch.zeros(1, 1, dtype=torch.int64, device=lm.device)
         self._shape = clean_pass(lm, some_token_11, [self.last])  # only for what the LM's blocks return
 
-    def effects(self, W_dec: Tensor) -> Effects:
-        """Of decoder rows [n, D], of a crosscoder [n, L, D]."""
+    def effects(self, W_dec: Tensor) -> dict[str, list[list[tuple[str, float]]]]:
+        """Texts and logits of the tokens that each latent promotes and suppresses most, the strongest first.
+
+        W_dec: decoder rows [n, D], of a crosscoder [n, L, D].
+        """
         d_nD = W_dec[:, -1] if W_dec.ndim == 3 else W_dec
         effect_nV = self.logits(d_nD)[:, : len(self.texts)]
-        return Effects(self._strongest(effect_nV), self._strongest(effect_nV, sign=-1))
+        return {"promoted": self._strongest(effect_nV), "suppressed": self._strongest(effect_nV, sign=-1)}
 
     def logits(self, d_nD: Tensor) -> Tensor:
-        """e [n, V], float32."""
+        """e_nV, float32."""
         rms_n1 = d_nD.square().mean(1, keepdim=True).sqrt().clamp_min(1e-12)
         d_nD = (d_nD / rms_n1).to(self.lm.device)
         return (self._ended(d_nD) - self._ended(-d_nD)) / 2
@@ -88,9 +78,9 @@ class LogitLens:
     def _ended(self, d_nD: Tensor) -> Tensor:
         like_BTD = self._shape.hidden[self.last]
         start_n1D = d_nD[:, None].to(like_BTD.dtype)
-        given = self._shape._replace(hidden={self.last: start_n1D})
+        clean = self._shape._replace(hidden={self.last: start_n1D})
         some_tokens_n1 = torch.zeros(len(d_nD), 1, dtype=torch.int64, device=self.lm.device)
-        final_n1D = spliced_pass(self.lm, some_tokens_n1, given, {self.last: lambda hidden_BTD: hidden_BTD})
+        final_n1D = spliced_pass(self.lm, some_tokens_n1, clean, {self.last: lambda hidden_BTD: hidden_BTD})
         return logits(self.lm, final_n1D[:, 0])
 
     def _strongest(self, effect_nV: Tensor, sign: int = 1) -> list[list[tuple[str, float]]]:

@@ -1,7 +1,7 @@
-"""Runs in; the plots that compare them out, as SVG whose colours are the page's, light and dark.
+"""Draw the plots that compare runs, as SVG in the page's own colours, light and dark.
 
 Matplotlib draws with stand-in colours, which then become the page's CSS variables: no script, some 20 kB a plot,
-where plotly.js would be 4.6 MB that every reader's browser has to parse. Names of runs are in the page's own legend,
+where plotly.js would be 4.6 MB for every reader's browser to parse. The names of runs stand in the page's legend,
 beside their colours, and never in a plot.
 """
 
@@ -10,18 +10,20 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from routesae.analyze.report.runs import Run
+from routesae.analyze.scores.metrics import HIGHER, METRICS
 
 if TYPE_CHECKING:
     from markupsafe import Markup
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-SERIES = 8  # colours; from the ninth run on they come again, dashed
+SERIES = 8  # colours; from the ninth run on they are used again, dashed
 _INK, _MUTED, _LINE = "#010203", "#040506", "#070809"
 _VARIABLES = {_INK: "var(--ink)", _MUTED: "var(--muted)", _LINE: "var(--line)"}
 _SERIES = [f"#0a0b{i:02x}" for i in range(SERIES)]
@@ -53,11 +55,15 @@ _STYLE: dict[Any, Any] = {
 }
 _SIZE_INCHES = (5.0, 3.2)  # 360 × 230 points: text is as large as the page's on a phone, and no smaller on a desk
 _BINS = 40
-_LEAST_SPAN = {"l0": 2.0, "dead": 0.02, "routing_entropy": 0.1}  # of a linear axis, in its unit
+_LEAST_SPAN = {
+    "l0": 2.0,
+    "dead": 0.02,
+    "routing_entropy": 0.1,
+}  # of a linear axis, so that rounding errors do not look like mountains
 
 
 class Plot(NamedTuple):
-    """section: of the page. title: what is drawn, with its unit. alternative: for who cannot see it."""
+    """section: of the page it belongs to. title: with the unit. alternative: the numbers, for screen readers."""
 
     section: str
     title: str
@@ -66,17 +72,20 @@ class Plot(NamedTuple):
 
 
 def draw_plots(runs: Sequence[Run]) -> list[Plot]:
-    """Those of which there is something to draw."""
-    plots = [
-        _pareto(runs, "NormMSE", "lower is better"),
-        _pareto(runs, "Recovered", "higher is better"),
-        _curves(runs, "norm_mse", "NormMSE in training", log=True),
-        _curves(runs, "l0", "L0 in training, active latents a token"),
-        _curves(runs, "dead", "Dead latents in training, share of the dictionary"),
-        _shares(runs),
-        _curves(runs, "routing_entropy", "Entropy of routing in training, nats", section="routing"),
-        _densities(runs),
-    ]
+    """The plots for which the runs have data."""
+    from matplotlib import rc_context
+
+    with rc_context(_STYLE):
+        plots = [
+            _pareto(runs, "NormMSE"),
+            _pareto(runs, "Recovered"),
+            _curves(runs, "norm_mse", "NormMSE in training", log=True),
+            _curves(runs, "l0", "L0 in training, active latents a token"),
+            _curves(runs, "dead", "Dead latents in training, share of the dictionary"),
+            _shares(runs),
+            _curves(runs, "routing_entropy", "Entropy of routing in training, nats", section="routing"),
+            _densities(runs),
+        ]
     return [plot for plot in plots if plot is not None]
 
 
@@ -85,7 +94,7 @@ def colour_of(number: int) -> tuple[str, str]:
     return _SERIES[number % SERIES], "-" if number < SERIES else "--"
 
 
-def _pareto(runs: Sequence[Run], metric: str, better: str) -> Plot | None:
+def _pareto(runs: Sequence[Run], metric: str) -> Plot | None:
     points = {
         number: (run.scores["L0"], run.scores[metric])
         for number, run in enumerate(runs)
@@ -93,129 +102,117 @@ def _pareto(runs: Sequence[Run], metric: str, better: str) -> Plot | None:
     }
     if not points:
         return None
-
-    def draw(axes: Axes) -> None:
-        for variant in dict.fromkeys(run.recipe.sae for run in runs):
-            line = sorted(point for number, point in points.items() if runs[number].recipe.sae == variant)
-            axes.plot([l0 for l0, _ in line], [value for _, value in line], color=_MUTED, linewidth=1, zorder=2)
-        for number, (l0, value) in points.items():
-            axes.plot(l0, value, "o", color=colour_of(number)[0], markersize=8, zorder=3)
-        axes.margins(0.15)
-        axes.set_xlabel("L0, active latents a token")
-
-    told = "; ".join(f"{runs[n].name}: L0 {l0:.1f}, {metric} {value:.3f}" for n, (l0, value) in points.items())
-    return Plot("runs", f"{metric} against L0, held out; {better}", told, _drawn(draw))
+    figure, axes = _figure("L0, active latents a token")
+    for variant in dict.fromkeys(run.recipe.sae for run in runs):
+        line = sorted(point for number, point in points.items() if runs[number].recipe.sae == variant)
+        axes.plot([l0 for l0, _ in line], [value for _, value in line], color=_MUTED, linewidth=1, zorder=2)
+    for number, (l0, value) in points.items():
+        axes.plot(l0, value, "o", color=colour_of(number)[0], markersize=8, zorder=3)
+    axes.margins(0.15)
+    better = "higher" if METRICS[metric].better == HIGHER else "lower"
+    numbers = (f"{runs[n].name}: L0 {l0:.1f}, {metric} {value:.3f}" for n, (l0, value) in points.items())
+    return Plot("runs", f"{metric} against L0, held out; {better} is better", "; ".join(numbers), _svg(figure))
 
 
 def _curves(runs: Sequence[Run], key: str, title: str, *, section: str = "curves", log: bool = False) -> Plot | None:
-    curves = {n: _curve(run.curve, key) for n, run in enumerate(runs)}
-    curves = {n: curve for n, curve in curves.items() if curve}
+    """key: of the lines of metrics.jsonl."""
+    from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter, PercentFormatter
+
+    points = {
+        number: [(line["tokens"], line[key]) for line in run.curve if isinstance(line.get(key), int | float)]
+        for number, run in enumerate(runs)
+    }
+    curves = {number: curve for number, curve in points.items() if curve}
     if not curves:
         return None
-
-    def draw(axes: Axes) -> None:
-        from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter, PercentFormatter
-
-        for number, curve in curves.items():
-            colour, style = colour_of(number)
-            axes.plot([x for x, _ in curve], [y for _, y in curve], style, color=colour)
-        if log:
-            axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axes.yaxis.set_minor_formatter(NullFormatter())
-        else:
-            _give_room(axes, least=_LEAST_SPAN[key])
-        if key == "dead":
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.set_xlabel("training tokens")
-
-    told = "; ".join(f"{runs[n].name}: {curve[-1][1]:.3g} at the end" for n, curve in curves.items())
-    return Plot(section, title, told, _drawn(draw))
-
-
-def _give_room(axes: Axes, least: float) -> None:
-    """At least `least` from the bottom to the top, so that rounding errors do not look like mountains."""
-    if axes.dataLim.height < least:
-        low = max(-0.04 * least, axes.dataLim.y0 + axes.dataLim.height / 2 - least / 2)  # a line on 0 stands clear
-        axes.set_ylim(low, low + least)
-
-
-def _curve(lines: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
-    return [(line["tokens"], line[key]) for line in lines if isinstance(line.get(key), int | float)]
+    figure, axes = _figure("training tokens")
+    for number, curve in curves.items():
+        colour, style = colour_of(number)
+        axes.plot([x for x, _ in curve], [y for _, y in curve], style, color=colour)
+    if log:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    elif axes.dataLim.height < _LEAST_SPAN[key]:
+        span, middle = _LEAST_SPAN[key], axes.dataLim.y0 + axes.dataLim.height / 2
+        low = max(-0.04 * span, middle - span / 2)  # a line at 0 stands clear of the axis
+        axes.set_ylim(low, low + span)
+    if key == "dead":
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    numbers = (f"{runs[n].name}: {curve[-1][1]:.3g} at the end" for n, curve in curves.items())
+    return Plot(section, title, "; ".join(numbers), _svg(figure))
 
 
 def _shares(runs: Sequence[Run]) -> Plot | None:
+    from matplotlib.ticker import PercentFormatter
+
     routed = {number: run.shares for number, run in enumerate(runs) if run.shares}
     if not routed:
         return None
     layers = sorted({int(layer) for shares in routed.values() for layer in shares})
-
-    def draw(axes: Axes) -> None:
-        from matplotlib.ticker import PercentFormatter
-
-        width = 0.8 / len(routed)
-        for place, (number, shares) in enumerate(routed.items()):
-            left = [at - 0.4 + (place + 0.5) * width for at in range(len(layers))]
-            heights = [shares.get(str(layer), 0.0) for layer in layers]
-            axes.bar(left, heights, width * 0.92, color=colour_of(number)[0])
-        axes.set_xticks(range(len(layers)), [str(layer) for layer in layers])
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        axes.grid(visible=False, axis="x")
-        axes.set_xlabel("layer")
-
-    told = "; ".join(
+    figure, axes = _figure("layer")
+    width = 0.8 / len(routed)
+    for place, (number, shares) in enumerate(routed.items()):
+        left = [at - 0.4 + (place + 0.5) * width for at in range(len(layers))]
+        heights = [shares.get(str(layer), 0.0) for layer in layers]
+        axes.bar(left, heights, width * 0.92, color=colour_of(number)[0])
+    axes.set_xticks(range(len(layers)), [str(layer) for layer in layers])
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.grid(visible=False, axis="x")
+    numbers = (
         f"{runs[n].name}: " + ", ".join(f"layer {layer} {share:.0%}" for layer, share in shares.items() if share)
         for n, shares in routed.items()
     )
-    return Plot("routing", "Tokens routed to each layer, share, held out", told, _drawn(draw))
+    return Plot("routing", "Tokens routed to each layer, share, held out", "; ".join(numbers), _svg(figure))
 
 
 def _densities(runs: Sequence[Run]) -> Plot | None:
-    """A histogram a run; the latents that are never active have no logarithm, and stand in the alternative."""
-    densities = {
+    """A histogram for each run; latents that are never active have no logarithm and are counted in the alternative."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    logs = {
         number: np.array([math.log10(summary.density) for summary in run.contexts.summaries if summary.active])
         for number, run in enumerate(runs)
         if run.contexts is not None
     }
-    densities = {number: values for number, values in densities.items() if len(values)}
+    densities = {number: values for number, values in logs.items() if len(values)}
     if not densities:
         return None
-    lowest = min(float(values.min()) for values in densities.values())
-    edges = np.linspace(math.floor(lowest), 0, _BINS + 1)
-
-    def draw(axes: Axes) -> None:
-        from matplotlib.ticker import FuncFormatter, MaxNLocator
-
-        for number, values in densities.items():
-            colour, style = colour_of(number)
-            counts, _ = np.histogram(values, edges)
-            axes.stairs(counts, edges, color=colour, linestyle=style, linewidth=1.6)
-            axes.stairs(counts, edges, color=colour, alpha=0.12, fill=True)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        names = {0: "1", -1: "0.1", -2: "0.01"}
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: names.get(round(value), f"1e{value:.0f}")))
-        axes.set_xlabel("density, share of tokens a latent is active on")
-
-    told = "; ".join(
+    figure, axes = _figure("density, share of tokens a latent is active on")
+    edges = np.linspace(math.floor(min(float(values.min()) for values in densities.values())), 0, _BINS + 1)
+    for number, values in densities.items():
+        colour, style = colour_of(number)
+        counts, _ = np.histogram(values, edges)
+        axes.stairs(counts, edges, color=colour, linestyle=style, linewidth=1.6)
+        axes.stairs(counts, edges, color=colour, alpha=0.12, fill=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    names = {0: "1", -1: "0.1", -2: "0.01"}
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: names.get(round(value), f"1e{value:.0f}")))
+    numbers = (
         f"{runs[n].name}: median {10 ** float(np.median(values)):.2g}, "
         f"{runs[n].recipe.latents - len(values)} never active"
         for n, values in densities.items()
     )
-    return Plot("density", "Latents by density", told, _drawn(draw))
+    return Plot("density", "Latents by density", "; ".join(numbers), _svg(figure))
 
 
-def _drawn(draw: Any) -> Markup:
-    from markupsafe import Markup
-    from matplotlib import rc_context
+def _figure(xlabel: str) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 
-    with rc_context(_STYLE):
-        figure = Figure(figsize=_SIZE_INCHES, layout="constrained")
-        draw(figure.subplots())
-        file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    figure = Figure(figsize=_SIZE_INCHES, layout="constrained")
+    axes = figure.subplots()
+    axes.set_xlabel(xlabel)
+    return figure, axes
+
+
+def _svg(figure: Figure) -> Markup:
+    """The figure without a size of its own and with the page's colours."""
+    from markupsafe import Markup
+
+    file = io.StringIO()
+    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

@@ -1,7 +1,7 @@
-"""A routesae and a cache in; to which layers it sends which tokens, by token class, out.
+"""Count to which layers a routesae sends the tokens of each class, over a cache.
 
-A token class is what a token spells without blanks and case. Read are the held-out rows, or all where none are held
-out. With hard routing a token counts for its layer; with soft routing for each layer by its weight.
+A token class is what a token spells without blanks and case. The held-out rows are read, or all rows where none are
+held out. With hard routing a token counts for its layer; with soft routing for each layer by its weight.
 
 Dimension letters: L layers, N tokens, C token classes.
 """
@@ -9,7 +9,7 @@ Dimension letters: L layers, N tokens, C token classes.
 from __future__ import annotations
 
 from contextlib import closing
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,20 +28,12 @@ from routesae.train.saes.routesae import RouteSAE
 CLASSES = 40
 
 
-class RoutesByClass(NamedTuple):
-    """layers: of the SAE. tokens: read. classes: the most frequent, with counts. shares: of each, one a layer."""
-
-    layers: list[int]
-    tokens: int
-    held_out: bool
-    classes: list[str]
-    counts: list[int]
-    shares: list[list[float]]
-
-
 @torch.no_grad()
-def routes_by_class(sae: SAE, cache: Cache, vocabulary: Vocabulary, report: Report = silent) -> RoutesByClass:
-    """Route every token read once. Raises WrongInput where SAE and cache do not fit."""
+def routes_by_class(sae: SAE, cache: Cache, vocabulary: Vocabulary, report: Report = silent) -> dict[str, Any]:
+    """The most frequent classes, how many tokens each has, and their shares, one for each of the SAE's layers.
+
+    Raises WrongInput where SAE and cache do not fit.
+    """
     assert isinstance(sae, RouteSAE)
     require_fit(sae, cache)
     held_out = cache.manifest.train_rows < cache.manifest.rows
@@ -69,18 +61,18 @@ def routes_by_class(sae: SAE, cache: Cache, vocabulary: Vocabulary, report: Repo
             report(Progress("routes", done, len(selection), "tokens", {}))
     count_C = torch.bincount(torch.cat(class_n), minlength=len(weight_CL))
     top = [c for c in count_C.argsort(descending=True, stable=True)[:CLASSES].tolist() if count_C[c]]
-    return RoutesByClass(
-        layers=list(sae.recipe.layers),
-        tokens=len(selection),
-        held_out=held_out,
-        classes=[vocabulary.class_names[c] for c in top],
-        counts=[int(count_C[c]) for c in top],
-        shares=[[round(share, 4) for share in (weight_CL[c] / count_C[c]).tolist()] for c in top],
-    )
+    return {
+        "layers": list(sae.recipe.layers),
+        "tokens": len(selection),
+        "held_out": held_out,
+        "classes": [vocabulary.class_names[c] for c in top],
+        "counts": [int(count_C[c]) for c in top],
+        "shares": [[round(share, 4) for share in (weight_CL[c] / count_C[c]).tolist()] for c in top],
+    }
 
 
 def _routed(sae: RouteSAE, x: Any) -> Tensor:
-    """[N, L]: each token's layers, summing to 1."""
+    """routed_NL, the share of each layer in each token; they sum to 1."""
     if sae.recipe.routing == "soft":
         return sae.routing(x)
     return torch.nn.functional.one_hot(sae.routes(x).at_N, len(sae.recipe.layers))

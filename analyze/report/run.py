@@ -1,9 +1,9 @@
-"""The stage report: SAE folders and what lies in them in; one HTML file that a browser opens from disk, out.
+"""Write the page of `routesae report`: one HTML file about SAEs that a browser opens from disk.
 
 The page needs no network and no file beside it. Its data are JSON, gzip and base64 in script elements that no browser
-runs: a list of latents an SAE, which the page reads when it opens, and pieces of PIECE latents with their contexts,
-which it reads when one is looked at. So the page opens fast however long it is, and corpus text cannot become markup.
-Only the page's own script may run: its hash is in the page's content security policy.
+runs: a list of latents for each SAE, which the page reads when it opens, and pieces of PIECE latents with their
+contexts, which it reads as they are looked at. So the page opens fast however long it is, and corpus text cannot
+become markup. Only the page's own script may run: its hash is in the page's content security policy.
 
 What is shown of a latent: routesae.analyze.report.latents. The plots: routesae.analyze.report.plots.
 """
@@ -15,12 +15,12 @@ import hashlib
 import importlib.util
 import logging
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from routesae import __version__
-from routesae.analyze.report.latents import PIECE, Shown, latent_pieces, packed
+from routesae.analyze.report.latents import PIECE, latent_list, latent_pieces, packed
 from routesae.analyze.report.lens import LogitLens
 from routesae.analyze.report.plots import draw_plots
 from routesae.analyze.report.routes import routes_by_class
@@ -33,8 +33,6 @@ from routesae.machine.device import pick_device, pick_lm_dtype
 from routesae.reporting import Report, WrongInput, silent
 
 if TYPE_CHECKING:
-    from jinja2 import Template
-
     from routesae.analyze.contexts.windows import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -43,7 +41,7 @@ LIBRARIES = ("jinja2", "matplotlib")
 
 
 class Page(NamedTuple):
-    """The file written, its size, and how many latents of how many SAEs can be looked at in it."""
+    """The file written, its size, how many SAEs it compares and how many latents can be looked at in it."""
 
     path: Path
     bytes: int
@@ -53,41 +51,39 @@ class Page(NamedTuple):
 
 def write_report(settings: ReportSettings, report: Report = silent) -> Page:
     """Write the page. Raises WrongInput where a library is missing, or a folder, cache or LM does not fit."""
-    require_libraries()
-    runs = read_runs(settings.saes, Path(settings.out), settings.scores)
-    sources = _sources(settings, runs)
-    routes = [_routes(run, settings, sources, report) for run in runs]
-    with tempfile.TemporaryFile("w+", encoding="ascii") as pieces:
-        lists = []
-        for number, run in enumerate(runs):
-            shown = _write_pieces(number, run, settings, sources, pieces, report)
-            lists.append(None if shown is None else packed(shown.columns))
-        blocks = {f"list-{number}": data for number, data in enumerate(lists) if data is not None}
-        blocks = {"shared": packed(_shared(runs, routes)), **blocks}
-        size = _render(Path(settings.html), runs, blocks, pieces, logits=sources.lens is not None)
-    browsable = [run.recipe.latents for run, data in zip(runs, lists, strict=True) if data is not None]
-    return Page(Path(settings.html), size, len(runs), sum(browsable))
-
-
-def require_libraries() -> None:
-    """Raises WrongInput where what draws the page is not installed."""
     if missing := [name for name in LIBRARIES if importlib.util.find_spec(name) is None]:
         raise WrongInput(f"the report needs {' and '.join(missing)}: pip install 'routesae[report]'")
+    runs = read_runs(settings.saes, Path(settings.out), settings.scores)
+    device = pick_device(settings.device)
+    cache = _open_cache(settings, runs)
+    vocabulary, lens = _load_lm(settings, cache, runs)
+    about: list[dict[str, Any]] = []
+    lists: dict[str, str] = {}
+    with tempfile.TemporaryFile("w+", encoding="ascii") as pieces:  # a line a piece: its id and its data
+        for number, run in enumerate(runs):
+            browsable, routes = run.contexts is not None, None
+            if run.recipe.sae == "routesae" and cache is not None and vocabulary is not None:
+                routes = routes_by_class(run.load(device), cache, vocabulary, report)
+            about.append({"name": run.name, "latents": run.recipe.latents, "browsable": browsable, "routes": routes})
+            if browsable:
+                listed = latent_list(run)
+                of_run = latent_pieces(run, listed, run.load(device), lens, settings.contexts, report)
+                for at, piece in enumerate(of_run):
+                    pieces.write(f"piece-{number}-{at} {packed(piece)}\n")
+                lists[f"list-{number}"] = packed(listed)
+        blocks = {"shared": packed({"piece": PIECE, "runs": about}), **lists}
+        size = _render(Path(settings.html), runs, blocks, pieces, logits=lens is not None)
+    return Page(Path(settings.html), size, len(runs), sum(one["latents"] for one in about if one["browsable"]))
 
 
-class Sources(NamedTuple):
-    """What is not in the SAEs' folders, each only where it could be had."""
-
-    cache: Cache | None
-    vocabulary: Vocabulary | None
-    lens: LogitLens | None
-
-
-def _sources(settings: ReportSettings, runs: Sequence[Run]) -> Sources:
+def _load_lm(
+    settings: ReportSettings, cache: Cache | None, runs: Sequence[Run]
+) -> tuple[Vocabulary | None, LogitLens | None]:
+    """The vocabulary, for routing by token, and the logit lens, each where the settings allow it."""
     from routesae.analyze.contexts.windows import Vocabulary
     from routesae.harvest.lm import model as lm
 
-    cache, vocabulary, lens = _cache(settings, runs), None, None
+    vocabulary = None
     if cache is not None and any(run.recipe.sae == "routesae" for run in runs):
         try:
             vocabulary = Vocabulary(load_harvested_tokenizer(cache, settings.model or cache.manifest.model))
@@ -95,31 +91,31 @@ def _sources(settings: ReportSettings, runs: Sequence[Run]) -> Sources:
             if settings.cache is not None or settings.model is not None:
                 raise
             log.warning("routing by token is left out: %s", refusal)
-    if settings.model is not None:
-        if cache is not None:
-            model = load_harvested_lm(cache, settings.model, settings.device, settings.lm_dtype)
-        else:
-            device = pick_device(settings.device)
-            dtype = pick_lm_dtype(settings.lm_dtype, device)
-            model = lm.load_lm(settings.model, device=device, lm_dtype=dtype)
-        vocabulary = vocabulary or Vocabulary(lm.load_tokenizer(settings.model))
-        lens = LogitLens(model, vocabulary.texts)
-        for run in runs:
-            if run.recipe.width != model.width:
-                raise WrongInput(f"{run.folder} is of width {run.recipe.width}, {settings.model} of {model.width}")
-    return Sources(cache, vocabulary, lens)
+    if settings.model is None:
+        return vocabulary, None
+    if cache is not None:
+        model = load_harvested_lm(cache, settings.model, settings.device, settings.lm_dtype)
+    else:
+        device = pick_device(settings.device)
+        model = lm.load_lm(settings.model, device=device, lm_dtype=pick_lm_dtype(settings.lm_dtype, device))
+    for run in runs:
+        if run.recipe.width != model.width:
+            raise WrongInput(f"{run.folder} has width {run.recipe.width} and model {settings.model} {model.width}")
+    vocabulary = vocabulary or Vocabulary(lm.load_tokenizer(settings.model))
+    return vocabulary, LogitLens(model, vocabulary.texts)
 
 
-def _cache(settings: ReportSettings, runs: Sequence[Run]) -> Cache | None:
-    """The one asked for, or the one all contexts came from, where it is still there and still that one."""
+def _open_cache(settings: ReportSettings, runs: Sequence[Run]) -> Cache | None:
+    """The cache asked for, or the one that all contexts came from if it is still there and unchanged."""
     if settings.cache is not None:
         cache = Cache(settings.cache)
         cache.require_whole()
         return cache
-    read = {(facts["path"], facts.get("tokens_hash")) for facts in _caches_read(runs)}
-    if len(read) != 1:
+    sources = [run.contexts.facts["cache"] for run in runs if run.contexts is not None]
+    places = {(source["path"], source.get("tokens_hash")) for source in sources}
+    if len(places) != 1:
         return None
-    ((path, tokens_hash),) = read
+    ((path, tokens_hash),) = places
     if not is_url(path) and not Path(path).is_dir():
         return None
     try:
@@ -131,55 +127,21 @@ def _cache(settings: ReportSettings, runs: Sequence[Run]) -> Cache | None:
     return cache if cache.manifest.tokens_hash == tokens_hash else None
 
 
-def _caches_read(runs: Sequence[Run]) -> list[Mapping[str, Any]]:
-    return [run.contexts.facts["cache"] for run in runs if run.contexts is not None]
-
-
-def _routes(run: Run, settings: ReportSettings, sources: Sources, report: Report) -> dict[str, Any] | None:
-    if run.recipe.sae != "routesae" or sources.cache is None or sources.vocabulary is None:
-        return None
-    sae = run.load(pick_device(settings.device))
-    return routes_by_class(sae, sources.cache, sources.vocabulary, report)._asdict()
-
-
-def _write_pieces(
-    number: int, run: Run, settings: ReportSettings, sources: Sources, pieces: IO[str], report: Report
-) -> Shown | None:
-    """One line a piece: its id and its data. None where the SAE has no contexts."""
-    if run.contexts is None:
-        return None
-    shown = Shown(run, settings.contexts)
-    sae = run.load(pick_device(settings.device))
-    for at, piece in enumerate(latent_pieces(shown, sae, sources.lens, report)):
-        pieces.write(f"piece-{number}-{at} {packed(piece)}\n")
-    return shown
-
-
-def _shared(runs: Sequence[Run], routes: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
-    return {
-        "piece": PIECE,
-        "runs": [
-            {
-                "name": run.name,
-                "latents": run.recipe.latents,
-                "browsable": run.contexts is not None,
-                "routes": by_class,
-            }
-            for run, by_class in zip(runs, routes, strict=True)
-        ],
-    }
-
-
-# ------------------------------------------------------------------------------------------------- the page
-
-
 def _render(path: Path, runs: Sequence[Run], blocks: Mapping[str, str], pieces: IO[str], *, logits: bool) -> int:
-    """Write the file under a dot-name, then give it its name; its bytes."""
+    """Write the file under a dot-name, give it its name, and return its size in bytes."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
+    environment = Environment(
+        loader=FileSystemLoader(PAGE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     script = (PAGE / "page.js").read_text()
     columns, rows = table_of(runs)
-    parts = _template().generate(
+    parts = environment.get_template("report.html.j2").generate(
         version=__version__,
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -198,25 +160,11 @@ def _render(path: Path, runs: Sequence[Run], blocks: Mapping[str, str], pieces: 
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("w", encoding="utf-8", newline="\n") as file:
-            _write_all(file, parts)
+            file.writelines(parts)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
     return path.stat().st_size
-
-
-def _template() -> Template:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    loader = FileSystemLoader(PAGE)
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.lstrip_blocks = True
-    return environment.get_template("report.html.j2")
-
-
-def _write_all(file: IO[str], parts: Iterable[str]) -> None:
-    for part in parts:
-        file.write(part)
 
 
 def _lines(pieces: IO[str]) -> Iterator[tuple[str, str]]:
@@ -227,13 +175,13 @@ def _lines(pieces: IO[str]) -> Iterator[tuple[str, str]]:
 
 
 def _facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """What all the runs came from, a line each: model, corpus, tokens."""
-    found: dict[str, dict[str, None]] = {"model": {}, "corpus": {}, "tokens": {}}
+    """Model, corpus and tokens of the runs, those that are known."""
+    values: dict[str, dict[str, None]] = {"model": {}, "corpus": {}, "tokens": {}}
     for run in runs:
-        cache = run.source.get("cache") or {}
-        for name, value in (("model", run.source.get("model")), ("corpus", run.source.get("corpus"))):
-            if value:
-                found[name][str(value)] = None
-        if "kept_tokens" in cache:
-            found["tokens"][f"{cache['kept_tokens']:,}"] = None
-    return [(name, ", ".join(values)) for name, values in found.items() if values]
+        tokens = (run.source.get("cache") or {}).get("kept_tokens")
+        for name in ("model", "corpus"):
+            if run.source.get(name):
+                values[name][str(run.source[name])] = None
+        if tokens is not None:
+            values["tokens"][f"{tokens:,}"] = None
+    return [(name, ", ".join(of_runs)) for name, of_runs in values.items() if of_runs]

@@ -1,12 +1,12 @@
-"""SAE folders in; of each, all that lies in them of a run, and the table that compares the runs, out."""
+"""Read what the folders of SAEs say of their runs, and make the table that compares the runs."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,25 +14,34 @@ from routesae.analyze.contexts.file import CONTEXTS, ContextsFile, read_contexts
 from routesae.analyze.interpret.run import SUMMARY, read_interpretations
 from routesae.analyze.interpret.settings import MODES
 from routesae.analyze.scores.identity import sae_identity
-from routesae.analyze.scores.metrics import METRICS
+from routesae.analyze.scores.metrics import HIGHER, METRICS, NEITHER
 from routesae.analyze.scores.run import described
 from routesae.reporting import WrongInput
 from routesae.train.folder.checkpoint import METRICS_FILE, find_saes, load_sae, read_config, read_recipe
 from routesae.train.folder.hub import fetch_sae
 from routesae.train.saes import SAE, Recipe
 
-# A column of the table, what it says beside its name, and which way is better: -1 less, 1 more, 0 neither.
-COLUMNS: dict[str, tuple[str, int]] = {
-    "variant": ("", 0),
-    "layers": ("layers of the language model that it reads", 0),
-    "latents": ("size of the dictionary", 0),
-    "k": ("active latents a token, exactly, on average or aimed at", 0),
-    **{metric.column: (metric.meaning, metric.better) for metric in METRICS.values()},
-    "Features": ("latents that the published rule keeps", 1),
-    "Score": ("mean monosemanticity by the explainer, 1 to 5", 1),
-    "detection": ("balanced accuracy of explanations on texts", 1),
-    "fuzzing": ("balanced accuracy of explanations on tokens", 1),
-}
+
+class Column(NamedTuple):
+    """A column of the table. better: LOWER, HIGHER or NEITHER."""
+
+    name: str
+    meaning: str
+    better: int = NEITHER
+    numeric: bool = True
+
+
+COLUMNS = (
+    Column("variant", "kind of SAE", numeric=False),
+    Column("layers", "layers of the language model that it reads", numeric=False),
+    Column("latents", "size of the dictionary"),
+    Column("k", "active latents a token: exactly, on average or aimed at"),
+    *(Column(metric.column, metric.meaning, metric.better) for metric in METRICS.values()),
+    Column("Features", "latents that the published rule keeps", HIGHER),
+    Column("Score", "mean monosemanticity by the explainer, 1 to 5", HIGHER),
+    Column("detection", "balanced accuracy of explanations on texts", HIGHER),
+    Column("fuzzing", "balanced accuracy of explanations on tokens", HIGHER),
+)
 HELD_OUT = {"NormMSE": "norm_mse", "FVU": "fvu", "L0": "l0", "Dead": "dead", "Entropy": "routing_entropy"}
 
 
@@ -41,7 +50,7 @@ class Run:
     """One SAE and what is known of it.
 
     source: what it was trained from; {} for one from elsewhere. curve: the lines of metrics.jsonl. scores: by column
-    of the table. shares: of tokens, by layer; None without a router. explanations: by latent, as interpret has them.
+    of the table. shares: of tokens, by layer; None without a router. explanations: by latent, as interpret wrote them.
     """
 
     name: str
@@ -55,60 +64,54 @@ class Run:
     explanations: Mapping[int, Mapping[str, Any]]
 
     def load(self, device: torch.device) -> SAE:
-        """Its weights. Raises WrongInput where the contexts are of others."""
+        """Load the weights. Raises WrongInput where they are not those that the contexts were made with."""
         sae = load_sae(self.folder, device)
         if self.contexts is not None:
-            found = sae_identity(self.folder, sae)["weights"]
-            if self.contexts.facts["sae"].get("weights", found) != found:
+            weights = sae_identity(self.folder, sae)["weights"]
+            if self.contexts.facts["sae"].get("weights", weights) != weights:
                 raise WrongInput(f"{self.folder} has other weights than its contexts; run routesae contexts again")
         return sae
 
 
-def read_runs(given: Sequence[str], out: Path, scores_file: str | None) -> list[Run]:
-    """The SAEs given, or all under `out`. Raises WrongInput where there is none, or a file is damaged."""
+def read_runs(references: Sequence[str], out: Path, scores_file: str | None) -> list[Run]:
+    """Read the SAEs that `references` name, or all under `out`. Raises WrongInput where one is missing or damaged."""
     scored = _read_scores(scores_file)
-    fetched = {reference: fetch_sae(reference) for reference in given}
-    places = list(fetched.items()) if fetched else [(folder.name, folder) for folder in find_saes(out)]
+    places = [(reference, fetch_sae(reference)) for reference in references]
+    places = places or [(str(folder), folder) for folder in find_saes(out)]
     runs = []
     for reference, folder in places:
-        local = not given or folder == Path(reference)
-        same_name = sum(other.name == folder.name for _, other in places) > 1
-        name = (str(folder) if same_name else folder.resolve().name) if local else reference
-        beside = folder if local else out / name.replace("/", "--")  # where contexts puts what is of the hub's
-        runs.append(_read_run(name, folder, beside, scored))
+        if folder == Path(reference):
+            same_name = sum(other.name == folder.name for _, other in places) > 1
+            runs.append(_read_run(str(folder) if same_name else folder.resolve().name, folder, folder, scored))
+        else:  # of the hub: contexts puts its files where it may write
+            runs.append(_read_run(reference, folder, out / reference.replace("/", "--"), scored))
     return runs
 
 
 def _read_run(name: str, folder: Path, beside: Path, scored: Mapping[str, Mapping[str, Any]]) -> Run:
-    recipe = read_recipe(folder)
+    """beside: the folder that contexts and interpret write into."""
     metadata = read_config(folder).get("metadata")
     ours = metadata.get("routesae") if isinstance(metadata, dict) else None
     source = (ours.get("source") if isinstance(ours, dict) else None) or {}
     held_out = source.get("held_out") or {}
-    scores = {column: held_out[key] for column, key in HELD_OUT.items() if held_out.get(key) is not None}
     row = scored.get(str(folder.resolve()), scored.get(name, {}))
-    scores |= {column: row[column] for column in COLUMNS if row.get(column) is not None}
-    scores |= {**described(beside), **_explained(beside)}
+    known = {column: held_out.get(key) for column, key in HELD_OUT.items()}
+    known |= {column.name: row[column.name] for column in COLUMNS if row.get(column.name) is not None}
+    known |= described(beside)
+    if (beside / SUMMARY).is_file():
+        summary = json.loads((beside / SUMMARY).read_bytes())  # `described` has read it already: it is whole
+        known |= {mode: (summary.get(mode) or {}).get("balanced_accuracy") for mode in MODES}
     return Run(
         name=name,
         folder=folder,
-        recipe=recipe,
+        recipe=read_recipe(folder),
         source=source,
         curve=_read_curve(folder / METRICS_FILE),
-        scores=scores,
+        scores={column: value for column, value in known.items() if value is not None},
         shares=row.get("Shares") or held_out.get("layer_shares"),
         contexts=read_contexts(beside) if (beside / CONTEXTS).is_file() else None,
         explanations=read_interpretations(beside),
     )
-
-
-def _explained(folder: Path) -> dict[str, float]:
-    """What detection and fuzzing came to, where they were asked for."""
-    if not (folder / SUMMARY).is_file():
-        return {}
-    summary = json.loads((folder / SUMMARY).read_bytes())  # `described` has read it already: it is whole
-    found = {mode: (summary.get(mode) or {}).get("balanced_accuracy") for mode in MODES}
-    return {mode: value for mode, value in found.items() if value is not None}
 
 
 def _read_curve(path: Path) -> tuple[Mapping[str, Any], ...]:
@@ -122,7 +125,7 @@ def _read_curve(path: Path) -> tuple[Mapping[str, Any], ...]:
 
 
 def _read_scores(file: str | None) -> dict[str, Mapping[str, Any]]:
-    """Rows of analyze --json, by the SAE's name and by its folder; an SAE at another sparsity is not that SAE."""
+    """Rows of analyze --json, by the SAE's name and by its folder, without those at another sparsity."""
     if file is None:
         return {}
     try:
@@ -133,64 +136,47 @@ def _read_scores(file: str | None) -> dict[str, Mapping[str, Any]]:
     except FileNotFoundError:
         raise WrongInput(f"--scores {file} does not exist; write it with routesae analyze --json {file}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise WrongInput(f"--scores {file} is not what routesae analyze --json writes ({error!r})") from error
+        raise WrongInput(f"--scores {file} was not written by routesae analyze --json ({error!r})") from error
 
 
 # ------------------------------------------------------------------------------------------------- the table
 
 
-@dataclass(frozen=True, kw_only=True)
-class Column:
-    name: str
-    meaning: str
-    numeric: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """text: for a person. value: to sort by; None where there is none. best: of its column."""
+class Cell(NamedTuple):
+    """text: for people. value: to sort by, or None where there is none. best: whether it is the best of its column."""
 
     text: str
     value: float | str | None
-    best: bool = False
+    best: bool
 
 
 def table_of(runs: Sequence[Run]) -> tuple[list[Column], list[list[Cell]]]:
-    """The columns of which any run has something, and a row a run."""
-    values = [{**_identity(run), **run.scores} for run in runs]
-    names = [name for name in COLUMNS if any(row.get(name) is not None for row in values)]
-    best = {name: _best([row.get(name) for row in values], COLUMNS[name][1]) for name in names}
-    rows = [
-        [_cell(name, row.get(name), best=best[name] is not None and row.get(name) == best[name]) for name in names]
-        for row in values
-    ]
-    columns = [
-        Column(name=name, meaning=COLUMNS[name][0], numeric=name not in ("variant", "layers")) for name in names
-    ]
+    """The columns for which any run has a value, and a row for each run."""
+    values = []
+    for run in runs:
+        layers = run.recipe.layers
+        span = str(layers[0]) if len(layers) == 1 else f"{layers[0]}–{layers[-1]}"
+        recipe = {"variant": run.recipe.sae, "layers": span, "latents": run.recipe.latents, "k": run.recipe.k}
+        values.append({**recipe, **run.scores})
+    columns = [column for column in COLUMNS if any(row.get(column.name) is not None for row in values)]
+    best = {column.name: _best([row.get(column.name) for row in values], column.better) for column in columns}
+    rows = [[_cell(column.name, row.get(column.name), best[column.name]) for column in columns] for row in values]
     return columns, rows
 
 
-def _identity(run: Run) -> dict[str, Any]:
-    recipe = asdict(run.recipe)
-    layers = recipe["layers"]
-    shown = str(layers[0]) if len(layers) == 1 else f"{layers[0]}–{layers[-1]}"
-    return {"variant": recipe["sae"], "layers": shown, "latents": recipe["latents"], "k": recipe["k"]}
-
-
-def _best(values: Sequence[Any], direction: int) -> float | None:
-    """The best of several that differ."""
+def _best(values: Sequence[Any], better: int) -> float | None:
+    """The best value, or None where no direction is better or the values do not differ."""
     numbers = [value for value in values if isinstance(value, int | float)]
-    if not direction or len(set(numbers)) < 2:
+    if better == NEITHER or len(set(numbers)) < 2:
         return None
-    return max(numbers) if direction > 0 else min(numbers)
+    return max(numbers) if better == HIGHER else min(numbers)
 
 
-def _cell(name: str, value: Any, *, best: bool) -> Cell:
-    if value is None:
-        return Cell(text="–", value=None)
-    if isinstance(value, str):
-        return Cell(text=value, value=value)
+def _cell(name: str, value: Any, best: float | None) -> Cell:
+    if value is None or isinstance(value, str):
+        return Cell(value or "–", value, best=False)
     if name == "Dead":
-        return Cell(text=f"{value:.1%}", value=value, best=best)
-    text = f"{value:,}" if isinstance(value, int) else f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
-    return Cell(text=text, value=value, best=best)
+        text = f"{value:.1%}"
+    else:
+        text = f"{value:,}" if isinstance(value, int) else f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
+    return Cell(text, value, best=value == best)

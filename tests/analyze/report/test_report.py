@@ -78,16 +78,16 @@ def test_nearest_latents_are_those_of_the_largest_cosine_whatever_the_piece() ->
     W_dec = torch.randn(50, 3, 8, generator=torch.Generator().manual_seed(0))  # as of a crosscoder
     cosine_FF = torch.nn.functional.cosine_similarity(W_dec.flatten(1)[:, None], W_dec.flatten(1)[None], dim=2)
     for first, after in ((0, 50), (13, 20), (49, 50)):
-        found = nearest(unit_rows(W_dec), first, after)
+        cosine_nK, latent_nK = nearest(unit_rows(W_dec), first, after)
         for row, latent in enumerate(range(first, after)):
             others = sorted((i for i in range(50) if i != latent), key=lambda i: -float(cosine_FF[latent, i]))
-            assert found.latent_nK[row].tolist() == others[:NEAREST]
-            torch.testing.assert_close(found.cosine_nK[row], cosine_FF[latent, others[:NEAREST]])
+            assert latent_nK[row].tolist() == others[:NEAREST]
+            torch.testing.assert_close(cosine_nK[row], cosine_FF[latent, others[:NEAREST]])
 
 
 def test_a_dictionary_smaller_than_the_neighbours_shown_has_fewer() -> None:
-    assert nearest(unit_rows(torch.eye(3)), 0, 3).latent_nK.shape == (3, 2)
-    assert nearest(unit_rows(torch.eye(1)), 0, 1).latent_nK.shape == (1, 0)
+    assert nearest(unit_rows(torch.eye(3)), 0, 3)[1].shape == (3, 2)
+    assert nearest(unit_rows(torch.eye(1)), 0, 1)[1].shape == (1, 0)
 
 
 def test_logit_effect_is_the_unembedding_of_the_direction_times_the_norms_weight(tiny_model: Path) -> None:
@@ -103,10 +103,10 @@ def test_logit_effect_is_the_unembedding_of_the_direction_times_the_norms_weight
     effects = lens.effects(d_nD)
     for row in range(7):
         order = expected_nV[row].argsort(descending=True).tolist()
-        assert [int(text) for text, _ in effects.promoted[row]] == order[:TOKENS]
-        assert [int(text) for text, _ in effects.suppressed[row]] == order[::-1][:TOKENS]
-        assert effects.promoted[row][0][1] == pytest.approx(float(expected_nV[row].max()), rel=1e-3)
-        assert effects.suppressed[row][0][1] == pytest.approx(float(expected_nV[row].min()), rel=1e-3)
+        assert [int(text) for text, _ in effects["promoted"][row]] == order[:TOKENS]
+        assert [int(text) for text, _ in effects["suppressed"][row]] == order[::-1][:TOKENS]
+        assert effects["promoted"][row][0][1] == pytest.approx(float(expected_nV[row].max()), rel=1e-3)
+        assert effects["suppressed"][row][0][1] == pytest.approx(float(expected_nV[row].min()), rel=1e-3)
     layers_nLD = torch.stack([torch.randn_like(d_nD), d_nD], dim=1)
     assert lens.effects(layers_nLD) == effects  # a crosscoder's last layer
 
@@ -149,10 +149,10 @@ def test_routing_by_token_is_what_the_router_does_with_every_held_out_token(
                 continue
             name = vocabulary.class_names[vocabulary.class_V[token_ids_ST[row, position]]]
             expected.setdefault(name, np.zeros(len(layers)))[at] += 1
-    assert found.held_out
-    assert found.tokens == sum(counts.sum() for counts in expected.values())
-    assert found.counts == sorted((int(counts.sum()) for counts in expected.values()), reverse=True)[:40]
-    for name, count, shares in zip(found.classes, found.counts, found.shares, strict=True):
+    assert found["held_out"]
+    assert found["tokens"] == sum(counts.sum() for counts in expected.values())
+    assert found["counts"] == sorted((int(counts.sum()) for counts in expected.values()), reverse=True)[:40]
+    for name, count, shares in zip(found["classes"], found["counts"], found["shares"], strict=True):
         assert count == expected[name].sum()
         np.testing.assert_allclose(shares, expected[name] / count, atol=1e-4)
 
@@ -232,8 +232,8 @@ def test_page_carries_every_latent_with_its_contexts(saes: Path, tiny_model: Pat
         assert len(piece["promoted"][latent.latent % PIECE]) == TOKENS
     assert written > 100
     sae = load_sae(saes / "routesae", CPU)
-    last = nearest(unit_rows(decoder_of(sae)), LATENTS - 1, LATENTS)
-    assert found["piece-1-1"]["near"][-1] == last.latent_nK[0].tolist()
+    _, near_nK = nearest(unit_rows(decoder_of(sae)), LATENTS - 1, LATENTS)
+    assert found["piece-1-1"]["near"][-1] == near_nK[0].tolist()
 
 
 def test_page_is_the_same_bytes_again_and_lets_only_its_own_script_run(saes: Path, tmp_path: Path) -> None:
