@@ -169,7 +169,7 @@ def _shares(runs: Sequence[Run]) -> Plot | None:
 
 
 def _densities(runs: Sequence[Run]) -> Plot | None:
-    """A histogram for each run; latents that are never active have no logarithm and are counted in the alternative."""
+    """A histogram for each run. Latents that are never active have no logarithm; the alternative counts them."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     logs = {

@@ -50,7 +50,7 @@ class Run:
     """One SAE and what is known of it.
 
     source: what it was trained from; {} for one from elsewhere. curve: the lines of metrics.jsonl. scores: by column
-    of the table. shares: of tokens, by layer; None without a router. explanations: by latent, as interpret wrote them.
+    of the table. shares: of tokens, by layer; None without a router. explanations: what interpret wrote, by latent.
     """
 
     name: str
@@ -143,7 +143,7 @@ def _read_scores(file: str | None) -> dict[str, Mapping[str, Any]]:
 
 
 class Cell(NamedTuple):
-    """text: for people. value: to sort by, or None where there is none. best: whether it is the best of its column."""
+    """text: for people. value: to sort by, or None. best: whether it is the best of its column."""
 
     text: str
     value: float | str | None

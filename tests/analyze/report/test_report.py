@@ -287,7 +287,7 @@ def no_scores(out: Path) -> dict[str, Any]:
         (change(out="{out}/nothing"), "no SAE under"),
         (change(scores="{out}/none.json"), "write it with routesae analyze --json"),
         (change(cache="{out}/none"), "is not a cache folder"),
-        (no_scores, "is not what routesae analyze --json writes"),
+        (no_scores, "was not written by routesae analyze --json"),
         (swap_weights, "has other weights than its contexts; run routesae contexts again"),
         (cut_curve, "metrics.jsonl cannot be read"),
     ],

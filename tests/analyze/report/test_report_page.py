@@ -1,4 +1,4 @@
-"""The report in a real Chromium: 16,384 latents found, sorted and read by mouse and keys; hostile text stays text.
+"""The report in a real Chromium: its latents are found, sorted and read by mouse and keys; hostile text stays text.
 
 That it opens in under three seconds is benchmarks/report_page.py's to show; here only that what is not in sight is
 not drawn. tests/browser.sh installs a Chromium where it can.
@@ -25,7 +25,7 @@ from routesae.analyze.scores.identity import sae_identity
 from routesae.train.folder.checkpoint import save_sae
 from routesae.train.saes import Recipe, build
 
-LATENTS, WIDTH = 16_384, 32
+LATENTS, WIDTH = 5_000, 32  # more pieces than the page holds; benchmarks/report_page.py has 16,384
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 DESK, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 WORDS = ("router", "layer", "token", "sparse", "latent", "shard", "row", "model")
@@ -194,7 +194,7 @@ def shown(page: Page) -> str:
 
 
 def test_only_rows_in_sight_are_drawn_wherever_the_list_stands(page: Page) -> None:
-    assert page.inner_text("#count") == "16,384 latents"
+    assert page.inner_text("#count") == f"{LATENTS:,} latents"
     assert page.locator(".latent").count() < 60
     assert first_latents(page) == strongest_first(range(LATENTS))[:5]
     page.eval_on_selector("#list", "list => list.scrollTop = list.scrollHeight")
@@ -204,22 +204,22 @@ def test_only_rows_in_sight_are_drawn_wherever_the_list_stands(page: Page) -> No
 
 
 def test_search_finds_numbers_tokens_and_explanations(page: Page) -> None:
-    page.fill("#search", "#12345")
-    assert first_latents(page) == [12345]
+    page.fill("#search", "#2345")
+    assert first_latents(page) == [2345]
     page.fill("#search", "12")
     assert first_latents(page, 1) == [12]  # and then every latent with a token such as layer12
     assert page.locator(".latent").count() > 1
     page.fill("#search", "ROUTER48")
     matching = [n for n in range(LATENTS - 1) if any("router48" in word for word in token_classes(n))]
-    assert page.inner_text("#count") == f"{len(matching)} of 16,384"
+    assert page.inner_text("#count") == f"{len(matching)} of {LATENTS:,}"
     page.fill("#search", '"router48"')
     exact = [n for n in matching if "router48" in token_classes(n)]
-    assert page.inner_text("#count") == f"{len(exact)} of 16,384"
+    assert page.inner_text("#count") == f"{len(exact)} of {LATENTS:,}"
     assert 0 < len(exact) < len(matching)
     page.fill("#search", "zebras")
     assert first_latents(page) == [HOSTILE_LATENT]
     page.fill("#search", "no such word")
-    assert page.inner_text("#count") == "0 of 16,384"
+    assert page.inner_text("#count") == f"0 of {LATENTS:,}"
     assert page.locator(".latent").count() == 0
 
 
@@ -272,9 +272,9 @@ def test_a_latent_that_is_never_active_says_so(page: Page) -> None:
 
 
 def test_a_link_opens_its_latent(browser: Browser, report: Path) -> None:
-    for page in opened(browser, report, fragment="#latents/0/9000"):
-        assert shown(page).startswith("Latent 9000")
-        assert page.get_attribute(".latent[aria-selected=true]", "data-latent") == "9000"
+    for page in opened(browser, report, fragment="#latents/0/3000"):
+        assert shown(page).startswith("Latent 3000")
+        assert page.get_attribute(".latent[aria-selected=true]", "data-latent") == "3000"
 
 
 def test_keys_search_move_open_and_close(page: Page) -> None:
