@@ -51,8 +51,7 @@ class Page(NamedTuple):
 
 def write_report(settings: ReportSettings, report: Report = silent) -> Page:
     """Write the page. Raises WrongInput where a library is missing, or a folder, cache or LM does not fit."""
-    if missing := [name for name in LIBRARIES if importlib.util.find_spec(name) is None]:
-        raise WrongInput(f"the report needs {' and '.join(missing)}: pip install 'routesae[report]'")
+    require_libraries()
     runs = read_runs(settings.saes, Path(settings.out), settings.scores)
     device = pick_device(settings.device)
     cache = _open_cache(settings, runs)
@@ -74,6 +73,12 @@ def write_report(settings: ReportSettings, report: Report = silent) -> Page:
         blocks = {"shared": packed({"piece": PIECE, "runs": about}), **lists}
         size = _render(Path(settings.html), runs, blocks, pieces, logits=lens is not None)
     return Page(Path(settings.html), size, len(runs), sum(one["latents"] for one in about if one["browsable"]))
+
+
+def require_libraries() -> None:
+    """Raises WrongInput where a library that draws the page is not installed."""
+    if missing := [name for name in LIBRARIES if importlib.util.find_spec(name) is None]:
+        raise WrongInput(f"the report needs {' and '.join(missing)}: pip install 'routesae[report]'")
 
 
 def _load_lm(
