@@ -78,12 +78,6 @@ def main(ctx: click.Context) -> None:
     metavar="error|clip",
     help="What to do with a value that dtype cannot hold.",
 )
-@click.option(
-    "--compress",
-    default="none",
-    metavar="none|zstd",
-    help="zstd saves little of the disk and is slow to train from.",
-)
 @click.option("--skip-positions", default=1, help="Positions at the start of each row not kept (the attention sink).")
 @click.option("--keep-special", is_flag=True, help="Keep the positions of special tokens too.")
 @click.option("--seed", default=0, help="Of the shuffle.")

@@ -30,7 +30,6 @@ from routesae.harvest.cache.arrays import Array
 from routesae.harvest.cache.claims import Claims
 from routesae.harvest.cache.manifest import Manifest, ShardRecord, shard_name, shard_order
 from routesae.harvest.cache.reader import Cache
-from routesae.harvest.cache.statistics import TokenStatistics, stored_statistics
 from routesae.harvest.cache.writer import write_shard
 from routesae.harvest.filling.begin import open_or_begin
 from routesae.harvest.filling.shards import harvest_shards
@@ -39,6 +38,7 @@ from routesae.harvest.lm.passes import run_until
 from routesae.harvest.settings import HarvestSettings
 from routesae.machine.device import has_bfloat16_units, pick_device, pick_lm_dtype
 from routesae.reporting import silent
+from routesae.tests.shards import NO_STATISTICS, float_shard
 
 SHARDS_A_ROUND = 4  # the last one's writing has nothing to hide beside, as in a harvest of thousands
 
@@ -117,10 +117,8 @@ def beside_plain_writes(folder: Path, manifest: Manifest, tokens: int, rounds: i
     order = shard_order(token_ids_sT, manifest, 0)
     hidden_nD = rng.standard_normal((len(order), manifest.width), np.float32).astype(manifest.dtype)
     hidden = [(layer, hidden_nD + hidden_nD.dtype.type(layer)) for layer in manifest.layers]
-    found = TokenStatistics(
-        *(np.stack(each, axis=1) for each in zip(*(stored_statistics(layer) for _, layer in hidden), strict=True))
-    )
-    everything = [token_ids_sT, order, *(layer for _, layer in hidden), *found]
+    arrays = list(float_shard(token_ids_sT, order, hidden))
+    everything = [array for _, array in arrays]
 
     def record(hashes: dict[str, str]) -> ShardRecord:
         return ShardRecord(
@@ -129,12 +127,12 @@ def beside_plain_writes(folder: Path, manifest: Manifest, tokens: int, rounds: i
             kept=len(order),
             weights_hash="",
             batch_sequences=8,
-            statistics={},
+            statistics={str(layer): NO_STATISTICS for layer in manifest.layers},
             hashes=hashes,
         )
 
     def written() -> None:
-        write_shard(folder, manifest, token_ids_sT, order, hidden, record, 0, found.named)
+        write_shard(folder, manifest, 0, arrays, record)
 
     def plain() -> None:
         (folder / "plain").mkdir()

@@ -30,8 +30,8 @@ from routesae.analyze.scores.intervals import draws, measure
 from routesae.analyze.scores.lm_scores import score_with_lm
 from routesae.analyze.scores.metrics import METRICS
 from routesae.analyze.scores.run import load_harvested_lm
+from routesae.harvest.cache.manifest import kept_positions
 from routesae.harvest.cache.reader import Cache
-from routesae.harvest.corpus.tokens import kept_positions
 from routesae.harvest.lm.model import LanguageModel
 from routesae.machine.device import pick_device
 from routesae.train.folder.checkpoint import load_sae

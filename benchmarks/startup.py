@@ -25,6 +25,7 @@ import numpy as np
 from routesae.harvest.cache import arrays
 from routesae.harvest.cache.manifest import LayerStatistics, Manifest, ShardRecord, shard_name, shard_order
 from routesae.harvest.cache.writer import begin_cache, write_shard
+from routesae.tests.shards import float_shard
 
 SHARDS, SHARD_ROWS, CONTEXT, WIDTH = 3001, 8, 129, 1024  # 1,024 kept tokens a shard, 2 MB a layer of it
 LAYERS = tuple(range(4, 20))
@@ -110,7 +111,6 @@ def stand_in(path: Path) -> Path:
         kept_tokens=rows * (CONTEXT - 1),
         dtype="float16",
         overflow="error",
-        compress="none",
         text_field="text",
         corpus_fingerprint="stand-in",
         documents=1,
@@ -140,7 +140,7 @@ def stand_in(path: Path) -> Path:
             hashes=hashes,
         )
 
-    write_shard(path, manifest, token_ids_sT, order, hidden, record, 0)
+    write_shard(path, manifest, 0, float_shard(token_ids_sT, order, hidden), record)
     for index in range(1, SHARDS):
         link_shard(path / shard_name(0), path / shard_name(index), index)
     return path

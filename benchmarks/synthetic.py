@@ -16,10 +16,18 @@ import numpy as np
 import torch
 
 from routesae.harvest.cache import arrays
-from routesae.harvest.cache.manifest import CHANNEL_ARRAYS, SCALE, STATISTICS, LayerStatistics, Manifest, ShardRecord
+from routesae.harvest.cache.manifest import (
+    CHANNEL_ARRAYS,
+    SCALE,
+    STATISTICS,
+    LayerStatistics,
+    Manifest,
+    ShardRecord,
+    layer_name,
+)
 from routesae.harvest.cache.quantise import encoded
 from routesae.harvest.cache.reader import Cache
-from routesae.harvest.cache.statistics import TokenStatistics, row_statistics
+from routesae.harvest.cache.statistics import row_statistics
 from routesae.harvest.cache.writer import begin_cache, write_shard
 
 CONTEXT = 256
@@ -34,11 +42,10 @@ def synthetic_cache(
     shard_tokens: int,
     width: int = 2048,
     dtype: str = "float16",
-    chunk_hashes: bool = True,
 ) -> Cache:
     """About `tokens` hidden states of `layers` layers: every position is kept. path: not there yet.
 
-    dtype: float16, or int8 of the same numbers. chunk_hashes: as a harvest makes it now; without, as one did before.
+    dtype: float16, or int8 of the same numbers.
     """
     names = ("model", "config_hash", "tokenizer_hash", "tokens_hash", "corpus", "split", "text_field")
     nought = ("min_chars", "documents_short", "documents_malformed", "seed", "skip_positions")
@@ -57,14 +64,12 @@ def synthetic_cache(
         kept_tokens=rows * CONTEXT,
         dtype=dtype,
         overflow="error",
-        compress="none",
         corpus_fingerprint="",
         documents=1,
         tokens_asked=tokens,
         special_ids=(),
         keep_special=True,
         versions={},
-        chunk_hashes=chunk_hashes,
     )
     tokens_ST = np.zeros((rows, CONTEXT), np.int32)
     prepared = path / "prepared"
@@ -88,7 +93,7 @@ def _write(path: Path, manifest: Manifest, tokens_ST: arrays.Array, piece_nD: ar
     else:
         of_a_layer = row_statistics(torch.from_numpy(piece_nD))
         mean_nL, std_nL = (np.tile(np.resize(of.numpy(), (n, 1)), len(manifest.layers)) for of in of_a_layer)
-        others = TokenStatistics(mean_nL, std_nL).named()
+        others = {"token_mean": mean_nL, "token_std": std_nL}
     order = np.random.default_rng(index).permutation(n).astype(np.int32)
 
     # Of the float16 numbers that are repeated, whatever they are stored as.
@@ -111,12 +116,14 @@ def _write(path: Path, manifest: Manifest, tokens_ST: arrays.Array, piece_nD: ar
     write_shard(
         path,
         manifest,
-        tokens_ST[first:after],
-        order,
-        ((layer, hidden_nD) for layer in manifest.layers),
-        record,
         index,
-        lambda: others,
+        [
+            ("token_ids", tokens_ST[first:after]),
+            ("order", order),
+            *((layer_name(layer), hidden_nD) for layer in manifest.layers),
+            *others.items(),
+        ],
+        record,
     )
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from routesae.console.options import CACHE_BYTES, CACHE_DIR, long_run, watching
@@ -22,11 +20,11 @@ def info(path: str) -> None:
     """Manifest, shards present and missing, bytes, statistics a layer."""
     from routesae.harvest.cache.inspect import describe
 
-    found = describe(path)
-    for name, value in found.facts.items():
+    description = describe(path)
+    for name, value in description.facts.items():
         click.echo(f"{name:22} {value}")
     click.echo()
-    click.echo(table(found.layers))
+    click.echo(table(description.layers))
 
 
 @cache.command(epilog="Example: routesae cache verify shards/ --digest")
@@ -40,14 +38,14 @@ def verify(path: str, digest: bool) -> None:
     from routesae.harvest.cache.verify import examine
 
     with watching() as report:
-        found = examine(path, report)
-    for problem in found.problems:
+        result = examine(path, report)
+    for problem in result.problems:
         click.echo(problem)
     if digest:
-        click.echo(f"sha256:{found.digest}")
-    if found.problems:
+        click.echo(f"sha256:{result.digest}")
+    if result.problems:
         raise FailedRun(
-            f"{path}: {len(found.problems)} problems; `routesae cache repair {path}` removes bad shards, and the "
+            f"{path}: {len(result.problems)} problems; `routesae cache repair {path}` removes bad shards, and the "
             "same routesae harvest then writes what is missing"
         )
     if not digest:
@@ -62,32 +60,28 @@ def repair(path: str) -> None:
     from routesae.harvest.cache.verify import repair as run
 
     with watching() as report:
-        found = run(path, report)
-    for name in found.removed:
+        result = run(path, report)
+    for name in result.removed:
         click.echo(f"removed {name}")
-    if found.missing:
-        click.echo(f"{path}: {found.missing} shards are missing; the same routesae harvest writes just those")
+    if result.missing:
+        click.echo(f"{path}: {result.missing} shards are missing; the same routesae harvest writes just those")
     else:
         click.echo(f"{path}: every shard is whole")
 
 
 @cache.command(epilog="Example: routesae cache merge node0/shards node1/shards shards/")
-@click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.argument("target", type=click.Path(path_type=Path))
-@click.option("--link", is_flag=True, help="Hard links instead of copies, where both are on one file system.")
+@click.argument("sources", nargs=-1, required=True, type=click.Path())
+@click.argument("target", type=click.Path())
+@click.option("--link", is_flag=True, help="Make hard links instead of copies where both are on one file system.")
 @long_run
-def merge(sources: tuple[Path, ...], target: Path, link: bool) -> None:
+@CACHE_DIR
+@CACHE_BYTES
+def merge(sources: tuple[str, ...], target: str, link: bool) -> None:
     """Make TARGET one cache of parts that were harvested apart; every checksum is compared.
 
     The same command goes on where it was stopped, and further parts may come later.
     """
-    from routesae.harvest.cache.copying import merge as run
-
-    with watching() as report:
-        found = run(sources, target, link=link, report=report)
-    click.echo(f"{target}: {found.copied} shards copied")
-    if found.missing:
-        click.echo(f"{target}: {found.missing} shards are in none of these; merge further parts, or harvest the rest")
+    _copy(sources, target, link=link)
 
 
 @cache.command(epilog="Example: routesae cache copy shards/ s3://bucket/shards")
@@ -101,10 +95,17 @@ def copy(source: str, target: str) -> None:
 
     The same command goes on where it was stopped.
     """
+    _copy((source,), target)
+
+
+def _copy(sources: tuple[str, ...], target: str, *, link: bool = False) -> None:
     from routesae.harvest.cache.copying import copy as run
 
     with watching() as report:
-        found = run(source, target, report)
-    click.echo(f"{target}: {found.copied} shards copied")
-    if found.missing:
-        click.echo(f"{target}: {found.missing} shards are not in {source}; harvest them, then copy again")
+        result = run(sources, target, link=link, report=report)
+    click.echo(f"{target}: {result.copied} shards copied")
+    if result.missing:
+        click.echo(
+            f"{target}: {result.missing} shards are not in {', '.join(sources)}; add further parts with routesae "
+            "cache merge, or harvest them"
+        )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from routesae.harvest.cache.claims import Claims
 from routesae.harvest.cache.reader import Cache
-from routesae.harvest.cache.store.folder import is_url
+from routesae.harvest.cache.storage import is_url
 from routesae.harvest.cache.writer import remove_partial_shards
 from routesae.harvest.filling.begin import open_or_begin, require_disk
 from routesae.harvest.filling.shards import harvest_shards, refuse_other_weights

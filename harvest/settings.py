@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from routesae.harvest.cache.manifest import COMPRESSIONS, DTYPES, OVERFLOWS
+from routesae.harvest.cache.manifest import DTYPES, OVERFLOWS
 from routesae.reporting import WrongInput
 
 
@@ -51,7 +51,6 @@ class HarvestSettings:
     """Rows a forward pass; None for 8 on a CPU and what fits, from 64 down, on CUDA."""
     dtype: str = "float16"
     overflow: str = "error"
-    compress: str = "none"
     skip_positions: int = 1
     keep_special: bool = False
     seed: int = 0
@@ -83,7 +82,6 @@ class HarvestSettings:
         for name, known in (
             ("dtype", DTYPES),
             ("overflow", OVERFLOWS),
-            ("compress", COMPRESSIONS),
         ):
             if getattr(self, name) not in known:
                 raise WrongInput(f"--{name} {getattr(self, name)!r} is none of {', '.join(known)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.cache.store import blocks
-from routesae.harvest.cache.store import folder as remote
+from routesae.harvest.cache.store import bucket as remote
 from routesae.harvest.run import harvest
 from routesae.harvest.settings import HarvestSettings
 from routesae.tests.object_store import BUCKET, Proxy, proxy_before, s3_server
@@ -127,6 +128,12 @@ def tiny_cache(tiny_settings: Callable[..., HarvestSettings], tmp_path_factory: 
 def int8_cache(tiny_settings: Callable[..., HarvestSettings], tmp_path_factory: pytest.TempPathFactory) -> Cache:
     """The same tokens with --dtype int8; tests must not change it either."""
     return harvest(tiny_settings(out=str(tmp_path_factory.mktemp("int8") / "shards"), dtype="int8"))
+
+
+@pytest.fixture
+def begun(tiny_cache: Cache, tmp_path: Path) -> Path:
+    """A copy of the finished cache."""
+    return Path(shutil.copytree(tiny_cache.path, tmp_path / "shards"))
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
 
-from routesae.harvest.cache.store.folder import RemoteFolder
+from routesae.harvest.cache.store.bucket import BucketFolder
 
 BUCKET = "bucket"
 
@@ -135,7 +135,7 @@ def s3_server() -> Iterator[tuple[str, int]]:
 
 def put_folder(folder: Path, url: str) -> None:
     """Every file below `folder` as an object below `url`, unverified: how a test's cache gets there fast."""
-    there = RemoteFolder.at(url)
+    there = BucketFolder.at(url)
     for path in folder.rglob("*"):
         if path.is_file():
             there.put(path.relative_to(folder).as_posix(), path.read_bytes())

@@ -37,7 +37,6 @@ OPTIONS = {
     "harvest": [
         "--batch-sequences",
         "--cache-dir",
-        "--compress",
         "--context",
         "--data",
         "--device",
@@ -757,7 +756,6 @@ def test_an_sae_of_another_width_is_refused(tiny_cache: Cache, tmp_path: Path) -
         ("harvest --dtype float8", "--dtype 'float8' is none of float16, float32"),
         ("harvest --lm-dtype int4", "'int4' is none of auto, float32"),
         ("harvest --overflow wrap", "--overflow 'wrap' is none of error, clip"),
-        ("harvest --compress gzip", "--compress 'gzip' is none of none, zstd"),
         ("harvest --device tpu", "unknown device 'tpu'; give auto, cpu, cuda"),
         ("harvest --model MODEL --layers 0-9 --context 16", "layers 1 to 6"),
         ("harvest --model MODEL --layers x --context 16", "--layers 'x' is not a list"),

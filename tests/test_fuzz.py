@@ -24,8 +24,6 @@ NAMES = [
     "int8 channels' means",
     "int8 channels' deviations",
     "int8 array metadata",
-    "compressed array",
-    "compressed metadata",
     "cfg.json",
     "safetensors",
     "state.json",

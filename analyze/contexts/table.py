@@ -17,8 +17,8 @@ from routesae.analyze.contexts.best import rank_within, ranking
 from routesae.analyze.contexts.collect import Collected, Kept
 from routesae.analyze.contexts.file import KINDS, SAMPLES, context_schema
 from routesae.analyze.contexts.windows import Vocabulary
+from routesae.harvest.cache.manifest import Ids
 from routesae.harvest.cache.reader import Cache
-from routesae.harvest.corpus.tokens import Ids
 
 if TYPE_CHECKING:
     import pyarrow as pa

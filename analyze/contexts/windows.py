@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from routesae.harvest.corpus.tokens import Ids
+from routesae.harvest.cache.manifest import Ids
 
 _SENTENCE_END = re.compile(r"""[.!?。！？]["'”’»)\]]*\s*\Z|[\n\r\u2028\u2029]""")
 _HALF = "\ufffd"  # what a decoder puts for bytes that are not a whole character

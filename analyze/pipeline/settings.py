@@ -27,7 +27,7 @@ from routesae.analyze.contexts.settings import ContextSettings
 from routesae.analyze.interpret.settings import ChatSettings, InterpretSettings
 from routesae.analyze.report.settings import ReportSettings
 from routesae.analyze.scores.settings import AnalyzeSettings
-from routesae.harvest.cache.store.folder import is_url
+from routesae.harvest.cache.storage import is_url
 from routesae.harvest.settings import HarvestSettings
 from routesae.reporting import WrongInput
 from routesae.train.settings import TrainSettings, read_toml, settings_of_table

@@ -28,7 +28,7 @@ from routesae.analyze.report.runs import Run, read_runs, table_of
 from routesae.analyze.report.settings import ReportSettings
 from routesae.analyze.scores.run import load_harvested_lm, load_harvested_tokenizer
 from routesae.harvest.cache.reader import Cache
-from routesae.harvest.cache.store.folder import is_url
+from routesae.harvest.cache.storage import is_url
 from routesae.machine.device import pick_device, pick_lm_dtype
 from routesae.reporting import Report, WrongInput, silent
 

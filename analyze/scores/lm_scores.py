@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from routesae.analyze.scores import replacement
-from routesae.harvest.corpus.tokens import Ids
+from routesae.harvest.cache.manifest import Ids
 from routesae.harvest.lm.model import LanguageModel
 from routesae.harvest.lm.passes import clean_pass, logits, spliced_pass
 from routesae.reporting import Progress, Report, silent

@@ -22,9 +22,8 @@ from routesae.analyze.scores.intervals import draws, measure
 from routesae.analyze.scores.metrics import METRICS, Metric
 from routesae.analyze.scores.settings import AnalyzeSettings
 from routesae.analyze.scores.sparsity import Sparsity, at_sparsity, has_other_sparsities
-from routesae.harvest.cache.manifest import Manifest
+from routesae.harvest.cache.manifest import Manifest, kept_positions
 from routesae.harvest.cache.reader import Cache
-from routesae.harvest.corpus.tokens import kept_positions
 from routesae.machine.device import pick_device, pick_lm_dtype
 from routesae.reporting import Report, WrongInput, silent
 from routesae.train.evaluate import require_fit, score_all_on_cache

@@ -28,7 +28,6 @@ from routesae.harvest.cache.statistics import row_statistics
 
 LARGEST = 127
 INFINITE_FROM = 65_520  # what float16 rounds to infinity
-FORMULA = "channel_mean[l] + channel_std[l] * (token_scale[:, l, None] * q), for the l-th of the cache's layers"
 # torch starts threads for 32,768 values and more; a reader's thread must not, and so few stay in a core's cache.
 CPU_PIECE_VALUES = (1 << 15) - 1
 GPU_PIECE_VALUES = 1 << 24

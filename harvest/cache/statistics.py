@@ -1,34 +1,18 @@
-"""Rows of hidden states in; each row's mean and standard deviation, and a layer's extremes over many rows, out.
+"""What is measured of hidden states: each row's mean and standard deviation, and a layer's extremes over many rows.
 
     mean = Σ_d h_d / D        std = √(Σ_d (h_d − mean)² / (D − 1))        in float32, of the values as stored
 
 What a trainer needs to normalise a row without reading it first (routesae.train.saes.normalise adds its epsilon).
 
-Dimension letters: n rows of a shard, m rows of a batch, L layers, D width.
+Dimension letters: m rows of a batch, D width.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from routesae.harvest.cache.arrays import Array
-from routesae.harvest.cache.manifest import STATISTICS
-
-PIECE_ROWS = 1024  # fewer cost more calls, more leave the cores' caches
-
-
-class TokenStatistics(NamedTuple):
-    """mean_nL and std_nL float32: of each stored row, one column a layer."""
-
-    mean_nL: Array
-    std_nL: Array
-
-    def named(self) -> dict[str, Array]:
-        """By the names of their arrays in a shard."""
-        return dict(zip(STATISTICS, self, strict=True))
+PIECE_ROWS = 1024  # to measure at a time: fewer cost more calls, more leave the cores' caches
 
 
 def row_statistics(hidden_mD: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,19 +25,10 @@ def row_statistics(hidden_mD: Tensor) -> tuple[Tensor, Tensor]:
     return mean_m, norm_m / max(1, x_mD.shape[1] - 1) ** 0.5
 
 
-def stored_statistics(hidden_nD: Array) -> tuple[Array, Array]:
-    """mean_n and std_n, float32, of a whole layer of a shard."""
-    mean_n, std_n = torch.empty(len(hidden_nD)), torch.empty(len(hidden_nD))
-    for start in range(0, len(hidden_nD), PIECE_ROWS):
-        piece = slice(start, start + PIECE_ROWS)
-        mean_n[piece], std_n[piece] = row_statistics(torch.from_numpy(hidden_nD[piece]))
-    return mean_n.numpy(), std_n.numpy()
-
-
 class Extremes:
-    """The largest magnitude of a layer, and how many values are beyond a limit, before any cast.
+    """The largest magnitude of a layer, and how many values exceed a limit, before any cast.
 
-    Kept on the device, so that no batch waits for them.
+    Both stay on the device, so that no batch waits for them.
     """
 
     def __init__(self, device: torch.device):
@@ -61,7 +36,7 @@ class Extremes:
         self._over = torch.zeros((), dtype=torch.int64, device=device)
 
     def add(self, x_mD: Tensor, limit: float | None) -> None:
-        """limit: count the values beyond it, which takes a pass of its own; None: do not."""
+        """limit: count the values beyond it, which takes one more pass; None: do not count."""
         if x_mD.numel() == 0:
             return
         if limit is not None:
@@ -70,5 +45,5 @@ class Extremes:
         self._extremes = torch.maximum(self._extremes, torch.stack([-low, high]).float())
 
     def finish(self) -> tuple[float, int]:
-        """max_abs, NaN or infinite where a value was; and the values beyond the limit."""
+        """Returns max_abs, which is NaN or infinite where a value was, and the number of values beyond the limit."""
         return float(self._extremes.max()), int(self._over)

@@ -1,14 +1,14 @@
-"""A cache in; every problem it has, and one digest of what it holds, out; bad shards taken away.
+"""Proves a cache whole: every problem it has, and one digest of what it holds; `repair` removes bad shards.
 
 The digest is SHA-256 over what a cache's numbers are and mean, as one line of JSON:
 
-    the fields of the manifest in CONTENT     not where model and corpus were found, which versions ran, or --compress
-    tokens, document_starts                   xxh3-64 of the values read, no matter what is recorded
-    every shard that is there, by index       its index, and xxh3-64 of the values read of each of its arrays but
-                                              chunk_hashes, which says the same again and older caches have not
+    the fields of the manifest in CONTENT     not where model and corpus were found, nor which versions ran
+    tokens, document_starts                   the hash of the values read, no matter what is recorded
+    every shard that is there, by index       its index, and the hash of the values read of each of its arrays but
+                                              chunk_hashes, which says the same again
 
-So it does not depend on how many workers wrote the cache, in how many goes or on which machine, and differs where a
-bit or a shard does.
+So it does not depend on how many workers wrote the cache, in how many runs or on which machine, and it differs where
+a bit or a shard does.
 """
 
 from __future__ import annotations
@@ -22,10 +22,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from routesae.harvest.cache.arrays import CHECKSUM_DIFFERS, CHUNK_ROWS, BadArray, ChunkHashes, array_hash, fsync
+from routesae.harvest.cache.arrays import CHECKSUM_DIFFERS, CHUNK_ROWS, BadArray, array_hash, fsync, hash_of
 from routesae.harvest.cache.manifest import CHUNK_HASHES, hashed_arrays, kept_flat, shard_arrays, shard_name
-from routesae.harvest.cache.reader import Cache, Shard, statistics_problem
-from routesae.harvest.cache.store.folder import RemoteFolder
+from routesae.harvest.cache.reader import Cache, Shard
 from routesae.reporting import FailedRun, Progress, Report, WrongInput, silent
 
 log = logging.getLogger(__name__)
@@ -61,7 +60,7 @@ class Verified(NamedTuple):
 
 
 class Repaired(NamedTuple):
-    """problems: a line each. removed: the shards taken away for them. missing: how many are not there now."""
+    """problems: a line each. removed: the shards that had them. missing: how many shards are missing now."""
 
     problems: list[str]
     removed: list[str]
@@ -74,14 +73,14 @@ def verify(path: str, report: Report = silent) -> list[str]:
 
 
 def examine(path: str, report: Report = silent) -> Verified:
-    """Problems and digest. Reads all of the cache. Raises WrongInput where `path` is none."""
+    """Problems and digest. Reads all of the cache. Raises WrongInput where `path` is not a cache."""
     cache = Cache(path)
     problems, root = verify_root(cache)
     shards = []
     for index in range(cache.manifest.shard_count):
-        if _exists(cache, index):
-            found, hashes = verify_shard(cache, index)
-            problems += found
+        if cache.storage.occupied(shard_name(index)):
+            shard_problems, hashes = verify_shard(cache, index)
+            problems += shard_problems
             shards.append((index, {name: of for name, of in hashes.items() if name != CHUNK_HASHES}))
         else:
             problems.append(f"{shard_name(index)}: missing")
@@ -92,7 +91,7 @@ def examine(path: str, report: Report = silent) -> Verified:
 
 
 def repair(path: str, report: Report = silent) -> Repaired:
-    """Takes away every shard that has a problem, so that harvest writes just those again, and nothing else.
+    """Remove every shard that has a problem, so that harvest writes just those again, and nothing else.
 
     Raises WrongInput where `path` is no cache, FailedRun where its tokens are damaged: no shard can be judged then.
     """
@@ -100,15 +99,19 @@ def repair(path: str, report: Report = silent) -> Repaired:
     for left in cache.folder.glob(".shard-*.damaged"):  # of a repair that was killed
         _delete(left)
     if problems := verify_root(cache)[0]:
-        raise FailedRun(f"{path}: {'; '.join(problems)}. Only harvesting anew, into a new folder, mends that")
+        raise FailedRun(f"{path}: {'; '.join(problems)}. It cannot be repaired; harvest it again, into a new folder")
     removed = []
     for index in range(cache.manifest.shard_count):
-        if _exists(cache, index) and (found := verify_shard(cache, index)[0]):
-            problems += found
-            for problem in found:
+        name = shard_name(index)
+        if cache.storage.occupied(name) and (shard_problems := verify_shard(cache, index)[0]):
+            problems += shard_problems
+            for problem in shard_problems:
                 log.warning("%s", problem)
-            _remove(cache.folder, shard_name(index))
-            removed.append(shard_name(index))
+            # Out of the cache at once, then deleted; of a link, the link alone.
+            aside = (cache.folder / name).rename(cache.folder / f".{name}.damaged")
+            fsync(cache.folder)
+            _delete(aside)
+            removed.append(name)
         report(Progress("repair", index + 1, cache.manifest.shard_count, "shards", {}))
     return Repaired(problems, removed, len(cache.missing()))
 
@@ -125,22 +128,6 @@ def require_intact(cache: Cache, report: Report = silent) -> None:
         report(Progress("verify", index + 1, cache.manifest.shard_count, "shards", {}))
 
 
-def _exists(cache: Cache, index: int) -> bool:
-    """Whether something has the shard's name, be it a folder, a file or a link that leads nowhere."""
-    if isinstance(cache.path, RemoteFolder):
-        return cache.has_shard(index)
-    path = cache.path / shard_name(index)
-    return path.exists() or path.is_symlink()
-
-
-def _remove(cache: Path, name: str) -> None:
-    """Take a shard out of the cache at once, then delete it; of a link, the link alone."""
-    path, aside = cache / name, cache / f".{name}.damaged"
-    path.rename(aside)
-    fsync(cache)
-    _delete(aside)
-
-
 def _delete(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -149,7 +136,7 @@ def _delete(path: Path) -> None:
 
 
 def verify_root(cache: Cache) -> tuple[list[str], Hashes]:
-    """What is wrong with tokens and document_starts, a line each; and the hash of what each really holds."""
+    """What is wrong with tokens and document_starts, a line each, and the hash of what each really holds."""
     problems = []
     hashes: Hashes = {"tokens": None, "document_starts": None}
     try:
@@ -169,15 +156,13 @@ def verify_root(cache: Cache) -> tuple[list[str], Hashes]:
 
 
 def verify_shard(cache: Cache, index: int) -> tuple[list[str], Hashes]:
-    """Everything wrong with one shard, a line each: sizes, indexes, checksums, order, tokens; and its hashes."""
+    """What is wrong with one shard (sizes, indexes, checksums, order, tokens), a line each; its arrays' hashes."""
     name = shard_name(index)
     try:
         shard = cache.shard(index)
     except BadArray as bad:
         return [f"{name}: {bad}"], {}
     problems, hashes = hash_shard(shard)
-    if wrong := statistics_problem(shard):
-        problems.append(f"zarr.json: {wrong}")
     if problems:
         return [f"{name}/{problem}" for problem in problems], hashes
     token_ids_sT = shard.read("token_ids")
@@ -193,28 +178,22 @@ def verify_shard(cache: Cache, index: int) -> tuple[list[str], Hashes]:
 
 
 def hash_shard(shard: Shard) -> tuple[list[str], Hashes]:
-    """The hash of what each array of the shard really holds, and where it is not the one recorded, a line each."""
+    """The hash of what each array of the shard really holds, and a line for each that is not what was recorded."""
     problems = []
     hashes: Hashes = {}
-    chunks: dict[str, ChunkHashes] = {}
+    chunks = {}
     for name in shard_arrays(shard.manifest):
         try:
-            hashes[name], chunks[name] = shard.hashes(name)
+            chunks[name] = shard.chunk_hashes(name)
+            hashes[name] = hash_of(chunks[name])
             if hashes[name] != shard.record.hashes[name]:
                 problems.append(f"{name}: {CHECKSUM_DIFFERS}")
         except (BadArray, OSError, ValueError) as bad:
             hashes[name] = None
             problems.append(f"{name}: {bad}")
-    if shard.manifest.chunk_hashes and not problems:
-        problems = _wrong_chunk_hashes(shard, chunks)
+    if not problems:  # a trainer would refuse rows that chunk_hashes, itself as recorded, does not agree with
+        stored_CA = shard.read(CHUNK_HASHES)
+        for column, name in enumerate(hashed_arrays(shard.manifest)):
+            if len(wrong := np.flatnonzero(stored_CA[:, column] != chunks[name])):
+                problems.append(f"{CHUNK_HASHES}: not those of {name}, from row {wrong[0] * CHUNK_ROWS} on")
     return problems, hashes
-
-
-def _wrong_chunk_hashes(shard: Shard, chunks: dict[str, ChunkHashes]) -> list[str]:
-    """Where chunk_hashes, itself as recorded, is not of the shard's arrays: a trainer would refuse those rows."""
-    stored_CA = shard.read(CHUNK_HASHES)
-    problems = []
-    for column, name in enumerate(hashed_arrays(shard.manifest)):
-        if len(wrong := np.flatnonzero(stored_CA[:, column] != chunks[name])):
-            problems.append(f"{CHUNK_HASHES}: not those of {name}, from row {wrong[0] * CHUNK_ROWS} on")
-    return problems

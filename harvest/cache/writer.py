@@ -1,11 +1,7 @@
-"""Puts a cache on disk: its root first, then shard by shard, each whole or absent (layout: cache/reader.py).
-
-Dimension letters: T context, s rows of a shard, n kept positions of a shard, L layers, D width.
-"""
+"""Writes a cache onto a disk: its root first, then shard by shard, each whole or absent (layout: cache/reader.py)."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import secrets
@@ -13,21 +9,18 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from routesae.harvest.cache import arrays
 from routesae.harvest.cache.manifest import (
     CHUNK_HASHES,
+    FORMULA,
     Manifest,
     ShardRecord,
     hashed_arrays,
-    layer_name,
     shard_name,
 )
-from routesae.harvest.corpus.tokens import Ids
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +29,7 @@ STAGED_MANIFEST, STAGED_TOKENS = ".manifest", ".tokens*.partial"  # the second a
 
 
 def partial_folder(path: Path, name: str) -> Path:
-    """A new folder of this process's own below `path`, to make `name` in: two may be making the same."""
+    """Make a new folder below `path` to write `name` in, which no other process has: two may be writing the same."""
     folder = path / f".{name}.{os.getpid()}-{secrets.token_hex(4)}.partial"
     folder.mkdir()
     return folder
@@ -51,7 +44,7 @@ def begin_cache(path: Path, manifest: Manifest, prepared: Path) -> None:
 
     staging = path / STAGED_MANIFEST
     shutil.rmtree(staging, ignore_errors=True)
-    zarr.open_group(str(staging), mode="w", zarr_format=3, attributes=_plain(manifest.to_dict())).store.close()
+    zarr.open_group(str(staging), mode="w", zarr_format=3, attributes=manifest.to_dict()).store.close()
     for array in sorted(prepared.iterdir()):
         shutil.rmtree(path / array.name, ignore_errors=True)
         array.rename(path / array.name)
@@ -73,42 +66,32 @@ def is_uncommitted(path: Path) -> bool:
 def write_shard(
     path: Path,
     manifest: Manifest,
-    token_ids_sT: Ids,
-    order: npt.NDArray[np.int32],
-    hidden: Iterable[tuple[int, arrays.Array]],
-    record: Callable[[Mapping[str, str]], ShardRecord],
     index: int,
-    others: Callable[[], Mapping[str, arrays.Array]] | None = None,
+    values: Iterable[tuple[str, arrays.Array]],
+    record: Callable[[Mapping[str, str]], ShardRecord],
 ) -> ShardRecord:
-    """Write one shard and commit it by a rename; a kill at any moment leaves a whole shard or none.
+    """Write shard `index` and commit it by a rename; a kill at any moment leaves a whole shard or none.
 
     Where another harvester has committed the same shard meanwhile, that one stays.
 
-    hidden: (layer, [n, D] in the cache's dtype, rows in `order`), each taken when it is its turn.
+    values: every array of the shard but chunk_hashes, by name, each taken when it is its turn.
     record: makes the shard's attributes once the hashes are known.
-    others: gives, once the layers are taken, the arrays that follow them by name; None has token_mean and token_std
-        worked out here.
     """
     import zarr
 
     partial = partial_folder(path, shard_name(index))
     try:
-        written = record(_write_arrays(partial, manifest, token_ids_sT, order, hidden, others))
+        written = record(_write_arrays(partial, manifest, values))
         # The group's own zarr.json comes last: until then no zarr reader takes the dot-folder for a group.
-        zarr.open_group(str(partial), mode="a", zarr_format=3, attributes=_plain(written.to_dict())).store.close()
-        _require_arrays(partial, written.hashes)
+        zarr.open_group(str(partial), mode="a", zarr_format=3, attributes=written.to_dict()).store.close()
+        for name in written.hashes:  # a folder deleted under the writer is made anew by the next array
+            (partial / name / "zarr.json").stat()
         arrays.fsync_tree(partial)
         commit_shard(partial, path / shard_name(index))
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # a disk that is full gets back what did not fit
     arrays.fsync(path)
     return written
-
-
-def _require_arrays(partial: Path, names: Iterable[str]) -> None:
-    """A folder deleted under the writer is made anew by the next array, without those before."""
-    for name in names:
-        (partial / name / "zarr.json").stat()
 
 
 def commit_shard(partial: Path, shard: Path) -> None:
@@ -121,49 +104,25 @@ def commit_shard(partial: Path, shard: Path) -> None:
         log.info("%s is there already, by another harvester", shard)
 
 
-def _write_arrays(
-    partial: Path,
-    manifest: Manifest,
-    token_ids_sT: Ids,
-    order: npt.NDArray[np.int32],
-    hidden: Iterable[tuple[int, arrays.Array]],
-    others: Callable[[], Mapping[str, arrays.Array]] | None,
-) -> dict[str, str]:
-    """All arrays of a shard into its dot-folder; their hashes. One reaches the disk while the next is written."""
-    # Both bring torch, which `cache info` and `--help` can do without.
-    from routesae.harvest.cache.quantise import FORMULA
-    from routesae.harvest.cache.statistics import TokenStatistics, stored_statistics
-
-    hashes: dict[str, str] = {}
+def _write_arrays(partial: Path, manifest: Manifest, values: Iterable[tuple[str, arrays.Array]]) -> dict[str, str]:
+    """Write the arrays into a shard's dot-folder, each while the last reaches the disk; returns their hashes."""
     chunks: dict[str, arrays.ChunkHashes] = {}
     by_row = hashed_arrays(manifest)
     with arrays.syncing() as sync:
 
-        def write(name: str, array: arrays.Array, compress: bool = False, attributes: arrays.Attributes = ()) -> None:
+        def write(name: str, array: arrays.Array, attributes: arrays.Attributes = ()) -> None:
             folder = partial / name
             # What is read at once is one chunk.
             chunk_rows = arrays.CHUNK_ROWS if name in by_row else max(1, len(array))
-            arrays.write_array(folder, array, chunk_rows=chunk_rows, compress=compress, attributes=attributes)
+            arrays.write_array(folder, array, chunk_rows=chunk_rows, attributes=attributes)
             sync(arrays.data_file(folder, array.ndim))
-            hashes[name], chunks[name] = arrays.array_hashes(array)
+            chunks[name] = arrays.chunk_hashes(array)
 
-        write("token_ids", token_ids_sT)
-        write("order", order)
-        found = []
-        for layer, hidden_nD in hidden:
-            meaning = (("hidden_state", FORMULA),) if hidden_nD.dtype == np.int8 else ()
-            write(layer_name(layer), hidden_nD, manifest.compress != "none", meaning)
-            if others is None:
-                found.append(stored_statistics(hidden_nD))
-        if others is None:
-            means, stds = zip(*found, strict=True)
-            others = TokenStatistics(np.stack(means, axis=1), np.stack(stds, axis=1)).named
-        for name, array in others().items():
-            write(name, array)
-        if manifest.chunk_hashes:
-            columns = np.stack([chunks[name] for name in by_row], axis=1)
-            write(CHUNK_HASHES, columns, attributes=(("columns", by_row),))
-    return hashes
+        for name, array in values:
+            write(name, array, (("hidden_state", FORMULA),) if array.dtype == np.int8 else ())
+        columns = np.stack([chunks[name] for name in by_row], axis=1)
+        write(CHUNK_HASHES, columns, (("columns", by_row),))
+    return {name: arrays.hash_of(of) for name, of in chunks.items()}
 
 
 def remove_partial_shards(path: Path, is_claimed: Callable[[str], bool]) -> None:
@@ -174,8 +133,3 @@ def remove_partial_shards(path: Path, is_claimed: Callable[[str], bool]) -> None
     for partial in list(path.glob(".shard-*.partial")):  # listed first: whoever made one had claimed it by then
         if not is_claimed(partial.name[1:].partition(".")[0]):
             shutil.rmtree(partial, ignore_errors=True)
-
-
-def _plain(data: dict[str, Any]) -> dict[str, Any]:
-    plain: dict[str, Any] = json.loads(json.dumps(data))
-    return plain

@@ -14,8 +14,10 @@ import numpy as np
 
 from routesae.harvest.cache import arrays
 from routesae.harvest.cache.arrays import array_hash
+from routesae.harvest.cache.manifest import kept_positions
+from routesae.harvest.cache.store.disk import DiskArray
 from routesae.harvest.corpus.texts import TextCounts, read_documents
-from routesae.harvest.corpus.tokens import Fingerprint, framing, kept_positions, pack, tokenize
+from routesae.harvest.corpus.tokens import Fingerprint, framing, pack, tokenize
 from routesae.harvest.settings import HarvestSettings
 from routesae.reporting import Progress, Report, WrongInput
 
@@ -76,7 +78,7 @@ def write_tokens(folder: Path, settings: HarvestSettings, tokenizer: Any, report
     return {
         "rows": rows,
         "kept_tokens": kept,
-        "tokens_hash": array_hash(arrays.map_array(folder / "tokens", (rows, settings.context), "<i4")),
+        "tokens_hash": array_hash(DiskArray(folder / "tokens", (rows, settings.context), "<i4").read()),
         "special_ids": frame.special_ids,
         "corpus_fingerprint": fingerprint.hexdigest(),
         "documents": len(starts),

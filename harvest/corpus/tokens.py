@@ -1,4 +1,4 @@
-"""Documents in; packed rows of `context` token ids out, and which of their positions are kept.
+"""Documents in; packed rows of `context` token ids out.
 
 Documents follow one another in one stream, each as its tokenizer would present it alone (Llama: a BOS before
 it); where the tokenizer adds nothing, an EOS ends each. The stream is cut into rows of T tokens. Where the
@@ -12,17 +12,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import xxhash
 
+from routesae.harvest.cache.manifest import Ids
 from routesae.harvest.corpus.texts import Document
 
-Ids = npt.NDArray[np.int32]
 DOCUMENTS_A_CALL = 256  # enough for the tokenizer's threads
 # A tokenizer takes 50 to 100 bytes a character: a line of 50 MB at once would take 5 GB.
 PIECE_CHARS = 1 << 20
@@ -134,16 +133,6 @@ def pack(pieces: Iterable[Ids], *, context: int, row_start: int | None) -> Itera
             if filled == context:
                 yield Row(row, starts)
                 row, filled, starts = np.empty(context, np.int32), 0, []
-
-
-def kept_positions(token_ids_ST: Ids, *, dropped_ids: Sequence[int], skip_positions: int) -> npt.NDArray[np.bool_]:
-    """bool [S, T]: the positions whose hidden states are harvested, trained on and spliced.
-
-    Not kept: the first `skip_positions` of every row (the attention sink) and every id in `dropped_ids`.
-    """
-    kept = ~np.isin(token_ids_ST, np.array(dropped_ids, np.int32))
-    kept[:, :skip_positions] = False
-    return kept
 
 
 class Fingerprint:

@@ -21,9 +21,9 @@ from typing import Any
 from routesae import __version__
 from routesae.harvest.cache import arrays
 from routesae.harvest.cache.claims import Claims
-from routesae.harvest.cache.manifest import Manifest, token_bytes
+from routesae.harvest.cache.manifest import SETTINGS, Manifest, token_bytes
 from routesae.harvest.cache.reader import Cache
-from routesae.harvest.cache.store.folder import is_url
+from routesae.harvest.cache.storage import is_url
 from routesae.harvest.cache.writer import STAGED_TOKENS, TOKENS, begin_cache, is_uncommitted, partial_folder
 from routesae.harvest.corpus.packing import write_tokens
 from routesae.harvest.corpus.tokens import tokenizer_hash
@@ -35,8 +35,6 @@ from routesae.reporting import Progress, Report, WrongInput, human_bytes
 
 log = logging.getLogger(__name__)
 
-# The manifest's fields that are flags by another name; shard_rows is --shard-tokens in rows of the context.
-FLAGS = {"corpus": "data", "tokens_asked": "tokens", "shard_rows": "shard-tokens, in rows,"}
 DISK_RESERVE = 1.01  # indexes, metadata and the file system's own rounding
 POLL_SECONDS = 0.5  # between looks at what another harvester does
 
@@ -113,7 +111,6 @@ def _begin(settings: HarvestSettings, config: Any, lm_dtype: str, claim: Lock, r
             model_layers=lm.model_layers(config),
             layers=layers,
             width=int(config.get_text_config().hidden_size),
-            chunk_hashes=True,
             versions={"routesae": __version__, **{p: version(p) for p in ("torch", "transformers", "zarr")}},
             **_shared_settings(settings),
             **facts,
@@ -149,21 +146,8 @@ def _checked_layers(settings: HarvestSettings, config: Any) -> tuple[int, ...]:
 
 def _shared_settings(settings: HarvestSettings) -> dict[str, Any]:
     """The manifest's fields that are settings: what a resumed run must agree on."""
-    return {
-        "context": settings.context,
-        "shard_rows": max(1, settings.shard_tokens // settings.context),
-        "dtype": settings.dtype,
-        "overflow": settings.overflow,
-        "compress": settings.compress,
-        "seed": settings.seed,
-        "corpus": settings.data,
-        "split": settings.split,
-        "text_field": settings.text_field,
-        "min_chars": settings.min_chars,
-        "tokens_asked": settings.tokens,
-        "keep_special": settings.keep_special,
-        "skip_positions": settings.skip_positions,
-    }
+    rows = max(1, settings.shard_tokens // settings.context)
+    return {"shard_rows": rows, **{field: getattr(settings, name) for field, name in SETTINGS.items()}}
 
 
 def refuse_other_settings(manifest: Manifest, settings: HarvestSettings, config: Any, lm_dtype: str) -> None:
@@ -176,7 +160,7 @@ def refuse_other_settings(manifest: Manifest, settings: HarvestSettings, config:
         **_shared_settings(settings),
     }
     differing = [
-        f"{FLAGS.get(name, name)} is {getattr(manifest, name)}, not {value}"
+        f"{SETTINGS.get(name, name)} is {getattr(manifest, name)}, not {value}"
         for name, value in asked.items()
         if getattr(manifest, name) != value
     ]

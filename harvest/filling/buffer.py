@@ -19,12 +19,18 @@ import torch
 from torch import Tensor
 
 from routesae.harvest.cache import arrays
-from routesae.harvest.cache.manifest import LayerStatistics, Manifest, ShardRecord, shard_order
+from routesae.harvest.cache.manifest import (
+    Ids,
+    LayerStatistics,
+    Manifest,
+    ShardRecord,
+    layer_name,
+    shard_order,
+)
 from routesae.harvest.cache.quantise import Encoding, encoded
 from routesae.harvest.cache.reader import Cache
-from routesae.harvest.cache.statistics import PIECE_ROWS, Extremes, TokenStatistics, row_statistics
+from routesae.harvest.cache.statistics import PIECE_ROWS, Extremes, row_statistics
 from routesae.harvest.cache.writer import write_shard
-from routesae.harvest.corpus.tokens import Ids
 from routesae.harvest.lm.model import LanguageModel
 from routesae.harvest.lm.passes import capturing, run_until
 from routesae.machine.device import CACHE_DTYPES
@@ -98,9 +104,8 @@ class ShardBuffer:
             return write_shard(
                 cache.folder,
                 self.manifest,
-                self.token_ids_sT,
-                self.order,
-                self._layers_on_host(),
+                self.index,
+                self._arrays(),
                 lambda hashes: ShardRecord(
                     index=self.index,
                     rows=self.manifest.shard_range(self.index),
@@ -110,10 +115,8 @@ class ShardBuffer:
                     statistics={
                         str(layer): self._layer_statistics(at) for at, layer in enumerate(self.manifest.layers)
                     },
-                    hashes=hashes,
+                    hashes=dict(hashes),
                 ),
-                self.index,
-                self._other_arrays,
             )
 
     def _layer_statistics(self, at: int) -> LayerStatistics:
@@ -133,10 +136,18 @@ class ShardBuffer:
             int8_norm_mse=None if encoding is None else float(encoding.lost.norm_mse),
         )
 
+    def _arrays(self) -> Iterator[tuple[str, arrays.Array]]:
+        """Every array, by name, in the order of the format."""
+        yield "token_ids", self.token_ids_sT
+        yield "order", self.order
+        for layer, hidden_nD in self._layers_on_host():
+            yield layer_name(layer), hidden_nD
+        yield from self._other_arrays().items()
+
     def _other_arrays(self) -> dict[str, arrays.Array]:
         """Those that follow the layers, all of which are written by now."""
         if self.manifest.dtype != "int8":
-            return TokenStatistics(_columns(self.mean_Ln), _columns(self.std_Ln)).named()
+            return {"token_mean": _columns(self.mean_Ln), "token_std": _columns(self.std_Ln)}
 
         def stacked(take: Callable[[Encoding], Tensor]) -> Tensor:
             return torch.stack([take(self._encodings[at]) for at in range(len(self.manifest.layers))])

@@ -20,11 +20,12 @@ from pathlib import Path
 import xxhash
 
 from routesae.harvest.cache.claims import Claims
-from routesae.harvest.cache.copying import ROOT_ARRAYS, begin_copy, require_same_cache, require_unused, send_arrays
+from routesae.harvest.cache.copying import begin_copy, begin_in_store, require_same_cache, require_unused, send_arrays
 from routesae.harvest.cache.manifest import shard_arrays, shard_name
 from routesae.harvest.cache.reader import Cache
+from routesae.harvest.cache.storage import is_url
 from routesae.harvest.cache.store.blocks import chosen
-from routesae.harvest.cache.store.folder import RemoteFolder, is_url
+from routesae.harvest.cache.store.bucket import BucketFolder
 from routesae.harvest.settings import HarvestSettings
 from routesae.reporting import WrongInput
 
@@ -53,8 +54,7 @@ class StagedCache(Cache):
         """Send a shard that is committed here, unless the store has it; then let go of it here."""
         staged = self.folder / shard_name(index)
         if not self.remote.has_shard(index):
-            assert isinstance(self.remote.path, RemoteFolder)
-            there = self.remote.path / staged.name
+            there = BucketFolder(self.remote.address) / staged.name
             send_arrays(staged, there, shard_arrays(self.manifest))
             there.put("zarr.json", (staged / "zarr.json").read_bytes())
             log.info("%s is in %s", staged.name, self.remote.path)
@@ -64,7 +64,7 @@ class StagedCache(Cache):
 class Stage:
     """The place `folder` on this disk for what goes to `remote`."""
 
-    def __init__(self, remote: RemoteFolder, folder: Path):
+    def __init__(self, remote: BucketFolder, folder: Path):
         self.remote = remote
         self.folder = folder
 
@@ -83,9 +83,7 @@ class Stage:
         """The folder's cache, begun in the store too. Raises WrongInput where the store has another."""
         staged = Cache(self.folder)
         if not self.remote.exists("zarr.json"):
-            require_unused(self.remote)
-            send_arrays(self.folder, self.remote, ROOT_ARRAYS)
-            self.remote.put("zarr.json", (self.folder / "zarr.json").read_bytes())
+            begin_in_store(staged, self.remote)
         there = Cache(self.remote)
         try:
             require_same_cache(staged, there)
@@ -96,7 +94,7 @@ class Stage:
 
 def stage_of(settings: HarvestSettings) -> Stage | None:
     """None where --out is a folder."""
-    return Stage(RemoteFolder.at(settings.out), staging_folder(settings)) if is_url(settings.out) else None
+    return Stage(BucketFolder.at(settings.out), staging_folder(settings)) if is_url(settings.out) else None
 
 
 def staging_folder(settings: HarvestSettings) -> Path:

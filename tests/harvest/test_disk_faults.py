@@ -36,13 +36,12 @@ def files_of_at_most(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("compress", ["none", "zstd"])
 def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_costs_nothing_committed(
-    compress: str, tiny_settings: Settings, tmp_path: Path
+    tiny_settings: Settings, tmp_path: Path
 ) -> None:
     out = tmp_path / "shards"
-    settings = tiny_settings(out=str(out), compress=compress)
-    whole = harvest(tiny_settings(out=str(tmp_path / "whole"), compress=compress))
+    settings = tiny_settings(out=str(out))
+    whole = harvest(tiny_settings(out=str(tmp_path / "whole")))
     harvest(settings)
     for index in (1, 2, 3):
         shutil.rmtree(out / f"shard-0000{index}")

@@ -1,8 +1,8 @@
-"""A cache in; seeded, shuffled batches of hidden states out, as fast as the disk or the memory gives them.
+"""Seeded, shuffled batches of a cache's hidden states, as fast as the disk or the memory gives them.
 
-A batch is made of blocks of up to 256 contiguous stored rows from many shards; since every shard was shuffled
-when it was written, no mixing buffer is needed. A thread announces blocks to the kernel a few batches ahead (the disk
-would else see one small read at a time) and, with a second one, reads them one batch ahead of the trainer.
+A batch is made of blocks of up to 256 contiguous stored rows from many shards. Every shard was shuffled when it was
+written, so no mixing buffer is needed. A thread announces blocks to the kernel a few batches ahead (otherwise the
+disk would see one small read at a time) and, with a second thread, reads them one batch ahead of the trainer.
 
 Dimension letters: N tokens a batch, L layers of the selection, M layers of the cache, D width, m rows of a span.
 """
@@ -17,7 +17,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -29,8 +29,7 @@ from routesae.harvest.cache import arrays
 from routesae.harvest.cache.manifest import STATISTICS
 from routesae.harvest.cache.reader import Cache, Shard, damaged
 from routesae.machine.device import CACHE_DTYPES
-from routesae.train.loading.hidden import HiddenRows
-from routesae.train.loading.rows import Span, reading, rows_of, spans_of
+from routesae.train.loading.rows import RowReader, Span, spans_of
 
 BLOCK_ROWS = arrays.CHUNK_ROWS
 ADVISE_BATCHES, ADVISE_BYTES = 2, 1 << 26  # the kernel is told of both, at least, ahead of the reading
@@ -210,52 +209,32 @@ def _memory(shape: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> Tensor:
     return torch.frombuffer(held, dtype=dtype).view(shape)
 
 
-class Reader:
-    """Reads what is to be read for a batch, and tells the kernel of it beforehand."""
+def read_into(reader: RowReader, reads: Sequence[Read], batch: Batch) -> None:
+    """Copy what `reads` names into the batch, in which they are neighbours.
 
-    def __init__(self, selection: Selection):
-        manifest = selection.cache.manifest
-        self.layers = selection.layers
-        self.columns = [manifest.layers.index(layer) for layer in self.layers]
-        self.cache_layers = len(manifest.layers)
-        self.row_bytes = manifest.token_bytes // self.cache_layers
-        self.rows = rows_of(selection.cache)
-        self.hidden = HiddenRows(manifest, self.layers, self.rows)
-
-    def advise(self, reads: Sequence[Read]) -> None:
-        """Tell the kernel that they are wanted soon."""
-        for shard, span, _ in reads:
-            for name, wanted in (*self.hidden.wanted(span), *((name, span) for name in STATISTICS)):
-                with suppress(arrays.BadArray, OSError):  # the reading meets the same fault and names it
-                    self.rows.advise(shard, name, wanted)
-
-    def read(self, reads: Sequence[Read], batch: Batch) -> None:
-        """Copy them into the batch, in which they are neighbours.
-
-        Raises FailedRun where a file is gone, cut or altered.
-        """
-        if not reads:
-            return
-        first, after = reads[0].at, reads[-1].at + reads[-1].span.wanted
-        hidden_LND = batch.hidden_LND.numpy()
-        statistics_nM = {name: np.empty((after - first, self.cache_layers), np.float32) for name in STATISTICS}
-        for shard, span, at in reads:
-            rows = slice(at, at + span.wanted)
-            self.hidden.read(shard, span, hidden_LND[:, rows])
-            for name, values_nM in statistics_nM.items():
-                with reading(shard, name):
-                    self.rows.read(shard, name, span, values_nM[at - first : rows.stop - first])
-        for values_nM, out_LN1 in zip(statistics_nM.values(), batch[1:], strict=True):
-            out_LN1.numpy()[:, first:after, 0] = values_nM[:, self.columns].T
+    Raises FailedRun where a file is gone, cut or altered.
+    """
+    if not reads:
+        return
+    first, after = reads[0].at, reads[-1].at + reads[-1].span.wanted
+    hidden_LND = batch.hidden_LND.numpy()
+    statistics_nM = [np.empty((after - first, reader.cache_layers), np.float32) for _ in STATISTICS]
+    for shard, span, at in reads:
+        rows = slice(at - first, at - first + span.wanted)
+        out_LmD = hidden_LND[:, at : at + span.wanted]
+        reader.read(shard, span, out_LmD, [values_nM[rows] for values_nM in statistics_nM])
+    for values_nM, out_LN1 in zip(statistics_nM, batch[1:], strict=True):
+        out_LN1.numpy()[:, first:after, 0] = values_nM[:, reader.columns].T
 
 
 def read_sample(selection: Selection, *, seed: int, tokens: int) -> Batch:
     """The first `tokens` (or all there are) of the first epoch, in memory of their own."""
     plan = next(epoch_plans(selection, seed=seed, epoch=0, batch_tokens=tokens))
     batch = empty_batch(selection, tokens_of(plan))
-    reader, reads = Reader(selection), reads_of(selection, plan)
-    reader.advise(reads)
-    reader.read(reads, batch)
+    reader, reads = RowReader(selection.cache.manifest, selection.layers), reads_of(selection, plan)
+    for shard, span, _ in reads:
+        reader.advise(shard, span)
+    read_into(reader, reads, batch)
     return batch
 
 
@@ -271,7 +250,8 @@ def load(selection: Selection, plans: Iterator[Plan], batch_tokens: int, device:
 
 
 def _staged(selection: Selection, plans: Iterator[Plan], batch_tokens: int, *, pinned: bool) -> Batches:
-    reader, tokens = Reader(selection), min(batch_tokens, len(selection))
+    reader = RowReader(selection.cache.manifest, selection.layers)
+    tokens = min(batch_tokens, len(selection))
     free: queue.Queue[Batch | None] = queue.Queue()
     ready: queue.Queue[tuple[Batch, int] | BaseException | None] = queue.Queue()
     for _ in range(STAGING_BATCHES):
@@ -286,8 +266,8 @@ def _staged(selection: Selection, plans: Iterator[Plan], batch_tokens: int, *, p
                     if staging is None or stopped.is_set():
                         return
                     half = len(reads) // 2
-                    other_half = second.submit(reader.read, reads[half:], staging)
-                    reader.read(reads[:half], staging)
+                    other_half = second.submit(read_into, reader, reads[half:], staging)
+                    read_into(reader, reads[:half], staging)
                     other_half.result()
                     ready.put((staging, n))
             ready.put(None)
@@ -325,14 +305,16 @@ def _running(fill: Callable[[], None], stop: Callable[[], None]) -> Iterator[Non
         atexit.unregister(end)
 
 
-def _advised(reader: Reader, selection: Selection, plans: Iterator[Plan]) -> Iterator[tuple[list[Read], int]]:
+def _advised(reader: RowReader, selection: Selection, plans: Iterator[Plan]) -> Iterator[tuple[list[Read], int]]:
     """What to read for each plan, and N, announced to the kernel at least ADVISE_BATCHES and ADVISE_BYTES ahead."""
     ahead: deque[tuple[list[Read], int]] = deque()
-    token_bytes = reader.row_bytes * len(reader.layers)
+    manifest = selection.cache.manifest
+    token_bytes = manifest.token_bytes // len(manifest.layers) * len(selection.layers)
     tokens_ahead = 0  # of all in `ahead` but the first
     for plan in plans:
         reads, n = reads_of(selection, plan), tokens_of(plan)
-        reader.advise(reads)
+        for shard, span, _ in reads:
+            reader.advise(shard, span)
         if ahead:
             tokens_ahead += n
         ahead.append((reads, n))

@@ -1,32 +1,50 @@
-"""Spans of stored rows in; those rows in memory that the caller gives, each chunk compared with its checksum, out.
+"""Reads spans of stored rows into memory that the caller gives, and compares every chunk with its checksum.
 
-Where a shard has chunk_hashes (harvest/cache/reader.py), a chunk of CHUNK_ROWS rows is hashed in the thread that read
-it, right after that, while the core's cache still has it. What is wanted of a chunk only in part is read whole for
-that, into memory of the thread's own, so spans are of whole chunks wherever they can be (train/loading/batches.py).
+A chunk of CHUNK_ROWS rows is hashed in the thread that read it, right after that, while the core's cache still has it
+(chunk_hashes, harvest/cache/reader.py). If only part of a chunk is wanted, all of it is read into memory of the
+thread, so spans are of whole chunks wherever they can be (train/loading/batches.py). What a cache holds as int8 is
+decoded (harvest/cache/quantise.py) in the same thread, some rows at a time, so that it goes from the page cache to
+float16 without leaving the core's own cache.
 
-Dimension letters: m rows read, W numbers a row: D of a layer, L of token_mean and the like, C chunks of a shard, A
-arrays that are hashed by chunk.
+Dimension letters: m rows read, L layers of the selection, M layers of the cache, D width, W numbers a row (D of a
+layer, M of token_mean and the like), C chunks of a shard, A arrays that are hashed by chunk.
 """
 
 from __future__ import annotations
 
+import resource
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 import xxhash
 
-from routesae.harvest.cache.arrays import CHECKSUM_DIFFERS, CHUNK_ROWS, BadArray, ChunkHashes
-from routesae.harvest.cache.manifest import CHUNK_HASHES, Manifest, hashed_arrays
-from routesae.harvest.cache.reader import Cache, Shard, damaged
+from routesae.harvest.cache.arrays import CHECKSUM_DIFFERS, CHUNK_ROWS, BadArray, ChunkHashes, array_hash
+from routesae.harvest.cache.manifest import (
+    CHANNEL_ARRAYS,
+    CHUNK_HASHES,
+    SCALE,
+    STATISTICS,
+    Manifest,
+    hashed_arrays,
+    layer_name,
+)
+from routesae.harvest.cache.quantise import Channels, decode, piece_rows
+from routesae.harvest.cache.reader import Shard, damaged
+from routesae.harvest.cache.storage import OpenRows
 from routesae.reporting import FailedRun
-from routesae.train.loading.row_files import RowFiles, row_files
 
+OPEN_FILES = 512  # held open at most; opening one anew costs about a twentieth of reading a block from it
 HASHES_BYTES = 1 << 26  # of chunk_hashes, kept for the shards read last
+CHANNELS_BYTES = 1 << 26  # of means and deviations of channels, likewise
+
+Rows = npt.NDArray[np.generic]
+Open = Callable[[Shard, str], OpenRows]
 
 
 class Span(NamedTuple):
@@ -38,8 +56,13 @@ class Span(NamedTuple):
 
     @property
     def wanted(self) -> int:
-        """m, rows of it that are wanted."""
+        """m, the number of rows wanted."""
         return self.after - self.first if self.picked is None else len(self.picked)
+
+    def chunks(self, kept: int) -> tuple[int, int]:
+        """First row of the whole chunks that hold the span, and the one after their last, of `kept` in all."""
+        first, after = self.first // CHUNK_ROWS, -(-self.after // CHUNK_ROWS)
+        return first * CHUNK_ROWS, min(after * CHUNK_ROWS, kept)
 
 
 def spans_of(rows: npt.NDArray[np.int64]) -> list[Span]:
@@ -48,122 +71,154 @@ def spans_of(rows: npt.NDArray[np.int64]) -> list[Span]:
     return [Span(int(piece[0]), int(piece[-1]) + 1, piece - piece[0]) for piece in pieces]
 
 
+class RowReader:
+    """Reads rows of `layers` out of the shards of a cache; safe for several threads."""
+
+    def __init__(self, manifest: Manifest, layers: Sequence[int]):
+        self.names = [layer_name(layer) for layer in layers]
+        self.columns = [manifest.layers.index(layer) for layer in layers]
+        self.cache_layers, self.width = len(manifest.layers), manifest.width
+        self.quantised = manifest.dtype == "int8"
+        hashed = hashed_arrays(manifest)
+        self._hash_columns = {name: column for column, name in enumerate(hashed)}
+        # Plain functions, not methods: a cycle would hold files open for as long as the collector pleases.
+        self._opened: Open = lru_cache(_open_file_limit())(_open)
+        chunks = -(-manifest.shard_rows * manifest.context // CHUNK_ROWS)
+        hashes = partial(_chunk_hashes, self._opened)
+        self._hashes = lru_cache(max(1, HASHES_BYTES // (8 * len(hashed) * chunks)))(hashes)
+        channels = partial(_channels, self._opened, self.columns)
+        self._channels = lru_cache(max(1, CHANNELS_BYTES // (8 * len(self.names) * self.width)))(channels)
+        self._announced: set[Shard] = set()  # whose small arrays were
+        self._scratch = threading.local()
+
+    def advise(self, shard: Shard, span: Span) -> None:
+        """Announce that a span will be read soon. What is wrong with its files is left to the reading to name."""
+        first, after = span.chunks(shard.record.kept)
+        wanted = [(name, first, after) for name in (*self.names, *STATISTICS, *((SCALE,) if self.quantised else ()))]
+        if shard not in self._announced:
+            self._announced.add(shard)
+            small = (CHUNK_HASHES, *(CHANNEL_ARRAYS if self.quantised else ()))
+            wanted += [(name, 0, shard.form(name)[0][0]) for name in small]
+        for name, first, after in wanted:
+            with suppress(BadArray, OSError):
+                self._opened(shard, name).advise(first, after)
+
+    def read(self, shard: Shard, span: Span, out_LmD: Rows, statistics_mM: Sequence[Rows]) -> None:
+        """Copy the span's wanted rows, float16 or float32, and what STATISTICS names of them.
+
+        Raises FailedRun where a file is gone, cut or altered, or an object store does not answer.
+        """
+        if self.quantised:
+            self._read_quantised(shard, span, out_LmD)
+        else:
+            for name, out_mD in zip(self.names, out_LmD, strict=True):
+                self.read_array(shard, name, span, out_mD)
+        for name, values_mM in zip(STATISTICS, statistics_mM, strict=True):
+            self.read_array(shard, name, span, values_mM)
+
+    def _read_quantised(self, shard: Shard, span: Span, out_LmD: Rows) -> None:
+        m, width = out_LmD.shape[1:]
+        scale_mM = self._memory("scale", (m, self.cache_layers), np.float32)
+        self.read_array(shard, SCALE, span, scale_mM)
+        q_mD = self._memory("q", (m, width), np.int8)
+        rows = piece_rows(width, torch.device("cpu"))
+        x_mD = torch.from_numpy(self._memory("x", (rows, width), np.float32))
+        for at, channels in enumerate(self._channels(shard)):
+            self.read_array(shard, self.names[at], span, q_mD)
+            scale_m = torch.from_numpy(scale_mM[:, self.columns[at]])
+            stored_mD, decoded_mD = torch.from_numpy(q_mD), torch.from_numpy(out_LmD[at])
+            for start in range(0, m, rows):
+                piece = slice(start, min(m, start + rows))
+                decode(stored_mD[piece], scale_m[piece], channels, x_mD[: piece.stop - start], decoded_mD[piece])
+
+    def read_array(self, shard: Shard, name: str, span: Span, out_mW: Rows) -> None:
+        """Copy the span's wanted rows of one array into out_mW, C-contiguous and of the array's dtype."""
+        with _reading(shard, name):
+            first, after = span.chunks(shard.record.kept)
+            if span.picked is None and (first, after) == span[:2]:
+                self._read_chunks(shard, name, first, out_mW)
+                return
+            rows_mW = self._memory("rows", (after - first, out_mW.shape[1]), out_mW.dtype)
+            self._read_chunks(shard, name, first, rows_mW)
+            wanted_mW = rows_mW[span.first - first : span.after - first]
+            if span.picked is None:
+                out_mW[:] = wanted_mW
+            else:
+                np.take(wanted_mW, span.picked, axis=0, out=out_mW, mode="clip")  # "raise" would copy once more
+
+    def _read_chunks(self, shard: Shard, name: str, first: int, out_mW: Rows) -> None:
+        hashes_C = self._hashes(shard)[self._hash_columns[name]]
+        _read_checked(self._opened(shard, name), first, out_mW, partial(_wrong_chunk, hashes_C, first, out_mW))
+
+    def _memory(self, name: str, shape: tuple[int, int], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        """Memory of this thread, used again and again: fresh pages cost more than what is copied into them."""
+        size = shape[0] * shape[1] * np.dtype(dtype).itemsize
+        memory: npt.NDArray[np.uint8] | None = getattr(self._scratch, name, None)
+        if memory is None or len(memory) < size:
+            memory = np.empty(size, np.uint8)
+            setattr(self._scratch, name, memory)
+        return memory[:size].view(dtype).reshape(shape)
+
+
 @contextmanager
-def reading(shard: Shard, name: str) -> Iterator[None]:
+def _reading(shard: Shard, name: str) -> Iterator[None]:
     """Raises FailedRun, naming the array and a remedy, where reading it fails."""
     try:
         yield
     except (BadArray, OSError, ValueError) as bad:
-        raise FailedRun(str(damaged(shard.path / name, BadArray(str(bad))))) from bad
+        raise FailedRun(str(damaged(f"{shard.path}/{name}", BadArray(str(bad))))) from bad
 
 
-def rows_of(cache: Cache) -> Rows:
-    """What reads the rows of a cache, wherever it is."""
-    return Rows(cache.manifest, row_files(cache))
+def _open(shard: Shard, name: str) -> OpenRows:
+    return shard.array(name).open()
 
 
-class Rows:
-    """Reads stored rows out of `files`; safe for several threads."""
-
-    def __init__(self, manifest: Manifest, files: RowFiles):
-        self.files = files
-        hashed = hashed_arrays(manifest) if manifest.chunk_hashes else ()
-        self._columns = {name: column for column, name in enumerate(hashed)}
-        of_a_shard = 8 * max(1, len(hashed)) * -(-manifest.shard_rows * manifest.context // CHUNK_ROWS)
-        # Not a method: a cycle would hold the files open for as long as the collector pleases.
-        read = partial(_read_hashes, files, len(hashed))
-        self._hashes = lru_cache(maxsize=max(1, HASHES_BYTES // of_a_shard))(read)
-        self._announced: set[Shard] = set()  # whose chunk_hashes were
-        self._of_thread = threading.local()
-
-    def read(self, shard: Shard, name: str, span: Span, out_mW: npt.NDArray[np.generic]) -> None:
-        """Copy the span's wanted rows of array `name` into out_mW, C-contiguous and of the array's dtype.
-
-        Raises BadArray where the file is not what the shard's record says or ends early, or a chunk is not what was
-        written, OSError where it cannot be read, FailedRun where an object store does not give it.
-        """
-        first, after = self._read_range(shard, name, span)
-        if span.picked is None and (first, after) == span[:2]:
-            self._fill(shard, name, first, out_mW)
-            return
-        rows_W = self._scratch((after - first) * out_mW[:1].nbytes).view(out_mW.dtype).reshape(-1, out_mW.shape[1])
-        self._fill(shard, name, first, rows_W)
-        wanted_W = rows_W[span.first - first : span.after - first]
-        if span.picked is None:
-            out_mW[:] = wanted_W
-        else:
-            np.take(wanted_W, span.picked, axis=0, out=out_mW, mode="clip")  # "raise" would copy once more
-
-    def advise(self, shard: Shard, name: str, span: Span) -> None:
-        """Say that the span is wanted soon. Raises as `read`."""
-        if name in self._columns and shard not in self._announced:
-            self._announced.add(shard)
-            self.files.advise(shard, CHUNK_HASHES, 0, shard.rows(CHUNK_HASHES))
-        self.files.advise(shard, name, *self._read_range(shard, name, span))
-
-    def _read_range(self, shard: Shard, name: str, span: Span) -> tuple[int, int]:
-        """First of the rows that are read for a span, and the one after the last."""
-        if name not in self._columns:
-            return span.first, span.after
-        chunks = span.first // CHUNK_ROWS, -(-span.after // CHUNK_ROWS)
-        return chunks[0] * CHUNK_ROWS, min(chunks[1] * CHUNK_ROWS, shard.record.kept)
-
-    def _fill(self, shard: Shard, name: str, first: int, out_mW: npt.NDArray[np.generic]) -> None:
-        """Stored rows from `first` on, which is a chunk's first row where the array is hashed by chunk."""
-        self.files.read(shard, name, first, out_mW)
-        if (column := self._columns.get(name)) is not None:
-            hashes_C = self._hashes(shard)[column]
-            if _wrong_chunk(hashes_C, first, out_mW):
-                _read_again(self.files, shard, name, first, out_mW, lambda: _wrong_chunk(hashes_C, first, out_mW))
-
-    def _scratch(self, size: int) -> npt.NDArray[np.uint8]:
-        """Memory of this thread, used again and again: fresh pages cost more than what is copied into them."""
-        held: npt.NDArray[np.uint8] | None = getattr(self._of_thread, "held", None)
-        if held is None or len(held) < size:
-            held = self._of_thread.held = np.empty(size, np.uint8)
-        return held[:size]
-
-
-def read_small(files: RowFiles, shard: Shard, name: str, out_mW: npt.NDArray[np.generic]) -> None:
-    """Copy all rows of a small array, compared with the checksum in the shard's record. Raises as Rows.read."""
-
-    def wrong() -> str | None:
-        return None if xxhash.xxh3_64_hexdigest(out_mW.data) == shard.record.hashes[name] else CHECKSUM_DIFFERS
-
-    files.read(shard, name, 0, out_mW)
-    if wrong():
-        _read_again(files, shard, name, 0, out_mW, wrong)
-
-
-def _read_again(
-    files: RowFiles,
-    shard: Shard,
-    name: str,
-    first: int,
-    out_mW: npt.NDArray[np.generic],
-    wrong: Callable[[], str | None],
-) -> None:
-    """Rows of which `wrong` says what is wrong with them (None: nothing), anew where it was a copy that was read.
-
-    Raises BadArray where they are still wrong.
-    """
-    if files.drop(shard, name, first, first + len(out_mW)):
-        files.read(shard, name, first, out_mW)
-    if said := wrong():
+def _read_checked(rows: OpenRows, first: int, out_mW: Rows, problem: Callable[[], str | None]) -> None:
+    """Read rows, and once more where `problem` names one and they came from a local copy; BadArray if it stays."""
+    rows.read(first, out_mW)
+    said = problem()
+    if said is not None and rows.drop(first, first + len(out_mW)):
+        rows.read(first, out_mW)
+        said = problem()
+    if said is not None:
         raise BadArray(said)
 
 
-def _wrong_chunk(hashes_C: ChunkHashes, first: int, rows_mW: npt.NDArray[np.generic]) -> str | None:
+def _wrong_chunk(hashes_C: ChunkHashes, first: int, rows_mW: Rows) -> str | None:
     for at in range(0, len(rows_mW), CHUNK_ROWS):
-        chunk_W = rows_mW[at : at + CHUNK_ROWS]
-        if xxhash.xxh3_64_intdigest(chunk_W.data) != hashes_C[(first + at) // CHUNK_ROWS]:
-            return f"rows {first + at} to {first + at + len(chunk_W) - 1} are not what was written (checksum differs)"
+        chunk_mW = rows_mW[at : at + CHUNK_ROWS]
+        if xxhash.xxh3_64_intdigest(chunk_mW.data) != hashes_C[(first + at) // CHUNK_ROWS]:
+            return (
+                f"rows {first + at} to {first + at + len(chunk_mW) - 1} are not what was written (checksum differs)"
+            )
     return None
 
 
-def _read_hashes(files: RowFiles, arrays: int, shard: Shard) -> ChunkHashes:
+def _read_small(opened: Open, shard: Shard, name: str) -> npt.NDArray[Any]:
+    """All rows of an array that is not read by rows, compared with the hash in the shard's record."""
+    shape, dtype = shard.form(name)
+    values = np.empty(shape, dtype)
+
+    def problem() -> str | None:
+        return None if array_hash(values) == shard.record.hashes[name] else CHECKSUM_DIFFERS
+
+    with _reading(shard, name):
+        _read_checked(opened(shard, name), 0, values, problem)
+    return values
+
+
+def _chunk_hashes(opened: Open, shard: Shard) -> ChunkHashes:
     """uint64 [A, C]. Raises FailedRun where they are damaged."""
-    hashes_CA = np.empty((shard.rows(CHUNK_HASHES), arrays), np.uint64)
-    with reading(shard, CHUNK_HASHES):
-        read_small(files, shard, CHUNK_HASHES, hashes_CA)
-    return np.ascontiguousarray(hashes_CA.T)
+    return np.ascontiguousarray(_read_small(opened, shard, CHUNK_HASHES).T)
+
+
+def _channels(opened: Open, columns: list[int], shard: Shard) -> list[Channels]:
+    """Of each layer of a selection. Raises FailedRun where they are damaged."""
+    mean_LD, std_LD = (torch.from_numpy(_read_small(opened, shard, name)[columns]) for name in CHANNEL_ARRAYS)
+    return [Channels(*one) for one in zip(mean_LD, std_LD, strict=True)]
+
+
+def _open_file_limit() -> int:
+    """A quarter of what the process may open: the rest is for whoever else is in it."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return OPEN_FILES if soft == resource.RLIM_INFINITY else max(1, min(OPEN_FILES, soft // 4))

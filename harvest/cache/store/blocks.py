@@ -1,12 +1,12 @@
-"""A bounded folder of what was read from object stores: blocks asked for by key in; open files of them out.
+"""A bounded folder on this disk for what was read from object stores: blocks of bytes, found again by key.
 
     <--cache-dir>/blocks/0/         one folder a process that runs at a time; the next process finds it again
-        lock                        held by the process that has it
+        lock                        held by the process that uses the folder
         3f/3f0c…                    a block's bytes, then xxh3-64 of them
 
-Each process keeps at most --cache-bytes, those used last, so N processes on a machine may take N times that. What an
-earlier process left counts, and its checksum is compared before the first use. Blocks are fetched by many threads:
-a request to a store takes 50 ms, however small.
+Each process keeps at most --cache-bytes, the blocks it used last, so N processes on a machine may take N times that.
+What an earlier process left counts, and its checksum is compared before the first use. Blocks are fetched by many
+threads: a request to a store takes 50 ms, however small.
 """
 
 from __future__ import annotations
@@ -26,12 +26,16 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import xxhash
 
-from routesae.harvest.cache.store.folder import IN_FLIGHT, PIECE_BYTES
+from routesae.harvest.cache.store.disk import OpenFile
 from routesae.reporting import FailedRun, WrongInput, human_bytes
 
 if TYPE_CHECKING:
-    from routesae.harvest.cache.store.folder import Data
+    from obstore import Bytes
 
+    Data = bytes | Bytes  # what a read gives
+
+IN_FLIGHT = 64  # requests at a time: at 50 ms each and 0.3 to 1 MB a block, 400 MB/s and more
+PIECE_BYTES = 8 << 20  # of a large object, read or written at a time
 DEFAULT_BYTES = 10_000_000_000
 _HASH_BYTES = 8
 _LOCK = "lock"
@@ -79,14 +83,12 @@ def _blocks_with(settings: BlockSettings) -> BlockCache:
     return BlockCache(settings.folder / "blocks", settings.limit)
 
 
-class OpenFile:
-    """A descriptor that is closed when nobody holds this object any more, whichever thread that was."""
+class Block(NamedTuple):
+    """key: names these bytes and no others, ever. read: fetches them, `size` of them, in any thread."""
 
-    def __init__(self, descriptor: int):
-        self.descriptor = descriptor
-
-    def __del__(self) -> None:
-        os.close(self.descriptor)
+    key: str
+    size: int
+    read: Callable[[], Data]
 
 
 class _Pending(NamedTuple):
@@ -101,7 +103,7 @@ class BlockCache:
 
     def __init__(self, folder: Path, limit: int):
         self.limit = limit
-        self.folder, self._held = _own_folder(folder)
+        self.folder, self._held = _unused_folder(folder)
         self._lock = threading.Condition()
         self._whole_lock = threading.Lock()  # so that one thread makes a whole file
         self._kept: OrderedDict[str, int] = OrderedDict()  # bytes, the longest unused first
@@ -119,25 +121,24 @@ class BlockCache:
         """What is kept, and being written."""
         return self._bytes
 
-    def announce(self, key: str, size: int, read: Callable[[], Data]) -> None:
-        """Begin to fetch a block that will be asked for soon, unless half of what may be kept is under way already.
-
-        key: names these bytes and no others, ever. read: gets them, `size` of them, in any thread.
-        """
+    def announce(self, block: Block) -> None:
+        """Begin to fetch a block that will be asked for soon, unless half of the limit is under way already."""
+        key = block.key
         with self._lock:
-            if key not in self._kept and key not in self._pending and self._pending_bytes + size <= self.limit // 2:
-                self._begin(key, size, read)
+            room = self._pending_bytes + block.size <= self.limit // 2
+            if key not in self._kept and key not in self._pending and room:
+                self._begin(block)
 
-    def open(self, key: str, size: int, read: Callable[[], Data]) -> OpenFile:
-        """The block, open for reading. Raises what `read` does, WrongInput or FailedRun where it cannot be kept."""
+    def open(self, block: Block) -> OpenFile:
+        """The block, open for reading. Raises as its `read`, and WrongInput or FailedRun if it cannot be kept."""
         with self._lock:
-            if (kept := self._open(key, size)) is not None:
+            if (kept := self._open(block.key, block.size)) is not None:
                 return kept
-            pending = self._pending.get(key) or self._begin(key, size, read)
+            pending = self._pending.get(block.key) or self._begin(block)
         try:
             return pending.future.result()
         except CancelledError:  # as another that was under way failed
-            return self.open(key, size, read)
+            return self.open(block)
 
     def drop(self, key: str) -> None:
         """Let go of a block, which is then fetched anew where it is asked for."""
@@ -157,18 +158,16 @@ class BlockCache:
                 self._write(key, size, pieces())
         return self._path(key)
 
-    # -------------------------------------------------------------------------------------------------------- own
-
     def _find(self) -> None:
         """Take over what an earlier process left, the oldest first."""
-        found = []
+        blocks = []
         for path in self.folder.glob("??/*"):
             if path.name.endswith(_PARTIAL):
                 path.unlink()
             else:
                 status = path.stat()
-                found.append((status.st_mtime_ns, path.name, status.st_size - _HASH_BYTES))
-        for _, key, size in sorted(found):
+                blocks.append((status.st_mtime_ns, path.name, status.st_size - _HASH_BYTES))
+        for _, key, size in sorted(blocks):
             self._kept[key] = size
             self._bytes += size
             self._unproven.add(key)
@@ -194,21 +193,21 @@ class BlockCache:
         self._kept.move_to_end(key)
         return opened
 
-    def _begin(self, key: str, size: int, read: Callable[[], Data]) -> _Pending:
+    def _begin(self, block: Block) -> _Pending:
         """Under the lock."""
-        self._pending_bytes += size
-        self._pending[key] = pending = _Pending(self._pool.submit(self._fetch, key, size, read), size)
+        self._pending_bytes += block.size
+        self._pending[block.key] = pending = _Pending(self._pool.submit(self._fetch, block), block.size)
         return pending
 
-    def _fetch(self, key: str, size: int, read: Callable[[], Data]) -> OpenFile:
+    def _fetch(self, block: Block) -> OpenFile:
         try:
-            return self._write(key, size, [read()])
+            return self._write(block.key, block.size, [block.read()])
         except FailedRun:
             self._cancel_announced()  # else a process that ends would wait for them all
             raise
         finally:
             with self._lock:
-                self._end(key)
+                self._end(block.key)
 
     def _cancel_announced(self) -> None:
         with self._lock:
@@ -282,16 +281,16 @@ def _is_whole(descriptor: int, size: int) -> bool:
     return os.pread(descriptor, _HASH_BYTES + 1, size) == hasher.digest()
 
 
-def _own_folder(folder: Path) -> tuple[Path, OpenFile]:
-    """The first folder below `folder` no process has, and its lock. Raises WrongInput where it cannot be made."""
+def _unused_folder(folder: Path) -> tuple[Path, OpenFile]:
+    """The first folder below `folder` that no process uses, and its lock. Raises WrongInput if there is none."""
     try:
         for number in count():
-            own = folder / str(number)
-            own.mkdir(parents=True, exist_ok=True)
-            held = OpenFile(os.open(own / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+            unused = folder / str(number)
+            unused.mkdir(parents=True, exist_ok=True)
+            lock = OpenFile(os.open(unused / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
             with suppress(BlockingIOError):
-                fcntl.flock(held.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return own, held
+                fcntl.flock(lock.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return unused, lock
     except OSError as error:
         raise WrongInput(f"--cache-dir {folder} cannot be written ({error.strerror}); give another") from error
     raise AssertionError

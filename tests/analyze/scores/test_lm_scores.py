@@ -17,7 +17,7 @@ from routesae.analyze.scores.intervals import draws, measure
 from routesae.analyze.scores.lm_scores import score_with_lm
 from routesae.analyze.scores.metrics import LM_METRICS, METRICS
 from routesae.analyze.scores.sparsity import Sparsity, at_sparsity
-from routesae.harvest.corpus.tokens import kept_positions
+from routesae.harvest.cache.manifest import kept_positions
 from routesae.harvest.lm.model import LanguageModel, find_blocks, load_lm
 from routesae.reporting import Progress, WrongInput
 from routesae.train.saes import SAE, Crosscoder, Recipe, RouteSAE, SingleLayerSAE, build

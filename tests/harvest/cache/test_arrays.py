@@ -15,18 +15,8 @@ import pytest
 import xxhash
 import zarr
 
-from routesae.harvest.cache.arrays import (
-    ArrayWriter,
-    BadArray,
-    ChunkHasher,
-    array_hash,
-    array_hashes,
-    check_array,
-    data_file,
-    file_bytes,
-    map_array,
-    write_array,
-)
+from routesae.harvest.cache.arrays import ArrayWriter, BadArray, chunk_hashes, data_file, file_bytes, write_array
+from routesae.harvest.cache.store.disk import DiskArray, DiskFolder
 
 Array = npt.NDArray[Any]
 CASES = [
@@ -41,6 +31,10 @@ CASES = [
 
 def example(shape: tuple[int, ...], dtype: str) -> Array:
     return (np.random.default_rng(0).standard_normal(shape) * 100).astype(dtype)
+
+
+def opened(folder: Path, shape: tuple[int, ...], dtype: str) -> DiskArray:
+    return DiskFolder(folder).array(shape, dtype)
 
 
 def raw(folder: Path) -> bytes:
@@ -101,10 +95,10 @@ def test_zarr_and_memmap_read_exactly_what_was_written(
     assert np.array_equal(read[:], array)
     memmap = np.memmap(data_file(tmp_path / "a", len(shape)), dtype, "r", shape=shape)
     assert np.array_equal(memmap, array)
-    mapped = map_array(tmp_path / "a", shape, dtype)
+    mapped = opened(tmp_path / "a", shape, dtype).read()
     assert isinstance(mapped, np.memmap)
     assert np.array_equal(mapped, array)
-    check_array(tmp_path / "a", shape, dtype)
+    opened(tmp_path / "a", shape, dtype)
     assert len(raw(tmp_path / "a")) == file_bytes(shape, dtype, chunk_rows)
 
 
@@ -129,16 +123,14 @@ def test_the_file_is_byte_for_byte_what_zarr_itself_writes(
     assert raw(tmp_path / "ours") == raw(tmp_path / "theirs")
 
 
-@pytest.mark.parametrize("compress", [False, True])
 @pytest.mark.parametrize("value", [0, np.nan])
-def test_a_chunk_of_nothing_but_zeros_or_fill_is_still_there(value: float, compress: bool, tmp_path: Path) -> None:
+def test_a_chunk_of_nothing_but_zeros_or_fill_is_still_there(value: float, tmp_path: Path) -> None:
     array = example((30, 4), "<f2")
     array[10:20] = value
-    write_array(tmp_path / "a", array, chunk_rows=10, compress=compress)
-    check_array(tmp_path / "a", (30, 4), "<f2", compress=compress)
+    write_array(tmp_path / "a", array, chunk_rows=10)
+    opened(tmp_path / "a", (30, 4), "<f2")
     assert np.array_equal(zarr.open_array(str(tmp_path / "a"), mode="r")[:], array, equal_nan=True)
-    if not compress:
-        assert raw(tmp_path / "a")[: array.nbytes] == array.tobytes()
+    assert raw(tmp_path / "a")[: array.nbytes] == array.tobytes()
 
 
 @pytest.mark.parametrize(("shape", "dtype", "chunk_rows"), CASES)
@@ -159,14 +151,13 @@ def test_rows_written_piece_by_piece_give_the_same_files(
 def test_rows_of_another_byte_order_or_stride_are_written_as_the_same_numbers(tmp_path: Path) -> None:
     array = example((40, 6), "<f4")
     write_array(tmp_path / "a", np.asfortranarray(array)[::2, ::-1].astype(">f4"))
-    assert np.array_equal(map_array(tmp_path / "a", (20, 6), "<f4"), array[::2, ::-1])
+    assert np.array_equal(opened(tmp_path / "a", (20, 6), "<f4").read(), array[::2, ::-1])
 
 
-@pytest.mark.parametrize("compress", [False, True])
-def test_an_array_of_no_rows_is_an_array(compress: bool, tmp_path: Path) -> None:
-    write_array(tmp_path / "a", np.empty((0, 4), "<f2"), compress=compress)
-    check_array(tmp_path / "a", (0, 4), "<f2", compress=compress)
-    assert map_array(tmp_path / "a", (0, 4), "<f2", compress=compress).shape == (0, 4)
+def test_an_array_of_no_rows_is_an_array(tmp_path: Path) -> None:
+    write_array(tmp_path / "a", np.empty((0, 4), "<f2"))
+    opened(tmp_path / "a", (0, 4), "<f2")
+    assert opened(tmp_path / "a", (0, 4), "<f2").read().shape == (0, 4)
     assert zarr.open_array(str(tmp_path / "a"), mode="r")[:].shape == (0, 4)
 
 
@@ -226,30 +217,26 @@ def point_outside(path: Path) -> None:
 DAMAGES = [cut, cut_half, empty, extend, alter_index, alter_checksum, forget_a_chunk, point_outside, Path.unlink]
 
 
-@pytest.mark.parametrize(
-    ("damage", "compress"),
-    [(damage, compress) for damage in DAMAGES for compress in (False, True)] + [(extend_front, False)],
-)
-def test_check_finds_a_damaged_data_file(damage: Callable[[Path], None], compress: bool, tmp_path: Path) -> None:
-    write_array(tmp_path / "a", example((20, 4), "<f2"), chunk_rows=10, compress=compress)
-    check_array(tmp_path / "a", (20, 4), "<f2", compress=compress)
+@pytest.mark.parametrize("damage", [*DAMAGES, extend_front])
+def test_check_finds_a_damaged_data_file(damage: Callable[[Path], None], tmp_path: Path) -> None:
+    write_array(tmp_path / "a", example((20, 4), "<f2"), chunk_rows=10)
+    opened(tmp_path / "a", (20, 4), "<f2")
     damage(data_file(tmp_path / "a", 2))
     with pytest.raises(BadArray):
-        check_array(tmp_path / "a", (20, 4), "<f2", compress=compress)
+        opened(tmp_path / "a", (20, 4), "<f2")
 
 
-@pytest.mark.parametrize("compress", [False, True])
 @pytest.mark.parametrize("shape", [(19, 4), (20, 5), (20,), (20, 4, 1)])
-def test_check_finds_another_shape(shape: tuple[int, ...], compress: bool, tmp_path: Path) -> None:
-    write_array(tmp_path / "a", example((20, 4), "<f2"), chunk_rows=10, compress=compress)
+def test_check_finds_another_shape(shape: tuple[int, ...], tmp_path: Path) -> None:
+    write_array(tmp_path / "a", example((20, 4), "<f2"), chunk_rows=10)
     with pytest.raises(BadArray, match="shape"):
-        check_array(tmp_path / "a", shape, "<f2", compress=compress)
+        opened(tmp_path / "a", shape, "<f2")
 
 
 def test_check_finds_another_width_of_number(tmp_path: Path) -> None:
     write_array(tmp_path / "a", example((20, 4), "<f2"))
     with pytest.raises(BadArray, match="data type"):
-        check_array(tmp_path / "a", (20, 4), "<f4")
+        opened(tmp_path / "a", (20, 4), "<f4")
 
 
 @pytest.mark.parametrize(
@@ -262,42 +249,17 @@ def test_check_finds_missing_or_unreadable_metadata(content: bytes | None, tmp_p
     if content is not None:
         metadata.write_bytes(content)
     with pytest.raises(BadArray, match=r"zarr\.json"):
-        check_array(tmp_path / "a", (20, 4), "<f2")
-
-
-@pytest.mark.parametrize(("shape", "dtype", "chunk_rows"), CASES)
-def test_compressed_arrays_read_back_the_same_numbers(
-    shape: tuple[int, ...], dtype: str, chunk_rows: int, tmp_path: Path
-) -> None:
-    array = np.zeros_like(example(shape, dtype))
-    array[: len(array) // 2] = example(shape, dtype)[: len(array) // 2]
-    write_array(tmp_path / "a", array, chunk_rows=chunk_rows, compress=True)
-    check_array(tmp_path / "a", shape, dtype, compress=True)
-    read = map_array(tmp_path / "a", shape, dtype, compress=True)
-    assert read.dtype == np.dtype(dtype)
-    assert np.array_equal(read, array)
-    assert np.array_equal(zarr.open_array(str(tmp_path / "a"), mode="r")[:], array)
-    if array.nbytes > 1000:
-        assert len(raw(tmp_path / "a")) < file_bytes(shape, dtype, chunk_rows)
+        opened(tmp_path / "a", (20, 4), "<f2")
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [((600, 7), "<f2"), ((512, 3), "|i1"), ((1, 9), "<f4"), ((300,), "<i4")])
-def test_both_hashes_are_xxh3_of_the_rows_and_of_each_256_however_the_bytes_are_cut(
-    shape: tuple[int, ...], dtype: str
-) -> None:
+def test_chunk_hashes_are_xxh3_of_each_256_rows(shape: tuple[int, ...], dtype: str, tmp_path: Path) -> None:
     array = example(shape, dtype)
     expected = [xxhash.xxh3_64_intdigest(array[at : at + 256].tobytes()) for at in range(0, len(array), 256)]
-    found = array_hashes(array)
-    assert found.whole == array_hash(array) == xxhash.xxh3_64_hexdigest(array.tobytes())
-    assert (found.chunks.dtype, found.chunks.tolist()) == (np.uint64, expected)
-    for size in (1, 1000, 256 * array[:1].nbytes, 10_000):
-        hasher = ChunkHasher(array[:1].nbytes)
-        for at in range(0, array.nbytes, size):
-            hasher.update(memoryview(array.tobytes())[at : at + size])
-        cut = hasher.finish()
-        assert (cut.whole, cut.chunks.tolist()) == (found.whole, expected)
+    write_array(tmp_path / "a", array)
+    for same in (array, opened(tmp_path / "a", shape, dtype).read(), np.asfortranarray(array)):
+        assert (chunk_hashes(same).dtype, chunk_hashes(same).tolist()) == (np.uint64, expected)
 
 
 def test_no_rows_have_no_chunks() -> None:
-    found = array_hashes(np.empty((0, 5), np.float16))
-    assert (found.whole, found.chunks.tolist()) == (xxhash.xxh3_64_hexdigest(b""), [])
+    assert chunk_hashes(np.empty((0, 5), np.float16)).tolist() == []

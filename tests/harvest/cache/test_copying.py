@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from routesae.harvest.cache import copying
 from routesae.harvest.cache.claims import Claims
-from routesae.harvest.cache.copying import merge
+from routesae.harvest.cache.copying import copy as merge
 from routesae.harvest.cache.manifest import shard_arrays
 from routesae.harvest.cache.reader import Cache
+from routesae.harvest.cache.store.disk import DiskFolder
 from routesae.harvest.cache.verify import examine
 from routesae.reporting import Progress, WrongInput
 
@@ -67,16 +67,16 @@ def test_a_merge_that_was_stopped_goes_on_and_copies_nothing_twice(
     tiny_cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copied: list[str] = []
-    copy_array = copying._copy_array
-    third = 2 + 2 * len(shard_arrays(tiny_cache.manifest)) + 2  # of the root, of two shards, and into the third one
+    fetch = DiskFolder.fetch
+    third = 2 * (2 + 2 * len(shard_arrays(tiny_cache.manifest)) + 2)  # of the root, of two shards, into the third one
 
-    def stopped(source: Path, target: Path, *, link: bool) -> None:
-        copied.append(f"{source.parent.name}/{source.name}")
+    def stopped(self: DiskFolder, name: str, target: Path, *, link: bool = False) -> None:
+        copied.append(f"{self.path.name}/{name}")
         if len(copied) == third:
             raise KeyboardInterrupt
-        copy_array(source, target, link=link)
+        fetch(self, name, target, link=link)
 
-    monkeypatch.setattr(copying, "_copy_array", stopped)
+    monkeypatch.setattr(DiskFolder, "fetch", stopped)
     with pytest.raises(KeyboardInterrupt):
         merge([tiny_cache.path], tmp_path / "whole")
     there = [path.name for path in (tmp_path / "whole").glob("shard-*")]

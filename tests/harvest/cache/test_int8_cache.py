@@ -16,8 +16,8 @@ import zarr
 from routesae.harvest.cache import quantise
 from routesae.harvest.cache.copying import copy
 from routesae.harvest.cache.inspect import describe
-from routesae.harvest.cache.manifest import FORMAT_VERSION, layer_name, shard_arrays, shard_name
-from routesae.harvest.cache.quantise import FORMULA, encoded
+from routesae.harvest.cache.manifest import FORMAT_VERSION, FORMULA, layer_name, shard_name
+from routesae.harvest.cache.quantise import encoded
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.cache.statistics import row_statistics
 from routesae.harvest.cache.verify import examine, verify
@@ -109,20 +109,11 @@ def test_verify_reads_all_of_it(int8_cache: Cache, tiny_cache: Cache, tmp_path: 
         shutil.rmtree(path)
 
 
-def test_a_compressed_one_holds_the_same_numbers(int8_cache: Cache, tiny_settings: Settings, tmp_path: Path) -> None:
-    packed = harvest(tiny_settings(out=str(tmp_path / "shards"), dtype="int8", compress="zstd"))
-    assert verify(str(packed.folder)) == []
-    for index in (0, 4):
-        for name in shard_arrays(int8_cache.manifest):
-            assert np.array_equal(packed.shard(index).read(name), int8_cache.shard(index).read(name))
-    assert np.array_equal(by_zarr(packed.folder, 4, 3), by_zarr(int8_cache.folder, 4, 3))
-
-
 def test_a_copy_through_an_object_store_has_the_same_bytes(
     int8_cache: Cache, s3: Proxy, s3_url: str, tmp_path: Path
 ) -> None:
-    copy(str(int8_cache.folder), s3_url)
-    copy(s3_url, str(tmp_path / "shards"))
+    copy([int8_cache.folder], s3_url)
+    copy([s3_url], str(tmp_path / "shards"))
     assert contents(tmp_path / "shards") == contents(int8_cache.folder)
 
 
@@ -143,7 +134,7 @@ def test_other_caches_say_nothing_of_it_and_stay_readable_by_what_read_them_befo
     assert sorted(attributes["statistics"]["2"]) == ["clipped", "max_abs", "mean", "mean_square", "non_finite"]
     statistics = tiny_cache.shard(0).record.statistics["2"]
     assert (statistics.int8_fvu, statistics.int8_norm_mse) == (None, None)
-    assert tiny_cache.manifest.format_version == FORMAT_VERSION == 2
+    assert tiny_cache.manifest.format_version == FORMAT_VERSION == 3
 
 
 def test_threads_change_no_bit(

@@ -18,8 +18,8 @@ from routesae.cli import main
 from routesae.harvest.cache.copying import copy
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.cache.store import blocks
-from routesae.harvest.cache.store.blocks import BlockCache
-from routesae.harvest.cache.store.folder import RemoteFolder
+from routesae.harvest.cache.store.blocks import Block, BlockCache
+from routesae.harvest.cache.store.bucket import BucketFolder
 from routesae.harvest.cache.verify import examine
 from routesae.harvest.run import harvest
 from routesae.harvest.settings import HarvestSettings
@@ -46,7 +46,7 @@ def left_of_shards(folder: Path) -> list[Path]:
 
 
 def objects(url: str) -> dict[str, bytes]:
-    folder = RemoteFolder.at(url)
+    folder = BucketFolder.at(url)
     return {name: folder.read(name, 1 << 30) for name in folder.sizes()}
 
 
@@ -102,7 +102,7 @@ def test_a_shard_without_its_metadata_does_not_exist_and_is_harvested_again(
 ) -> None:
     import obstore
 
-    folder = RemoteFolder.at(s3_url)
+    folder = BucketFolder.at(s3_url)
     obstore.delete(folder._store(), folder._key("shard-00001/zarr.json"))
     cut = Cache(s3_url)
     assert cut.missing() == [1]
@@ -144,7 +144,7 @@ def test_another_machine_goes_on_with_the_tokens_in_the_store(
 ) -> None:
     import obstore
 
-    folder = RemoteFolder.at(s3_url)
+    folder = BucketFolder.at(s3_url)
     for name in folder.sizes():
         if name.startswith("shard-00002"):
             obstore.delete(folder._store(), folder._key(name))
@@ -161,7 +161,7 @@ def test_another_machine_goes_on_with_the_tokens_in_the_store(
 
 
 def test_a_place_that_holds_something_else_is_refused(small_settings: Settings, s3: Proxy, s3_url: str) -> None:
-    RemoteFolder.at(s3_url).put("photos/cat.jpg", b"cat")
+    BucketFolder.at(s3_url).put("photos/cat.jpg", b"cat")
     with pytest.raises(WrongInput, match="holds photos and is not a routesae cache"):
         harvest(small_settings(out=s3_url))
     assert objects(s3_url) == {"photos/cat.jpg": b"cat"}
@@ -202,7 +202,7 @@ def test_a_store_that_refuses_is_named_without_the_secret(small_remote: Cache, s
 def test_without_the_extra_the_remedy_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "obstore.store", None)
     with pytest.raises(WrongInput, match=r"pip install 'routesae\[remote\]'"):
-        RemoteFolder.at("s3://bucket-of-nobody/shards")
+        BucketFolder.at("s3://bucket-of-nobody/shards")
 
 
 # --------------------------------------------------------------------------------------------- copy, info, verify
@@ -213,7 +213,7 @@ def test_a_copy_there_and_back_is_the_same_cache(small_cache: Cache, s3: Proxy, 
     assert there.exit_code == 0, there.output
     assert there.stdout == f"{s3_url}: 3 shards copied\n"
     assert objects(s3_url) == files(small_cache.folder)
-    copy(s3_url, str(tmp_path / "back"))
+    copy([s3_url], str(tmp_path / "back"))
     assert files(tmp_path / "back") == files(small_cache.folder)
     assert examine(s3_url) == examine(str(small_cache.path))
     again = CliRunner().invoke(main, ["cache", "copy", str(small_cache.path), s3_url])
@@ -221,18 +221,18 @@ def test_a_copy_there_and_back_is_the_same_cache(small_cache: Cache, s3: Proxy, 
 
 
 def test_a_copy_from_store_to_store_is_the_same_cache(small_remote: Cache, small_cache: Cache, s3_url: str) -> None:
-    copy(s3_url, s3_url + "-again")
+    copy([s3_url], s3_url + "-again")
     assert objects(s3_url + "-again") == files(small_cache.folder)
 
 
 def test_a_stopped_copy_goes_on_where_it_stood(small_cache: Cache, s3: Proxy, s3_url: str) -> None:
     s3.fault = lambda request: "break" if "shard-00001/layer_03" in request.path else None
     with pytest.raises(FailedRun, match="shard-00001/layer_03"):
-        copy(str(small_cache.path), s3_url)
+        copy([str(small_cache.path)], s3_url)
     assert Cache(s3_url).missing() == [1, 2]
     s3.fault = lambda request: None
     s3.requests.clear()
-    assert copy(str(small_cache.path), s3_url).copied == 2
+    assert copy([str(small_cache.path)], s3_url).copied == 2
     assert {name.partition("/")[0] for name in puts(s3)} == {"shard-00001", "shard-00002"}
     assert objects(s3_url) == files(small_cache.folder)
 
@@ -246,23 +246,12 @@ def test_a_bit_that_flips_on_the_way_is_found(
 
     s3.fault = flipped
     with pytest.raises(WrongInput, match=r"shard-00001 is damaged: layer_03.*checksum differs"):
-        copy(s3_url, str(tmp_path / "back"))
+        copy([s3_url], str(tmp_path / "back"))
     assert Cache(tmp_path / "back").missing() == [1, 2]
     with pytest.raises(FailedRun, match=r"shard-00001.*layer_03.*checksum differs.*after it was sent"):
-        copy(str(small_cache.path), s3_url + "-other")
+        copy([str(small_cache.path)], s3_url + "-other")
     assert Cache(s3_url + "-other").missing() == [1, 2]
     assert examine(s3_url).problems == ["shard-00001/layer_03: checksum differs from the one recorded"]
-
-
-def test_a_compressed_cache_is_copied_but_not_read_out_of_a_store(
-    small_settings: Settings, s3: Proxy, s3_url: str, tmp_path: Path
-) -> None:
-    compressed = harvest(small_settings(out=str(tmp_path / "zstd"), compress="zstd", tokens=2100))
-    copy(str(compressed.path), s3_url)
-    with pytest.raises(WrongInput, match="is compressed, which is read from a disk only"):
-        Cache(s3_url).shard(0).read("layer_03")
-    copy(s3_url, str(tmp_path / "back"))
-    assert files(tmp_path / "back") == files(tmp_path / "zstd")
 
 
 def test_info_of_a_url_says_what_info_of_the_folder_says(
@@ -282,24 +271,25 @@ def test_an_object_that_is_short_changed_or_gone_is_named(small_remote: Cache, s
     for fault in ("short", "short and says so"):
         s3.fault = lambda request, fault=fault: fault if request.range and "/layer_03/c" in request.path else None
         with pytest.raises((FailedRun, Exception), match=r"bytes|does not answer") as raised:
-            Cache(s3_url).shard(0).hashes("layer_03")
+            Cache(s3_url).shard(0).chunk_hashes("layer_03")
         assert type(raised.value).__name__ in ("FailedRun", "BadArray")
     s3.fault = lambda request: None
     shard = Cache(s3_url).shard(0)
-    array = shard.remote_array("layer_03")
-    folder = RemoteFolder.at(s3_url) / "shard-00000"
+    array = shard.array("layer_03")
+    array.read()
+    folder = BucketFolder.at(s3_url) / "shard-00000"
     data = folder.read("layer_03/c/0/0", 1 << 30)
     folder.put("layer_03/c/0/0", data[::-1])
     with pytest.raises(Exception, match="the object was changed while it was read"):
-        array.rows(0, 10)
+        array.read()
     with pytest.raises(Exception, match="chunk index altered"):
-        Cache(s3_url).shard(0).check("layer_03")
+        Cache(s3_url).shard(0).array("layer_03").read()
     folder.put("layer_03/c/0/0", data[:-1])
     with pytest.raises(Exception, match=f"{len(data) - 1:,} bytes where {len(data):,} belong"):
-        Cache(s3_url).shard(0).check("layer_03")
+        Cache(s3_url).shard(0).array("layer_03").read()
     obstore.delete(folder._store(), folder._key("layer_03/c/0/0"))
-    with pytest.raises(Exception, match="data object missing"):
-        Cache(s3_url).shard(0).check("layer_03")
+    with pytest.raises(Exception, match="data file missing"):
+        Cache(s3_url).shard(0).array("layer_03").read()
 
 
 # ------------------------------------------------------------------------------------------------------ the blocks
@@ -307,7 +297,7 @@ def test_an_object_that_is_short_changed_or_gone_is_named(small_remote: Cache, s
 
 def fill(cache: BlockCache, key: str, data: bytes) -> bytes:
     """What the cache has under the key, `data` where it has to fetch it."""
-    opened = cache.open(key, len(data), lambda: data)
+    opened = cache.open(Block(key, len(data), lambda: data))
     return os.pread(opened.descriptor, len(data), 0)
 
 

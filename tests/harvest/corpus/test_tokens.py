@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from routesae.harvest.cache.manifest import kept_positions
 from routesae.harvest.corpus import tokens
 from routesae.harvest.corpus.texts import Document
-from routesae.harvest.corpus.tokens import Framing, framing, kept_positions, pack, tokenize, tokenizer_hash
+from routesae.harvest.corpus.tokens import Framing, framing, pack, tokenize, tokenizer_hash
 
 BOS, EOS = 0, 1
 

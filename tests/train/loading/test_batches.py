@@ -24,7 +24,8 @@ from routesae.harvest.cache.reader import Cache
 from routesae.harvest.cache.statistics import row_statistics
 from routesae.harvest.cache.writer import begin_cache, write_shard
 from routesae.reporting import FailedRun, WrongInput
-from routesae.train.loading import row_files
+from routesae.tests.shards import NO_STATISTICS, float_shard
+from routesae.train.loading import rows
 from routesae.train.loading.batches import (
     BLOCK_ROWS,
     Batch,
@@ -54,9 +55,7 @@ def make_cache(path: Path, **changes: Any) -> Cache:
         "shard_rows": 23,  # shard 8 holds rows 184 to 199 and training ends after row 189
         "layers": (2, 3, 5),
         "dtype": "float16",
-        "compress": "none",
         "seed": 0,
-        "chunk_hashes": True,
     } | changes
     manifest = Manifest(
         **{**text, **counts, **given},
@@ -91,10 +90,16 @@ def make_cache(path: Path, **changes: Any) -> Cache:
         def record(hashes: Any, index: int = index, kept: int = len(order)) -> ShardRecord:
             rows = manifest.shard_range(index)
             return ShardRecord(
-                index=index, rows=rows, kept=kept, weights_hash="", batch_sequences=1, statistics={}, hashes=hashes
+                index=index,
+                rows=rows,
+                kept=kept,
+                weights_hash="",
+                batch_sequences=1,
+                statistics={str(layer): NO_STATISTICS for layer in manifest.layers},
+                hashes=hashes,
             )
 
-        write_shard(path, manifest, token_ids_sT, order, hidden, record, index)
+        write_shard(path, manifest, index, float_shard(token_ids_sT, order, hidden), record)
     return Cache(path)
 
 
@@ -131,24 +136,19 @@ def mappings_of(folder: Path) -> list[str]:
     return [line for line in Path("/proc/self/maps").read_text().splitlines() if str(folder) in line]
 
 
-FORMS: dict[str, dict[str, str]] = {
-    "none": {},
-    "zstd": {"compress": "zstd"},
-    "float32": {"dtype": "float32"},
-    "float32-zstd": {"dtype": "float32", "compress": "zstd"},
-}
+FORMS = ("float16", "float32")
 
 
 @pytest.fixture(scope="module")
 def caches(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Cache]:
     """Each of FORMS: nine shards of some 690 tokens; the last straddles the held-out boundary."""
     folder = tmp_path_factory.mktemp("caches")
-    return remembered(lambda form: make_cache(folder / form, **FORMS[form]))
+    return remembered(lambda form: make_cache(folder / form, dtype=form))
 
 
 @pytest.fixture(scope="module")
 def position_cache(caches: Callable[[str], Cache]) -> Cache:
-    return caches("none")
+    return caches("float16")
 
 
 def copied(cache: Cache, tmp_path: Path) -> Path:
@@ -166,7 +166,7 @@ def test_an_epoch_is_every_kept_training_token_exactly_once(
     assert first < cache.manifest.train_rows < after  # else nothing straddles
     batches = epoch(training(cache), batch_tokens)
     seen_N = torch.cat(batches, dim=1)
-    assert seen_N.dtype == (torch.float32 if "float32" in form else torch.float16)
+    assert seen_N.dtype == (getattr(torch, form))
     assert sorted(decoded(seen_N[0])) == wanted_positions(cache, 0, cache.manifest.train_rows)
 
 
@@ -310,11 +310,6 @@ def grow_data(shard: Path) -> None:
     replace_data(shard, lambda data: bytes(4096) + data)
 
 
-def flip_data(shard: Path) -> None:
-    """Only a compressed file can tell that its values were altered."""
-    replace_data(shard, lambda data: bytes(b ^ 0xFF for b in data[:200]) + data[200:])
-
-
 def delete_data(shard: Path) -> None:
     (shard / "layer_03" / "c" / "0" / "0").unlink()
 
@@ -326,30 +321,24 @@ def delete_layer(shard: Path) -> None:
 DAMAGES = [cut_data, cut_to_nothing, delete_data, delete_layer]
 
 
-@pytest.mark.parametrize(
-    ("compress", "damage"),
-    [("none", damage) for damage in [*DAMAGES, grow_data]] + [("zstd", damage) for damage in [*DAMAGES, flip_data]],
-)
-def test_a_damaged_layer_is_an_error_that_names_it(
-    caches: Callable[[str], Cache], tmp_path: Path, compress: str, damage: Any
-) -> None:
-    cache = Cache(copied(caches(compress), tmp_path))
+@pytest.mark.parametrize("damage", [*DAMAGES, grow_data])
+def test_a_damaged_layer_is_an_error_that_names_it(position_cache: Cache, tmp_path: Path, damage: Any) -> None:
+    cache = Cache(copied(position_cache, tmp_path))
     damage(cache.path / "shard-00001")
     with pytest.raises((WrongInput, FailedRun), match=r"shard-00001.*layer_03.*damaged"):
         epoch(training(cache), 1000)
 
 
-@pytest.mark.parametrize("compress", ["none", "zstd"])
 @pytest.mark.parametrize("damage", [cut_to_nothing, delete_data, delete_layer, shutil.rmtree])
 def test_a_shard_lost_while_training_stops_it_and_is_named(
-    caches: Callable[[str], Cache], tmp_path: Path, compress: str, damage: Any, monkeypatch: pytest.MonkeyPatch
+    position_cache: Cache, tmp_path: Path, damage: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(row_files, "OPEN_FILES", 1)  # one that is held open is read on, lost or not
-    cache = Cache(copied(caches(compress), tmp_path))
+    monkeypatch.setattr(rows, "OPEN_FILES", 1)  # one that is held open is read on, lost or not
+    cache = Cache(copied(position_cache, tmp_path))
     selection = training(cache)
     for shard in selection.shards:
         for layer in selection.layers:
-            shard.check(f"layer_{layer:02d}")  # checked once, as after a first epoch
+            shard.array(f"layer_{layer:02d}")  # checked once, as after a first epoch
     plans = (plan for at in range(20) for plan in epoch_plans(selection, seed=0, epoch=at, batch_tokens=200))
     loader = load(selection, plans, 200, CPU)
     next(loader)
@@ -488,7 +477,7 @@ def descriptors_of(folder: Path) -> list[str]:
 def test_few_files_are_open_at_once_and_none_afterwards(
     position_cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(row_files, "OPEN_FILES", 5)
+    monkeypatch.setattr(rows, "OPEN_FILES", 5)
     selection = training(position_cache)  # 27 layer files and 18 of statistics
     plans = epoch_plans(selection, seed=0, epoch=0, batch_tokens=100)
     held, seen = 0, []
@@ -513,11 +502,8 @@ time.sleep(1)  # by now its thread waits for a buffer that nobody will give back
 """
 
 
-@pytest.mark.parametrize("compress", ["none", "zstd"])
-def test_a_loader_that_nobody_closes_does_not_keep_the_process_from_its_end(
-    caches: Callable[[str], Cache], compress: str
-) -> None:
-    command = [sys.executable, "-c", ABANDON, str(caches(compress).path)]
+def test_a_loader_that_nobody_closes_does_not_keep_the_process_from_its_end(position_cache: Cache) -> None:
+    command = [sys.executable, "-c", ABANDON, str(position_cache.path)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
 

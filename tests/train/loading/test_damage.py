@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import pytest
 import zarr
 
 from routesae.harvest.cache.reader import Cache
-from routesae.harvest.cache.verify import examine, repair, verify
+from routesae.harvest.cache.verify import repair, verify
 from routesae.harvest.run import harvest
 from routesae.harvest.settings import HarvestSettings
 from routesae.reporting import FailedRun, Progress, WrongInput
@@ -198,27 +197,3 @@ def flipping(array: Path, row: int) -> Callable[[Progress], None]:
             flip(file, done[0])
 
     return report
-
-
-def test_a_cache_of_before_chunk_hashes_trains_the_same_sae_goes_on_without_and_has_the_same_digest(
-    folder: Path, expected: bytes, tiny_settings: Callable[..., HarvestSettings], tmp_path: Path
-) -> None:
-    digest = examine(str(folder)).digest
-    for path in [folder, *folder.glob("shard-*")]:
-        metadata = json.loads((path / "zarr.json").read_text())
-        metadata["attributes"].pop("chunk_hashes", None)
-        metadata["attributes"].get("hashes", {}).pop("chunk_hashes", None)
-        (path / "zarr.json").write_text(json.dumps(metadata))
-        shutil.rmtree(path / "chunk_hashes", ignore_errors=True)
-    assert examine(str(folder)) == ([], digest)
-    (result,) = train(run_of(folder, tmp_path / "saes"))
-    assert (result.folder / WEIGHTS).read_bytes() == expected
-    shutil.rmtree(folder / "shard-00001")
-    harvest(tiny_settings(out=str(folder)))
-    assert not list(folder.glob("*/chunk_hashes"))
-    assert examine(str(folder)) == ([], digest)
-    flip(data_of(folder / "shard-00001"), 5000)  # as the README says, what flips there only verify finds
-    (result,) = train(run_of(folder, tmp_path / "saes", overwrite=True))
-    assert (result.folder / WEIGHTS).read_bytes() != expected
-    with pytest.raises(WrongInput, match="shard-00001/layer_03: checksum differs"):
-        train(run_of(folder, tmp_path / "saes", overwrite=True, verify=True))

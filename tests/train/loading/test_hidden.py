@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,10 @@ from routesae.harvest.cache.copying import begin_copy
 from routesae.harvest.cache.manifest import Manifest, layer_name, shard_name
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.cache.writer import write_shard
-from routesae.harvest.run import harvest
-from routesae.harvest.settings import HarvestSettings
 from routesae.reporting import FailedRun
 from routesae.tests.object_store import Proxy, put_folder
-from routesae.train.loading import hidden
+from routesae.tests.shards import float_shard
+from routesae.train.loading import rows as loading
 from routesae.train.loading.batches import Selection, epoch_plans, load
 from routesae.train.run import train
 from routesae.train.settings import TrainSettings
@@ -52,11 +50,13 @@ def decoded_cache(int8_cache: Cache, tmp_path_factory: pytest.TempPathFactory) -
         write_shard(
             path,
             manifest,
-            np.array(shard.read("token_ids")),
-            np.array(shard.read("order")),
-            [(layer, decoded(int8_cache, record.index, layer)) for layer in LAYERS],
-            lambda hashes, record=record: replace(record, hashes=hashes),  # type: ignore[misc]
             record.index,
+            float_shard(
+                np.array(shard.read("token_ids")),
+                np.array(shard.read("order")),
+                [(layer, decoded(int8_cache, record.index, layer)) for layer in LAYERS],
+            ),
+            lambda hashes, record=record: record.model_copy(update={"hashes": hashes}),  # type: ignore[misc]
         )
     return Cache(path)
 
@@ -87,18 +87,11 @@ def test_batches_are_bitwise_those_of_the_decoded_numbers(
 ) -> None:
     """Also where a shard's rows are read in part, where the channels of one shard are kept at most, and where a block
     is decoded in several pieces of 50 rows."""
-    monkeypatch.setattr(hidden, "CHANNELS_BYTES", kept_bytes)
+    monkeypatch.setattr(loading, "CHANNELS_BYTES", kept_bytes)
     monkeypatch.setattr(quantise, "CPU_PIECE_VALUES", piece_values)
     expected = epoch_of(decoded_cache, layers, *rows)
     assert expected[0].dtype == torch.float16
     assert same(epoch_of(int8_cache, layers, *rows), expected)
-
-
-def test_batches_of_a_compressed_one_are_the_same(
-    int8_cache: Cache, tiny_settings: Callable[..., HarvestSettings], tmp_path: Path
-) -> None:
-    packed = harvest(tiny_settings(out=str(tmp_path / "shards"), dtype="int8", compress="zstd"))
-    assert same(epoch_of(packed, (3, 4), 100, 300), epoch_of(int8_cache, (3, 4), 100, 300))
 
 
 def test_batches_out_of_an_object_store_are_the_same(int8_cache: Cache, s3: Proxy, s3_url: str) -> None:

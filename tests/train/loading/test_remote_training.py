@@ -11,8 +11,9 @@ import pytest
 
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.cache.store import blocks
-from routesae.harvest.cache.store import folder as remote
+from routesae.harvest.cache.store import bucket as remote
 from routesae.harvest.cache.store.blocks import BlockCache
+from routesae.harvest.cache.store.bucket import BucketFolder
 from routesae.reporting import FailedRun
 from routesae.tests.object_store import Proxy, Request, put_folder
 from routesae.train.run import train
@@ -147,7 +148,7 @@ def test_a_run_that_a_store_ends_again_and_again_names_the_object_and_resumes(
 
 
 def test_an_object_that_changes_under_the_trainer_ends_the_run(remote_settings: Make, s3: Proxy, s3_url: str) -> None:
-    array = Cache(s3_url).shard(1).remote_array("layer_03")
-    array.folder.put("c/0/0", array.folder.read("c/0/0", 1 << 30)[::-1])
+    array = BucketFolder(s3_url) / "shard-00001" / "layer_03"
+    array.put("c/0/0", array.read("c/0/0", 1 << 30)[::-1])
     with pytest.raises(FailedRun, match=r"shard-00001/layer_03 is damaged: chunk index altered"):
         train(remote_settings(layer=3))

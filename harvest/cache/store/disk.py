@@ -1,0 +1,154 @@
+"""Caches on a disk: files mapped to be looked at, and read with pread where there are many.
+
+A pread copies from the page cache at nearly memcpy's rate (benchmarks/loader.py), leaves nothing of the cache in this
+process's memory, and meets a file that was cut as a short read, where a mapping would end the process with SIGBUS.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from routesae.harvest.cache.arrays import Array, BadArray, data_file
+from routesae.harvest.cache.storage import Stored, checked
+from routesae.machine.files import LARGEST_BYTES, BadFile, leads_out_of, read_bytes
+
+
+class OpenFile:
+    """A file descriptor that is closed once nobody holds this object, whichever thread that was."""
+
+    def __init__(self, descriptor: int):
+        self.descriptor = descriptor
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # as the process ends `os` may be gone
+        close(self.descriptor)
+
+    def read_into(self, offset: int, out_mW: npt.NDArray[np.generic]) -> None:
+        """Fill out_mW from the byte `offset` on. Raises BadArray where the file ends before."""
+        assert out_mW.flags.c_contiguous  # a copy would be read into and thrown away
+        view = out_mW.reshape(-1).view(np.uint8).data
+        while view:  # a read may give less than it is asked for
+            read = os.preadv(self.descriptor, [view], offset)
+            if read == 0:
+                raise BadArray(f"ends before byte {offset + len(view):,}, which is still of its rows")
+            view, offset = view[read:], offset + read
+
+
+class DiskRows:
+    """The rows of one data file, held open."""
+
+    def __init__(self, path: Path, row_bytes: int):
+        self._file = OpenFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        self._row_bytes = row_bytes
+
+    def read(self, first: int, out_mW: npt.NDArray[np.generic]) -> None:
+        self._file.read_into(first * self._row_bytes, out_mW)
+
+    def advise(self, first: int, after: int) -> None:
+        if hasattr(os, "posix_fadvise"):
+            offset, length = first * self._row_bytes, (after - first) * self._row_bytes
+            os.posix_fadvise(self._file.descriptor, offset, length, os.POSIX_FADV_WILLNEED)
+
+    def drop(self, first: int, after: int) -> bool:
+        return False
+
+
+class DiskArray:
+    """An array in a folder."""
+
+    def __init__(self, path: Path, shape: tuple[int, ...], dtype: npt.DTypeLike):
+        self._path, self._shape = data_file(path, len(shape)), shape
+        self._dtype = np.dtype(dtype).newbyteorder("<")
+
+    def read(self) -> Array:
+        if self._shape[0] == 0:
+            return np.empty(self._shape, self._dtype)
+        return np.memmap(self._path, self._dtype, "r", shape=self._shape)
+
+    mapped = read
+
+    def pieces(self) -> Iterator[Array]:
+        yield self.read()
+
+    def open(self) -> DiskRows:
+        return DiskRows(self._path, prod(self._shape[1:]) * self._dtype.itemsize)
+
+
+class DiskFolder:
+    """A folder on a disk. root: that of the whole cache, out of which no link may lead."""
+
+    def __init__(self, path: Path, root: Path | None = None):
+        self.path = path
+        self._root = root or path
+
+    @property
+    def address(self) -> str:
+        return str(self.path.resolve())
+
+    def __truediv__(self, name: str) -> DiskFolder:
+        return DiskFolder(self.path / name, self._root)
+
+    def folder(self) -> Path:
+        return self.path
+
+    def read(self, name: str, largest: int = LARGEST_BYTES) -> bytes:
+        try:
+            return read_bytes(self.path / name, largest)
+        except (FileNotFoundError, NotADirectoryError):
+            raise FileNotFoundError(f"{self.path / name} is missing") from None
+        except BadFile as bad:
+            raise BadArray(f"{name} unreadable: {bad}") from None
+        except OSError as error:
+            raise BadArray(f"{name} unreadable: {error.strerror}") from None
+
+    def tail(self, name: str, length: int) -> tuple[Stored, bytes]:
+        path = self.path / name
+        try:
+            status = path.stat()
+            if not stat.S_ISREG(status.st_mode):
+                raise BadArray("the data is not a regular file")
+            with path.open("rb") as file:
+                file.seek(max(0, status.st_size - length))
+                return Stored(status.st_size), file.read(length)
+        except (FileNotFoundError, NotADirectoryError):
+            raise FileNotFoundError(f"{path} is missing") from None
+        except OSError as error:
+            raise BadArray(f"data file unreadable: {error.strerror}") from None
+
+    def fetch(self, name: str, target: Path, *, link: bool = False) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if link:
+            with suppress(OSError):  # another file system, or one without hard links
+                os.link(self.path / name, target, follow_symlinks=True)
+                return
+        shutil.copyfile(self.path / name, target)
+
+    def size(self) -> int:
+        return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
+
+    def shard_names(self) -> set[str]:
+        with os.scandir(self.path) as entries:  # one listing, not a look for each of thousands
+            return {entry.name for entry in entries if entry.name.startswith("shard-") and entry.is_dir()}
+
+    def has_shard(self, name: str) -> bool:
+        return (self.path / name).is_dir()
+
+    def occupied(self, name: str) -> bool:
+        return os.path.lexists(self.path / name)
+
+    def record(self, name: str) -> bytes:
+        return (self / name).read("zarr.json")
+
+    def array(self, shape: tuple[int, ...], dtype: npt.DTypeLike, content: str | None = None) -> DiskArray:
+        if leads_out_of(self._root, data_file(self.path, len(shape))):
+            raise BadArray("a symbolic link leads out of the cache; put the file itself there")
+        checked(self, shape, dtype)
+        return DiskArray(self.path, shape, dtype)
