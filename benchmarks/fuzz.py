@@ -255,10 +255,13 @@ def readers(scratch: Path) -> list[Reader]:
         verify_shard(cache, 1)
 
     def read_int8() -> None:
-        reseal(int8, 1)
-        cache = Cache(int8)
-        verify_shard(cache, 1)
-        batch = read_sample(Selection(cache, 0, cache.manifest.rows, (1, 2)), seed=0, tokens=1024)
+        with tempfile.TemporaryDirectory() as elsewhere:
+            copied = Path(elsewhere, "shards")
+            shutil.copytree(int8, copied)
+            reseal(copied, 1)
+            cache = Cache(copied)
+            verify_shard(cache, 1)
+            batch = read_sample(Selection(cache, 0, cache.manifest.rows, (1, 2)), seed=0, tokens=1024)
         assert batch.hidden_LND.shape == (2, 1024, 4)
 
     def read_sae() -> None:
