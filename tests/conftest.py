@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import shutil
@@ -32,10 +33,12 @@ WIDTH, DEPTH, CONTEXT = 32, 6, 16
 def one_thread() -> Iterator[None]:
     """Tensors this small lose more to a second thread than they gain, many times over on a busy machine.
 
-    Of the session, so that fixtures are made as their tests run: the number of threads is part of the rounding.
+    Session-scoped, so that fixtures are made as their tests run: the number of threads is part of the rounding. The
+    commands that tests start as processes have one thread too.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
     yield
     torch.set_num_threads(threads)
 

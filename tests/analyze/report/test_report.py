@@ -22,6 +22,7 @@ from routesae.analyze.contexts.file import read_contexts
 from routesae.analyze.contexts.run import contexts
 from routesae.analyze.contexts.settings import ContextSettings
 from routesae.analyze.contexts.windows import Vocabulary
+from routesae.analyze.report import run as report_run
 from routesae.analyze.report.latents import PIECE, packed
 from routesae.analyze.report.lens import NEAREST, TOKENS, LogitLens, decoder_of, nearest, unit_rows
 from routesae.analyze.report.plots import draw_plots
@@ -309,8 +310,10 @@ def test_wrong_input_is_one_line_and_leaves_no_page(
 
 
 def test_a_cache_that_is_no_longer_what_contexts_read_leaves_routing_by_token_out(
-    saes: Path, cache: Cache, tmp_path: Path
+    saes: Path, cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(report_run, "draw_plots", lambda runs: [])  # most of a page's time, and not in question
+
     def routed(**given: str) -> bool:
         page = tmp_path / "report.html"
         write_report(ReportSettings(out=str(saes), html=str(page), device="cpu", **given))
