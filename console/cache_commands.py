@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import click
 
-from routesae.console.options import CACHE_BYTES, CACHE_DIR, long_run, watching
-from routesae.console.terminal import table
+from routesae.console.commands import BLOCKS, WATCH, command
 from routesae.reporting import FailedRun
 
 
@@ -14,10 +13,11 @@ def cache() -> None:
     """Look at a cache, or prove it whole."""
 
 
-@cache.command(epilog="Example: routesae cache info shards/")
+@command(cache, example="cache info shards/")
 @click.argument("path", type=click.Path())
 def info(path: str) -> None:
     """Manifest, shards present and missing, bytes, statistics a layer."""
+    from routesae.console.terminal import table
     from routesae.harvest.cache.inspect import describe
 
     description = describe(path)
@@ -27,14 +27,12 @@ def info(path: str) -> None:
     click.echo(table(description.layers))
 
 
-@cache.command(epilog="Example: routesae cache verify shards/ --digest")
+@command(cache, WATCH, BLOCKS, example="cache verify shards/ --digest")
 @click.argument("path", type=click.Path())
 @click.option("--digest", is_flag=True, help="Print one digest of what the cache holds, however it was written.")
-@long_run
-@CACHE_DIR
-@CACHE_BYTES
-def verify(path: str, digest: bool) -> None:
+def verify(path: str, digest: bool = False) -> None:
     """Check sizes, indexes and checksums of every shard; exit code 1 and a line for each that is bad."""
+    from routesae.console.options import watching
     from routesae.harvest.cache.verify import examine
 
     with watching() as report:
@@ -52,11 +50,11 @@ def verify(path: str, digest: bool) -> None:
         click.echo(f"{path}: every shard is whole")
 
 
-@cache.command(epilog="Example: routesae cache repair shards/")
+@command(cache, WATCH, example="cache repair shards/")
 @click.argument("path", type=click.Path())
-@long_run
 def repair(path: str) -> None:
     """Remove the shards that `cache verify` finds bad, and nothing else; harvest then writes those again."""
+    from routesae.console.options import watching
     from routesae.harvest.cache.verify import repair as run
 
     with watching() as report:
@@ -69,14 +67,11 @@ def repair(path: str) -> None:
         click.echo(f"{path}: every shard is whole")
 
 
-@cache.command(epilog="Example: routesae cache merge node0/shards node1/shards shards/")
+@command(cache, WATCH, BLOCKS, example="cache merge node0/shards node1/shards shards/")
 @click.argument("sources", nargs=-1, required=True, type=click.Path())
 @click.argument("target", type=click.Path())
 @click.option("--link", is_flag=True, help="Make hard links instead of copies where both are on one file system.")
-@long_run
-@CACHE_DIR
-@CACHE_BYTES
-def merge(sources: tuple[str, ...], target: str, link: bool) -> None:
+def merge(sources: tuple[str, ...], target: str, link: bool = False) -> None:
     """Make TARGET one cache of parts that were harvested apart; every checksum is compared.
 
     The same command goes on where it was stopped, and further parts may come later.
@@ -84,12 +79,9 @@ def merge(sources: tuple[str, ...], target: str, link: bool) -> None:
     _copy(sources, target, link=link)
 
 
-@cache.command(epilog="Example: routesae cache copy shards/ s3://bucket/shards")
+@command(cache, WATCH, BLOCKS, example="cache copy shards/ s3://bucket/shards")
 @click.argument("source", type=click.Path())
 @click.argument("target", type=click.Path())
-@long_run
-@CACHE_DIR
-@CACHE_BYTES
 def copy(source: str, target: str) -> None:
     """Copy a cache from a folder or URL to another; what arrived is read again and every checksum compared.
 
@@ -99,6 +91,7 @@ def copy(source: str, target: str) -> None:
 
 
 def _copy(sources: tuple[str, ...], target: str, *, link: bool = False) -> None:
+    from routesae.console.options import watching
     from routesae.harvest.cache.copying import copy as run
 
     with watching() as report:

@@ -1,101 +1,95 @@
-"""The options that mean the same in several commands, and how those commands are watched."""
+"""The options that commands share beside their own settings, and how long runs are watched."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from routesae.console.terminal import COUNT
 from routesae.console.watch import Watch, configure_logging, status_in, watched
+from routesae.machine.settings import RUN, Settings, setting
 from routesae.reporting import Report, WrongInput
 
 
-def watch_as(ctx: click.Context, parameter: click.Parameter, value: Any) -> None:
-    """Note in the outermost context how the run wants to be watched."""
+class BlockOptions(Settings):
+    """What this process may keep on disk of what it reads from object stores."""
+
+    cache_dir: str | None = setting(
+        None,
+        group=RUN,
+        help="Where blocks read from an object store, and shards on their way to one, are kept.",
+        metavar="PATH",
+        env="ROUTESAE_CACHE_DIR",
+        unset="routesae in the user's cache folder",
+    )
+    cache_bytes: int | None = setting(
+        None,
+        group=RUN,
+        help="Bytes of blocks that a process keeps there, such as 500M or 20B (billion).",
+        ge=1,
+        env="ROUTESAE_CACHE_BYTES",
+        unset="10B",
+    )
+
+
+class JsonFile(Settings):
+    """Where results go beside the terminal."""
+
+    json_file: str | None = setting(
+        None, group=RUN, help="Write the results to this file too, for programs.", flag="json", metavar="PATH"
+    )
+
+    def check(self) -> None:
+        if self.json_file is not None and not Path(self.json_file).absolute().parent.is_dir():
+            folder = Path(self.json_file).parent
+            raise WrongInput(f"--json {self.json_file}: there is no folder {folder} to write it to")
+
+
+class ConfigFile(Settings):
+    """A TOML file of settings."""
+
+    config: str | None = setting(
+        None, group=RUN, help="TOML file with the names of these flags; flags win.", metavar="PATH"
+    )
+
+
+class PipelineFile(Settings):
+    """The TOML file of `routesae run`."""
+
+    config: str = setting(group=RUN, help="TOML file with a table a stage, of its flags.", metavar="PATH")
+
+
+class DryRun(Settings):
+    """Whether to ask at all."""
+
+    dry_run: bool = setting(False, group=RUN, help="Only show the prompts and about what they would cost.")
+
+
+def take_run_options(ctx: click.Context, flags: dict[str, Any]) -> dict[str, Any]:
+    """Act on the flags of Watch and BlockOptions, which hold for the whole process; returns the others."""
+    seen = {name: flags.pop(name) for name in Watch.model_fields if name in flags}
+    kept = BlockOptions(**{name: flags.pop(name) for name in BlockOptions.model_fields if name in flags})
     root = ctx.find_root()
-    if value and parameter.name is not None:
-        root.obj = replace(root.obj or Watch(), **{parameter.name: value})
-        configure_logging(root.obj)
+    root.obj = (root.obj or Watch()).replace(**seen)
+    configure_logging(root.obj)
+    if kept.cache_dir is not None or kept.cache_bytes is not None:
+        from dataclasses import replace
 
-
-def keep_blocks(ctx: click.Context, parameter: click.Parameter, value: Any) -> None:
-    """--cache-dir and --cache-bytes hold for the whole process, whatever the command then opens."""
-    if value is not None:
         from routesae.harvest.cache.store import blocks
 
-        name = {"cache_dir": "folder", "cache_bytes": "limit"}[str(parameter.name)]
-        blocks.choose(replace(blocks.chosen(), **{name: value}))
-
-
-QUIET = click.option(
-    "--quiet", is_flag=True, expose_value=False, callback=watch_as, help="Only warnings, errors and results."
-)
-LOG_JSON = click.option(
-    "--log-json",
-    "as_json",
-    is_flag=True,
-    expose_value=False,
-    callback=watch_as,
-    help="Log and progress on standard error as a JSON object a line.",
-)
-STATUS = click.option(
-    "--status",
-    type=click.Path(path_type=Path),
-    expose_value=False,
-    callback=watch_as,
-    help="File that says in JSON how far the run is; where a folder is filled, its status.json does so anyway.",
-)
-SAES = click.option(
-    "--sae",
-    "saes",
-    multiple=True,
-    type=click.Path(),
-    help="SAE folder, or user/repo[/folder][@revision] on the hub; may be given several times.  "
-    "[default: all under --out]",
-)
-SAES_FOLDER = click.option("--out", default="saes", type=click.Path(), help="Folder of SAE folders.")
-CACHE_DIR = click.option(
-    "--cache-dir",
-    type=click.Path(path_type=Path),
-    envvar="ROUTESAE_CACHE_DIR",
-    expose_value=False,
-    callback=keep_blocks,
-    help="Where blocks read from an object store, and shards on their way to one, are kept.  "
-    "[default: routesae in the user's cache folder]",
-)
-CACHE_BYTES = click.option(
-    "--cache-bytes",
-    type=COUNT,
-    envvar="ROUTESAE_CACHE_BYTES",
-    expose_value=False,
-    callback=keep_blocks,
-    help="Bytes of blocks that a process keeps there, such as 500M or 20B (billion).  [default: 10B]",
-)
-CACHE_FOLDER = click.option("--cache", default="shards", type=click.Path(), help="Folder or URL that harvest wrote.")
-
-
-def CACHE(command: Any) -> Any:  # noqa: N802  # an option as those above
-    """A cache, and where what of it comes from an object store is kept."""
-    return CACHE_FOLDER(CACHE_DIR(CACHE_BYTES(command)))
-
-
-def long_run(command: Any) -> Any:
-    """The options of every command that may take a while."""
-    return QUIET(LOG_JSON(STATUS(command)))
+        before = blocks.chosen()
+        folder = before.folder if kept.cache_dir is None else Path(kept.cache_dir)
+        blocks.choose(replace(before, folder=folder, limit=kept.cache_bytes or before.limit))
+    return flags
 
 
 def watching(status: Path | None = None) -> AbstractContextManager[Report]:
     """What the running command reports to. status: the file it keeps where --status names no other."""
     ctx = click.get_current_context()
-    watch = ctx.find_root().obj or Watch()
-    if watch.status is not None and not watch.status.absolute().parent.is_dir():
-        raise WrongInput(f"--status {watch.status}: there is no folder {watch.status.parent} to write it to")
-    return watched(watch, str(ctx.info_name), status)
+    return watched(ctx.find_root().obj or Watch(), str(ctx.info_name), status)
 
 
 def status_of(saes: Sequence[str], out: str) -> Path | None:

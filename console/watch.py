@@ -1,6 +1,4 @@
-"""A long run watched: what the rooms report in; out, on standard error, a bar, log lines or lines of JSON, and for
-dashboards a status file.
-"""
+"""Shows how far a long run has come: a bar, log lines or lines of JSON on standard error, and a status file."""
 
 from __future__ import annotations
 
@@ -13,13 +11,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from routesae import __version__
+from routesae.machine.settings import RUN, Settings, setting
 from routesae.reporting import FailedRun, Progress, Report, Stopped, WrongInput
 
 if TYPE_CHECKING:
@@ -31,17 +29,22 @@ STATUS_SECONDS = 2.0  # between two writings of the status file
 STATUS = "status.json"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Watch:
-    """How a run wants to be seen.
+class Watch(Settings):
+    """How a run is watched."""
 
-    quiet: only warnings, errors and results. as_json: log and progress as a JSON object a line. status: the file to
-    keep instead of the command's own.
-    """
+    quiet: bool = setting(False, group=RUN, help="Only warnings, errors and results.")
+    log_json: bool = setting(False, group=RUN, help="Log and progress on standard error as a JSON object a line.")
+    status: str | None = setting(
+        None,
+        group=RUN,
+        help="File that says in JSON how far the run is.",
+        metavar="PATH",
+        unset="status.json in the folder that is filled",
+    )
 
-    quiet: bool = False
-    as_json: bool = False
-    status: Path | None = None
+    def check(self) -> None:
+        if self.status is not None and not Path(self.status).absolute().parent.is_dir():
+            raise WrongInput(f"--status {self.status}: there is no folder {Path(self.status).parent} to write it to")
 
 
 class Terminated(KeyboardInterrupt):
@@ -52,11 +55,11 @@ class Terminated(KeyboardInterrupt):
 
 
 class ToStderr(logging.StreamHandler[Any]):
-    """The one handler that the command line adds, to be found again when its format changes."""
+    """The handler that the command line adds: a class of its own, so that it is recognised later."""
 
 
 class JsonLines(logging.Formatter):
-    """A record as one JSON object; of a progress line with its numbers."""
+    """Formats a log record as one JSON object, with the numbers of a progress line."""
 
     def format(self, record: logging.LogRecord) -> str:
         message = record.getMessage()
@@ -66,21 +69,21 @@ class JsonLines(logging.Formatter):
 
 
 def json_line(level: str, message: str, **more: Any) -> str:
-    """What a program reads of one event; pid tells the processes of one log apart."""
+    """One event as a line of JSON. pid tells apart processes that share a log."""
     head = {"time": _now(), "level": level, "pid": os.getpid(), "message": message}
     return json.dumps({**head, **more}, allow_nan=False)
 
 
 def configure_logging(watch: Watch) -> None:
-    """Log to standard error as `watch` says; may be called again with another. Handlers of a host are left alone."""
+    """Log to standard error as `watch` says. May be called again; handlers of a host program are left alone."""
     if not logging.getLogger().handlers:
         logging.basicConfig(level=logging.WARNING, handlers=[ToStderr(sys.stderr)])
     for handler in logging.getLogger().handlers:
         if isinstance(handler, ToStderr):
-            handler.setFormatter(JsonLines() if watch.as_json else logging.Formatter("%(message)s"))
-    logging.captureWarnings(watch.as_json)  # Python's own warnings would be lines that are no JSON
+            handler.setFormatter(JsonLines() if watch.log_json else logging.Formatter("%(message)s"))
+    logging.captureWarnings(watch.log_json)  # Python's own warnings would not be JSON
     logging.getLogger("routesae").setLevel(logging.WARNING if watch.quiet else logging.INFO)
-    if watch.quiet or watch.as_json:
+    if watch.quiet or watch.log_json:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when huggingface_hub is imported
     for retrying in ("huggingface_hub", "httpx", "httpcore"):  # the last failure is reported, once, as an error
         logging.getLogger(retrying).setLevel(logging.ERROR)
@@ -94,14 +97,14 @@ def _now() -> str:
 
 
 class Pace(NamedTuple):
-    """rate: units a second since the stage began; None before there is one. seconds_left: at that rate."""
+    """rate: units a second since the stage began, or None at its start. seconds_left: the time left at that rate."""
 
     rate: float | None
     seconds_left: float | None
 
 
 class Pacer:
-    """The pace of the stage that reports; anew where the same work begins on the next SAE."""
+    """Measures the pace of the stage that reports. It starts anew when the same stage begins on the next SAE."""
 
     def __init__(self) -> None:
         self._stage: str | None = None
@@ -119,8 +122,8 @@ class Pacer:
         return Pace(done / took, max(0, now.total - now.done) * took / done)
 
 
-class Shown(Protocol):
-    """A way to show progress to whoever sits at standard error."""
+class Display(Protocol):
+    """A way to show progress on standard error."""
 
     def show(self, now: Progress, pace: Pace) -> None: ...
     def close(self) -> None: ...
@@ -142,11 +145,11 @@ class Lines:
             facts |= {f"{now.unit}/s": f"{pace.rate:,.0f}" if pace.rate > 10 else f"{pace.rate:.2f}"}
             facts |= {"left": f"{pace.seconds_left:,.0f} s"}
         shown = "".join(f", {name} {value}" for name, value in facts.items())
-        progress = {"progress": described(now, pace)}
+        progress = {"progress": as_json(now, pace)}
         log.info("%s: %s of %s %s%s", now.stage, f"{now.done:,}", f"{now.total:,}", now.unit, shown, extra=progress)
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Nothing to close."""
 
 
 class Bars:
@@ -173,8 +176,8 @@ class Bars:
             self._bar = None
 
 
-def described(now: Progress, pace: Pace) -> dict[str, Any]:
-    """Progress and pace, as JSON takes them."""
+def as_json(now: Progress, pace: Pace) -> dict[str, Any]:
+    """Progress and pace for JSON."""
     rate, left = pace
     return {
         "stage": now.stage,
@@ -191,10 +194,10 @@ def described(now: Progress, pace: Pace) -> dict[str, Any]:
 
 
 class Status:
-    """The status file of one run: written whole, at most every STATUS_SECONDS, and at the end.
+    """The status file of one run, written whole at most every STATUS_SECONDS and at the end.
 
-    It exists from the first progress on, where its folder does; a run refused for wrong input leaves none. Nothing is
-    lost with it, so a disk that does not take it is a warning.
+    It appears with the first progress, if its folder exists; a run refused for wrong input leaves none. A disk that
+    does not take it causes a warning only.
     """
 
     def __init__(self, path: Path, command: str):
@@ -206,23 +209,23 @@ class Status:
         self._broken = False
 
     def update(self, now: Progress, pace: Pace) -> None:
-        self._progress = described(now, pace)
+        self._progress = as_json(now, pace)
         if self._wrote_at is None or time.monotonic() - self._wrote_at >= STATUS_SECONDS:
             self._write("running", None)
 
     def end(self, error: BaseException | None) -> None:
-        """The last word: finished, stopped or failed, and why."""
+        """Write how the run ended: finished, stopped or failed, and why."""
         if isinstance(error, WrongInput):
             if self._wrote_at is not None:
                 self.path.unlink(missing_ok=True)
-        elif error is None:  # with nothing to do there is nothing to say, but an older run's last word is out of date
+        elif error is None:  # a run with nothing to do writes none, but corrects what an older run left
             if self._wrote_at is not None or self._is_outdated():
                 self._write("finished", None)
         elif isinstance(error, Stopped | KeyboardInterrupt):
             self._write("stopped", str(error) or None)
         else:
-            told = isinstance(error, FailedRun | OSError)
-            self._write("failed", str(error) if told else f"{type(error).__name__}: {error}")
+            explained = isinstance(error, FailedRun | OSError)
+            self._write("failed", str(error) if explained else f"{type(error).__name__}: {error}")
 
     def _is_outdated(self) -> bool:
         try:
@@ -235,85 +238,77 @@ class Status:
     def _write(self, state: str, message: str | None) -> None:
         if self._broken or not self.path.parent.is_dir():
             return
-        found = {**self._head, "updated": _now(), "state": state, "message": message, **self._progress}
+        content = {**self._head, "updated": _now(), "state": state, "message": message, **self._progress}
         partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
         try:
-            partial.write_text(json.dumps(found, indent=2) + "\n")
+            partial.write_text(json.dumps(content, indent=2) + "\n")
             partial.replace(self.path)
         except OSError as error:
             self._broken = True
-            log.warning("%s is not written any more: %s", self.path, error)
+            log.warning("%s is no longer written: %s", self.path, error)
         self._wrote_at = time.monotonic()
 
 
 def status_in(folder: str | Path, worker: int | None = None) -> Path | None:
-    """Where a run that writes into `folder` keeps its status; None where that is no folder of this machine.
+    """Where a run that writes into `folder` keeps its status, or None where that is a URL.
 
-    worker: of several that write into the same one, its number; torchrun's are known by their environment.
+    worker: the number of this one of several that write into the same folder; torchrun's are in the environment.
     """
-    return None if "://" in str(folder) else Path(folder) / _status_name(worker)
+    rank = os.environ.get("RANK") if os.environ.get("WORLD_SIZE", "1") != "1" else None
+    number = rank if worker is None else str(worker)
+    return None if "://" in str(folder) else Path(folder) / (STATUS if number is None else f"status-{number}.json")
 
 
 def status_beside(folder: str | Path, worker: int | None = None) -> Path | None:
-    """The same for a cache, which is a Zarr group, and zarr warns of files in groups: shards.status.json."""
-    if "://" in str(folder):
-        return None
-    path = Path(folder).absolute()
-    return path.with_name(f"{path.name}.{_status_name(worker)}")
+    """The same for a cache: shards.status.json beside shards/, because zarr warns of files in its groups."""
+    inside = status_in(folder, worker)
+    return inside and inside.parent.absolute().with_name(f"{inside.parent.absolute().name}.{inside.name}")
 
 
-def _status_name(worker: int | None) -> str:
-    rank = os.environ.get("RANK") if os.environ.get("WORLD_SIZE", "1") != "1" else None
-    number = rank if worker is None else str(worker)
-    return STATUS if number is None else f"status-{number}.json"
-
-
-# ----------------------------------------------------------------------------------------------------- all of it
-
-
-class Watched:
-    """What a run reports to: `report` is the rooms' Report."""
-
-    def __init__(self, shown: Shown | None, status: Status | None):
-        self.shown, self.status = shown, status
-        self._pacer = Pacer()
-
-    def __enter__(self) -> Report:
-        return self.report
-
-    def report(self, now: Progress) -> None:
-        pace = self._pacer(now)
-        if self.shown is not None:
-            self.shown.show(now, pace)
-        if self.status is not None:
-            self.status.update(now, pace)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.shown is not None:
-            self.shown.close()
-        if self.status is not None:
-            self.status.end(error)
+# ------------------------------------------------------------------------------------------------------ together
 
 
 @contextmanager
 def watched(watch: Watch, command: str, status: Path | None = None) -> Iterator[Report]:
-    """A Report that shows progress as `watch` says, and keeps the status file of the command.
+    """A Report that shows progress as `watch` says, and keeps the command's status file.
 
-    While open, SIGTERM raises Terminated, unless a stage that has work to bring home catches it first.
+    While open, SIGTERM raises Terminated, unless a stage that has work to save catches it first.
     """
-    path = watch.status or status
-    bars = sys.stderr.isatty() and not watch.as_json
-    shown: Shown | None = None if watch.quiet else Bars() if bars else Lines()
-    with _terminated(), Watched(shown, None if path is None else Status(path, command)) as report:
-        if not bars:
-            yield report
-            return
-        from tqdm.contrib.logging import logging_redirect_tqdm
+    path = Path(watch.status) if watch.status else status
+    bars = sys.stderr.isatty() and not watch.log_json
+    display: Display | None = None if watch.quiet else Bars() if bars else Lines()
+    file, pacer = None if path is None else Status(path, command), Pacer()
 
-        with logging_redirect_tqdm():
+    def report(now: Progress) -> None:
+        pace = pacer(now)
+        if display is not None:
+            display.show(now, pace)
+        if file is not None:
+            file.update(now, pace)
+
+    ended: BaseException | None = None
+    try:
+        with _terminated(), _logging_above_bars(bars):
             yield report
+    except BaseException as error:
+        ended = error
+        raise
+    finally:
+        if display is not None:
+            display.close()
+        if file is not None:
+            file.end(ended)
+
+
+@contextmanager
+def _logging_above_bars(bars: bool) -> Iterator[None]:
+    if not bars:
+        yield
+        return
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    with logging_redirect_tqdm():
+        yield
 
 
 @contextmanager
@@ -334,6 +329,6 @@ def _terminated() -> Iterator[None]:
 
 def message_of(watch: Watch, message: object, code: int) -> str:
     """The last line of a run that ends with `code`."""
-    if not watch.as_json:
+    if not watch.log_json:
         return f"routesae: {message}"
     return json_line("warning" if code in (0, 130, 143) else "error", str(message), exit_code=code)

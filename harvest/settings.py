@@ -6,13 +6,13 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from routesae.harvest.cache.manifest import DTYPES, OVERFLOWS
+from routesae.machine.settings import DEVICE, KEPT, LM_DTYPE, MODEL, RUN, SEED, Settings, setting
 from routesae.reporting import WrongInput
 
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """Which of how many workers one is. Raises WrongInput where there is no such worker."""
+    """Which of how many workers a process is. Raises WrongInput where there is no such worker."""
 
     worker: int = 0
     workers: int = 1
@@ -29,62 +29,63 @@ class Share:
         return f"{self.worker} of 0-{self.workers - 1}"
 
     def order(self, shards: Iterable[int]) -> list[int]:
-        """Its own shards first, those of the worker after it next, and so on."""
+        """Shards in the order this worker takes them: its own first, then those of the worker after it, and so on."""
         return sorted(shards, key=lambda index: ((index - self.worker) % self.workers, index))
 
 
-@dataclass(frozen=True, kw_only=True)
-class HarvestSettings:
-    """What `routesae harvest` was asked for. Raises WrongInput where a value is impossible."""
+class HarvestSettings(Settings):
+    """Settings of one harvest. Raises WrongInput where a value is impossible."""
 
-    model: str = "meta-llama/Llama-3.2-1B"
-    data: str = "Skylion007/openwebtext"
-    split: str = "train"
-    text_field: str = "text"
-    min_chars: int = 100
-    layers: str | None = None
-    """"4-12" or "4,8,12"; None for n//4 … 3n//4."""
-    tokens: int = 10_000_000
-    context: int = 512
-    shard_tokens: int = 65_536
-    batch_sequences: int | None = None
-    """Rows a forward pass; None for 8 on a CPU and what fits, from 64 down, on CUDA."""
-    dtype: str = "float16"
-    overflow: str = "error"
-    skip_positions: int = 1
-    keep_special: bool = False
-    seed: int = 0
-    device: str = "auto"
-    lm_dtype: str = "auto"
-    worker: int | None = None
-    """Which of `workers` this is, from 0: it takes shards worker, worker + workers, … first, then what is left."""
-    workers: int | None = None
-    out: str = "shards"
+    model: str = setting("meta-llama/Llama-3.2-1B", group=MODEL, help="Hub id, local folder, .gguf file, or demo.")
+    data: str = setting(
+        "Skylion007/openwebtext",
+        group=MODEL,
+        help="A .txt, .jsonl, .jsonl.gz, .jsonl.zst or .parquet file, a folder of them, a hub dataset id, or demo.",
+    )
+    split: str = setting("train", group=MODEL, help="Split of a hub dataset.")
+    text_field: str = setting("text", group=MODEL, help="Field or column that holds a document's text.")
+    min_chars: int = setting(100, group=MODEL, help="Skip documents shorter than this many characters.", ge=0)
+    tokens: int = setting(10_000_000, group=MODEL, help="Tokens of the corpus to run the LM on.", ge=1)
+    context: int = setting(512, group=MODEL, help="Tokens in a row, that is, a sequence of the LM.", ge=2)
+    layers: str | None = setting(
+        None, group=KEPT, help='Layers to keep, such as "4-12" or "4,8,12".', metavar="LIST", unset="n//4 to 3n//4"
+    )
+    dtype: str = setting(
+        "float16",
+        choices=("float16", "float32", "int8"),
+        group=KEPT,
+        help="Numbers on disk; int8 halves float16's bytes, and cache info says what is lost.",
+    )
+    overflow: str = setting("error", choices=("error", "clip"), group=KEPT, help="What to do where dtype overflows.")
+    skip_positions: int = setting(
+        1, group=KEPT, help="Positions at the start of each row to leave out (the attention sink).", ge=0
+    )
+    keep_special: bool = setting(False, group=KEPT, help="Keep the positions of special tokens too.")
+    shard_tokens: int = setting(65_536, group=RUN, help="Tokens in a shard; memory holds two shards.", ge=1)
+    batch_sequences: int | None = setting(
+        None, group=RUN, help="Rows in a forward pass.", ge=1, unset="8 on a CPU, what fits on CUDA"
+    )
+    seed: int = SEED
+    device: str = DEVICE
+    lm_dtype: str = LM_DTYPE
+    worker: int | None = setting(
+        None,
+        group=RUN,
+        help="Number of this worker, from 0, of several that share the work.",
+        unset="torchrun's RANK",
+    )
+    workers: int | None = setting(
+        None, group=RUN, help="How many workers share the work.", ge=1, unset="torchrun's WORLD_SIZE, else 1"
+    )
+    out: str = setting("shards", group=RUN, help="Folder of the cache, or a URL: s3://bucket/shards.", metavar="PATH")
 
-    def __post_init__(self) -> None:
-        for name, least in (
-            ("tokens", 1),
-            ("context", 2),
-            ("shard_tokens", 1),
-            ("min_chars", 0),
-            ("seed", 0),
-        ):
-            if getattr(self, name) < least:
-                raise WrongInput(f"--{name.replace('_', '-')} {getattr(self, name)} is below {least}")
-        if self.batch_sequences is not None and self.batch_sequences < 1:
-            raise WrongInput(f"--batch-sequences {self.batch_sequences} is below 1")
-        if not 0 <= self.skip_positions < self.context:
+    def check(self) -> None:
+        if self.skip_positions >= self.context:
             raise WrongInput(f"--skip-positions {self.skip_positions} leaves nothing of --context {self.context}")
         if (self.worker is None) != (self.workers is None):
             raise WrongInput("--worker and --workers go together, such as --worker 0 --workers 8")
         if self.worker is not None and self.workers is not None:
             Share(worker=self.worker, workers=self.workers)
-        for name, known in (
-            ("dtype", DTYPES),
-            ("overflow", OVERFLOWS),
-        ):
-            if getattr(self, name) not in known:
-                raise WrongInput(f"--{name} {getattr(self, name)!r} is none of {', '.join(known)}")
         if self.tokens < self.context:
             raise WrongInput(f"--tokens {self.tokens} is less than one row of --context {self.context}")
 
@@ -93,7 +94,7 @@ def parse_layers(layers: str | None, depth: int) -> tuple[int, ...]:
     """The list "4-12", "4,8,12" or "4-6,12" as ascending layers of a model of `depth` blocks; None: n//4 … 3n//4."""
     if layers is None:
         return tuple(range(max(1, depth // 4), max(1, 3 * depth // 4) + 1))
-    wanted: set[int] = set()
+    chosen: set[int] = set()
     for part in layers.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
@@ -103,12 +104,12 @@ def parse_layers(layers: str | None, depth: int) -> tuple[int, ...]:
             raise WrongInput(f"--layers {layers!r}: {part.strip()} runs backwards")
         if low < 1 or high > depth:
             raise WrongInput(f"--layers {layers!r}: the model has layers 1 to {depth}")
-        wanted.update(range(low, high + 1))
-    return tuple(sorted(wanted))
+        chosen.update(range(low, high + 1))
+    return tuple(sorted(chosen))
 
 
 def share_of(settings: HarvestSettings) -> Share:
-    """What --worker and --workers say; without them, what torchrun's RANK and WORLD_SIZE do; else one alone."""
+    """The share that --worker and --workers name, or torchrun's RANK and WORLD_SIZE, or else all of the work."""
     if settings.worker is not None and settings.workers is not None:
         return Share(worker=settings.worker, workers=settings.workers)
     rank, world = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,277 +21,42 @@ import torch
 from click.testing import CliRunner, Result
 
 from routesae import __version__
-from routesae.analyze.scores.settings import AnalyzeSettings
 from routesae.cli import main
-from routesae.console.terminal import COUNT, table
+from routesae.console.terminal import table
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.settings import HarvestSettings
 from routesae.train.folder.checkpoint import save_sae
 from routesae.train.run import train
 from routesae.train.saes import Recipe, build
-from routesae.train.settings import RunSettings, TrainSettings, settings_of
+from routesae.train.settings import settings_of
 
+# Every command with its own flags, and which of the groups of flags that several commands share.
+RUN, BLOCKS, SAES = "quiet log-json status", "cache-dir cache-bytes", "sae out cache device model seed"
+TRAIN = """cache sae latents expansion k layer sparsity pre-act-loss prefixes routing aggregate routed router balance
+    normalize batch-tokens epochs tokens dead-after-tokens anneal-k-from sparsity-warmup recipe lr clip precision
+    max-memory log-every-steps checkpoint-every log seed verify device shard cpu-offload out config"""
 OPTIONS = {
-    "": ["--help", "--log-json", "--quiet", "--version", "-h"],
-    "harvest": [
-        "--batch-sequences",
-        "--cache-dir",
-        "--context",
-        "--data",
-        "--device",
-        "--dtype",
-        "--help",
-        "--keep-special",
-        "--layers",
-        "--lm-dtype",
-        "--min-chars",
-        "--model",
-        "--out",
-        "--overflow",
-        "--seed",
-        "--shard-tokens",
-        "--skip-positions",
-        "--split",
-        "--text-field",
-        "--tokens",
-        "--worker",
-        "--workers",
-        "-h",
-    ],
-    "train": [
-        "--aggregate",
-        "--anneal-k-from",
-        "--balance",
-        "--batch-tokens",
-        "--cache",
-        "--checkpoint-every",
-        "--clip",
-        "--config",
-        "--cpu-offload",
-        "--dead-after-tokens",
-        "--device",
-        "--epochs",
-        "--expansion",
-        "--help",
-        "--k",
-        "--latents",
-        "--layer",
-        "--log",
-        "--log-every-steps",
-        "--lr",
-        "--max-memory",
-        "--name",
-        "--normalize",
-        "--out",
-        "--overwrite",
-        "--pre-act-loss",
-        "--precision",
-        "--prefixes",
-        "--recipe",
-        "--resume",
-        "--routed",
-        "--router",
-        "--routing",
-        "--sae",
-        "--seed",
-        "--shard",
-        "--sparsity",
-        "--sparsity-warmup",
-        "--tokens",
-        "--verify",
-        "-h",
-    ],
-    "analyze": [
-        "--batch-sequences",
-        "--cache",
-        "--device",
-        "--help",
-        "--infer-k",
-        "--json",
-        "--lm-dtype",
-        "--metric",
-        "--model",
-        "--out",
-        "--sae",
-        "--seed",
-        "--theta",
-        "--tokens",
-        "-h",
-    ],
-    "contexts": [
-        "--batch-tokens",
-        "--cache",
-        "--device",
-        "--help",
-        "--max-classes",
-        "--min-contexts",
-        "--model",
-        "--out",
-        "--per-class",
-        "--sae",
-        "--samples",
-        "--seed",
-        "--threshold",
-        "--top",
-        "--window",
-        "-h",
-    ],
-    "interpret": [
-        "--api-version",
-        "--base-url",
-        "--cache",
-        "--concurrency",
-        "--device",
-        "--dry-run",
-        "--examples",
-        "--help",
-        "--key-env",
-        "--latents",
-        "--max-cost",
-        "--max-output-tokens",
-        "--model",
-        "--out",
-        "--overwrite",
-        "--prices",
-        "--prompt",
-        "--retries",
-        "--retry-unparsed",
-        "--sae",
-        "--score",
-        "--seed",
-        "--temperature",
-        "--timeout",
-        "-h",
-    ],
-    "ablation": [
-        "--batch-tokens",
-        "--cache",
-        "--config",
-        "--contexts",
-        "--device",
-        "--epochs",
-        "--help",
-        "--k",
-        "--latents",
-        "--layer",
-        "--lm-dtype",
-        "--lr",
-        "--model",
-        "--out",
-        "--plot",
-        "--sae",
-        "--score-tokens",
-        "--seed",
-        "--threshold",
-        "--tokens",
-        "-h",
-    ],
-    "clamp": [
-        "--ablate",
-        "--add",
-        "--batch-sequences",
-        "--chat",
-        "--device",
-        "--error-term",
-        "--help",
-        "--hh",
-        "--json",
-        "--lm-dtype",
-        "--max-new-tokens",
-        "--max-prompts",
-        "--model",
-        "--multiply",
-        "--out",
-        "--prompt",
-        "--prompts",
-        "--sae",
-        "--seed",
-        "--set",
-        "--temperature",
-        "--text-field",
-        "-h",
-    ],
-    "report": [
-        "--cache",
-        "--contexts",
-        "--device",
-        "--help",
-        "--html",
-        "--lm-dtype",
-        "--model",
-        "--out",
-        "--sae",
-        "--scores",
-        "-h",
-    ],
-    "run": ["--config", "--help", "-h"],
-    "convert": [
-        "--aggregate",
-        "--help",
-        "--k",
-        "--layer",
-        "--layers",
-        "--model",
-        "--name",
-        "--out",
-        "--overwrite",
-        "--routing",
-        "--sae",
-        "-h",
-        "file",
-    ],
-    "push": [
-        "--help",
-        "--message",
-        "--private",
-        "-h",
-        "folder",
-        "repo",
-    ],
-    "cache": ["--help", "-h"],
-    "cache copy": ["--help", "-h", "source", "target"],
-    "cache info": ["--help", "-h", "path"],
-    "cache merge": ["--help", "--link", "-h", "sources", "target"],
-    "cache repair": ["--help", "-h", "path"],
-    "cache verify": ["--digest", "--help", "-h", "path"],
+    "harvest": f"""model data split text-field min-chars tokens context layers dtype overflow skip-positions
+        keep-special shard-tokens batch-sequences seed device lm-dtype worker workers out {RUN} {BLOCKS}""",
+    "train": f"{TRAIN} name overwrite resume {RUN} {BLOCKS}",
+    "ablation": f"{TRAIN} score-tokens model lm-dtype plot contexts threshold {RUN} {BLOCKS}",
+    "analyze": f"metric tokens infer-k theta batch-sequences lm-dtype json {SAES} {RUN} {BLOCKS}",
+    "contexts": f"""threshold per-class max-classes min-contexts top window samples batch-tokens {SAES} {RUN}
+        {BLOCKS}""",
+    "clamp": f"""add multiply set ablate error-term prompt prompts text-field hh max-prompts chat max-new-tokens
+        temperature batch-sequences lm-dtype json sae out device model seed {RUN}""",
+    "interpret": f"""latents examples prompt score max-cost prices retry-unparsed overwrite base-url api-version
+        key-env concurrency timeout retries temperature max-output-tokens dry-run {SAES} {RUN} {BLOCKS}""",
+    "report": f"html scores contexts lm-dtype sae out cache device model {RUN} {BLOCKS}",
+    "run": f"config {RUN}",
+    "convert": "FILE sae k layer layers routing aggregate model out name overwrite",
+    "push": "FOLDER REPO private message",
+    "cache info": "PATH",
+    "cache verify": f"PATH digest {RUN} {BLOCKS}",
+    "cache repair": f"PATH {RUN}",
+    "cache merge": f"SOURCES TARGET link {RUN} {BLOCKS}",
+    "cache copy": f"SOURCE TARGET {RUN} {BLOCKS}",
 }
-# Commands that may take a while, and how they are all watched.
-LONG = (
-    "harvest",
-    "train",
-    "ablation",
-    "analyze",
-    "contexts",
-    "clamp",
-    "interpret",
-    "report",
-    "run",
-    "cache copy",
-    "cache merge",
-    "cache repair",
-    "cache verify",
-)
-WATCHED = ["--log-json", "--quiet", "--status"]
-KEEPS = ("train", "ablation", "analyze", "contexts", "interpret", "report", "cache copy", "cache verify")
-BLOCKS = ["--cache-bytes", "--cache-dir"]
-LEAVES = (
-    "harvest",
-    "train",
-    "ablation",
-    "analyze",
-    "contexts",
-    "clamp",
-    "interpret",
-    "report",
-    "run",
-    "convert",
-    "push",
-    "cache copy",
-    "cache info",
-    "cache merge",
-    "cache repair",
-    "cache verify",
-)
 SMALL = ("--latents", "64", "--k", "8", "--batch-tokens", "1024", "--device", "cpu")
 
 
@@ -310,30 +74,17 @@ def refused(*arguments: object, code: int = 2) -> str:
     return line
 
 
-def misused(*arguments: object) -> str:
-    """Click's own usage error of a command whose option has a malformed value."""
-    result = invoke(*arguments)
-    assert result.exit_code == 2, (result.output, result.exception)
-    assert "Traceback" not in result.output
-    return result.stderr.splitlines()[-1]
-
-
-def commands() -> dict[str, click.Command]:
-    """Every command by its words; "" is routesae itself."""
-    found: dict[str, click.Command] = {}
-
-    def walk(words: str, command: click.Command) -> None:
-        found[words] = command
-        for name, child in getattr(command, "commands", {}).items():
-            walk(f"{words} {name}".strip(), child)
-
-    walk("", main)
+def command_of(words: str) -> click.Command:
+    found: click.Command = main
+    for word in words.split():
+        assert isinstance(found, click.Group)
+        found = found.commands[word]
     return found
 
 
-def defaults(words: str) -> dict[str, Any]:
-    """What a command's options come to when none is given."""
-    return dict(commands()[words].make_context(words, []).params)
+def parameters(words: str) -> list[click.Parameter]:
+    command = command_of(words)
+    return command.get_params(click.Context(command))
 
 
 @pytest.fixture(scope="module")
@@ -350,83 +101,81 @@ def saes(tiny_cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_commands_and_options_are_those_frozen_here() -> None:
-    found = {}
-    for words, command in commands().items():
-        parameters = command.get_params(click.Context(command, **command.context_settings))
-        inherited = main.context_settings["help_option_names"]
-        opts = {o for p in parameters for o in (inherited if p.name == "help" else p.opts)}
-        found[words] = sorted(opts | set(inherited))
-    assert found == {
-        words: sorted(opts + WATCHED * (words in LONG) + BLOCKS * (words in KEEPS)) for words, opts in OPTIONS.items()
-    }
+    leaves = [name for name, command in main.commands.items() if not isinstance(command, click.Group)]
+    leaves += [f"cache {name}" for name in main.commands["cache"].commands]
+    assert set(leaves) == OPTIONS.keys()
+    for words, names in OPTIONS.items():
+        found = [
+            p.name.upper() if p.param_type_name == "argument" else max(p.opts, key=len) for p in parameters(words)
+        ]
+        expected = [name if name.isupper() else f"--{name}" for name in names.split()]
+        assert sorted(found) == sorted([*expected, "--help"]), words
 
 
-def test_every_command_has_an_example_that_parses() -> None:
-    for words in LEAVES:
-        command = commands()[words]
-        assert command.epilog is not None
-        program, *example = shlex.split(command.epilog.removeprefix("Example: "))
-        assert program == "routesae"
-        assert example[: len(words.split())] == words.split()
-        command.make_context(words, example[len(words.split()) :])
-        help_text = " ".join(invoke(*words.split(), "--help").output.split())
-        assert command.epilog in help_text
+@pytest.mark.parametrize("words", OPTIONS)
+def test_help_shows_every_option_its_default_and_an_example_that_parses(
+    words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    text = invoke(*words.split(), "--help").stdout
+    *_, title, example = text.splitlines()
+    assert (title, example[:11]) == ("Example:", "  routesae ")
+    assert max(len(line) for line in text.splitlines()[:-1]) <= 80
+    command_of(words).make_context(words, shlex.split(example)[len(words.split()) + 1 :])
+    flat = "".join(text.split())
+    for option in (one for one in parameters(words) if isinstance(one, click.Option)):
+        assert option.help
+        assert "".join(option.help.split()) in flat
+        assert max(option.opts, key=len) in text
 
 
-def test_help_shows_every_default() -> None:
-    shown = 0
-    for words, command in commands().items():
-        text = " ".join(invoke(*words.split(), "--help").output.split())
-        for option in command.params:
-            if (
-                isinstance(option, click.Option)
-                and not option.is_flag
-                and isinstance(option.default, int | float | str)
-            ):
-                assert f"[default: {option.default}]" in text, (words, option.name)
-                shown += 1
-    assert shown > 25
+def test_help_groups_what_belongs_together() -> None:
+    lines = invoke("train", "--help").stdout.splitlines()
+    groups = [line for line in lines if line and not line.startswith(" ")]
+    names = ["Model and corpus", "The dictionary", "This variant only", "Optimiser", "The run", "Example"]
+    assert groups == ["Usage: routesae train [OPTIONS]", *(f"{name}:" for name in names)]
+    variant = lines[lines.index("This variant only:") : lines.index("Optimiser:")]
+    assert any("--prefixes" in line and "matryoshka:" in line for line in variant)
 
 
-def test_every_option_has_a_help_text() -> None:
-    options = [o for command in commands().values() for o in command.params if isinstance(o, click.Option)]
-    assert [option.name for option in options if not option.help] == []
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ("harvest --tokens 1x", "--tokens '1x' is not a whole number such as 200000, 200k or 10M"),
+        ("harvest --tokens 0", "--tokens 0 is below 1"),
+        ("train --lr fast", "--lr 'fast' is not a number"),
+        ("train --lr", "option '--lr' requires an argument"),
+        ("train --sea topk", "no such option '--sea'; did you mean '--sae'?"),
+        ("train --resume --overwrite", "--resume goes on with what --overwrite would delete; give one of them"),
+        ("train --epochs 1 --tokens 1k", "--epochs 1 and --tokens 1000 exclude each other; give one of them"),
+        ("train --sae topkk", "did you mean 'topk'?"),
+        ("train --config no.toml", "--config no.toml does not exist"),
+        ("analyze --metric KL", "--metric 'KL' is none of NormMSE, FVU"),
+        ("analyze --json no/x.json", "--json no/x.json: there is no folder no to write it to"),
+        ("analyze --status no/x.json", "--status no/x.json: there is no folder no to write it to"),
+        ("convert", "missing argument 'FILE'; `routesae convert --help` lists what there is"),
+        ("run", "--config is missing"),
+        ("interpret --latents some", "--latents 'some' is not a whole number"),
+        ("trian", "no such command 'trian'"),
+    ],
+)
+def test_wrong_input_of_every_kind_is_one_line_and_exit_code_2(arguments: str, line: str) -> None:
+    assert line in refused(*arguments.split())
 
 
-@pytest.mark.parametrize(("words", "settings"), [("harvest", HarvestSettings), ("analyze", AnalyzeSettings)])
-def test_defaults_of_the_command_line_are_those_of_the_settings(words: str, settings: Callable[[], Any]) -> None:
-    expected = asdict(settings())
-    found = defaults(words)
-    if words == "analyze":
-        assert found.pop("json_file") is None
-        assert found["metrics"] == ()  # the command then leaves the choice to the settings
-        found["metrics"] = expected["metrics"]
-    assert found == expected
-
-
-def test_defaults_of_train_are_those_of_the_settings_wherever_help_shows_one() -> None:
-    """Only what stands on the command line is passed on; so a default is shown, and never used."""
-    own = {**asdict(TrainSettings(runs=(RunSettings(),))), **asdict(RunSettings())}
-    own["checkpoint_every"] = own.pop("checkpoint_every_steps")
-    del own["runs"]
-    found = defaults("train")
-    assert found.pop("config") is None
-    assert found.keys() == own.keys()
-    assert {name: value for name, value in found.items() if value not in (None, ())} == {
-        name: own[name] for name, value in found.items() if value not in (None, ())
-    }
-    stated = {o.name: o.help for o in commands()["train"].params if isinstance(o, click.Option) and o.help}
-    for name in (name for name, value in found.items() if value in (None, ()) and own[name] not in (None, ())):
-        assert f"[default: {own[name]}]" in stated[name]
-
-
-def test_defaults_are_those_of_the_design() -> None:
-    harvest, training = defaults("harvest"), defaults("train")
-    assert (harvest["model"], harvest["data"]) == ("meta-llama/Llama-3.2-1B", "Skylion007/openwebtext")
-    assert (harvest["tokens"], harvest["context"], harvest["dtype"]) == (10_000_000, 512, "float16")
-    assert (harvest["layers"], harvest["out"]) == (None, "shards")
-    assert (RunSettings().sae, RunSettings().k, training["lr"]) == ("routesae", 64, 5e-4)
-    assert (training["cache"], training["out"], defaults("analyze")["out"]) == ("shards", "saes", "saes")
+def test_flags_say_which_ones_stand_on_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Bytes, paths and choices come through as typed, --no-… as False, and `all` as None."""
+    seen: list[Any] = []
+    monkeypatch.setattr("routesae.harvest.run.harvest", lambda settings, report: seen.append(settings))
+    monkeypatch.setattr("routesae.analyze.interpret.run.interpret", lambda settings, report: seen.append(settings))
+    monkeypatch.setattr("routesae.analyze.clamp.run.clamp", lambda settings, report: seen.append(settings))
+    invoke("harvest", "--tokens", "2M", "--keep-special", "--out", tmp_path / "x")
+    invoke("interpret", "--latents", "all", "--score", "fuzzing", "--out", tmp_path)
+    invoke("clamp", "--no-error-term", "--no-chat", "--set", "1=2", "--set", "3=4")
+    harvest, interpret, clamp = seen
+    assert harvest == HarvestSettings(tokens=2_000_000, keep_special=True, out=str(tmp_path / "x"))
+    assert (interpret.latents, interpret.scores) == (None, ("fuzzing",))
+    assert (clamp.error_term, clamp.chat, clamp.set) == (False, False, ("1=2", "3=4"))
 
 
 def test_the_three_lines_work_on_their_defaults(
@@ -446,40 +195,6 @@ def test_the_three_lines_work_on_their_defaults(
     everything = invoke("analyze")
     assert everything.exit_code == 0
     assert {"NormMSE", "FVU", "L0", "Dead", "Entropy", "Shares"} <= set(everything.stdout.split())
-
-
-@pytest.mark.parametrize(
-    ("text", "count"),
-    [
-        ("200000", 200_000),
-        ("200_000", 200_000),
-        ("200k", 200_000),
-        ("200K", 200_000),
-        ("10M", 10_000_000),
-        ("10m", 10_000_000),
-        ("1.5B", 1_500_000_000),
-        ("0.5k", 500),
-        ("16.1k", 16_100),
-        ("2.01k", 2_010),
-        ("1.001k", 1_001),
-        ("9.301M", 9_301_000),
-        (" 7 ", 7),
-    ],
-)
-def test_counts_parse(text: str, count: int) -> None:
-    assert COUNT.convert(text, None, None) == count
-
-
-@pytest.mark.parametrize("text", ["x", "", "k", "1.5", "1.0001k", "10MB", "10 000", "inf", "nan", "1e400", "0x10"])
-def test_malformed_counts_are_usage_errors(text: str) -> None:
-    assert "is not a whole number such as 200000, 200k or 10M" in misused("harvest", "--tokens", text)
-
-
-@pytest.mark.parametrize("text", ["-1", "0", "-5k"])
-def test_counts_below_one_are_refused(text: str) -> None:
-    assert "below 1" in refused("harvest", "--tokens", text)
-    assert "below 1" in refused("train", "--tokens", text)
-    assert "below 1" in refused("analyze", "--tokens", text)
 
 
 def test_version_is_the_packages() -> None:
@@ -651,26 +366,6 @@ def test_resuming_what_is_finished_prints_nothing_and_exits_0(tiny_cache: Cache,
     assert {path: path.stat().st_mtime_ns for path in (sae, *sae.rglob("*"))} == before
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("k = ", "cannot be read"),
-        ("sead = 1", "sead is no setting"),
-        ("[[run]]\nseed = 1", "[[run]]: seed is no setting"),
-        ('k = "64"', "--k '64' is of the wrong type"),
-        ('lr = "x"', "--lr 'x' is of the wrong type"),
-        ("epochs = 1.5", "--epochs 1.5 is of the wrong type"),
-        ("run = 3", "write [[run]] above each"),
-    ],
-)
-def test_a_wrong_config_file_is_refused(text: str, expected: str, tiny_cache: Cache, tmp_path: Path) -> None:
-    (tmp_path / "train.toml").write_text(text)
-    out = tmp_path / "saes"
-    line = refused("train", "--cache", tiny_cache.path, "--config", tmp_path / "train.toml", "--out", out)
-    assert expected in line
-    assert not out.exists()
-
-
 # ----------------------------------------------------------------------------------------------- wrong input
 
 
@@ -725,37 +420,10 @@ def test_an_sae_of_another_width_is_refused(tiny_cache: Cache, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ("train --cache CACHE --sae dense", "--sae 'dense' is none of vanilla, gated, topk"),
-        ("train --cache CACHE --routing soggy", "--routing 'soggy' is none of hard, soft"),
-        ("train --cache CACHE --aggregate max", "--aggregate 'max' is none of sum, mean"),
-        ("train --cache CACHE --layer 3", "--layer 3 is not for routesae: it reads every layer"),
-        ("train --cache CACHE --sae topk --router top2", "--router top2 is not for topk"),
-        ("train --cache CACHE --sae topk --sparsity 0.1", "--sparsity 0.1 is not for topk"),
-        ("train --cache CACHE --router best", "--router 'best' is none of published, top2"),
-        ("train --cache CACHE --normalize layer", "--normalize 'layer' is none of token, dataset, none"),
-        ("train --cache CACHE --precision int8", "--precision 'int8' is none of auto, float32"),
-        ("train --cache CACHE --recipe paper", "--recipe 'paper' is none of routesae, published"),
-        ("train --cache CACHE --sae gated --recipe published", "--recipe published needs --sparsity"),
-        ("train --cache CACHE --sae matryoshka --prefixes 1,x", "--prefixes '1,x' is no list such as"),
         ("train --cache CACHE --sae matryoshka --prefixes 8,16", "must rise and end with the SAE's 256"),
         ("train --cache CACHE --anneal-k-from 257", "--anneal-k-from 257 is more than the SAE's 256 latents"),
-        ("train --cache CACHE --clip -1", "--clip -1.0 is not a number of 0 or more"),
-        ("train --cache CACHE --checkpoint-every 0", "--checkpoint-every 0 is below 1"),
-        ("train --cache CACHE --sparsity-warmup 2", "--sparsity-warmup 2.0 is not a share"),
-        ("train --cache CACHE --log mlflow", "--log 'mlflow' is none of tensorboard, wandb, trackio"),
-        ("train --cache CACHE --resume --overwrite", "--resume goes on with what --overwrite would delete"),
-        ("train --cache CACHE --config no.toml", "--config no.toml does not exist"),
-        ("train --cache CACHE --seed 5000000000", "--seed 5000000000 is not below 2^32"),
         ("train --cache CACHE --name x --k 8 --k 16", "two SAEs of this run would be saes/x"),
-        ("train --cache CACHE --epochs 1 --tokens 1k", "both say how long"),
-        ("train --cache CACHE --lr 0", "--lr 0.0 is not above 0"),
         ("train --cache CACHE --name ../x", "--name '../x'"),
-        ("analyze --cache CACHE --metric Perplexity", "--metric 'Perplexity' is none of NormMSE"),
-        ("analyze --cache CACHE --metric KLDiv --lm-dtype int4 --out SAES", "'int4' is none of auto, float32"),
-        ("analyze --cache CACHE --batch-sequences 0", "--batch-sequences 0 is below 1"),
-        ("harvest --dtype float8", "--dtype 'float8' is none of float16, float32"),
-        ("harvest --lm-dtype int4", "'int4' is none of auto, float32"),
-        ("harvest --overflow wrap", "--overflow 'wrap' is none of error, clip"),
         ("harvest --device tpu", "unknown device 'tpu'; give auto, cpu, cuda"),
         ("harvest --model MODEL --layers 0-9 --context 16", "layers 1 to 6"),
         ("harvest --model MODEL --layers x --context 16", "--layers 'x' is not a list"),
@@ -810,7 +478,7 @@ def test_a_model_the_hub_will_not_give_is_refused_with_the_ways_out(tiny_corpus:
     assert not (tmp_path / "shards").exists()
 
 
-@pytest.mark.parametrize("device", ["cuda", "cuda:3"])
+@pytest.mark.parametrize("device", ["cuda:3"])
 @pytest.mark.parametrize("command", ["harvest", "train", "analyze"])
 def test_cuda_is_refused_where_there_is_none(
     command: str, device: str, tiny_cache: Cache, monkeypatch: pytest.MonkeyPatch
@@ -923,7 +591,7 @@ def test_ctrl_c_leaves_no_sae_but_a_checkpoint_that_the_same_goes_on_from(tiny_c
     assert found is not None, line
     assert [path for path in (tmp_path / "saes").iterdir() if path.is_dir()] == [metrics.parent]
     (state,) = metrics.parent.glob("step-*")
-    assert int(state.name[5:]) == int(found[1])
+    assert int(state.stem[5:]) == int(found[1])
     again = refused(*arguments, "--out", tmp_path / "saes")
     assert f"long was stopped after step {int(found[1])}; --resume continues it, --overwrite starts again" in again
     shorter = refused(*arguments, "--out", tmp_path / "saes", "--resume", "--epochs", "1")

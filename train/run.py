@@ -13,7 +13,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NoReturn
@@ -151,7 +151,7 @@ def trainee_of(
                 f"of one token; give {4 * job.recipe.latents:,} or more"
             )
     names = settings.log if ranks.first else ()
-    trackers = open_trackers(names, job.name, job.partial, asdict(job.settings))
+    trackers = open_trackers(names, job.name, job.partial, job.settings.to_dict())
     step_log = StepLog(sae, job.partial if ranks.first else None, trackers, job.settings.lr)
     stack.callback(step_log.close)
     return Trainee(sae, job, pace, step_log, ranks)
@@ -261,7 +261,7 @@ def _source(settings: TrainSettings, job: Job, cache: Cache, held_out: CacheScor
     """Where the SAE comes from, for its cfg.json."""
     manifest = cache.manifest
     return {
-        "settings": {**asdict(settings), "runs": None, "run": asdict(job.settings)},
+        "settings": {**settings.to_dict(), "runs": None, "run": job.settings.to_dict()},
         "identity": job.identity,
         "cache": {**manifest.to_dict(), "path": settings.cache},  # as given: a pushed SAE shows no home folder
         "model": manifest.model,

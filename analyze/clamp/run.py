@@ -73,7 +73,7 @@ def clamp(settings: ClampSettings, report: Report = silent) -> dict[str, Any]:
         texts += _texts_of_batch(settings, source, change, prompts, ids, rows, report)
     return {
         "routesae": __version__,
-        "settings": asdict(settings),
+        "settings": settings.to_dict(),
         "changes": [asdict(change) for change in changes],
         "sae": {
             "folder": str(folder),

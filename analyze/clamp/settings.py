@@ -2,57 +2,70 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
+from routesae.machine.settings import DEVICE, LM_DTYPE, MODEL, OUT, RUN, SEED, Settings, setting
 from routesae.reporting import WrongInput
 
-CONVERSIONS = ("conversation", "text")
+CHANGES, PROMPTS, GENERATION = "Changes to latents", "Prompts", "Generation"
 
 
-@dataclass(frozen=True, kw_only=True)
-class ClampSettings:
-    """What `routesae clamp` was asked for. Raises WrongInput where a value is impossible."""
+class ClampSettings(Settings):
+    """Settings of one clamping. Raises WrongInput where a value is impossible."""
 
-    sae: str | None = None
-    """SAE folder or hub reference; None for the only one under `out`."""
-    out: str = "saes"
-    add: tuple[str, ...] = ()
-    """LATENT=VALUE, as are multiply and set; VALUE in the SAE's own activation units."""
-    multiply: tuple[str, ...] = ()
-    set: tuple[str, ...] = ()
-    ablate: tuple[str, ...] = ()
-    """LATENT."""
-    error_term: bool = True
-    """Add back what the SAE fails to reconstruct."""
-    prompt: tuple[str, ...] = ()
-    prompts: str | None = None
-    """A .txt, .jsonl or .jsonl.gz with more of them."""
-    text_field: str = "prompt"
-    hh: str = "conversation"
-    max_prompts: int | None = None
-    chat: bool | None = None
-    """Fill in the tokenizer's chat template; None for where it has one."""
-    max_new_tokens: int = 64
-    temperature: float | None = None
-    """None for the likeliest token each time."""
-    seed: int = 0
-    batch_sequences: int = 8
-    model: str | None = None
-    """Where the LM is now; None for where the SAE's cfg.json says it was."""
-    device: str = "auto"
-    lm_dtype: str = "auto"
+    sae: str | None = setting(
+        None,
+        group=MODEL,
+        help="SAE folder, or user/repo[/folder][@revision] on the hub.",
+        metavar="PATH",
+        unset="the only one under --out",
+    )
+    out: str = OUT
+    add: tuple[str, ...] = setting(
+        (), group=CHANGES, help="Add VALUE to the latent at every token.", metavar="LATENT=VALUE"
+    )
+    multiply: tuple[str, ...] = setting(
+        (), group=CHANGES, help="Multiply the latent by VALUE where it is active.", metavar="LATENT=VALUE"
+    )
+    set: tuple[str, ...] = setting(
+        (), group=CHANGES, help="Make the latent VALUE at every token.", metavar="LATENT=VALUE"
+    )
+    ablate: tuple[str, ...] = setting((), group=CHANGES, help="Make the latent 0.", metavar="LATENT")
+    error_term: bool = setting(
+        True,
+        group=CHANGES,
+        help="Add back what the SAE fails to reconstruct, so that nothing else changes; the published code does not.",
+    )
+    prompt: tuple[str, ...] = setting((), group=PROMPTS, help="Text to go on from.")
+    prompts: str | None = setting(
+        None,
+        group=PROMPTS,
+        help="A .txt with a prompt a line, or a .jsonl[.gz] of texts, messages or HH-RLHF pairs.",
+        metavar="PATH",
+    )
+    text_field: str = setting("prompt", group=PROMPTS, help="Field of the .jsonl that holds the text.")
+    hh: str = setting(
+        "conversation",
+        choices=("conversation", "text"),
+        group=PROMPTS,
+        help="HH-RLHF pairs: a prompt a human turn, or both replies in one text.",
+    )
+    max_prompts: int | None = setting(None, group=PROMPTS, help="Use only the first N prompts.", ge=1, unset="all")
+    chat: bool | None = setting(
+        None, group=PROMPTS, help="Fill in the tokenizer's chat template.", unset="where the tokenizer has one"
+    )
+    max_new_tokens: int = setting(64, group=GENERATION, help="Longest text, in tokens.", ge=1)
+    temperature: float | None = setting(
+        None,
+        group=GENERATION,
+        help="Temperature to draw tokens at.",
+        gt=0,
+        unset="the likeliest token each time",
+    )
+    seed: int = SEED
+    batch_sequences: int = setting(8, group=RUN, help="Prompts in a forward pass of the LM.", ge=1)
+    model: str | None = setting(None, group=MODEL, help="Where the LM is now.", unset="where the SAE says")
+    device: str = DEVICE
+    lm_dtype: str = LM_DTYPE
 
-    def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "batch_sequences", "max_prompts"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise WrongInput(f"--{name.replace('_', '-')} {value} is below 1")
-        if self.temperature is not None and not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise WrongInput(f"--temperature {self.temperature} is not above 0; leave it out for the likeliest token")
-        if self.seed < 0:
-            raise WrongInput(f"--seed {self.seed} is below 0")
-        if self.hh not in CONVERSIONS:
-            raise WrongInput(f"--hh {self.hh!r} is none of {', '.join(CONVERSIONS)}")
+    def check(self) -> None:
         if self.error_term and not (self.add or self.multiply or self.set or self.ablate):
             raise WrongInput("no latent to change; give --add, --multiply, --set or --ablate")

@@ -7,7 +7,7 @@ what is written: routesae.analyze.contexts.file.
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ def _write(
     facts = {
         "format": FORMAT,
         "routesae": __version__,
-        "settings": asdict(settings),
+        "settings": settings.to_dict(),
         "cache": {"path": cache.address, **cache.manifest.to_dict()},
         "sae": {"name": name, "folder": str(sae.folder.resolve()), **sae_identity(sae.folder, sae.sae)},
         "tokens": collected.tokens,

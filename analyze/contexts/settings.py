@@ -2,47 +2,33 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from routesae.machine.settings import CACHE, DEVICE, MODEL, OUT, RUN, SAES, SEED, Settings, setting
 
-from routesae.reporting import WrongInput
+RULE, SHOWN = "Which latents are kept", "What is shown of a latent"
 
 
-@dataclass(frozen=True, kw_only=True)
-class ContextSettings:
-    """What `routesae contexts` was asked for. Raises WrongInput where a value is impossible."""
+class ContextSettings(Settings):
+    """Settings of one collection of contexts. Raises WrongInput where a value is impossible."""
 
-    cache: str = "shards"
-    saes: tuple[str, ...] = ()
-    """SAE folders or hub references; none for every SAE under `out`."""
-    out: str = "saes"
-    threshold: float = 15.0
-    """Activations above it count for the rule; on the SAE's normalised input."""
-    window: int = 64
-    """Tokens of a context, at most."""
-    top: int | None = None
-    """Choose the N strongest activations of every latent instead of what the rule keeps."""
-    per_class: int = 2
-    """The rule: contexts a token class, at most."""
-    max_classes: int = 32
-    """The rule: latents of more token classes are left out."""
-    min_contexts: int = 5
-    """The rule: latents of fewer contexts are left out."""
-    samples: int = 5
-    """Contexts of each third, strong, middle and weak, of a uniform sample of a latent's activations."""
-    seed: int = 0
-    """Of that sample."""
-    batch_tokens: int = 4096
-    model: str | None = None
-    """Where the tokenizer is now; None for where the manifest says the LM was."""
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.threshold) and self.threshold >= 0):
-            raise WrongInput(f"--threshold {self.threshold} is not a number of 0 or more")
-        for name in ("window", "top", "per_class", "max_classes", "min_contexts", "samples", "batch_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise WrongInput(f"--{name.replace('_', '-')} {value} is below 1")
-        if self.seed < 0:
-            raise WrongInput(f"--seed {self.seed} is below 0")
+    cache: str = CACHE
+    saes: tuple[str, ...] = SAES
+    out: str = OUT
+    threshold: float = setting(
+        15.0, group=RULE, help="Count activations above this, on the SAE's normalised input.", ge=0
+    )
+    per_class: int = setting(2, group=RULE, help="Contexts, at most, of tokens alike but for case and blanks.", ge=1)
+    max_classes: int = setting(32, group=RULE, help="Leave out latents of more token classes than this.", ge=1)
+    min_contexts: int = setting(5, group=RULE, help="Leave out latents of fewer contexts than this.", ge=1)
+    top: int | None = setting(
+        None, group=RULE, help="Every latent's N strongest activations, instead of what the rule keeps.", ge=1
+    )
+    window: int = setting(
+        64, group=SHOWN, help="Tokens in a context, at most; it ends where its sentence does.", ge=1
+    )
+    samples: int = setting(
+        5, group=SHOWN, help="Further contexts of each third (strong, middle, weak) of a random sample.", ge=1
+    )
+    seed: int = SEED
+    batch_tokens: int = setting(4096, group=RUN, help="Tokens the SAE reads at a time.", ge=1)
+    model: str | None = setting(None, group=MODEL, help="Where the tokenizer is now.", unset="where the cache says")
+    device: str = DEVICE

@@ -2,45 +2,51 @@
 
 from __future__ import annotations
 
-import math
 import os
-from dataclasses import dataclass, field
+from typing import Any
 from urllib.parse import urlsplit
 
+from pydantic import field_validator
+
+from routesae.machine.settings import DEVICE, MODEL, OUT, RUN, SEED, Settings, setting
 from routesae.reporting import WrongInput
 
 MODES = ("detection", "fuzzing")
 OPENAI = "https://api.openai.com/v1"
 KEY, AZURE_KEY, AZURE_ENDPOINT = "OPENAI_API_KEY", "AZURE_OPENAI_API_KEY", "AZURE_OPENAI_ENDPOINT"
+CHAT, QUESTIONS, COST = "The chat model", "The questions", "The cost"
 
 
-@dataclass(frozen=True, kw_only=True)
-class ChatSettings:
+class ChatSettings(Settings):
     """Which model is asked, where, and how patiently. Raises WrongInput where a value is impossible."""
 
-    model: str = "gpt-4o"
-    """With Azure the name of the deployment."""
-    base_url: str | None = None
-    """None for OpenAI, or with Azure for $AZURE_OPENAI_ENDPOINT."""
-    api_version: str | None = None
-    """Azure's; None for every other server."""
-    key_env: str | None = None
-    """The environment variable that holds the key; None for the usual one."""
-    concurrency: int = 8
-    """Requests under way at once."""
-    timeout: float = 120.0
-    """Seconds from a request's start to the end of its answer."""
-    retries: int = 6
-    """Tries after the first, where a server is busy, fails or stays silent."""
-    temperature: float = 0.1
-    max_output_tokens: int = 512
+    model: str = setting("gpt-4o", group=CHAT, help="Chat model; with Azure, the deployment.")
+    base_url: str | None = setting(
+        None,
+        group=CHAT,
+        help="Address of a compatible server (vLLM, Ollama, llama.cpp), or Azure's endpoint.",
+        metavar="URL",
+        unset="OpenAI",
+    )
+    api_version: str | None = setting(None, group=CHAT, help="Azure's API version; makes it Azure.", metavar="DATE")
+    key_env: str | None = setting(
+        None,
+        group=CHAT,
+        help="Environment variable that holds the key.",
+        metavar="NAME",
+        unset=f"{KEY}, with Azure {AZURE_KEY}",
+    )
+    concurrency: int = setting(8, group=CHAT, help="Requests under way at once.", ge=1)
+    timeout: float = setting(120.0, group=CHAT, help="Seconds for a request, answer included.", gt=0)
+    retries: int = setting(
+        6, group=CHAT, help="Tries after the first, where a server is busy, fails or stays silent.", ge=0
+    )
+    temperature: float = setting(0.1, group=CHAT, help="Temperature of the chat model.", ge=0)
+    max_output_tokens: int = setting(
+        512, group=CHAT, help="Tokens in an answer, at most; reasoning models need thousands.", ge=1
+    )
 
-    def __post_init__(self) -> None:
-        for name, least in (("concurrency", 1), ("retries", 0), ("temperature", 0), ("max_output_tokens", 1)):
-            if getattr(self, name) < least:
-                raise WrongInput(f"--{name.replace('_', '-')} {getattr(self, name)} is below {least}")
-        if not self.timeout > 0:
-            raise WrongInput(f"--timeout {self.timeout} is not above 0 seconds")
+    def check(self) -> None:
         if not self.model.strip():
             raise WrongInput("--model is empty; give the chat model's name")
         if self.base_url is not None:
@@ -80,38 +86,69 @@ def _require_address(address: str, name: str) -> None:
         raise WrongInput(f"{name} may hold no user, password or ?query; a key goes into the environment, ${KEY}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class InterpretSettings:
-    """What `routesae interpret` was asked for. Raises WrongInput where a value is impossible."""
+class InterpretSettings(ChatSettings):
+    """Settings of one interpretation. Raises WrongInput where a value is impossible."""
 
-    chat: ChatSettings = field(default_factory=ChatSettings)
-    saes: tuple[str, ...] = ()
-    """SAE folders with contexts; none for every one under `out`."""
-    out: str = "saes"
-    latents: int | None = 100
-    """How many, a seeded sample of those that contexts kept; None for all. A larger one later keeps the smaller."""
-    examples: int = 64
-    """Contexts shown of a latent, the strongest; 64 are all that the published rule keeps."""
-    seed: int = 0
-    prompt: str | None = None
-    """A template file of the user's, with $examples in it."""
-    scores: tuple[str, ...] = ()
-    """Of MODES: how explanations are put to the test."""
-    cache: str | None = None
-    """Where the cache is now, for detection; None for where the contexts say it was."""
-    device: str = "auto"
-    max_cost: float | None = None
-    """US dollars, over all SAEs and what was spent on them by earlier runs."""
-    prices: str | None = None
-    retry_unparsed: bool = False
-    overwrite: bool = False
+    saes: tuple[str, ...] = setting(
+        (),
+        group=MODEL,
+        help="SAE folder that contexts wrote into.",
+        unset="all under --out with contexts",
+        flag="sae",
+        metavar="PATH",
+    )
+    out: str = OUT
+    latents: int | None = setting(
+        100,
+        group=QUESTIONS,
+        help="How many latents, a seeded sample of those that contexts kept, or all. A larger one later keeps the "
+        "smaller.",
+        ge=1,
+        metavar="N|all",
+    )
+    examples: int = setting(64, group=QUESTIONS, help="Contexts shown of a latent, the strongest.", ge=1)
+    seed: int = SEED
+    prompt: str | None = setting(
+        None,
+        group=QUESTIONS,
+        help="Template of the question, with $examples in it.",
+        metavar="PATH",
+        unset="the paper's",
+    )
+    scores: tuple[str, ...] = setting(
+        (),
+        choices=("detection", "fuzzing"),
+        group=QUESTIONS,
+        help="Test explanations on texts held out from them: balanced accuracy.",
+        flag="score",
+    )
+    cache: str | None = setting(
+        None,
+        group=MODEL,
+        help="For detection: where the cache is now.",
+        metavar="PATH",
+        unset="where contexts found it",
+    )
+    device: str = DEVICE
+    max_cost: float | None = setting(
+        None,
+        group=COST,
+        help="US dollars, with what earlier runs spent on these SAEs.",
+        gt=0,
+        unset="no limit",
+    )
+    prices: str | None = setting(
+        None, group=COST, help="TOML file of US dollars a million tokens, by model.", metavar="PATH"
+    )
+    retry_unparsed: bool = setting(False, group=RUN, help="Ask again where an answer was no answer to the question.")
+    overwrite: bool = setting(False, group=RUN, help="Begin anew; earlier answers are lost.")
 
-    def __post_init__(self) -> None:
-        for name in ("latents", "examples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise WrongInput(f"--{name} {value} is below 1")
-        if unknown := [mode for mode in self.scores if mode not in MODES]:
-            raise WrongInput(f"--score {unknown[0]!r} is none of {', '.join(MODES)}")
-        if self.max_cost is not None and not (self.max_cost > 0 and math.isfinite(self.max_cost)):
-            raise WrongInput(f"--max-cost {self.max_cost} is not above 0 US dollars")
+    @property
+    def chat(self) -> ChatSettings:
+        """Which model is asked, where, and how patiently."""
+        return self
+
+    @field_validator("latents", mode="before")
+    @classmethod
+    def _all(cls, value: Any) -> Any:
+        return None if isinstance(value, str) and value.strip().lower() == "all" else value

@@ -1,4 +1,4 @@
-"""The variants side by side: a cache in; every variant trained in one pass and scored, as table, files and plot, out.
+"""Compare the variants: train each on one cache in one pass, score all, write a table and a plot.
 
 saes/…               the SAEs, which a second call finds trained
 ablation.json, .csv  a row an SAE
@@ -17,6 +17,7 @@ from typing import Any
 from routesae.analyze.contexts.file import read_facts
 from routesae.analyze.contexts.run import contexts
 from routesae.analyze.contexts.settings import ContextSettings
+from routesae.analyze.pipeline.settings import AblationSettings
 from routesae.analyze.scores.metrics import METRICS
 from routesae.analyze.scores.run import DESCRIPTIONS, analyze
 from routesae.analyze.scores.settings import AnalyzeSettings
@@ -25,7 +26,6 @@ from routesae.train.jobs import folders
 from routesae.train.run import train
 from routesae.train.settings import TrainSettings
 
-VARIANTS = ("vanilla", "gated", "topk", "jumprelu", "routesae", "crosscoder")
 COLUMNS = (
     *("sae", "variant", "layers", "latents"),
     *(metric.column for metric in METRICS.values()),
@@ -33,34 +33,23 @@ COLUMNS = (
 )
 
 
-def ablation(
-    settings: TrainSettings,
-    scoring: Mapping[str, Any],
-    out: Path,
-    *,
-    plot: bool = True,
-    threshold: float | None = None,
-    report: Report = silent,
-) -> list[dict[str, Any]]:
-    """Train what is not trained yet, score all of it, write the files into `out`; the rows of the table.
+def ablation(settings: AblationSettings, training: TrainSettings, report: Report = silent) -> list[dict[str, Any]]:
+    """Train what is not trained yet, score all of it, write the files; returns the rows of the table.
 
-    scoring: settings of analyze beside cache, SAEs and metrics. threshold: of the contexts that are collected of SAEs
-    which have none by it; None: none are collected. Raises WrongInput before anything is trained where the plot
-    cannot be drawn.
+    Contexts, if asked for, are collected of the SAEs that have none by this threshold. Raises WrongInput before
+    anything is trained where the plot cannot be drawn.
     """
-    if plot and importlib.util.find_spec("matplotlib") is None:
+    if settings.plot and importlib.util.find_spec("matplotlib") is None:
         raise WrongInput("the Pareto plot needs matplotlib: pip install 'routesae[plot]', or give --no-plot")
-    train(settings, report)
-    saes = tuple(str(folder) for folder in folders(settings))
-    if threshold is not None and (unread := tuple(sae for sae in saes if _threshold(Path(sae)) != threshold)):
-        model = scoring.get("model")
-        contexts(
-            ContextSettings(
-                cache=settings.cache, saes=unread, threshold=threshold, device=settings.device, model=model
-            ),
-            report,
-        )
-    results = analyze(AnalyzeSettings(cache=settings.cache, saes=saes, metrics=tuple(METRICS), **scoring), report)
+    train(training, report)
+    out, saes = Path(settings.out), tuple(str(folder) for folder in folders(training))
+    common: dict[str, Any] = {"cache": training.cache, "device": training.device, "model": settings.model}
+    if settings.contexts and (unread := tuple(sae for sae in saes if _threshold(sae) != settings.threshold)):
+        contexts(ContextSettings(saes=unread, threshold=settings.threshold, **common), report)
+    scoring = AnalyzeSettings(
+        saes=saes, metrics=tuple(METRICS), tokens=settings.score_tokens, lm_dtype=settings.lm_dtype, **common
+    )
+    results = analyze(scoring, report)
     known = [name for name in COLUMNS if any(name in row for row in results["saes"])]
     rows = [{name: row.get(name) for name in known} for row in results["saes"]]
     (out / "ablation.json").write_text(json.dumps(results, indent=2) + "\n")
@@ -68,19 +57,19 @@ def ablation(
         writer = csv.DictWriter(file, known)
         writer.writeheader()
         writer.writerows(rows)
-    if plot:
+    if settings.plot:
         draw_pareto(rows, [out / "pareto.png", out / "pareto.svg"])
     return rows
 
 
-def _threshold(folder: Path) -> float | None:
-    """Of the contexts in an SAE's folder."""
-    facts = read_facts(folder)
+def _threshold(folder: str) -> float | None:
+    """The threshold of the contexts in an SAE's folder, or None if there are none."""
+    facts = read_facts(Path(folder))
     return None if facts is None else facts["settings"]["threshold"]
 
 
 def draw_pareto(rows: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> None:
-    """L0 against Recovered, both as scored; points of a variant joined in order of L0."""
+    """Plot L0 against Recovered, with the points of a variant joined in order of L0."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +182,7 @@ def listing(path: str) -> list[tuple[str, int, int]] | None:
 def _harvest(settings: PipelineSettings, record: Record, report: Report) -> bool:
     asked = settings.harvest
     assert asked is not None
-    what = {name: value for name, value in asdict(asked).items() if name not in HOW_IT_RUNS}
+    what = {name: value for name, value in asked.to_dict().items() if name not in HOW_IT_RUNS}
     inputs = {**what, "files of data": listing(asked.data), "files of model": listing(asked.model)}
 
     def outputs() -> dict[str, Any] | None:
@@ -225,7 +225,7 @@ def _train(settings: TrainSettings, jobs: Sequence[Job], cache: str, record: Rec
         return False
     runs = tuple(job.settings for job in stale)
     goes_on = all(_goes_on(job) for job in stale)
-    train(replace(settings, runs=runs, resume=goes_on, overwrite=not goes_on), report)
+    train(settings.replace(runs=runs, resume=goes_on, overwrite=not goes_on), report)
     for job in stale:
         record.keep(f"train {job.folder.name}", inputs(job), sae_files(job.folder))
     return True
@@ -253,12 +253,12 @@ def _analyze(
 ) -> bool:
     asked, file = settings.analyze, settings.out / SCORES
     assert asked is not None
-    asked = replace(asked, saes=saes)
+    asked = asked.replace(saes=saes)
 
     def work() -> None:
         _write_whole(file, json.dumps(analyze(asked, report), indent=2) + "\n")
 
-    return record.run("analyze", {**asdict(asked), **inputs}, lambda: hashes(file), work)
+    return record.run("analyze", {**asked.to_dict(), **inputs}, lambda: hashes(file), work)
 
 
 def _describe_anew(file: Path, record: Record) -> None:
@@ -287,7 +287,7 @@ def _contexts(
 
     def given(folder: Path) -> dict[str, Any]:
         own = {"cache": inputs["cache"], "SAE": inputs[f"SAE {folder.name}"]}
-        return {**asdict(asked), **own}
+        return {**asked.to_dict(), **own}
 
     stale = []
     for folder in folders:
@@ -298,7 +298,7 @@ def _contexts(
             stale.append(folder)
     if not stale:
         return False
-    contexts(replace(asked, saes=tuple(map(str, stale))), report)
+    contexts(asked.replace(saes=tuple(map(str, stale))), report)
     for folder in stale:
         record.keep(f"contexts {folder.name}", given(folder), hashes(folder / CONTEXTS, folder / LATENTS))
     return True
@@ -309,7 +309,7 @@ def _interpret(
 ) -> bool:
     asked = settings.interpret
     assert asked is not None
-    asked = replace(asked, saes=tuple(map(str, folders)))
+    asked = asked.replace(saes=tuple(map(str, folders)))
     read = hashes(*(folder / CONTEXTS for folder in folders), *(Path(file) for file in [asked.prompt] if file))
 
     def outputs() -> Outputs:
@@ -317,7 +317,7 @@ def _interpret(
         summaries = [json.loads(file.read_bytes()) for file in files if file.is_file()]
         return None if any(summary["unanswered"] for summary in summaries) else hashes(*files)
 
-    given = {**asdict(asked), **inputs, **read}
+    given = {**asked.to_dict(), **inputs, **read}
     return record.run("interpret", given, outputs, lambda: _ignore(interpret(asked, report)))
 
 
@@ -326,12 +326,11 @@ def _report(
 ) -> bool:
     asked, file, scores = settings.report, settings.out / REPORT, settings.out / SCORES
     assert asked is not None
-    asked = replace(
-        asked,
+    asked = asked.replace(
         saes=tuple(map(str, folders)),
         html=str(file),
         scores=str(scores) if scores.is_file() else None,
     )
     read = hashes(scores, *(folder / name for folder in folders for name in (CONTEXTS, SUMMARY)))
-    given = {**asdict(asked), **inputs, **read}
+    given = {**asked.to_dict(), **inputs, **read}
     return record.run("report", given, lambda: hashes(file), lambda: _ignore(write_report(asked, report)))

@@ -2,35 +2,43 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
+from routesae.machine.settings import DEVICE, LM_DTYPE, MODEL, OUT, RUN, SAES, Settings, setting
 from routesae.reporting import WrongInput
 
+PAGE = "The page"
 
-@dataclass(frozen=True, kw_only=True)
-class ReportSettings:
-    """What `routesae report` was asked for. Raises WrongInput where a value is impossible."""
 
-    saes: tuple[str, ...] = ()
-    """SAE folders or hub references; none for every SAE under `out`."""
-    out: str = "saes"
-    html: str = "report.html"
-    """The file to write."""
-    scores: str | None = None
-    """A file of analyze --json, for the metrics that need the LM."""
-    cache: str | None = None
-    """For routing by token class and to check the LM; None for where contexts found it, if it is still there."""
-    model: str | None = None
-    """The LM, for what latents do to the logits; None: not shown."""
-    contexts: int = 8
-    """Of a latent, the strongest; of each third of its sample a quarter as many."""
-    device: str = "auto"
-    lm_dtype: str = "auto"
+class ReportSettings(Settings):
+    """Settings of one page. Raises WrongInput where a value is impossible."""
 
-    def __post_init__(self) -> None:
-        if self.contexts < 1:
-            raise WrongInput(f"--contexts {self.contexts} is below 1")
+    saes: tuple[str, ...] = SAES
+    out: str = OUT
+    html: str = setting("report.html", group=RUN, help="File to write.", metavar="PATH")
+    scores: str | None = setting(
+        None, group=PAGE, help="File of analyze --json, for the metrics that need the LM.", metavar="PATH"
+    )
+    cache: str | None = setting(
+        None,
+        group=MODEL,
+        help="For routing by token, and to check the LM.",
+        metavar="PATH",
+        unset="the one that contexts read, where it is still there",
+    )
+    model: str | None = setting(
+        None,
+        group=MODEL,
+        help="Hub id, folder, .gguf or demo: shows what latents do to the logits.",
+        unset="none, and nothing of logits is shown",
+    )
+    contexts: int = setting(
+        8, group=PAGE, help="Strongest contexts shown of a latent; of each third of its sample a quarter.", ge=1
+    )
+    device: str = DEVICE
+    lm_dtype: str = LM_DTYPE
+
+    def check(self) -> None:
         if not Path(self.html).absolute().parent.is_dir():
             raise WrongInput(f"--html {self.html}: there is no folder {Path(self.html).parent} to write it to")
         if Path(self.html).is_dir():

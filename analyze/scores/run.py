@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -70,7 +69,7 @@ def analyze(settings: AnalyzeSettings, report: Report = silent) -> dict[str, Any
     return {
         "routesae": __version__,
         "versions": versions(),
-        "settings": asdict(settings),
+        "settings": settings.to_dict(),
         "device": str(device),
         "cache": cache_identity(cache),
         "rows_scored": [first, after],

@@ -2,52 +2,58 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from routesae.analyze.scores.metrics import CACHE_METRICS, METRICS
-from routesae.reporting import WrongInput
+from pydantic import Field
+
+from routesae.analyze.scores.metrics import CACHE_METRICS, LM_METRICS, METRICS
+from routesae.machine.settings import CACHE, DEVICE, LM_DTYPE, MODEL, OUT, RUN, SAES, SEED, Settings, setting
 
 if TYPE_CHECKING:
     from routesae.analyze.scores.sparsity import Sparsity
 
+SCORING = "What is scored"
 
-@dataclass(frozen=True, kw_only=True)
-class AnalyzeSettings:
-    """What `routesae analyze` was asked for. Raises WrongInput where a value is impossible."""
 
-    cache: str = "shards"
-    saes: tuple[str, ...] = ()
-    """SAE folders or hub references; none for every SAE under `out`."""
-    out: str = "saes"
-    metrics: tuple[str, ...] = CACHE_METRICS
-    tokens: int | None = None
-    """Held-out tokens to score on, in whole rows; None for all."""
-    batch_sequences: int = 8
-    infer_k: tuple[int, ...] = ()
-    """Score with so many active latents a token, a row for each; none for what each SAE does by itself."""
-    theta: tuple[float, ...] = ()
-    """Score with the latents above so much active, a row for each."""
-    seed: int = 0
-    """Of the draws that confidence intervals are made of."""
-    model: str | None = None
-    """Where the LM is now; None for where the manifest says it was."""
-    device: str = "auto"
-    lm_dtype: str = "auto"
+class AnalyzeSettings(Settings):
+    """Settings of one scoring. Raises WrongInput where a value is impossible."""
 
-    def __post_init__(self) -> None:
-        if unknown := [metric for metric in self.metrics if metric not in METRICS]:
-            raise WrongInput(f"--metric {unknown[0]!r} is none of {', '.join(METRICS)}")
-        if self.tokens is not None and self.tokens < 1:
-            raise WrongInput(f"--tokens {self.tokens} is below 1")
-        if self.batch_sequences < 1:
-            raise WrongInput(f"--batch-sequences {self.batch_sequences} is below 1")
-        if self.seed < 0:
-            raise WrongInput(f"--seed {self.seed} is below 0")
-        self.sparsities()
+    metrics: tuple[str, ...] = setting(
+        CACHE_METRICS,
+        group=SCORING,
+        help=f"What to compute; {', '.join(LM_METRICS)} need the LM.",
+        choices=METRICS,
+        flag="metric",
+        metavar="NAME",
+    )
+    saes: tuple[str, ...] = SAES
+    out: str = OUT
+    cache: str = CACHE
+    tokens: int | None = setting(
+        None, group=SCORING, help="Held-out tokens to score on, in whole rows.", ge=1, unset="all"
+    )
+    batch_sequences: int = setting(8, group=RUN, help="Rows in a forward pass of the LM.", ge=1)
+    infer_k: tuple[Annotated[int, Field(ge=1)], ...] = setting(
+        (),
+        group=SCORING,
+        help="Score with this many active latents a token, a row of the table for each.",
+        unset="as trained",
+        metavar="N,N…",
+    )
+    theta: tuple[Annotated[float, Field(ge=0)], ...] = setting(
+        (),
+        group=SCORING,
+        help="Score with the latents active above this, on the SAE's normalised input.",
+        unset="as trained",
+        metavar="X,X…",
+    )
+    seed: int = SEED
+    model: str | None = setting(None, group=MODEL, help="Where the LM is now.", unset="where the cache says")
+    device: str = DEVICE
+    lm_dtype: str = LM_DTYPE
 
     def sparsities(self) -> list[Sparsity | None]:
-        """One an SAE's row; None for what the SAE does by itself. Raises WrongInput where one is impossible."""
+        """The sparsity of each row of an SAE; None is its own."""
         from routesae.analyze.scores.sparsity import Sparsity
 
         by_k = [Sparsity(k=k) for k in dict.fromkeys(self.infer_k)]

@@ -248,7 +248,7 @@ def test_a_status_that_cannot_be_written_does_not_end_the_run(
         report(step(1))
         report(step(2))
     (record,) = caplog.records  # once
-    assert f"{file} is not written any more" in record.getMessage()
+    assert f"{file} is no longer written" in record.getMessage()
     with watched(Watch(quiet=True), "train", tmp_path / "not yet" / "status.json") as report:
         report(step(1))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import re
@@ -417,7 +416,7 @@ def test_an_overflow_names_layer_document_and_remedy_and_leaves_no_bad_shard(
 ) -> None:
     settings = tiny_settings(model=str(loud_model[0]), out=str(tmp_path / "shards"), tokens=2048, layers="3,5")
     with pytest.raises(FailedRun, match=r"fit float16 \(at.*--overflow clip.*--dtype float32") as error:
-        harvest(dataclasses.replace(settings, dtype=dtype))
+        harvest(settings.replace(dtype=dtype))
     cache = Cache(tmp_path / "shards")
     assert cache.missing() == [0]
     found = re.search(r"layer (\d+), document (\d+), row (\d+), position (\d+)", str(error.value))
@@ -441,7 +440,7 @@ def test_overflow_clip_cuts_and_counts_just_what_does_not_fit(
     settings = tiny_settings(
         model=str(loud_model[0]), out=str(tmp_path / "shards"), tokens=2048, layers="3,5", overflow="clip"
     )
-    cache = harvest(dataclasses.replace(settings, lm_dtype=lm_dtype))
+    cache = harvest(settings.replace(lm_dtype=lm_dtype))
     order = cache.shard(0).read("order").tolist()
     for layer in (3, 5):
         hidden = whole_lm_hidden(loud_model[0], cache, layer, getattr(torch, lm_dtype))[order]
@@ -472,7 +471,7 @@ def test_float32_holds_what_overflows_float16(
     loud_model: tuple[Path, int], tiny_settings: Settings, tmp_path: Path
 ) -> None:
     settings = tiny_settings(model=str(loud_model[0]), out=str(tmp_path / "shards"), tokens=1024, layers="3")
-    cache = harvest(dataclasses.replace(settings, dtype="float32"))
+    cache = harvest(settings.replace(dtype="float32"))
     expected = whole_lm_hidden(loud_model[0], cache, 3).numpy()[cache.shard(0).read("order")]
     assert np.abs(expected).max() > LARGEST
     assert np.array_equal(cache.shard(0).read("layer_03"), expected)
@@ -489,7 +488,7 @@ def test_a_model_that_puts_out_nan_stops_the_run(
     model = changed_model(tiny_model, tmp_path / "model", spoil)
     settings = tiny_settings(model=str(model), out=str(tmp_path / "shards"), tokens=1024, overflow=overflow)
     with pytest.raises(FailedRun, match=r"NaN or infinite.*layer 4, document .*--lm-dtype float32"):
-        harvest(dataclasses.replace(settings, dtype=dtype))
+        harvest(settings.replace(dtype=dtype))
     assert Cache(tmp_path / "shards").missing() == [0]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -314,7 +313,7 @@ def test_the_folder_holds_the_sae_its_log_and_where_it_came_from(
     assert files == sorted(["cfg.json", "metrics.jsonl", "sae_weights.safetensors", *router])
     assert [path.name for path in Path(chosen.out).iterdir()] == ["mine"]
     source = json.loads((result.folder / "cfg.json").read_text())["metadata"]["routesae"]["source"]
-    asked = {**dataclasses.asdict(chosen), "runs": None, "run": dataclasses.asdict(chosen.runs[0])}
+    asked = {**chosen.to_dict(), "runs": None, "run": chosen.runs[0].to_dict()}
     assert source["settings"] == json.loads(json.dumps(asked))
     assert source["cache"]["corpus_fingerprint"] == tiny_cache.manifest.corpus_fingerprint
     assert source["cache"]["path"] == str(tiny_cache.path)  # as given, not made absolute

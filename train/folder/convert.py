@@ -33,11 +33,10 @@ from routesae.harvest.settings import parse_layers
 from routesae.reporting import WrongInput
 from routesae.train.folder.checkpoint import CONFIG, commit_folder, save_sae
 from routesae.train.folder.settings import ConvertSettings
-from routesae.train.saes import SINGLE_LAYER, Recipe, build
+from routesae.train.saes import PENALISED, SINGLE_LAYER, Recipe, build
 from routesae.train.saes.crosscoder import CROSSCODER
 from routesae.train.saes.routesae import ROUTER
 from routesae.train.saes.single import WEIGHTS
-from routesae.train.settings import PENALISED
 
 log = logging.getLogger(__name__)
 

@@ -2,37 +2,59 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
+from routesae.machine.settings import DICTIONARY, MODEL, OUT, RUN, VARIANT, Settings, setting
 from routesae.reporting import WrongInput
 
 CONVERTED = ("vanilla", "topk", "mlsae", "random", "jumprelu", "gated", "routesae", "crosscoder")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ConvertSettings:
-    """What `routesae convert` was asked for. Raises WrongInput where a value is impossible."""
+class ConvertSettings(Settings):
+    """Settings of one conversion. Raises WrongInput where a value is impossible."""
 
-    file: str
-    sae: str | None = None
-    """Variant; None for what keys and file name say."""
-    k: int | None = None
-    layer: int | None = None
-    layers: str | None = None
-    """Such as "4-12"; None for n//4 … 3n//4 of an LM as deep as the number of layers says."""
-    routing: str | None = None
-    aggregate: str | None = None
-    model: str | None = None
-    """The LM it was trained on, kept as where the SAE came from."""
-    out: str = "saes"
-    name: str | None = None
-    """Folder under `out`; None for the file's name without its ending."""
-    overwrite: bool = False
+    file: str = setting(group=MODEL, help="The .pt to convert.", positional=True)
+    sae: str | None = setting(
+        None,
+        group=DICTIONARY,
+        help="Variant.",
+        choices=CONVERTED,
+        metavar="NAME",
+        unset="from the keys and the file name",
+    )
+    k: int | None = setting(None, group=DICTIONARY, help="Active latents a token.", ge=1, unset="from the file name")
+    layer: int | None = setting(
+        None, group=DICTIONARY, help="Layer an SAE over one layer reads.", unset="from the file name"
+    )
+    layers: str | None = setting(
+        None,
+        group=DICTIONARY,
+        help='Layers the other SAEs read, such as "4-12".',
+        metavar="LIST",
+        unset="n//4 to 3n//4",
+    )
+    routing: str | None = setting(
+        None,
+        choices=("hard", "soft"),
+        group=VARIANT,
+        help="How tokens are routed.",
+        only_for="routesae",
+        unset="from the file name, else hard",
+    )
+    aggregate: str | None = setting(
+        None,
+        choices=("sum", "mean"),
+        group=VARIANT,
+        help="What the router sees.",
+        only_for="routesae",
+        unset="from the file name, else sum",
+    )
+    model: str | None = setting(None, group=MODEL, help="Hub id of the LM it was trained on, kept in its cfg.json.")
+    out: str = OUT
+    name: str | None = setting(None, group=RUN, help="Folder of the SAE under --out.", unset="the file's name")
+    overwrite: bool = setting(False, group=RUN, help="Replace an SAE of the same name.")
 
-    def __post_init__(self) -> None:
-        if self.sae is not None and self.sae not in CONVERTED:
-            raise WrongInput(f"--sae {self.sae!r} is none of {', '.join(CONVERTED)}")
+    def check(self) -> None:
         if self.layer is not None and self.layers is not None:
             raise WrongInput(f"--layer {self.layer} is for an SAE over one layer, --layers for the others; give one")
         if Path(self.folder_name).name != self.folder_name or self.folder_name.startswith("."):
@@ -40,4 +62,14 @@ class ConvertSettings:
 
     @property
     def folder_name(self) -> str:
+        """The folder's name under `out`."""
         return self.name if self.name is not None else Path(self.file).stem
+
+
+class PushSettings(Settings):
+    """What `routesae push` was asked for."""
+
+    folder: str = setting(group=RUN, help="The SAE's folder.", positional=True)
+    repo: str = setting(group=RUN, help="user/name, or user/name/folder.", positional=True)
+    private: bool = setting(False, group=RUN, help="Where the repository does not exist yet, make it a private one.")
+    message: str | None = setting(None, group=RUN, help="Message of the commit.", unset="the folder's name")

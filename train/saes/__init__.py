@@ -20,7 +20,18 @@ from routesae.train.saes.single import SingleLayerSAE
 from routesae.train.saes.topk import TopK
 from routesae.train.saes.vanilla import Vanilla
 
-__all__ = ["SAE", "SAES", "SINGLE_LAYER", "Crosscoder", "Forward", "Recipe", "RouteSAE", "SingleLayerSAE", "build"]
+__all__ = [
+    "PENALISED",
+    "SAE",
+    "SAES",
+    "SINGLE_LAYER",
+    "Crosscoder",
+    "Forward",
+    "Recipe",
+    "RouteSAE",
+    "SingleLayerSAE",
+    "build",
+]
 
 SAES: dict[str, type[SAE]] = {
     "vanilla": Vanilla,
@@ -35,6 +46,7 @@ SAES: dict[str, type[SAE]] = {
     "random": RandomLayer,
 }
 SINGLE_LAYER = tuple(name for name, variant in SAES.items() if variant.one_layer)  # read one layer, --layer
+PENALISED = tuple(name for name, variant in SAES.items() if variant.penalised)  # take --sparsity
 
 
 def build(recipe: Recipe, generator: torch.Generator | None = None) -> SAE:

@@ -35,6 +35,8 @@ CROSSCODER = "crosscoder.safetensors"
 class Crosscoder(SAE):
     """W_enc_FC and W_dec_FC hold one latent a row, its layers side by side; on disk [L, D, F] and [F, L, D]."""
 
+    penalised = True
+
     def __init__(self, recipe: Recipe, generator: torch.Generator | None = None):
         super().__init__(recipe)
         layers, f = len(recipe.layers), recipe.latents

@@ -58,6 +58,7 @@ def _where_positive(of_P: Tensor, values_P: Tensor) -> Tensor:
 
 class Gated(SingleLayerSAE):
     architecture = "gated"
+    penalised = True
     tensors: ClassVar = {"b_gate": "b_gate_F", "b_mag": "b_mag_F", "r_mag": "r_mag_F"}
     b_gate_F: nn.Parameter
     b_mag_F: nn.Parameter

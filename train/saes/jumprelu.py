@@ -46,6 +46,7 @@ PUBLISHED_THRESHOLD = PUBLISHED_BANDWIDTH = 0.001
 
 class JumpReLU(SingleLayerSAE):
     architecture = "jumprelu"
+    penalised = True
     tensors: ClassVar = {"b_enc": "b_enc_F", "threshold": "threshold_F"}
     threshold_F: nn.Parameter
 

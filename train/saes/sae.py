@@ -119,10 +119,12 @@ class SAE(nn.Module, ABC):
     A new variant is a file with a subclass and a line in routesae.train.saes.SAES.
 
     one_layer: whether it reads one layer, chosen with --layer, or all that were harvested.
+    penalised: whether a penalty makes it sparse, weighted by --sparsity.
     """
 
     one_layer: ClassVar[bool] = False
     proposal: torch.dtype | None = None  # of the encoder's product; None: what is fastest (sparse/search.py)
+    penalised: ClassVar[bool] = False
 
     def __init__(self, recipe: Recipe):
         super().__init__()

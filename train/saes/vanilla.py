@@ -26,6 +26,7 @@ from routesae.train.sparse.kernels import DenseLatents, encode_above, threshold_
 
 class Vanilla(SingleLayerSAE):
     architecture = "standard"
+    penalised = True
 
     def __init__(self, recipe: Recipe, generator: torch.Generator | None = None):
         super().__init__(recipe, generator)

@@ -27,7 +27,7 @@ from routesae.analyze.contexts.run import contexts
 from routesae.analyze.contexts.settings import ContextSettings
 from routesae.analyze.interpret import chat as chat_module
 from routesae.analyze.interpret.run import interpret, read_interpretations
-from routesae.analyze.interpret.settings import ChatSettings, InterpretSettings
+from routesae.analyze.interpret.settings import InterpretSettings
 from routesae.analyze.interpret.silence import active_positions
 from routesae.cli import main
 from routesae.harvest.cache.reader import Cache
@@ -181,10 +181,9 @@ def subject(folder: Path, latents: int, *, text: str = "", samples: int = 0) -> 
 
 
 def asked(folder: Path, server: Server, **changes: Any) -> InterpretSettings:
-    """Quick settings for that folder and server; changes to ChatSettings and InterpretSettings by name."""
-    chat: dict[str, Any] = {"base_url": server.url, "timeout": 10.0, "retries": 2, "concurrency": 8}
-    chat |= {name: changes.pop(name) for name in list(changes) if name in ChatSettings.__dataclass_fields__}
-    return InterpretSettings(chat=ChatSettings(**chat), saes=(str(folder),), **changes)
+    """Quick settings for that folder and server."""
+    quick: dict[str, Any] = {"base_url": server.url, "timeout": 10.0, "retries": 2, "concurrency": 8}
+    return InterpretSettings(**{**quick, "saes": (str(folder),), **changes})
 
 
 def lines(folder: Path, name: str = "interpretations.jsonl") -> list[dict[str, Any]]:
@@ -529,9 +528,7 @@ def test_a_prompt_that_cannot_be_filled_in_is_refused(tmp_path: Path, template: 
     own = tmp_path / "own.txt"
     own.write_text(template)
     with pytest.raises(WrongInput, match=re.escape(complaint)):
-        interpret(
-            InterpretSettings(chat=ChatSettings(base_url="http://localhost:1"), saes=(str(folder),), prompt=str(own))
-        )
+        interpret(InterpretSettings(base_url="http://localhost:1", saes=(str(folder),), prompt=str(own)))
 
 
 # ------------------------------------------------------------------------------------------------------------- money

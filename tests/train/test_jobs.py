@@ -1,4 +1,4 @@
-"""What settings come to on a cache."""
+"""Settings resolved against a cache: recipes, and names that tell them apart."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from routesae.harvest.cache.reader import Cache
 from routesae.reporting import WrongInput
-from routesae.train.recipes import DEFAULT_BALANCE, default_name, make_recipe
+from routesae.train.jobs import DEFAULT_BALANCE, default_name, make_recipe
 from routesae.train.settings import RunSettings
 
 

@@ -1,0 +1,229 @@
+"""One definition of a setting: text, wrong values and unknown names, on the mechanism and over every command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from annotated_types import Ge, Gt, Le, Lt
+
+from routesae.analyze.clamp.settings import ClampSettings
+from routesae.analyze.contexts.settings import ContextSettings
+from routesae.analyze.interpret.settings import InterpretSettings
+from routesae.analyze.pipeline.settings import AblationSettings
+from routesae.analyze.report.settings import ReportSettings
+from routesae.analyze.scores.settings import AnalyzeSettings
+from routesae.console.options import BlockOptions, ConfigFile, DryRun, JsonFile, PipelineFile
+from routesae.console.watch import Watch
+from routesae.harvest.settings import HarvestSettings
+from routesae.machine.settings import Settings, by_field, described, flag_of, kind_of, read_count, read_toml, setting
+from routesae.reporting import WrongInput
+from routesae.train.folder.settings import ConvertSettings, PushSettings
+from routesae.train.settings import RunSettings, TrainSettings
+
+REQUIRED: dict[type[Settings], dict[str, Any]] = {
+    ClampSettings: {"ablate": ("1",)},
+    ConvertSettings: {"file": "x.pt"},
+    PushSettings: {"folder": "saes/x", "repo": "user/x"},
+    TrainSettings: {"runs": (RunSettings(),)},
+    PipelineFile: {"config": "x.toml"},
+}
+CLASSES = [
+    HarvestSettings,
+    RunSettings,
+    TrainSettings,
+    AblationSettings,
+    AnalyzeSettings,
+    ContextSettings,
+    ClampSettings,
+    InterpretSettings,
+    ReportSettings,
+    ConvertSettings,
+    PushSettings,
+    Watch,
+    BlockOptions,
+    JsonFile,
+    ConfigFile,
+    PipelineFile,
+    DryRun,
+]
+FIELDS = [(of, name) for of in CLASSES for name in described(of)]
+
+
+def make(of: type[Settings], **values: Any) -> Settings:
+    return of(**{**REQUIRED.get(of, {}), **values})
+
+
+def refused(of: type[Settings], **values: Any) -> str:
+    """The message of the WrongInput that these values raise, which is one line."""
+    with pytest.raises(WrongInput) as raised:
+        make(of, **values)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def by_flag(of: type[Settings], name: str) -> str:
+    return f"{of.__name__} {flag_of(of, name)}"
+
+
+# ---------------------------------------------------------------------------------------- every setting there is
+
+
+def test_the_table_below_is_of_every_settings_class() -> None:
+    def below(of: type[Settings]) -> set[type[Settings]]:
+        return {of, *(deeper for one in of.__subclasses__() for deeper in below(one))}
+
+    ours = {
+        of.__name__ for of in below(Settings) if of.__module__.startswith("routesae.") and "test" not in of.__module__
+    }
+    assert ours - {of.__name__ for of in CLASSES} == {"Settings", "ChatSettings", "PipelineSettings"}
+
+
+@pytest.mark.parametrize("of", CLASSES)
+def test_every_setting_has_help_a_group_and_a_default_that_is_of_its_type(of: type[Settings]) -> None:
+    for name, (info, shown) in described(of).items():
+        assert info.description, name
+        assert info.description.endswith("."), name
+        assert shown.group, name
+        if shown.unset:
+            assert info.default in (None, ()), name
+        if not info.is_required() and name not in REQUIRED.get(of, {}):
+            make(of, **{name: info.default})
+    assert described(of).keys() == of.model_fields.keys() - {"runs"}
+
+
+@pytest.mark.parametrize(("of", "name"), [(of, name) for of, name in FIELDS if described(of)[name][0].metadata])
+def test_every_bound_refuses_what_lies_beyond_it(of: type[Settings], name: str) -> None:
+    for bound in described(of)[name][0].metadata:
+        match bound:
+            case Ge(limit):
+                beyond, says = limit - 1, f"is below {limit:.10g}"
+            case Gt(limit):
+                beyond, says = limit, f"is not above {limit:.10g}"
+            case Le(limit):
+                beyond, says = limit + 1, f"is above {limit:.10g}"
+            case Lt(limit):
+                beyond, says = limit, f"is not below {limit}"
+            case _:
+                continue
+        assert refused(of, **{name: beyond}) == f"{flag_of(of, name)} {beyond} {says}"
+
+
+@pytest.mark.parametrize(("of", "name"), [(of, name) for of, name in FIELDS if described(of)[name][1].choices])
+def test_every_choice_refuses_other_words_and_names_them_all(of: type[Settings], name: str) -> None:
+    choices = described(of)[name][1].choices
+    assert refused(of, **{name: "soggy"}).startswith(f"{flag_of(of, name)} 'soggy' is none of {', '.join(choices)}")
+
+
+@pytest.mark.parametrize(("of", "name"), FIELDS)
+def test_every_setting_refuses_what_is_not_of_its_type(of: type[Settings], name: str) -> None:
+    kind, _ = kind_of(described(of)[name][0])
+    wrong: dict[Any, list[Any]] = {
+        int: [6.5, True, "x", {}],
+        float: [True, "x", {}, "nan"],
+        str: [5, {}],
+        bool: ["yes", 1],
+    }
+    for value in wrong[kind]:
+        assert refused(of, **{name: value}).startswith(f"{flag_of(of, name)} ")
+
+
+def test_numbers_are_bounded_in_lists_too() -> None:
+    assert refused(AnalyzeSettings, infer_k=(8, 0)) == "--infer-k 0 is below 1"
+    assert refused(AnalyzeSettings, theta="1,-1") == "--theta -1 is below 0"
+
+
+# ------------------------------------------------------------------------------------------------------ mechanism
+
+
+class Small(Settings):
+    """Settings to try things on."""
+
+    count: int | None = setting(None, help="A count.", group="G", ge=1, instead_of="share")
+    share: float | None = setting(None, help="A share.", group="G")
+    sizes: tuple[int, ...] = setting((), help="Sizes.", group="G")
+    names: tuple[str, ...] = setting((), help="Names.", group="G", flag="name")
+    every_steps: int = setting(10, help="Steps.", group="G", flag="every")
+    foot: str = setting("left", help="Which.", group="G", choices=("left", "right"))
+
+    def check(self) -> None:
+        if self.foot == "right" and self.every_steps == 13:
+            raise WrongInput("--foot right stumbles at --every 13; give another number")
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("200000", 200_000),
+        ("200_000", 200_000),
+        ("200k", 200_000),
+        ("10m", 10_000_000),
+        ("1.5B", 1_500_000_000),
+        ("0.5k", 500),
+        ("16.1k", 16_100),
+        ("1.001k", 1_001),
+        ("9.301M", 9_301_000),
+        (" 7 ", 7),
+    ],
+)
+def test_counts_parse(text: str, count: int) -> None:
+    assert read_count(text) == count
+    assert Small(count=text).count == count
+
+
+@pytest.mark.parametrize("text", ["x", "", "k", "1.5", "1.0001k", "10MB", "10 000", "inf", "nan", "1e400", "0x10"])
+def test_malformed_counts_are_refused(text: str) -> None:
+    assert refused(Small, count=text) == f"--count {text!r} is not a whole number such as 200000, 200k or 10M"
+
+
+def test_text_and_lists_mean_the_same() -> None:
+    assert Small(sizes="128,1k") == Small(sizes=[128, 1000]) == Small(sizes=("128", "1k"))
+    assert Small(sizes=64).sizes == (64,)
+    assert Small(names="a,b").names == ("a,b",)
+    assert Small(names=["a", "b"]).names == ("a", "b")
+    assert Small(share="0.5") == Small(share=0.5)
+    assert Small(share=1).share == 1.0
+    assert HarvestSettings(out=Path("x")).out == "x"
+
+
+def test_messages_name_flag_value_and_remedy() -> None:
+    assert refused(Small, every_steps="x") == "--every 'x' is not a whole number such as 200000, 200k or 10M"
+    assert refused(Small, foot="rihgt") == "--foot 'rihgt' is none of left, right; did you mean 'right'?"
+    assert refused(Small, foo=1) == "unknown setting 'foo'; did you mean 'foot'?"
+    assert refused(Small, xyzzy=1).startswith("unknown setting 'xyzzy'; the settings are count, every_steps, foot")
+    assert refused(Small, count=1, share=0.5) == "--count 1 and --share 0.5 exclude each other; give one of them"
+    assert refused(Small, foot="right", every_steps=13).startswith("--foot right stumbles")
+    assert refused(ConvertSettings, file=5) == "FILE 5 is not text"
+    with pytest.raises(WrongInput, match=r"^FILE is missing$"):
+        ConvertSettings()
+    assert refused(Small, sizes=(1, 2.5)) == "--sizes 2.5 is not a whole number"
+
+
+def test_settings_are_frozen_and_a_changed_copy_is_checked() -> None:
+    small = Small(every_steps=13)
+    with pytest.raises(ValueError, match="frozen"):
+        small.every_steps = 5  # type: ignore[misc]
+    assert small.replace(every_steps="1k").every_steps == 1000
+    with pytest.raises(WrongInput, match="stumbles"):
+        small.replace(foot="right")
+    assert small.to_dict() == {**Small().to_dict(), "every_steps": 13}
+
+
+def test_tables_are_spelled_as_flags_are(tmp_path: Path) -> None:
+    assert by_field({"every": 5, "name": ["a"]}, "t", Small) == {"every_steps": 5, "names": ["a"]}
+    assert by_field({"every-steps": 5}, "t", Small) == by_field({"every_steps": 5}, "t", Small) == {"every_steps": 5}
+    with pytest.raises(WrongInput, match=r"^f.toml, \[x\]: unknown setting 'evry'; did you mean 'every'\?$"):
+        by_field({"evry": 5}, "f.toml, [x]", Small)
+
+
+def test_a_toml_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    absent, file = tmp_path / "absent.toml", tmp_path / "train.toml"
+    with pytest.raises(WrongInput, match=rf"--config {absent} does not exist"):
+        read_toml(str(absent))
+    for text in (b"k = ", b"k = 1\nk = 2", b"lr: 3", b"name = '\xff'", b"a = " + b"[" * 100_000):
+        file.write_bytes(text)
+        with pytest.raises(WrongInput, match=rf"--config {file} cannot be read: [^\n]+$"):
+            read_toml(str(file))
+    with pytest.raises(WrongInput, match=rf"--config {tmp_path} cannot be read"):
+        read_toml(str(tmp_path))
