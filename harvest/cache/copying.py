@@ -16,7 +16,7 @@ from routesae.harvest.cache import arrays
 from routesae.harvest.cache.claims import Claims
 from routesae.harvest.cache.manifest import Manifest, shard_arrays, shard_name
 from routesae.harvest.cache.reader import Cache, Shard, damaged
-from routesae.harvest.cache.storage import is_url
+from routesae.harvest.cache.storage import chunk_hashes, is_url
 from routesae.harvest.cache.store import open_storage
 from routesae.harvest.cache.store.bucket import BucketFolder
 from routesae.harvest.cache.store.disk import DiskFolder
@@ -160,8 +160,7 @@ def begin_in_store(source: Cache, target: BucketFolder) -> None:
         raise WrongInput(f"{source.path}: {problems[0]}")
     send_arrays(source.folder, target, ROOT_ARRAYS)
     shape = (source.manifest.rows, source.manifest.context)
-    tokens = (target / TOKENS).array(shape, "<i4").read()
-    if arrays.array_hash(tokens) != source.manifest.tokens_hash:
+    if arrays.hash_of(chunk_hashes((target / TOKENS).array(shape, "<i4"))) != source.manifest.tokens_hash:
         raise FailedRun(f"{target}/{TOKENS} is not what was sent; the same command sends it again")
     target.put("zarr.json", (source.folder / "zarr.json").read_bytes())
 

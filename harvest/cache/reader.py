@@ -33,6 +33,7 @@ Dimension letters: S rows of tokens, T context, s rows of a shard, n kept positi
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ from routesae.harvest.cache.manifest import (
     row_arrays,
     shard_name,
 )
-from routesae.harvest.cache.storage import Storage, StoredArray
+from routesae.harvest.cache.storage import Storage, StoredArray, chunk_hashes
 from routesae.harvest.cache.store import open_storage
 from routesae.machine.files import parse_json
 from routesae.reporting import WrongInput
@@ -112,8 +113,7 @@ class Shard:
 
     def chunk_hashes(self, name: str) -> arrays.ChunkHashes:
         """uint64 [C]: of array `name` as it is now, read in pieces."""
-        hashes = [arrays.chunk_hashes(piece) for piece in self.array(name).pieces()]
-        return np.concatenate([np.empty(0, np.uint64), *hashes])
+        return chunk_hashes(self.array(name))
 
     def positions(self, first_row: int, after_row: int) -> npt.NDArray[np.int64] | None:
         """Stored rows whose token stands in rows [first_row, after_row) of tokens; None where all do."""
@@ -207,15 +207,25 @@ class Cache:
 
     def tokens(self) -> Ids:
         """int32 [S, T], memory-mapped."""
-        return self._root_array("tokens", (self.manifest.rows, self.manifest.context), "<i4")
+        with self._naming("tokens"):
+            return self.root_array("tokens").mapped()
 
     def document_starts(self) -> npt.NDArray[np.int64]:
         """int64 [documents]: flat positions in tokens at which documents begin, ascending."""
-        return self._root_array("document_starts", (self.manifest.documents,), "<i8")
+        with self._naming("document_starts"):
+            return self.root_array("document_starts").read()
 
-    def _root_array(self, name: str, shape: tuple[int, ...], dtype: str) -> arrays.Array:
+    def root_array(self, name: str) -> StoredArray:
+        """tokens or document_starts. Raises BadArray."""
+        manifest = self.manifest
+        if name == "tokens":
+            return (self.storage / name).array((manifest.rows, manifest.context), "<i4", manifest.tokens_hash)
+        return (self.storage / name).array((manifest.documents,), "<i8")
+
+    @contextmanager
+    def _naming(self, name: str) -> Iterator[None]:
         try:
-            return (self.storage / name).array(shape, dtype).mapped()
+            yield
         except arrays.BadArray as bad:
             raise WrongInput(
                 f"{self.path}/{name} is damaged: {bad}. The cache cannot be repaired without it; harvest it again, "

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from routesae.harvest.cache import arrays
-from routesae.harvest.cache.arrays import Array, BadArray
+from routesae.harvest.cache.arrays import Array, BadArray, ChunkHashes
 from routesae.machine.files import LARGEST_BYTES, BadFile, parse_json
 
 
@@ -46,7 +46,7 @@ class StoredArray(Protocol):
         """The whole array: memory-mapped from a disk, in memory out of an object store."""
 
     def mapped(self) -> Array:
-        """The whole array, memory-mapped: out of an object store from a local copy, which is kept."""
+        """The whole array, memory-mapped: out of an object store from a local copy that is kept, with `content`."""
 
     def pieces(self) -> Iterator[Array]:
         """All rows in order, in pieces of whole chunks."""
@@ -87,23 +87,26 @@ class Storage(Protocol):
         """Bytes of all files below."""
 
     def shard_names(self) -> set[str]:
-        """The shards that are committed."""
+        """The shards that are committed; on a disk, whatever has a shard's name."""
 
     def has_shard(self, name: str) -> bool: ...
-
-    def occupied(self, name: str) -> bool:
-        """Whether anything has a shard's name: a folder, a file, or a link that leads nowhere."""
 
     def record(self, name: str) -> bytes:
         """The zarr.json of a shard. Raises as `read`."""
 
-    def array(self, shape: tuple[int, ...], dtype: npt.DTypeLike, content: str | None = None) -> StoredArray:
-        """The array in this folder. content: its recorded hash, if there is one. Raises BadArray, or its reads do."""
+    def array(self, shape: tuple[int, ...], dtype: npt.DTypeLike, content: str = "") -> StoredArray:
+        """The array in this folder. content: its recorded hash, by which local copies are known. Raises BadArray, or
+        its reads do."""
 
 
 def is_url(text: object) -> bool:
     """Whether it names a place in an object store, or tries to, rather than a folder."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(text)) is not None
+
+
+def chunk_hashes(array: StoredArray) -> ChunkHashes:
+    """uint64 [C]: of the array as it is now, read in pieces, and never from a local copy."""
+    return np.concatenate([np.empty(0, np.uint64), *map(arrays.chunk_hashes, array.pieces())])
 
 
 def checked(folder: Storage, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Stored:

@@ -22,9 +22,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from routesae.harvest.cache.arrays import CHECKSUM_DIFFERS, CHUNK_ROWS, BadArray, array_hash, fsync, hash_of
+from routesae.harvest.cache.arrays import CHECKSUM_DIFFERS, CHUNK_ROWS, BadArray, fsync, hash_of
 from routesae.harvest.cache.manifest import CHUNK_HASHES, hashed_arrays, kept_flat, shard_arrays, shard_name
 from routesae.harvest.cache.reader import Cache, Shard
+from routesae.harvest.cache.storage import chunk_hashes
 from routesae.reporting import FailedRun, Progress, Report, WrongInput, silent
 
 log = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ def examine(path: str, report: Report = silent) -> Verified:
     problems, root = verify_root(cache)
     shards = []
     for index in range(cache.manifest.shard_count):
-        if cache.storage.occupied(shard_name(index)):
+        if cache.has_shard(index):
             shard_problems, hashes = verify_shard(cache, index)
             problems += shard_problems
             shards.append((index, {name: of for name, of in hashes.items() if name != CHUNK_HASHES}))
@@ -103,7 +104,7 @@ def repair(path: str, report: Report = silent) -> Repaired:
     removed = []
     for index in range(cache.manifest.shard_count):
         name = shard_name(index)
-        if cache.storage.occupied(name) and (shard_problems := verify_shard(cache, index)[0]):
+        if cache.has_shard(index) and (shard_problems := verify_shard(cache, index)[0]):
             problems += shard_problems
             for problem in shard_problems:
                 log.warning("%s", problem)
@@ -139,19 +140,15 @@ def verify_root(cache: Cache) -> tuple[list[str], Hashes]:
     """What is wrong with tokens and document_starts, a line each, and the hash of what each really holds."""
     problems = []
     hashes: Hashes = {"tokens": None, "document_starts": None}
-    try:
-        hashes["tokens"] = array_hash(cache.tokens())
-        if hashes["tokens"] != cache.manifest.tokens_hash:
-            problems.append(f"tokens: {CHECKSUM_DIFFERS}")
-    except WrongInput as bad:
-        problems.append(f"tokens: {bad}")
-    try:
-        starts = cache.document_starts()
-        hashes["document_starts"] = array_hash(starts)
-        if not (np.diff(starts) > 0).all():
-            problems.append("document_starts: not ascending")
-    except WrongInput as bad:
-        problems.append(f"document_starts: {bad}")
+    for name in hashes:
+        try:
+            hashes[name] = hash_of(chunk_hashes(cache.root_array(name)))
+        except BadArray as bad:
+            problems.append(f"{name}: {bad}")
+    if hashes["tokens"] not in (None, cache.manifest.tokens_hash):
+        problems.append(f"tokens: {CHECKSUM_DIFFERS}")
+    if hashes["document_starts"] and not (np.diff(cache.document_starts()) > 0).all():
+        problems.append("document_starts: not ascending")
     return problems, hashes
 
 

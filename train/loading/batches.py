@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -229,12 +230,8 @@ def read_into(reader: RowReader, reads: Sequence[Read], batch: Batch) -> None:
 
 def read_sample(selection: Selection, *, seed: int, tokens: int) -> Batch:
     """The first `tokens` (or all there are) of the first epoch, in memory of their own."""
-    plan = next(epoch_plans(selection, seed=seed, epoch=0, batch_tokens=tokens))
-    batch = empty_batch(selection, tokens_of(plan))
-    reader, reads = RowReader(selection.cache.manifest, selection.layers), reads_of(selection, plan)
-    for shard, span, _ in reads:
-        reader.advise(shard, span)
-    read_into(reader, reads, batch)
+    plans = islice(epoch_plans(selection, seed=seed, epoch=0, batch_tokens=tokens), 1)
+    (batch,) = load(selection, plans, tokens, torch.device("cpu"))
     return batch
 
 

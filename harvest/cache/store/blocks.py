@@ -2,11 +2,11 @@
 
     <--cache-dir>/blocks/0/         one folder a process that runs at a time; the next process finds it again
         lock                        held by the process that uses the folder
-        3f/3f0c…                    a block's bytes, then xxh3-64 of them
+        3f/3f0c…                    a block
 
 Each process keeps at most --cache-bytes, the blocks it used last, so N processes on a machine may take N times that.
-What an earlier process left counts, and its checksum is compared before the first use. Blocks are fetched by many
-threads: a request to a store takes 50 ms, however small.
+What an earlier process left counts. Whoever reads a block compares its rows with their checksums, and drops it where
+they differ. Blocks are fetched by many threads: a request to a store takes 50 ms, however small.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import xxhash
-
 from routesae.harvest.cache.store.disk import OpenFile
 from routesae.reporting import FailedRun, WrongInput, human_bytes
 
@@ -37,7 +35,6 @@ if TYPE_CHECKING:
 IN_FLIGHT = 64  # requests at a time: at 50 ms each and 0.3 to 1 MB a block, 400 MB/s and more
 PIECE_BYTES = 8 << 20  # of a large object, read or written at a time
 DEFAULT_BYTES = 10_000_000_000
-_HASH_BYTES = 8
 _LOCK = "lock"
 _PARTIAL = ".partial"
 
@@ -91,13 +88,6 @@ class Block(NamedTuple):
     read: Callable[[], Data]
 
 
-class _Pending(NamedTuple):
-    """A block on its way. size: in bytes."""
-
-    future: Future[OpenFile]
-    size: int
-
-
 class BlockCache:
     """The blocks below `folder`, at most `limit` bytes of them. Safe for the threads of one process."""
 
@@ -107,26 +97,19 @@ class BlockCache:
         self._lock = threading.Condition()
         self._whole_lock = threading.Lock()  # so that one thread makes a whole file
         self._kept: OrderedDict[str, int] = OrderedDict()  # bytes, the longest unused first
-        self._bytes = 0  # of those, and of those being written
+        self.bytes = 0  # of those, and of those being written
         self._writing = 0  # how many are
-        self._unproven: set[str] = set()  # an earlier process's, not compared with their checksums yet
         self._pinned: set[str] = set()
-        self._pending: dict[str, _Pending] = {}
+        self._pending: dict[str, tuple[Future[OpenFile], int]] = {}  # blocks on their way, and their bytes
         self._pending_bytes = 0
         self._pool = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="block-fetch")
         self._find()
 
-    @property
-    def bytes(self) -> int:
-        """What is kept, and being written."""
-        return self._bytes
-
     def announce(self, block: Block) -> None:
         """Begin to fetch a block that will be asked for soon, unless half of the limit is under way already."""
-        key = block.key
         with self._lock:
-            room = self._pending_bytes + block.size <= self.limit // 2
-            if key not in self._kept and key not in self._pending and room:
+            known = block.key in self._kept or block.key in self._pending
+            if not known and self._pending_bytes + block.size <= self.limit // 2:
                 self._begin(block)
 
     def open(self, block: Block) -> OpenFile:
@@ -134,9 +117,9 @@ class BlockCache:
         with self._lock:
             if (kept := self._open(block.key, block.size)) is not None:
                 return kept
-            pending = self._pending.get(block.key) or self._begin(block)
+            future = self._pending[block.key][0] if block.key in self._pending else self._begin(block)
         try:
-            return pending.future.result()
+            return future.result()
         except CancelledError:  # as another that was under way failed
             return self.open(block)
 
@@ -148,14 +131,19 @@ class BlockCache:
                     self._path(key).unlink()
                 self._forget(key)
 
-    def whole(self, key: str, size: int, pieces: Callable[[], Iterable[Data]]) -> Path:
-        """A file of `size` bytes that stays as long as this process runs, made of pieces that are fetched once."""
+    def whole(self, key: str, size: int, pieces: Callable[[], Iterable[Data]], right: Callable[[Path], bool]) -> Path:
+        """A file of `size` bytes, made of pieces, that stays as long as this process runs.
+
+        right: compares the file that an earlier process left with a checksum.
+        """
         with self._whole_lock:
-            with self._lock:
-                kept = self._open(key, size)
+            if key not in self._pinned:
+                with self._lock:
+                    kept = self._open(key, size)
+                if kept is None or not right(self._path(key)):
+                    self.drop(key)
+                    self._write(key, size, pieces())
                 self._pinned.add(key)
-            if kept is None:
-                self._write(key, size, pieces())
         return self._path(key)
 
     def _find(self) -> None:
@@ -166,11 +154,10 @@ class BlockCache:
                 path.unlink()
             else:
                 status = path.stat()
-                blocks.append((status.st_mtime_ns, path.name, status.st_size - _HASH_BYTES))
+                blocks.append((status.st_mtime_ns, path.name, status.st_size))
         for _, key, size in sorted(blocks):
             self._kept[key] = size
-            self._bytes += size
-            self._unproven.add(key)
+            self.bytes += size
         with self._lock:
             self._make_room(0)
 
@@ -178,67 +165,60 @@ class BlockCache:
         return self.folder / key[:2] / key
 
     def _open(self, key: str, size: int) -> OpenFile | None:
-        """Under the lock. None where it is not kept, or not whole."""
+        """Under the lock. None where it is not kept, or has another size."""
         if key not in self._kept:
             return None
         try:
             opened = OpenFile(os.open(self._path(key), os.O_RDONLY))
         except FileNotFoundError:  # deleted by hand
+            opened = None
+        if opened is None or os.fstat(opened.descriptor).st_size != size:
             self._forget(key)
             return None
-        if key in self._unproven and not (self._kept[key] == size and _is_whole(opened.descriptor, size)):
-            self._forget(key)
-            return None
-        self._unproven.discard(key)
         self._kept.move_to_end(key)
         return opened
 
-    def _begin(self, block: Block) -> _Pending:
+    def _begin(self, block: Block) -> Future[OpenFile]:
         """Under the lock."""
         self._pending_bytes += block.size
-        self._pending[block.key] = pending = _Pending(self._pool.submit(self._fetch, block), block.size)
-        return pending
+        future = self._pool.submit(self._fetch, block)
+        self._pending[block.key] = future, block.size
+        return future
 
     def _fetch(self, block: Block) -> OpenFile:
         try:
             return self._write(block.key, block.size, [block.read()])
         except FailedRun:
-            self._cancel_announced()  # else a process that ends would wait for them all
+            with self._lock:  # else a process that ends would wait for them all
+                for key, (future, _) in list(self._pending.items()):
+                    if future.cancel():
+                        self._end(key)
             raise
         finally:
             with self._lock:
                 self._end(block.key)
 
-    def _cancel_announced(self) -> None:
-        with self._lock:
-            for key, pending in list(self._pending.items()):
-                if pending.future.cancel():
-                    self._end(key)
-
     def _end(self, key: str) -> None:
         """Under the lock."""
-        self._pending_bytes -= self._pending.pop(key).size
+        self._pending_bytes -= self._pending.pop(key)[1]
 
     def _write(self, key: str, size: int, pieces: Iterable[Data]) -> OpenFile:
-        path, hasher, written = self._path(key), xxhash.xxh3_64(), 0
+        path = self._path(key)
         partial = path.with_name(path.name + _PARTIAL)
         with self._lock:
             self._make_room(size)
-            self._bytes += size
+            self.bytes += size
             self._writing += 1
         try:
             path.parent.mkdir(exist_ok=True)
             opened = OpenFile(os.open(partial, os.O_CREAT | os.O_TRUNC | os.O_RDWR, 0o644))
             with open(opened.descriptor, "wb", closefd=False) as file:
                 for piece in pieces:
-                    hasher.update(piece)
-                    written += file.write(piece)
-                file.write(hasher.digest())
-            assert written == size, (key, written, size)
+                    file.write(piece)
             partial.rename(path)
         except BaseException as failure:
             with self._lock:
-                self._bytes -= size
+                self.bytes -= size
                 self._writing -= 1
                 self._lock.notify_all()
             with suppress(OSError):
@@ -257,7 +237,7 @@ class BlockCache:
 
     def _make_room(self, size: int) -> None:
         """Under the lock: let go of blocks until `size` more fit, waiting for what is just being written."""
-        while self._bytes + size > self.limit:
+        while self.bytes + size > self.limit:
             key = next((key for key in self._kept if key not in self._pinned), None)
             if key is not None:
                 with suppress(OSError):
@@ -266,19 +246,11 @@ class BlockCache:
             elif self._writing:
                 self._lock.wait()
             else:
-                needed = human_bytes(self._bytes + size)
+                needed = human_bytes(self.bytes + size)
                 raise WrongInput(f"--cache-bytes {self.limit:,} is too little: {needed} are needed at once")
 
     def _forget(self, key: str) -> None:
-        self._bytes -= self._kept.pop(key)
-        self._unproven.discard(key)
-
-
-def _is_whole(descriptor: int, size: int) -> bool:
-    hasher = xxhash.xxh3_64()
-    for first in range(0, size, PIECE_BYTES):
-        hasher.update(os.pread(descriptor, min(PIECE_BYTES, size - first), first))
-    return os.pread(descriptor, _HASH_BYTES + 1, size) == hasher.digest()
+        self.bytes -= self._kept.pop(key)
 
 
 def _unused_folder(folder: Path) -> tuple[Path, OpenFile]:

@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from routesae.harvest.cache.arrays import CHUNK_ROWS, Array, BadArray, data_name
+from routesae.harvest.cache.arrays import CHUNK_ROWS, Array, BadArray, array_hash, data_name
 from routesae.harvest.cache.storage import Stored, checked
 from routesae.harvest.cache.store.blocks import IN_FLIGHT, PIECE_BYTES, Block, blocks
 from routesae.machine.files import LARGEST_BYTES
@@ -188,8 +188,6 @@ class BucketFolder:
             return False
         return True
 
-    occupied = has_shard
-
     def record(self, name: str) -> bytes:
         if name not in self._records:
             try:
@@ -198,7 +196,7 @@ class BucketFolder:
                 self._records[name] = str(bad).encode()  # not JSON, so the shard is refused where it is opened
         return self._records[name]
 
-    def array(self, shape: tuple[int, ...], dtype: npt.DTypeLike, content: str | None = None) -> BucketArray:
+    def array(self, shape: tuple[int, ...], dtype: npt.DTypeLike, content: str = "") -> BucketArray:
         return BucketArray(self, shape, dtype, content)
 
     # ------------------------------------------------------------------------------------------------- writing
@@ -257,7 +255,7 @@ class BucketFolder:
 class BucketArray:
     """An array that the first read checks, by two requests; every read is of the version that was right then."""
 
-    def __init__(self, folder: BucketFolder, shape: tuple[int, ...], dtype: npt.DTypeLike, content: str | None):
+    def __init__(self, folder: BucketFolder, shape: tuple[int, ...], dtype: npt.DTypeLike, content: str):
         self._folder, self._shape, self._content = folder, shape, content
         self._name = data_name(len(shape))
         self._lock = threading.Lock()
@@ -286,8 +284,14 @@ class BucketArray:
     def mapped(self) -> Array:
         if (size := self._shape[0] * self._row_bytes) == 0:
             return np.empty(self._shape, self._dtype)
-        path = blocks().whole(self.block(0, self._shape[0]).key, size, self._ranges)
-        return np.memmap(path, self._dtype, "r", shape=self._shape)
+
+        def opened(path: Path) -> Array:
+            return np.memmap(path, self._dtype, "r", shape=self._shape)
+
+        def right(path: Path) -> bool:
+            return array_hash(opened(path)) == self._content
+
+        return opened(blocks().whole(self.block(0, self._shape[0]).key, size, self._ranges, right))
 
     def open(self) -> BucketRows:
         chunk_bytes = CHUNK_ROWS * self._row_bytes
@@ -296,8 +300,7 @@ class BucketArray:
     def block(self, first: int, after: int) -> Block:
         """Rows first … after-1, to be fetched when they are needed, under a name that is found again."""
         begin, end = first * self._row_bytes, after * self._row_bytes
-        content = self._content or self._checked().etag
-        key = xxhash.xxh3_128_hexdigest(f"{self._folder} {content} {begin} {end}".encode())
+        key = xxhash.xxh3_128_hexdigest(f"{self._folder} {self._content} {begin} {end}".encode())
         return Block(key, end - begin, lambda: self._folder.range(self._name, begin, end, self._checked()))
 
 

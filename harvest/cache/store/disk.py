@@ -136,18 +136,15 @@ class DiskFolder:
 
     def shard_names(self) -> set[str]:
         with os.scandir(self.path) as entries:  # one listing, not a look for each of thousands
-            return {entry.name for entry in entries if entry.name.startswith("shard-") and entry.is_dir()}
+            return {entry.name for entry in entries if entry.name.startswith("shard-")}
 
     def has_shard(self, name: str) -> bool:
-        return (self.path / name).is_dir()
-
-    def occupied(self, name: str) -> bool:
         return os.path.lexists(self.path / name)
 
     def record(self, name: str) -> bytes:
         return (self / name).read("zarr.json")
 
-    def array(self, shape: tuple[int, ...], dtype: npt.DTypeLike, content: str | None = None) -> DiskArray:
+    def array(self, shape: tuple[int, ...], dtype: npt.DTypeLike, content: str = "") -> DiskArray:
         if leads_out_of(self._root, data_file(self.path, len(shape))):
             raise BadArray("a symbolic link leads out of the cache; put the file itself there")
         checked(self, shape, dtype)

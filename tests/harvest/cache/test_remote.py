@@ -320,15 +320,29 @@ def test_blocks_used_longest_ago_make_room(tmp_path: Path) -> None:
 
 def test_a_file_that_is_mapped_stays(tmp_path: Path) -> None:
     cache = BlockCache(tmp_path, 100)
-    path = cache.whole("aa1", 40, lambda: [b"x" * 25, b"y" * 15])
+    path = cache.whole("aa1", 40, lambda: [b"x" * 25, b"y" * 15], lambda path: True)
     for number in range(5):
         fill(cache, f"bb{number}", bytes(30))
     assert path.read_bytes()[:40] == b"x" * 25 + b"y" * 15
-    assert cache.whole("aa1", 40, lambda: pytest.fail("fetched again")) == path
+    assert cache.whole("aa1", 40, lambda: pytest.fail("fetched again"), lambda path: False) == path
     assert cache.bytes == 100
 
 
-def test_the_next_process_finds_the_blocks_and_takes_none_that_is_damaged(tmp_path: Path) -> None:
+def test_tokens_that_are_kept_are_compared_with_their_checksum_by_the_next_process(
+    small_remote: Cache, small_cache: Cache, s3: Proxy, s3_url: str, tmp_path: Path
+) -> None:
+    for damage, requests in ((None, True), (None, False), (3, True), (3, True)):
+        blocks._blocks_with.cache_clear()
+        for kept in tmp_path.glob("kept/blocks/0/??/*") if damage else ():
+            data = bytearray(kept.read_bytes())
+            data[damage] ^= 1
+            kept.write_bytes(data)
+        s3.requests.clear()
+        assert np.array_equal(Cache(s3_url).tokens(), small_cache.tokens())
+        assert any("/tokens/c" in one.path and "=-" not in one.range for one in s3.requests) == requests
+
+
+def test_the_next_process_finds_the_blocks_and_takes_none_that_was_cut(tmp_path: Path) -> None:
     first = BlockCache(tmp_path, 100)
     fill(first, "aa1", b"a" * 30)
     fill(first, "bb2", b"b" * 30)
@@ -336,7 +350,7 @@ def test_the_next_process_finds_the_blocks_and_takes_none_that_is_damaged(tmp_pa
     assert beside.folder != first.folder
     del first
     damaged = tmp_path / "0" / "bb" / "bb2"
-    damaged.write_bytes(b"c" + damaged.read_bytes()[1:])
+    damaged.write_bytes(damaged.read_bytes()[1:])
     (tmp_path / "0" / "aa" / "cc3.partial").write_bytes(b"cut")
     after = BlockCache(tmp_path, 100)
     assert after.folder == tmp_path / "0"
