@@ -1,12 +1,12 @@
-"""Changes to latents in; what they do to an SAE's place in the LM out.
+"""Change some latents of an SAE where it is spliced into the LM.
 
     f'_i = f_i + v (add),  v·f_i (multiply),  v (set),  0 (ablate);   f'_j = f_j for every other latent
     h'   = h + σ · (f' − f) W_dec / w        with the error term: only the changed latents' directions move
-    h'   = σ · (f' W_dec + b_dec) / w + μ    without (the published code): what the SAE fails to reconstruct is gone
+    h'   = σ · (f' W_dec + b_dec) / w + μ    without it (as published): what the SAE does not reconstruct is lost
 
-f is in the SAE's own units, those of its normalised input (h − μ) / σ, times w, by which a routesae's router scales
-it; both are undone on the way out. Changes apply at every kept position, also where a latent is not active. A
-crosscoder reads h at all layers of the clean pass, and h' takes the place of each layer's output.
+f is in the units of the SAE's normalised input (h − μ) / σ, times w, by which a routesae's router scales it; both are
+undone on the way out. Changes apply at every kept position, also where a latent is not active. A crosscoder reads h
+at all layers of the clean pass, and h' replaces each layer's output.
 
 Dimension letters: B rows, T tokens fed, L layers, m positions, D width, F latents, C changed latents.
 """
@@ -36,62 +36,50 @@ CHANGES: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """One latent made another. how: one of CHANGES. value: unused by ablate."""
+    """A change to one latent. how: one of CHANGES. value: unused by ablate."""
 
     latent: int
     how: str
     value: float = 0.0
 
-    def __post_init__(self) -> None:
-        if self.how not in CHANGES:
-            raise WrongInput(f"change {self.how!r} is none of {', '.join(CHANGES)}")
-        if not math.isfinite(self.value):
-            raise WrongInput(f"{self}: {self.value} is not a finite number")
-
     def __str__(self) -> str:
         return f"--{self.how} {self.latent}" + (f"={self.value:g}" if self.how != "ablate" else "")
 
 
-def parse_change(how: str, given: str) -> Change:
-    """ "1234=20" as a Change; "1234" for ablate. Raises WrongInput for anything else."""
-    latent, equals, value = given.partition("=")
+def parse_change(how: str, text: str) -> Change:
+    """Read "1234=20", or "1234" for ablate. Raises WrongInput for anything else."""
+    latent, equals, number = text.partition("=")
     form = "LATENT such as 1234" if how == "ablate" else "LATENT=VALUE such as 1234=20"
     try:
         if bool(equals) == (how == "ablate"):
             raise ValueError
-        return Change(latent=int(latent), how=how, value=float(value) if equals else 0.0)
-    except WrongInput:
-        raise
+        change = Change(latent=int(latent), how=how, value=float(number) if equals else 0.0)
     except ValueError:
-        raise WrongInput(f"--{how} {given!r} is no {form}") from None
-
-
-def require_distinct(changes: Sequence[Change]) -> None:
-    """Raises WrongInput where two changes are to one latent."""
-    first: dict[int, Change] = {}
-    for change in changes:
-        if change.latent in first:
-            raise WrongInput(
-                f"latent {change.latent} is changed twice, by {first[change.latent]} and {change}; give it one change"
-            )
-        first[change.latent] = change
+        raise WrongInput(f"--{how} {text!r} is not {form}") from None
+    if not math.isfinite(change.value):
+        raise WrongInput(f"--{how} {text!r}: {number} is not a finite number")
+    return change
 
 
 class Clamp:
     """An SAE spliced into the LM with some of its latents changed.
 
-    error_term: add back what the SAE fails to reconstruct. Raises WrongInput for a latent that the SAE has not, for
-    two changes to one latent, and for an SAE that cannot be spliced.
+    error_term: add back what the SAE fails to reconstruct. Raises WrongInput for a latent that the SAE does not have,
+    for two changes to one latent, and for an SAE that cannot be spliced.
     """
 
     def __init__(self, sae: SAE, changes: Sequence[Change], *, error_term: bool = True):
         require_spliceable(sae)
-        require_distinct(changes)
+        by_latent: dict[int, Change] = {}
         for change in changes:
             if not 0 <= change.latent < sae.recipe.latents:
                 raise WrongInput(
                     f"{change}: the SAE has {sae.recipe.latents} latents, 0 to {sae.recipe.latents - 1}, "
                     f"and no latent {change.latent}"
+                )
+            if (first := by_latent.setdefault(change.latent, change)) is not change:
+                raise WrongInput(
+                    f"latent {change.latent} is changed twice, by {first} and {change}; give it one change"
                 )
         self.sae = sae
         self.changes = tuple(changes)

@@ -510,7 +510,7 @@ def test_changes_are_read_and_written_alike(how: str, given: str, expected: Chan
     ],
 )
 def test_a_malformed_change_is_refused_naming_it(how: str, given: str) -> None:
-    with pytest.raises(WrongInput, match=rf"--{how} '{given}' is no LATENT.*such as"):
+    with pytest.raises(WrongInput, match=rf"--{how} '{given}' is not LATENT.*such as"):
         parse_change(how, given)
 
 

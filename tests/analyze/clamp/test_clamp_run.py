@@ -335,8 +335,8 @@ def test_defaults_of_the_command_line_are_those_of_the_settings() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--set", "3"), "--set '3' is no LATENT=VALUE such as 1234=20"),
-        (("--ablate", "3=1"), "--ablate '3=1' is no LATENT such as 1234"),
+        (("--set", "3"), "--set '3' is not LATENT=VALUE such as 1234=20"),
+        (("--ablate", "3=1"), "--ablate '3=1' is not LATENT such as 1234"),
         (("--set", "3=1", "--prompts", "missing.txt"), "missing.txt does not exist"),
         (("--set", "3=1", "--json", "no/such/folder.json"), "there is no folder no/such"),
         (("--set", "3=1"), "no prompt; give --prompt TEXT or --prompts FILE"),
