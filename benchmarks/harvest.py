@@ -32,6 +32,7 @@ from routesae.harvest.cache.manifest import Manifest, ShardRecord, shard_name, s
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.cache.writer import write_shard
 from routesae.harvest.filling.begin import open_or_begin
+from routesae.harvest.filling.output import Output
 from routesae.harvest.filling.shards import harvest_shards
 from routesae.harvest.lm import model as lm
 from routesae.harvest.lm.passes import run_until
@@ -72,7 +73,7 @@ def main() -> None:
         device = pick_device(settings.device)
         lm_dtype = pick_lm_dtype(settings.lm_dtype, device, bfloat16_units=has_bfloat16_units())
         with Claims(Path(settings.out)) as claims:
-            cache = open_or_begin(settings, lm.load_config(settings.model), lm_dtype, claims, silent)
+            cache = open_or_begin(Output(settings.out), settings, lm.load_config(settings.model), lm_dtype, claims, silent)
         print(f"{device}, {lm_dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}")
         if args.only != "writer":
             beside_the_lm(cache, settings, device, args.rounds)

@@ -1,23 +1,20 @@
-"""The stage harvest: a corpus and an LM in; a cache of hidden states out.
+"""Run the stage harvest: a corpus and an LM become a cache of hidden states.
 
     documents → tokens/ (routesae.harvest.filling.begin) → LM → missing shards (routesae.harvest.filling.shards)
 
-Any number of harvesters share a folder: one tokenises, and each then takes shards that none has claimed.
+Any number of harvesters share a folder: one tokenises, and then each takes shards that nobody has claimed.
 """
 
 from __future__ import annotations
 
 import logging
-from functools import partial
-from pathlib import Path
 
 from routesae.harvest.cache.claims import Claims
 from routesae.harvest.cache.reader import Cache
-from routesae.harvest.cache.storage import is_url
 from routesae.harvest.cache.writer import remove_partial_shards
 from routesae.harvest.filling.begin import open_or_begin, require_disk
+from routesae.harvest.filling.output import Output, StagedCache
 from routesae.harvest.filling.shards import harvest_shards, refuse_other_weights
-from routesae.harvest.filling.staging import publish_left, published, stage_of, staging_folder
 from routesae.harvest.lm import model as lm
 from routesae.harvest.settings import HarvestSettings, share_of
 from routesae.machine.device import has_bfloat16_units, pick_device, pick_lm_dtype
@@ -29,56 +26,47 @@ log = logging.getLogger(__name__)
 
 
 def harvest(settings: HarvestSettings, report: Report = silent) -> Cache:
-    """Write the cache `settings.out`, or what is missing of it; returns it opened, and whole.
+    """Write the cache `settings.out`, or what is missing of it; return it opened, and whole.
 
-    Raises WrongInput for a corpus, model or folder that cannot be used, FailedRun where a run cannot finish, Stopped
-    where it was asked to stop.
+    Raises WrongInput for a corpus, model or folder that cannot be used, FailedRun if a run cannot finish, Stopped if
+    it was asked to stop.
     """
     device = pick_device(settings.device)
     # Scores stay in float32 on every CPU; hidden states lose 1e-4 of their variance to this, a thousandth of what an
     # SAE does, and come 2.5 times as fast.
     lm_dtype = pick_lm_dtype(settings.lm_dtype, device, bfloat16_units=has_bfloat16_units())
-    share_of(settings)  # whatever is wrong with it is said before the corpus is read
-    path, stage = staging_folder(settings), stage_of(settings)
+    share_of(settings)  # raises what is wrong with it before the corpus is read
+    output = Output(settings.out)
+    folder, early = (
+        output.folder,
+        ending_at_once("stopped before a shard was begun; run the same command again to go on"),
+    )
     config = lm.load_config(settings.model)
-    early = ending_at_once("stopped before a shard was begun; run the same command again to go on")
-    with early, disk_faults(path, partial(_kept, path, settings)), Claims(path) as claims:
-        resumed = (path / "zarr.json").exists()
-        cache = open_or_begin(settings, config, lm_dtype, claims, report)
-        remove_partial_shards(path, claims.is_live)
-        if stage is not None:
-            cache = stage.opened()
-            publish_left(cache, claims)
-        missing = cache.missing()
-        if not missing:
-            return published(cache)
-        if resumed:
-            present = cache.manifest.shard_count - len(missing)
-            log.info("%d of %d shards are there already", present, cache.manifest.shard_count)
-            require_disk(path, cache.manifest, len(missing), settings, begun_bytes=_bytes_begun(path))
-        model = lm.load_lm(settings.model, cache.manifest.revision, device=device, lm_dtype=lm_dtype)
-        weights = lm.weights_hash(model)
-        refuse_other_weights(cache, weights, settings)
-        model = lm.cut_after(model, cache.manifest.layers[-1])
-        harvest_shards(cache, model, weights, claims, settings, report)
-        remove_partial_shards(path, claims.is_live)
-        claims.sweep(lambda name: (path / name).exists())
-    return published(cache)
+    with early, disk_faults(folder, lambda: _kept(output)), Claims(folder) as claims:
+        is_resumed = output.is_begun()
+        open_or_begin(output, settings, config, lm_dtype, claims, report)
+        remove_partial_shards(folder, claims.is_live)
+        cache = output.opened()
+        if isinstance(cache, StagedCache):
+            cache.publish_left(claims)
+        if missing := len(cache.missing()):
+            if is_resumed:
+                count = cache.manifest.shard_count
+                log.info("%d of %d shards are there already", count - missing, count)
+                require_disk(output, cache.manifest, missing)
+            model = lm.load_lm(settings.model, cache.manifest.revision, device=device, lm_dtype=lm_dtype)
+            weights = lm.weights_hash(model)
+            refuse_other_weights(cache, weights, settings)
+            harvest_shards(cache, lm.cut_after(model, cache.manifest.layers[-1]), weights, claims, settings, report)
+            remove_partial_shards(folder, claims.is_live)
+        claims.sweep(lambda name: (folder / name).exists())
+    return output.published()
 
 
-def _kept(path: Path, settings: HarvestSettings) -> str:
-    if is_url(settings.out):
-        return f"what is in {settings.out} stays"
-    if not (path / "zarr.json").exists():
+def _kept(output: Output) -> str:
+    if output.store is not None:
+        return f"what is in {output.out} stays"
+    if not output.is_begun():
         return "nothing is written yet"
-    cache = Cache(path)
+    cache = Cache(output.folder)
     return f"{cache.manifest.shard_count - len(cache.missing())} of {cache.manifest.shard_count} shards are there"
-
-
-def _bytes_begun(path: Path) -> int:
-    """What shards that other harvesters are writing have of the disk already."""
-    found = (file.stat().st_size for part in path.glob(".shard-*.partial") for file in part.rglob("*"))
-    try:
-        return sum(found)
-    except FileNotFoundError:  # one was committed meanwhile
-        return 0

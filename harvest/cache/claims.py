@@ -9,6 +9,7 @@ hung. So whatever a claim is for is written under a random name and committed by
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -41,7 +42,8 @@ class Claims:
         """Delete the claims on what is done: those that killed owners left."""
         for path in self.folder.glob(".*.claim*"):
             if is_done(path.name[1:].partition(".")[0]):
-                path.unlink(missing_ok=True)
+                with suppress(OSError):  # its owner deletes it just now, or the folder is read-only
+                    path.unlink()
 
     def __enter__(self) -> Self:
         return self

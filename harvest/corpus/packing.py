@@ -1,4 +1,4 @@
-"""The corpus, tokenised and packed onto the disk, whole, before any LM loads.
+"""Tokenise and pack the whole corpus onto the disk, before any LM runs over it.
 
 Dimension letters: S rows of tokens, T context, B rows a write.
 """
@@ -6,7 +6,7 @@ Dimension letters: S rows of tokens, T context, B rows a write.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ ROWS_A_WRITE = 1024
 
 
 def write_tokens(folder: Path, settings: HarvestSettings, tokenizer: Any, report: Report) -> dict[str, Any]:
-    """Write tokens/ and document_starts/ below `folder`; returns the manifest's fields about them."""
+    """Write tokens/ and document_starts/ below `folder`; return the manifest's fields about them."""
     counts, fingerprint, frame = TextCounts(), Fingerprint(), framing(tokenizer)
     documents = read_documents(
         settings.data,
@@ -37,41 +37,42 @@ def write_tokens(folder: Path, settings: HarvestSettings, tokenizer: Any, report
         seed=settings.seed,
         counts=counts,
     )
-    pieces = (ids for _, ids in tokenize(fingerprint.passing(documents), tokenizer, frame))
+    documents_ids = tokenize(fingerprint.hashing(documents), tokenizer, frame)
+    wanted = settings.tokens // settings.context  # no document is read beyond what these rows need
+    packed = islice(pack(documents_ids, context=settings.context, row_start=frame.row_start), wanted)
     dropped = () if settings.keep_special else frame.special_ids
-    rows_wanted = settings.tokens // settings.context
     starts: list[int] = []
     kept = rows = 0
     writer = arrays.ArrayWriter(folder / "tokens", (settings.context,), "<i4")
     try:
-        for block in _blocks(pack(pieces, context=settings.context, row_start=frame.row_start), rows_wanted):
+        while block := list(islice(packed, ROWS_A_WRITE)):
             for row in block:
                 starts += [rows * settings.context + start for start in row.document_starts]
                 rows += 1
             token_ids_BT = np.stack([row.token_ids_T for row in block])
-            kept += int(
-                kept_positions(token_ids_BT, dropped_ids=dropped, skip_positions=settings.skip_positions).sum()
-            )
+            is_kept_BT = kept_positions(token_ids_BT, dropped_ids=dropped, skip_positions=settings.skip_positions)
+            kept += int(is_kept_BT.sum())
             writer.write(token_ids_BT)
-            report(
-                Progress(
-                    "tokenise",
-                    rows * settings.context,
-                    settings.tokens,
-                    "tokens",
-                    {"documents": f"{counts.documents:,}"},
-                )
-            )
+            facts = {"documents": f"{counts.documents:,}"}
+            report(Progress("tokenise", rows * settings.context, settings.tokens, "tokens", facts))
         counts.check_malformed()
-        _require_rows(rows, counts, settings)
+        if counts.documents == 0:
+            short = f"; {counts.short} were shorter than --min-chars {settings.min_chars}" if counts.short else ""
+            raise WrongInput(f"corpus {settings.data} has no document to use{short}")
+        if rows == 0:
+            raise WrongInput(
+                f"corpus {settings.data} is too small for one row of {settings.context} tokens; "
+                "give a smaller --context or more text"
+            )
         writer.close()
     finally:
         writer.abandon()
-    if rows < rows_wanted:
+    if rows < wanted:
+        held = f"{rows * settings.context:,}"
         log.warning(
             "%s holds %s tokens, not the %s asked for; all of them are used",
             settings.data,
-            f"{rows * settings.context:,}",
+            held,
             f"{settings.tokens:,}",
         )
     arrays.write_array(folder / "document_starts", np.array(starts, "<i8"), chunk_rows=max(1, len(starts)))
@@ -85,28 +86,3 @@ def write_tokens(folder: Path, settings: HarvestSettings, tokenizer: Any, report
         "documents_short": counts.short,
         "documents_malformed": len(counts.malformed),
     }
-
-
-def _blocks(rows: Iterator[Any], wanted: int) -> Iterator[list[Any]]:
-    """Lists of up to ROWS_A_WRITE rows, `wanted` rows in all, reading no document more than they need."""
-    while wanted > 0:
-        block = []
-        for row in rows:
-            block.append(row)
-            if len(block) == min(ROWS_A_WRITE, wanted):
-                break
-        if not block:
-            return
-        wanted -= len(block)
-        yield block
-
-
-def _require_rows(rows: int, counts: TextCounts, settings: HarvestSettings) -> None:
-    if counts.documents == 0:
-        short = f"; {counts.short} were shorter than --min-chars {settings.min_chars}" if counts.short else ""
-        raise WrongInput(f"corpus {settings.data} has no document to use{short}")
-    if rows == 0:
-        raise WrongInput(
-            f"corpus {settings.data} is too small for one row of {settings.context} tokens; "
-            "give a smaller --context or more text"
-        )

@@ -1,9 +1,9 @@
-"""Documents in; packed rows of `context` token ids out.
+"""Tokenise documents and pack them into rows of `context` token ids.
 
 Documents follow one another in one stream, each as its tokenizer would present it alone (Llama: a BOS before
-it); where the tokenizer adds nothing, an EOS ends each. The stream is cut into rows of T tokens. Where the
-tokenizer begins documents with a BOS every row begins with one too, since such models are poor, and Gemma's
-useless, without it. The last, partial row is dropped.
+it); if the tokenizer adds nothing, an EOS ends each. The stream is cut into rows of T tokens. If the tokenizer
+begins documents with a BOS every row begins with one too, since such models are poor, and Gemma's useless,
+without it. The last, partial row is dropped.
 
 Dimension letters: S rows, T context.
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,7 +48,7 @@ class Row(NamedTuple):
 
 
 def framing(tokenizer: Any) -> Framing:
-    """What `tokenizer` puts around a document, read off what it does to two probes."""
+    """What `tokenizer` puts around a document, read off what it does to a short text."""
     special = set(tokenizer.all_special_ids)
     special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
@@ -61,63 +60,59 @@ def framing(tokenizer: Any) -> Framing:
     return Framing(before, after, tuple(sorted(special)))
 
 
-def tokenize(documents: Iterable[Document], tokenizer: Any, framing: Framing) -> Iterator[tuple[Document, Ids]]:
-    """Each document with its token ids, framing included, in the order given."""
+def tokenize(documents: Iterable[Document], tokenizer: Any, framing: Framing) -> Iterator[Ids]:
+    """The token ids of each document, framing included, in order."""
     before, after = np.array(framing.before, np.int32), np.array(framing.after, np.int32)
-    for batch in _batches(documents):
-        pieces = [list(_pieces(document.text)) for document in batch]
+    parts = [before]
+    for call in _calls(documents):
         # verbose=False: rows are cut to the context below, so "longer than the maximum" would mislead.
-        ids = chain.from_iterable(
-            tokenizer(call, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-            for call in _calls([piece for of_one in pieces for piece in of_one])
-        )
-        for document, of_one in zip(batch, pieces, strict=True):
-            own = [np.array(piece_ids, np.int32) for piece_ids in islice(ids, len(of_one))]
-            yield document, np.concatenate([before, *own, after])
+        texts = [text for text, _ in call]
+        ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        for piece_ids, (_, is_last) in zip(ids, call, strict=True):
+            parts.append(np.array(piece_ids, np.int32))
+            if is_last:
+                yield np.concatenate([*parts, after])
+                parts = [before]
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Up to DOCUMENTS_A_CALL of them, fewer where they are long."""
-    batch, chars = list[Document](), 0
+def _calls(documents: Iterable[Document]) -> Iterator[list[tuple[str, bool]]]:
+    """What to tokenise at once, some DOCUMENTS_A_CALL texts of up to CHARS_A_CALL characters together, or one longer.
+
+    Each comes with whether it is its document's last.
+    """
+    call, chars = list[tuple[str, bool]](), 0
     for document in documents:
-        batch.append(document)
-        chars += len(document.text)
-        if len(batch) == DOCUMENTS_A_CALL or chars >= CHARS_A_CALL:
-            yield batch
-            batch, chars = [], 0
-    if batch:
-        yield batch
+        for text, is_last in _pieces(document.text):
+            if call and chars + len(text) > CHARS_A_CALL:
+                yield call
+                call, chars = [], 0
+            call.append((text, is_last))
+            chars += len(text)
+        if len(call) >= DOCUMENTS_A_CALL:
+            yield call
+            call, chars = [], 0
+    if call:
+        yield call
 
 
-def _pieces(text: str) -> Iterator[str]:
-    """What is tokenised by itself of a document: all of it, or up to PIECE_CHARS, cut before a space where there is
-    one. Tokens hold no word's end and the next one's beginning, so the cuts do not show.
+def _pieces(text: str) -> Iterator[tuple[str, bool]]:
+    """What is tokenised by itself of a document: all of it, or up to PIECE_CHARS, cut before a space if there is one.
+
+    No token holds the end of one word and the beginning of the next, so the cuts do not show.
     """
     start = 0
     while len(text) - start > PIECE_CHARS:
         space = text.rfind(" ", start + 1, start + PIECE_CHARS)
         after = space if space > 0 else start + PIECE_CHARS
-        yield text[start:after]
+        yield text[start:after], False
         start = after
-    yield text[start:]
-
-
-def _calls(pieces: list[str]) -> Iterator[list[str]]:
-    """The pieces of a batch, as many a call as have no more than CHARS_A_CALL characters; one at least."""
-    call, chars = list[str](), 0
-    for piece in pieces:
-        if call and chars + len(piece) > CHARS_A_CALL:
-            yield call
-            call, chars = [], 0
-        call.append(piece)
-        chars += len(piece)
-    yield call
+    yield text[start:], True
 
 
 def pack(pieces: Iterable[Ids], *, context: int, row_start: int | None) -> Iterator[Row]:
     """Cut the stream of documents into rows of `context` ids; the last partial row is dropped.
 
-    row_start: the id every row begins with, not repeated where a document that begins there brings its own.
+    row_start: the id every row begins with; not repeated if a document that begins there brings its own.
     """
     row, filled, starts = np.empty(context, np.int32), 0, list[int]()
     for piece in pieces:
@@ -141,8 +136,8 @@ class Fingerprint:
     def __init__(self) -> None:
         self._hash = xxhash.xxh3_128()
 
-    def passing(self, documents: Iterable[Document]) -> Iterator[Document]:
-        """The same documents, each hashed as it goes by."""
+    def hashing(self, documents: Iterable[Document]) -> Iterator[Document]:
+        """The same documents, each hashed as it passes."""
         for document in documents:
             text = document.text.encode()
             self._hash.update(len(text).to_bytes(8, "little"))

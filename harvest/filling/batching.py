@@ -1,7 +1,7 @@
-"""How many rows a forward pass takes: what was asked for, or what the device's memory has room for.
+"""Choose how many rows a forward pass takes: what was asked for, or what fits in the device's memory.
 
-The number is part of the rounding of what a shard holds. So a shard is filled by one number alone, its record says
-which, and a run that goes on takes the number its last shards had.
+The number is part of the rounding of what a shard holds. So a shard is filled with one number throughout, its record
+says which, and a resumed run takes the number that its last shards had.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from routesae.harvest.cache.reader import Cache
@@ -23,46 +24,47 @@ START_SEQUENCES = {"cuda": 64, "cpu": 8}
 
 
 class Batching:
-    """`sequences` rows a forward pass, halved where the device's memory runs out; never where they were asked for."""
+    """`sequences` rows a forward pass, halved if the device's memory runs out, unless they were asked for."""
 
     def __init__(self, asked: int | None, cache: Cache, device: torch.device):
-        self._asked = asked is not None
+        self._is_asked = asked is not None
         recorded = [shard.record.batch_sequences for shard in cache.shards()] if asked is None else []
         self.sequences = asked or min(recorded, default=START_SEQUENCES[device.type])
 
-    def fill(self, make: Callable[[], ShardBuffer], model: LanguageModel, step: Callable[[int], None]) -> ShardBuffer:
-        """A new buffer, filled by batches of `self.sequences` rows.
+    def fill(self, model: LanguageModel, cache: Cache, index: int, step: Callable[[int], None]) -> ShardBuffer:
+        """The buffer of shard `index`, filled by batches of `self.sequences` rows.
 
-        `step` is told the rows of each batch, and minus those of a buffer that is begun again. Raises FailedRun
-        where no number of rows fits, or the one asked for does not.
+        `step` gets the number of rows of each batch, and minus those of a buffer that is begun again. Raises
+        FailedRun if no number of rows fits, or the one asked for does not.
         """
+        first, after = cache.manifest.shard_range(index)
+        token_ids_sT = np.array(cache.tokens()[first:after])
+        done = 0
+
+        def stepped(rows: int) -> None:
+            nonlocal done
+            done += rows
+            step(rows)
+
+        def filled() -> ShardBuffer:
+            buffer = ShardBuffer(token_ids_sT, cache.manifest, index, model.device)
+            buffer.fill(model, self.sequences, stepped)
+            return buffer
+
         while True:
-            done: list[int] = []
-
-            def stepped(rows: int, done: list[int] = done) -> None:
-                done.append(rows)
-                step(rows)
-
             try:
-                return _filled(make(), model, self.sequences, stepped)
+                return filled()
             except torch.OutOfMemoryError as full:
-                if self._asked or self.sequences == 1:
-                    raise FailedRun(self._no_room(full)) from full
-            # Out here, where the failure's traceback no longer holds the tensors.
+                if self._is_asked or self.sequences == 1:
+                    sizes = "--batch-sequences, or none," if self._is_asked else "--shard-tokens or --context"
+                    raise FailedRun(
+                        f"two shards and a forward pass of {self.sequences} rows do not fit in the device's memory "
+                        f"({str(full).splitlines()[0].rstrip('.')}); give a smaller {sizes} or --device cpu"
+                    ) from full
+            # Out here the failure's traceback no longer holds the tensors.
             if model.device.type == "cuda":
                 torch.cuda.empty_cache()
-            step(-sum(done))
-            log.info("%d rows a batch do not fit the device's memory: %d now", self.sequences, self.sequences // 2)
+            step(-done)
+            done = 0
+            log.info("%d rows a batch do not fit in the device's memory: %d now", self.sequences, self.sequences // 2)
             self.sequences //= 2
-
-    def _no_room(self, full: torch.OutOfMemoryError) -> str:
-        remedy = "a smaller --batch-sequences, or none," if self._asked else "a smaller --shard-tokens or --context"
-        return (
-            f"two shards and a forward pass of {self.sequences} rows do not fit the device's memory "
-            f"({str(full).splitlines()[0].rstrip('.')}); give {remedy} or --device cpu"
-        )
-
-
-def _filled(buffer: ShardBuffer, model: LanguageModel, sequences: int, step: Callable[[int], None]) -> ShardBuffer:
-    buffer.fill(model, sequences, step)
-    return buffer

@@ -60,7 +60,7 @@ def test_rows_are_halved_until_they_fit_and_the_shards_are_as_if_asked_for_so(
     found = harvest(tiny_settings(out=str(tmp_path / "found"), tokens=4096), seen.append)
     assert tried == [8, 4] + [2] * 128
     assert contents(found) == contents(asked)
-    assert "8 rows a batch do not fit the device's memory: 4 now" in caplog.text
+    assert "8 rows a batch do not fit in the device's memory: 4 now" in caplog.text
     assert seen[-1].done == seen[-1].total == 4096
 
 
