@@ -194,24 +194,25 @@ def is_kept(ids: list[int], position: int) -> bool:
     return position >= 1 and ids[position] not in (SPECIAL, STOP)
 
 
-def decided_from_scratch(
-    lm: LanguageModel, sae: SAE, ids: list[int], prompt: int, error_term: bool
-) -> dict[int, Any]:
-    """Of every kept position: the prompt's from a pass without edits, each later one's from a pass in which those
-    before it are clamped and it is not."""
-    clean, _ = forward_by_hand(lm, sae, ids[:prompt], {}, error_term)
-    decided = {at: decide(sae, clean, at, error_term) for at in range(prompt) if is_kept(ids, at)}
-    for at in range(prompt, len(ids)):
-        clean, _ = forward_by_hand(lm, sae, ids[: at + 1], decided, error_term)
+def decide_all(
+    lm: LanguageModel, sae: SAE, ids: list[int], prompt: int, error_term: bool, decided: dict[int, Any]
+) -> None:
+    """Fill in `decided` for every kept position: the prompt's from a pass without edits, each later one's from a pass
+    in which those before it are clamped and it is not."""
+    if not decided:
+        clean, _ = forward_by_hand(lm, sae, ids[:prompt], {}, error_term)
+        decided.update({at: decide(sae, clean, at, error_term) for at in range(prompt) if is_kept(ids, at)})
+    for at in range(max(prompt, 1 + max(decided)), len(ids)):
         if is_kept(ids, at):
+            clean, _ = forward_by_hand(lm, sae, ids[: at + 1], decided, error_term)
             decided[at] = decide(sae, clean, at, error_term)
-    return decided
 
 
 def recomputed(lm: LanguageModel, sae: SAE, prompt: Sequence[int], steps: int, error_term: bool) -> Continuation:
     ids, log_p = list(prompt), []
+    decided: dict[int, Any] = {}
     for _ in range(steps):
-        decided = decided_from_scratch(lm, sae, ids, len(prompt), error_term)
+        decide_all(lm, sae, ids, len(prompt), error_term, decided)
         _, last_V = forward_by_hand(lm, sae, ids, decided, error_term)
         log_p_V = torch.log_softmax(last_V, 0)
         ids.append(int(log_p_V.argmax()))
@@ -250,7 +251,8 @@ def test_generated_tokens_of_a_routesae_go_to_several_layers(llama: LanguageMode
     sae = random_sae("routesae")
     prompt = list(PROMPTS[0])
     ids = prompt + continued(llama, [prompt], Clamp(sae, CHANGES))[0].token_ids
-    decided = decided_from_scratch(llama, sae, ids, len(prompt), True)
+    decided: dict[int, Any] = {}
+    decide_all(llama, sae, ids, len(prompt), True, decided)
     assert len({layer for at, by_layer in decided.items() if at >= len(prompt) for layer in by_layer}) > 1
 
 
