@@ -230,7 +230,7 @@ def interpret(dry_run: bool = False, **flags: Any) -> None:
     Each answer is kept as it comes, and the same command goes on with a stopped one. The key is read from the
     environment and written nowhere.
     """
-    from routesae.analyze.interpret.run import estimate, row_of
+    from routesae.analyze.interpret.run import estimate, require_answers, row_of
     from routesae.analyze.interpret.run import interpret as run
     from routesae.analyze.interpret.settings import InterpretSettings
     from routesae.console.options import status_of, watching
@@ -246,6 +246,7 @@ def interpret(dry_run: bool = False, **flags: Any) -> None:
     with watching(status_of(settings.saes, settings.out)) as report:
         summaries = run(settings, report)
     click.echo(table([row_of(summary) for summary in summaries]))
+    require_answers(summaries)
 
 
 @command(

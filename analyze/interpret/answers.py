@@ -1,93 +1,152 @@
-"""The text a model wrote in; an explanation or predictions out, or why it is neither. Nothing is guessed.
+"""The answers a chat model is asked for, as pydantic models, and how they are found in the text it wrote.
 
-Each kind of answer has the JSON schema that a server is asked to keep to, and a parser that does not trust it to.
+A model may think aloud, wrap its JSON in prose or fences, quote numbers or break the syntax a little. All of that is
+read. What an answer means is never guessed: a missing or impossible value, or two different answers, raise Unparsed.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from itertools import islice
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
-CATEGORIES = ("low-level", "high-level", "undiscernible")
-SCORES = (1, 2, 3, 4, 5)
-FENCED = re.compile(r"```(?:json)?\s*\n(.*)\n\s*```", re.DOTALL | re.IGNORECASE)
+import json_repair
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
 
-EXPLANATION_SCHEMA: dict[str, Any] = {
-    "type": "object",
-    "properties": {
-        "category": {"type": "string", "enum": list(CATEGORIES)},
-        "score": {"type": "integer", "enum": list(SCORES)},
-        "explanation": {"type": "string"},
-    },
-    "required": ["category", "score", "explanation"],
-    "additionalProperties": False,
-}
-PREDICTIONS_SCHEMA: dict[str, Any] = {
-    "type": "object",
-    "properties": {"predictions": {"type": "array", "items": {"type": "boolean"}}},
-    "required": ["predictions"],
-    "additionalProperties": False,
-}
+Category = Literal["low-level", "high-level", "undiscernible"]
+CATEGORIES: tuple[Category, ...] = get_args(Category)
+MAX_REPAIRED_BRACKETS = 16  # json_repair takes minutes for deep nesting, and no answer nests
+MAX_OBJECTS = 200  # that are tried to be read; each takes a pass over the text
+OBJECT_START = re.compile(r'\{\s*"')
+END_OF_REASONING = re.compile(r"</[\w:-]*(?:think|thought|reason)\w*>|\[/THINK\]|◁/think▷", re.IGNORECASE)
 
 
 class Unparsed(ValueError):
-    """The text is not the answer that was asked for; says in what."""
+    """The text is not the answer that was asked for; the message says why."""
 
 
-class Explanation(NamedTuple):
-    """What the model makes of a latent. category: one of CATEGORIES. score: of SCORES, 5 for a clear pattern."""
+def _whole_number(value: Any) -> Any:
+    """4 for 4.0, "4" and "4.0"; anything else comes back as it is, for pydantic to refuse."""
+    if isinstance(value, bool):
+        return str(value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return value
+    return int(number) if number.is_integer() else value
 
-    category: str
-    score: int
-    explanation: str
+
+def _flag(value: Any) -> Any:
+    """True for "true" and False for "false". Numbers are refused: they may be the indices of the active texts."""
+    if isinstance(value, str):
+        return {"true": True, "false": False}.get(value.strip().lower(), value)
+    return value if isinstance(value, bool) else f"the number {value}"
+
+
+def _hyphenated(value: Any) -> Any:
+    return re.sub(r"[\s_]+", "-", value.strip().lower()) if isinstance(value, str) else value
+
+
+def _not_empty(text: str) -> str:
+    if not text.strip():
+        raise ValueError("the explanation is empty")
+    return text.strip()
+
+
+class _Answer(BaseModel):
+    # A server is asked for exactly these keys; what comes may have more.
+    model_config = ConfigDict(frozen=True, json_schema_extra={"additionalProperties": False})
+
+
+class Explanation(_Answer):
+    """What a model makes of a latent. score: 5 for a clear pattern, 1 for none."""
+
+    category: Annotated[Category, BeforeValidator(_hyphenated)]
+    score: Annotated[Literal[1, 2, 3, 4, 5], BeforeValidator(_whole_number)]
+    explanation: Annotated[str, AfterValidator(_not_empty)]
+
+
+class Predictions(_Answer):
+    """For each numbered text, whether the latent is active in it."""
+
+    predictions: list[Annotated[bool, BeforeValidator(_flag)]]
 
 
 def parse_explanation(text: str) -> Explanation:
-    """Raises Unparsed unless `text` is exactly what EXPLANATION_SCHEMA asks for."""
-    answer = _object_of(text, EXPLANATION_SCHEMA)
-    category, score, explanation = (answer[name] for name in Explanation._fields)
-    if not isinstance(category, str) or category.lower() not in CATEGORIES:
-        raise Unparsed(f"category {_shown(category)} is none of {', '.join(CATEGORIES)}")
-    if type(score) is not int or score not in SCORES:
-        raise Unparsed(f"score {_shown(score)} is not a whole number from 1 to 5")
-    if not isinstance(explanation, str) or not explanation.strip():
-        raise Unparsed("the explanation is empty")
-    return Explanation(category.lower(), score, explanation.strip())
+    """The explanation in `text`. Raises Unparsed if there is none, or more than one."""
+    return _the_one(Explanation, text)
 
 
-def parse_predictions(text: str, count: int) -> tuple[bool, ...]:
-    """Raises Unparsed unless `text` is what PREDICTIONS_SCHEMA asks for, with `count` predictions."""
-    predictions = _object_of(text, PREDICTIONS_SCHEMA)["predictions"]
-    if not isinstance(predictions, list) or any(type(one) is not bool for one in predictions):
-        raise Unparsed("predictions are not a list of true and false")
-    if len(predictions) != count:
-        raise Unparsed(f"{len(predictions)} predictions for {count} examples")
-    return tuple(predictions)
-
-
-def _object_of(text: str, schema: dict[str, Any]) -> dict[str, Any]:
-    """The one JSON object in `text`, with just the keys of `schema`. A code fence around all of it is taken off."""
-    fenced = FENCED.fullmatch(text.strip())
-    try:
-        answer = json.loads(fenced[1] if fenced else text, object_pairs_hook=_without_repeats)
-    except RecursionError:
-        raise Unparsed("no JSON: it is nested too deeply") from None
-    except json.JSONDecodeError as error:
-        raise Unparsed(f"no JSON: {error}") from None
-    if not isinstance(answer, dict):
-        raise Unparsed("no JSON object")
-    if answer.keys() != schema["properties"].keys():
-        raise Unparsed(f"its keys are {_shown(sorted(answer))}, not {', '.join(schema['properties'])}")
+def parse_predictions(text: str, count: int) -> Predictions:
+    """The predictions in `text`. Raises Unparsed unless they are `count`."""
+    answer = _the_one(Predictions, text)
+    if len(answer.predictions) != count:
+        raise Unparsed(f"{len(answer.predictions)} predictions for {count} examples")
     return answer
+
+
+Answer = TypeVar("Answer", bound=_Answer)
+
+
+def _the_one(form: type[Answer], text: str) -> Answer:
+    """The only answer of this form in `text`: behind the reasoning if there is one, else anywhere."""
+    problem = "there is no JSON object"
+    tail = END_OF_REASONING.split(text)[-1]
+    for values in (_objects(tail), _repaired(tail), _objects(text)):
+        answers: list[Answer] = []
+        for value in values:
+            try:  # half a surrogate pair, which JSON can spell and UTF-8 cannot, becomes a question mark
+                answer = form.model_validate_json(json.dumps(value, ensure_ascii=False).encode(errors="replace"))
+            except ValidationError as error:
+                problem = _first_problem(error)
+            else:
+                answers += [answer] if answer not in answers else []
+        if len(answers) > 1:
+            raise Unparsed(f"there are {len(answers)} different answers")
+        if answers:
+            return answers[0]
+    raise Unparsed(problem)
+
+
+def _objects(text: str) -> Iterator[dict[str, Any]]:
+    """Every whole JSON object in `text`, and those inside lists and objects."""
+    decoder, end = json.JSONDecoder(object_pairs_hook=_without_repeats), 0
+    for start in islice(OBJECT_START.finditer(text), MAX_OBJECTS):
+        if start.start() >= end:
+            try:
+                value, end = decoder.raw_decode(text, start.start())
+            except json.JSONDecodeError:
+                continue
+            except RecursionError:
+                raise Unparsed("the JSON is nested too deeply") from None
+            yield from _within(value)
+
+
+def _repaired(text: str) -> Iterator[dict[str, Any]]:
+    """Objects in the braces of `text`, mended: single quotes, bare words, commas too many, quotes within quotes."""
+    braced = text[text.find("{") : text.rfind("}") + 1]
+    if 0 < braced.count("{") + braced.count("[") <= MAX_REPAIRED_BRACKETS:
+        yield from _within(json_repair.loads(braced))
+
+
+def _within(value: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(value, dict):
+        yield value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _within(inner)
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len({name for name, _ in pairs}) < len(pairs):
-        raise Unparsed("a key stands in it twice")
+        raise Unparsed("a key stands in the JSON twice")
     return dict(pairs)
 
 
-def _shown(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 80 else f"{shown[:77]}..."
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    value = repr(first["input"])
+    return (
+        f"{'.'.join(map(str, first['loc']))}: {first['msg']}, not {value if len(value) <= 80 else value[:77] + '...'}"
+    )

@@ -1,9 +1,7 @@
-"""A prompt and a JSON schema in; what a chat model answered, and what that used, out.
+"""Ask a chat model: OpenAI, Azure OpenAI, or any server that speaks their protocol (vLLM, Ollama, llama.cpp).
 
-OpenAI, Azure OpenAI, and any server that speaks their protocol (vLLM, Ollama, llama.cpp). The `openai` package
-carries the requests. It is told not to retry: it would ask again where a quota is used up, gives up where Retry-After
-is over two minutes, and cannot tell what each try may cost. The body of an answer is read here, since the package
-checks nothing of it.
+The `openai` client carries the requests, waits and tries again. It decides by status and headers, but servers also
+say in the body that a try failed or how long to wait. So what a body says is put where the client looks.
 
 A key comes from the environment, goes into the request, and nowhere else: what a server says is searched for it.
 """
@@ -11,295 +9,252 @@ A key comes from the environment, goes into the request, and nowhere else: what 
 from __future__ import annotations
 
 import asyncio
-import email.utils
 import json
 import logging
-import random
-import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+import re
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+from urllib.request import getproxies
 
 from routesae.analyze.interpret.prices import NOTHING, Budget, Used
+from routesae.analyze.interpret.replies import (
+    MODERATED,
+    QUOTA,
+    REQUEST_TOO_LARGE,
+    TOO_LONG,
+    Answer,
+    complaint_of,
+    completion_of,
+    read_answer,
+    seconds_to_wait,
+)
 from routesae.analyze.interpret.settings import AZURE_KEY, KEY, OPENAI, ChatSettings
-from routesae.reporting import FailedRun
+from routesae.reporting import FailedRun, WrongInput
 
 if TYPE_CHECKING:
-    from openai import APIStatusError, AsyncOpenAI
+    from openai import APIConnectionError, APIStatusError, AsyncOpenAI
 
 log = logging.getLogger(__name__)
 
-FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS = 0.5, 60.0  # of the backoff, where the server names no time
-MAX_RETRY_AFTER_SECONDS = 600.0  # a server that asks for more has closed for the day: stop, go on later
-QUOTA_CODES = ("insufficient_quota", "billing_hard_limit_reached")
-RETRIED = (408, 409, 425, 429)  # and all from 500 on
 OVERHEAD_TOKENS = 64  # what a chat template adds around one message, at most
 MAX_COMPLAINT = 300  # characters of a server's error that are shown
-
-Limit = Literal["max_completion_tokens", "max_tokens"]
-
-
-class Answer(NamedTuple):
-    """What one prompt got, in the end.
-
-    text: what the model wrote, or the body of an answer that is none; None where no answer came.
-    problem: why the text cannot be used, or why there is none; None where the model ended in order.
-    input_tokens, output_tokens: as the server counted them; 0 where it did not.
-    lost_input_tokens, lost_output_tokens: at most so many more may be charged: for tries that ended in silence and
-        for answers that came without a count.
-    """
-
-    text: str | None
-    problem: str | None
-    input_tokens: int = 0
-    output_tokens: int = 0
-    lost_input_tokens: int = 0
-    lost_output_tokens: int = 0
-    tries: int = 1
-    model: str | None = None
-    structured: bool = True
+MAX_WAIT_SECONDS = 120.0  # that the client waits; a server that asks for more has closed for the day
+REQUEST_REFUSED = (400, 413, 422, 500)  # a server may fail at a schema, or at a long prompt, with 500
 
 
-class Dialect(NamedTuple):
-    """What of the protocol the server takes; begins with all of it."""
-
-    limit: Limit
-    structured: bool = True
-    temperature: bool = True
-
-    def request(self, settings: ChatSettings, prompt: str, name: str, schema: Mapping[str, Any]) -> dict[str, Any]:
-        """The body of a request."""
-        body: dict[str, Any] = {"model": settings.model, "messages": [{"role": "user", "content": prompt}]}
-        body[self.limit] = settings.max_output_tokens
-        if self.temperature:
-            body["temperature"] = settings.temperature
-        if self.structured:
-            form = {"name": name, "strict": True, "schema": schema}
-            body["response_format"] = {"type": "json_schema", "json_schema": form}
-        return body
-
-    def without(self, param: str | None, complaint: str) -> Dialect | None:
-        """The dialect that leaves out what a server refused by name; None where it named nothing of this one."""
-        named = f"{param} {complaint}".lower()
-        if self.structured and any(word in named for word in ("response_format", "json_schema", "structured output")):
-            return self._replace(structured=False)
-        if self.temperature and "temperature" in named:
-            return self._replace(temperature=False)
-        if self.limit in named:
-            other: Limit = "max_tokens" if self.limit == "max_completion_tokens" else "max_completion_tokens"
-            return self._replace(limit=other)
-        return None
-
-
-class Refused(Exception):
-    """The server will not answer this one prompt, and would not the next time."""
-
-
-class Busy(Exception):
-    """This try got no answer; another may. after: seconds the server asked to wait. silent: it may be charged."""
-
-    def __init__(self, reason: str, *, after: float | None = None, silent: bool = False):
-        super().__init__(reason)
-        self.after, self.silent = after, silent
+class Stopping(Exception):
+    """The run is about to stop, so nothing more is asked."""
 
 
 class Chat:
-    """Asks one model. Not more at once than the callers are; all of them wait where the server says so."""
+    """Asks one model.
 
-    def __init__(self, settings: ChatSettings, client: AsyncOpenAI, key: str | None, budget: Budget):
-        self.settings, self.client, self.key, self.budget = settings, client, key, budget
-        self.stopping = asyncio.Event()
-        self.not_before = 0.0  # time.monotonic() before which the server wants no request
-        is_openai = settings.endpoint() == OPENAI
+    under_way: tasks that must not be cancelled, since their request may be paid for. A task is in it from its request
+    on; it leaves when the server has said no, or when the task has put the answer away and takes itself out.
+    """
+
+    def __init__(self, settings: ChatSettings, key: str | None, budget: Budget):
+        self.settings, self.budget = settings, budget
+        self.client: AsyncOpenAI
+        self.stopping = self.has_answered = False
+        self.under_way: set[asyncio.Task[Any] | None] = set()
+        self.left_out: frozenset[str] = frozenset()  # parameters that the server refuses
         # Ollama and older servers know only max_tokens, OpenAI's reasoning models only the other.
-        self.dialect = Dialect(limit="max_completion_tokens" if is_openai else "max_tokens")
-        self.refused: set[Dialect] = set()
+        self.limits = ("max_tokens", "max_completion_tokens")
+        if settings.endpoint() == OPENAI:
+            self.limits = ("max_completion_tokens", "max_tokens")
+        self.key = re.compile("".join(map(_in_any_escape, key))) if key and _is_secret(key) else None
 
-    async def ask(self, prompt: str, name: str, schema: Mapping[str, Any]) -> Answer | None:
-        """The answer to `prompt`, asked for in JSON of `schema`, called `name`; None where the run stops before it.
+    async def ask(self, prompts: Callable[[], Iterator[str]], form: Mapping[str, Any]) -> Answer | None:
+        """The answer to the first of `prompts`, or to the first that is not too long for the server.
 
-        Raises FailedRun where no further request makes sense: a bad key, no quota, no such model.
+        form: JSON schema of the answer, with a title. Returns None if the run stops before there is an answer. Raises
+        FailedRun if no further request makes sense: a bad key, no quota, no such model.
         """
-        most = self.most_tokens(prompt, schema)
-        lost = tries = 0
-        problem, wait_until = "", 0.0
-        while tries <= self.settings.retries:
-            if await self._stopped_before(wait_until) or not await self.budget.reserve(most):
-                return None
-            tries += 1
-            used = most  # unless it is known to be less: a request cut off may be charged
-            try:
-                answer = await self._try(prompt, name, schema)
-                if answer.input_tokens or answer.output_tokens:
-                    used = Used(answer.input_tokens, answer.output_tokens)
-                else:
-                    lost += 1  # it was answered, so it is charged, but nobody says for how much
-                return _with_losses(answer, most, lost, tries)
-            except Refused as refusal:
-                used = NOTHING
-                return _with_losses(Answer(None, str(refusal)), most, lost, tries)
-            except FailedRun:
-                used = NOTHING
-                raise
-            except Busy as busy:
-                if not busy.silent:
-                    used = NOTHING
-                lost += busy.silent
-                problem, wait_until = str(busy), self._wait_until(busy, tries)
-            finally:
-                await self.budget.settle(most, used)
-            if self.stopping.is_set():
-                return None
-        return _with_losses(Answer(None, f"{problem}, at the last of {tries} tries"), most, lost, tries)
-
-    def most_tokens(self, prompt: str, schema: Mapping[str, Any]) -> Used:
-        """Tokens in and out that one request cannot exceed: no tokenizer makes more tokens than there are bytes."""
-        written = len(prompt.encode()) + len(json.dumps(schema))
-        return Used(written + OVERHEAD_TOKENS, self.settings.max_output_tokens)
-
-    def _wait_until(self, busy: Busy, tries: int) -> float:
-        """time.monotonic() of this prompt's next try; what the server asks for holds for every prompt."""
-        if busy.after is None:
-            delay = min(FIRST_DELAY_SECONDS * 2.0 ** (tries - 1), MAX_DELAY_SECONDS) * random.uniform(0.75, 1.0)
-            return time.monotonic() + delay
-        if busy.after > MAX_RETRY_AFTER_SECONDS:
-            raise FailedRun(f"{busy}; it asks to wait {busy.after:,.0f} s: the same command goes on then")
-        self.not_before = max(self.not_before, time.monotonic() + busy.after)
-        return self.not_before
-
-    async def _stopped_before(self, wait_until: float) -> bool:
-        while (seconds := max(wait_until, self.not_before) - time.monotonic()) > 0 and not self.stopping.is_set():
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self.stopping.wait(), seconds)
-        return self.stopping.is_set()
-
-    async def _try(self, prompt: str, name: str, schema: Mapping[str, Any]) -> Answer:
-        """One answer, in the dialect that the server takes."""
         import openai
 
-        while True:
-            spoken = self.dialect
-            body = spoken.request(self.settings, prompt, name, schema)
-            try:
-                async with asyncio.timeout(self.settings.timeout):  # the package's own starts anew with every byte
-                    raw = await self.client.chat.completions.with_raw_response.create(**body)
-            except TimeoutError:
-                raise Busy(f"no answer within --timeout {self.settings.timeout:g} s", silent=True) from None
-            except openai.APIStatusError as error:
-                if error.status_code not in (400, 422) or not self._another_dialect(spoken, error):
-                    raise self._failure(error) from None
-            except openai.APIConnectionError as error:
-                cause = error.__cause__ or error
-                reason = f"the connection to {self.settings.endpoint()} failed ({self._clean(str(cause))})"
-                connected = "Connect" not in type(cause).__name__
-                raise Busy(reason, silent=connected) from None
-            else:
-                return read_answer(self._clean(raw.text), structured=spoken.structured)
-
-    def _another_dialect(self, spoken: Dialect, error: APIStatusError) -> bool:
-        """Whether there is another way to say it; then that is the one for everybody from here on."""
-        if self.dialect != spoken:
-            return True  # another request found out meanwhile
-        other = spoken.without(error.param, error.message)
-        if other is None or other in self.refused:
-            return False
-        self.refused.add(spoken)
-        self.dialect = other
-        for field, before, now in zip(Dialect._fields, spoken, other, strict=True):
-            if before != now:
-                told = "is asked for in the prompt alone" if field == "structured" else "is left out or renamed"
-                what = {"structured": "the JSON schema of the answer", "limit": spoken.limit}.get(field, field)
-                log.warning("%s refuses %s, which %s from here on", self.settings.endpoint(), what, told)
-        return True
-
-    def _failure(self, error: APIStatusError) -> Exception:
-        """What a refusal by the server means for this try, this prompt or the whole run."""
-        status, where = error.status_code, self.settings.endpoint()
-        complaint = self._clean(" ".join(error.message.split()))[:MAX_COMPLAINT]
-        said = f"{where} answered {status}: {complaint}"
-        if status in (401, 403):
-            name = self.settings.key_env or (KEY if self.settings.api_version is None else AZURE_KEY)
-            return FailedRun(f"{said}; check the API key in ${name}. What was answered is kept")
-        if status == 402 or error.code in QUOTA_CODES or error.type in QUOTA_CODES:
-            return FailedRun(f"{said}; the quota is used up. The same command goes on when there is more")
-        if status == 404:
-            return FailedRun(f"{said}; check --model {self.settings.model} and --base-url")
-        if status in RETRIED or status >= 500:
-            return Busy(said, after=retry_after(error.response.headers))
-        return Refused(said)
-
-    def _clean(self, text: str) -> str:
-        return text.replace(self.key, "[the API key]") if self.key else text
-
-
-def _with_losses(answer: Answer, most: Used, lost: int, tries: int) -> Answer:
-    return answer._replace(lost_input_tokens=lost * most.input, lost_output_tokens=lost * most.output, tries=tries)
-
-
-def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds a server asks to wait, by Retry-After (seconds or a date) or retry-after-ms; None where by neither."""
-    for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
-        if (value := headers.get(name)) is None:
-            continue
+        written = len(next(prompts()).encode()) + len(json.dumps(form))  # no tokenizer makes more tokens than bytes
+        most = Used(written + OVERHEAD_TOKENS, self.settings.max_output_tokens)
+        if self.stopping or not await self.budget.reserve(most):
+            return None
+        used = NOTHING
         try:
-            seconds = float(value) * unit
-        except ValueError:
-            try:
-                seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-            except ValueError:
-                continue
-        if seconds == seconds:  # not a number says nothing
-            return max(0.0, seconds)
-    return None
+            answer = await self._ask(prompts(), form, most)
+            used = Used(answer.input_tokens, answer.output_tokens)
+            self.has_answered = True
+            return answer
+        except Stopping:
+            return None
+        except openai.APIStatusError as error:
+            return None if self.stopping else self._refused(error)
+        except openai.APIConnectionError as error:
+            if not re.search("Connect|Proxy|SSL", type(error.__cause__).__name__):
+                used = most  # a request that got no answer may be charged
+            return None if self.stopping else self._unconnected(error)
+        finally:
+            self.budget.settle(most, used)
+
+    async def _ask(self, prompts: Iterator[str], form: Mapping[str, Any], most: Used) -> Answer:
+        """Ask without what the server refuses. Raises APIStatusError if it refuses everything."""
+        import openai
+
+        left_out = self.left_out
+        too_long: openai.APIStatusError | None = None
+        for halved, prompt in enumerate(prompts):
+            while True:
+                body = self._body(prompt, form, left_out)
+                try:
+                    raw = await self.client.chat.completions.with_raw_response.create(**body)
+                except openai.APIStatusError as error:
+                    said = error.response.text
+                    if error.status_code not in REQUEST_REFUSED or MODERATED.search(said):
+                        raise
+                    if TOO_LONG.search(said):
+                        too_long = error
+                        break
+                    named = [name for name in ("temperature", self.limits[0]) if name in said]
+                    name = next((name for name in named if name not in left_out), "response_format")
+                    if name in left_out:
+                        raise
+                    left_out |= {name}
+                else:
+                    for name in left_out - self.left_out:
+                        instead = f"gets {self.limits[1]}" if name == self.limits[0] else "goes without it"
+                        log.warning("%s refuses %s and %s from here on", self.settings.endpoint(), name, instead)
+                    self.left_out |= left_out
+                    answer = read_answer(raw.content.decode(errors="replace"), most)
+                    return answer._replace(structured="response_format" not in left_out, halved=halved)
+        assert too_long is not None  # there is at least one prompt
+        raise too_long
+
+    def _body(self, prompt: str, form: Mapping[str, Any], left_out: frozenset[str]) -> dict[str, Any]:
+        settings = self.settings
+        schema = {"name": form["title"].lower(), "strict": True, "schema": form}
+        body = {
+            "model": settings.model,
+            "messages": [{"role": "user", "content": prompt}],
+            self.limits[self.limits[0] in left_out]: settings.max_output_tokens,
+            "temperature": settings.temperature,
+            "response_format": {"type": "json_schema", "json_schema": schema},
+        }
+        return {name: value for name, value in body.items() if name not in left_out}
+
+    async def before_request(self, request: Any) -> None:
+        """Hook of the HTTP client before each try."""
+        if self.stopping:
+            raise Stopping
+        self.under_way.add(asyncio.current_task())
+
+    async def after_response(self, response: Any) -> None:
+        """Hook of the HTTP client: read the body, and put what it says of the try where the client looks."""
+        import openai
+
+        try:
+            async with asyncio.timeout(2 * self.settings.timeout):  # the client's own starts anew with every byte
+                await response.aread()
+        except TimeoutError:
+            raise openai.APITimeoutError(response.request) from None
+        body = response.content.decode(errors="replace")
+        if response.is_success:
+            if completion_of(body) is not None:
+                return
+            response.status_code = 503  # asked again, whatever the status says
+        elif response.status_code == 429 and REQUEST_TOO_LARGE.search(body):
+            response.status_code = 413  # no wait makes it fit
+        elif response.status_code == 500 and TOO_LONG.search(body):
+            response.status_code = 413
+        self.under_way.discard(asyncio.current_task())
+        if self.stopping or QUOTA.search(body):
+            response.headers["x-should-retry"] = "false"
+        elif not {"retry-after", "retry-after-ms"} & set(response.headers) and (seconds := seconds_to_wait(body)):
+            response.headers["retry-after"] = str(seconds)
+
+    def _refused(self, error: APIStatusError) -> Answer:
+        """What the last refusal means for this question. Raises FailedRun if it is about the whole run."""
+        status, body = error.status_code, error.response.text
+        said = f"{self.settings.endpoint()} answered {status}: {self.clean(complaint_of(body))[:MAX_COMPLAINT]}"
+        if status in (*REQUEST_REFUSED, 403) and MODERATED.search(body):
+            return Answer(body, f"the server's moderation refused the prompt: {said}")
+        if status == 401 or (status == 403 and not self.has_answered):
+            name = self.settings.key_env or (KEY if self.settings.api_version is None else AZURE_KEY)
+            raise FailedRun(f"{said}; check the API key in ${name}; what was answered is kept")
+        if status == 402 or QUOTA.search(body):
+            raise FailedRun(f"{said}; the quota is used up; the same command continues when there is more")
+        if status == 404:
+            raise FailedRun(f"{said}; check --model {self.settings.model} and --base-url")
+        if (seconds := _number(error.response.headers.get("retry-after"))) > MAX_WAIT_SECONDS:
+            raise FailedRun(f"{said}; it asks to wait {seconds:,.0f} s; the same command continues then")
+        if status in REQUEST_REFUSED and TOO_LONG.search(body):
+            return Answer(None, f"{said}; the prompt is too long for the model even with few examples")
+        return Answer(None, said)
+
+    def _unconnected(self, error: APIConnectionError) -> Answer:
+        """Why there was no response. Raises FailedRun if that will not change: a certificate, a proxy's refusal."""
+        import openai
+
+        cause: BaseException = error.__cause__ or error
+        if isinstance(error, openai.APITimeoutError) and "Connect" not in type(cause).__name__:
+            return Answer(None, f"no answer within --timeout {self.settings.timeout:g} s")
+        proxy = " through the proxy in the environment" if getproxies() else ""
+        reason = self.clean(str(cause)) or type(cause).__name__
+        said = f"the connection to {self.settings.endpoint()}{proxy} failed ({reason})"
+        if "CERTIFICATE_VERIFY_FAILED" in said:
+            raise FailedRun(f"{said}; give the server's certificate in $SSL_CERT_FILE")
+        if "Proxy" in type(cause).__name__:
+            raise FailedRun(f"{said}; check $HTTPS_PROXY, $HTTP_PROXY and $NO_PROXY")
+        return Answer(None, said)
+
+    def clean(self, text: str) -> str:
+        """The text without the key in any escaping, and without halves of surrogate pairs, which UTF-8 lacks."""
+        whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return self.key.sub("[the API key]", whole) if self.key else whole
 
 
-def read_answer(body: str, *, structured: bool) -> Answer:
-    """The answer in the body of a response with status 200, which may be anything at all."""
+def _is_secret(key: str) -> bool:
+    """False for what local servers want as a key: a word such as "none" or "EMPTY", which answers may contain."""
+    mixed = any(map(str.isdigit, key)) and any(map(str.isalpha, key))
+    return len(key) >= 16 or (len(key) >= 8 and mixed)
+
+
+def _in_any_escape(character: str) -> str:
+    r"""A pattern for the character as it is, as \u0073 or \x73, %73 or &#115;, behind any number of backslashes."""
+    code = ord(character)
+    return rf"\\*(?:{re.escape(character)}|(?i:(?:u00|x|%){code:02x}|&#(?:{code}|x{code:02x});))"
+
+
+def _number(text: str | None) -> float:
     try:
-        completion = json.loads(body)
-        choices = completion["choices"]
-        usage = completion.get("usage")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return Answer(body, "the body is no chat completion", structured=structured)
-    counts = [usage.get(name) if isinstance(usage, dict) else 0 for name in ("prompt_tokens", "completion_tokens")]
-    tokens_in, tokens_out = (n if type(n) is int and n >= 0 else 0 for n in counts)
-    model = completion.get("model")
-    answer = Answer(
-        body,
-        None,
-        input_tokens=tokens_in,
-        output_tokens=tokens_out,
-        model=model if isinstance(model, str) else None,
-        structured=structured,
-    )
-    try:
-        message, finish = choices[0]["message"], choices[0].get("finish_reason")
-        content, refusal = message.get("content"), message.get("refusal")
-    except (KeyError, IndexError, TypeError, AttributeError):
-        return answer._replace(problem="the answer holds no choice")
-    if isinstance(refusal, str) and refusal:
-        return answer._replace(text=refusal, problem="the model refused")
-    if finish == "content_filter":
-        return answer._replace(text=content if isinstance(content, str) else body, problem="a content filter cut it")
-    if not isinstance(content, str) or not content.strip():
-        spent = "; all of --max-output-tokens was spent" if finish == "length" else ""
-        return answer._replace(problem=f"the answer is empty{spent}")
-    if finish == "length":
-        return answer._replace(text=content, problem="it was cut short; raise --max-output-tokens")
-    return answer._replace(text=content)
+        return float(text or 0)
+    except ValueError:
+        return 0.0
 
 
 @asynccontextmanager
 async def open_chat(settings: ChatSettings, budget: Budget) -> AsyncIterator[Chat]:
-    """A Chat with its connections. Raises WrongInput where key or address are missing."""
+    """A Chat with its connections. Raises WrongInput if key, address, proxy or certificate cannot be used."""
     import openai
 
     key, endpoint = settings.key(), settings.endpoint()
-    # A server of one's own gets a key all the same: the package sends none without one, and refuses to start.
-    common: dict[str, Any] = {"api_key": key or "none", "max_retries": 0, "timeout": settings.timeout}
-    if settings.api_version is None:
-        client = openai.AsyncOpenAI(base_url=endpoint, **common)
-    else:
-        client = openai.AsyncAzureOpenAI(azure_endpoint=endpoint, api_version=settings.api_version, **common)
-    async with client:
-        yield Chat(settings, client, key, budget)
+    chat = Chat(settings, key, budget)
+    try:
+        hooks: dict[str, list[Callable[..., Any]]] = {
+            "request": [chat.before_request],
+            "response": [chat.after_response],
+        }
+        common: dict[str, Any] = {
+            "api_key": key or "none",  # the client does not start without one
+            "max_retries": settings.retries,
+            "timeout": settings.timeout,
+            "http_client": openai.DefaultAsyncHttpxClient(event_hooks=hooks),
+        }
+        if settings.api_version is None:
+            chat.client = openai.AsyncOpenAI(base_url=endpoint, **common)
+        else:
+            chat.client = openai.AsyncAzureOpenAI(azure_endpoint=endpoint, api_version=settings.api_version, **common)
+    except Exception as error:  # what the environment can do wrong has no common class
+        raise WrongInput(
+            f"no connection can be set up: {chat.clean(str(error))}; check HTTPS_PROXY, ALL_PROXY and SSL_CERT_FILE"
+        ) from error
+    async with chat.client:
+        yield chat

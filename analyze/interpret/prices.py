@@ -1,4 +1,4 @@
-"""Tokens in; US dollars out, and a limit on them that requests under way count against."""
+"""What a chat model's tokens cost, and a budget that counts requests under way at the most they can cost."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import tomllib
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
+
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from routesae.reporting import WrongInput
 
@@ -26,86 +28,76 @@ class Used(NamedTuple):
 NOTHING = Used(0, 0)
 
 
-class Price(NamedTuple):
+class Price(BaseModel, frozen=True, strict=True, extra="forbid"):
     """US dollars a million tokens."""
 
-    input: float
-    output: float
+    input: float = Field(ge=0, lt=MILLION)
+    output: float = Field(ge=0, lt=MILLION)
 
     def dollars(self, used: Used) -> float:
         return (self.input * used.input + self.output * used.output) / MILLION
 
 
+_TABLE = TypeAdapter(dict[str, Price])
+
+
 def price_of(model: str, prices_file: str | None) -> Price | None:
-    """What `model` costs, by the user's table first and the packaged one after; None where neither names it.
+    """What `model` costs by the user's table, or else by the packaged one; None if neither names it.
 
     Raises WrongInput for a table that cannot be read.
     """
-    tables = [_read(files("routesae.analyze.interpret").joinpath(PACKAGED).read_text(encoding="utf-8"), PACKAGED)]
+    packaged = files("routesae.analyze.interpret").joinpath(PACKAGED).read_text(encoding="utf-8")
+    prices = _TABLE.validate_python(tomllib.loads(packaged))
     if prices_file is not None:
+        source = f"--prices {prices_file}"
         try:
-            written = Path(prices_file).read_text(encoding="utf-8")
+            prices |= _TABLE.validate_python(tomllib.loads(Path(prices_file).read_text(encoding="utf-8")))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where, value = ".".join(map(str, first["loc"])), first["input"]
+            raise WrongInput(
+                f"{source}: {where}: {first['msg']}, not {value!r}; each model needs input and output, "
+                "in US dollars a million tokens"
+            ) from None
+        except tomllib.TOMLDecodeError as error:
+            raise WrongInput(f"{source} is not TOML: {error}") from None
         except (OSError, UnicodeDecodeError) as error:
-            raise WrongInput(f"--prices {prices_file} cannot be read: {error}") from None
-        tables.insert(0, _read(written, f"--prices {prices_file}"))
-    for name in (model, SNAPSHOT.sub("", model)):
-        for table in tables:
-            if name in table:
-                return table[name]
-    return None
-
-
-def _read(written: str, source: str) -> dict[str, Price]:
-    try:
-        models = tomllib.loads(written)
-    except tomllib.TOMLDecodeError as error:
-        raise WrongInput(f"{source} is no TOML: {error}") from None
-    prices = {}
-    for model, price in models.items():
-        if not isinstance(price, dict) or price.keys() != {"input", "output"}:
-            raise WrongInput(f'{source}: ["{model}"] needs input = … and output = …, US dollars a million tokens')
-        for name, dollars in price.items():
-            if type(dollars) not in (int, float) or not 0 <= dollars < MILLION:
-                raise WrongInput(f"{source}: {name} of {model} is {dollars!r}, not US dollars a million tokens")
-        prices[model] = Price(**price)
-    return prices
+            raise WrongInput(f"{source} cannot be read: {error}") from None
+    return prices.get(model, prices.get(SNAPSHOT.sub("", model)))
 
 
 class Budget:
-    """What may still be spent. Without a price there is no limit, and no sum."""
+    """What may still be spent. There is no limit without a price and `max_dollars`."""
 
     def __init__(self, price: Price | None, max_dollars: float | None):
         self.price, self.max_dollars = price, max_dollars
-        self.spent = 0.0  # dollars, of answers and of what may have been charged without one
-        self.reserved = 0.0  # dollars that the requests under way cost at most
+        self.spent = 0.0  # dollars
         self.exhausted = False
-        self._settled = asyncio.Condition()
+        self._reserved: list[float] = []  # dollars that each request under way costs at most
+        self._settled = asyncio.Event()
 
     def charge(self, used: Used) -> None:
         if self.price is not None:
             self.spent += self.price.dollars(used)
 
     async def reserve(self, most: Used) -> bool:
-        """Whether a request of at most so many tokens may start; waits while that hangs on those under way."""
+        """Whether a request of at most so many tokens may start. Waits while that depends on those under way."""
         if self.price is None or self.max_dollars is None:
             return True
         dollars = self.price.dollars(most)
-        async with self._settled:
-            while self.spent + self.reserved + dollars > self.max_dollars:
-                if not self.reserved or self.exhausted:
-                    self.exhausted = True
-                    self._settled.notify_all()
-                    return False
-                await self._settled.wait()
-            self.reserved += dollars
+        while self.spent + sum(self._reserved) + dollars > self.max_dollars:
+            if self.exhausted or not self._reserved:
+                self.exhausted = True
+                self._settled.set()  # the others that wait need not either
+                return False
+            self._settled.clear()
+            await self._settled.wait()
+        self._reserved.append(dollars)
         return True
 
-    async def settle(self, most: Used, used: Used) -> None:
-        """The request that `most` was reserved for has ended."""
+    def settle(self, most: Used, used: Used) -> None:
+        """The request that `most` was reserved for has ended and used so much."""
         self.charge(used)
         if self.price is not None and self.max_dollars is not None:
-            async with self._settled:
-                self.reserved -= self.price.dollars(most)
-                if self.reserved < 1e-12:  # what sums of floats leave
-                    self.reserved = 0.0
-                self._settled.notify_all()
+            self._reserved.remove(self.price.dollars(most))
+            self._settled.set()

@@ -1,10 +1,10 @@
-"""The stage interpret: what `routesae contexts` found in; what a chat model makes of each latent out.
+"""Have a chat model explain latents from their contexts, and put the explanations to the test.
 
     contexts.parquet ──prompts──▶ chat model ──▶ interpretations.jsonl ──▶ interpretations.json, the summary
                                        └──▶ detection.jsonl, fuzzing.jsonl: does an explanation predict the latent?
 
-Each answer is on the disk before the next question; a stopped run goes on where it stood, and asks nothing again that
-was answered. What was under way at a `kill -9` may have been paid for without an answer: nobody can know.
+Each answer is on the disk before the next question. A stopped run continues where it stood, and asks nothing again
+that was answered. A request under way at a `kill -9` may have been paid for without an answer: nobody can know.
 
 The question is that of the RouteSAE paper (2503.08200, appendix): category, monosemanticity from 1 to 5, explanation.
 """
@@ -17,7 +17,9 @@ import json
 import logging
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -25,42 +27,44 @@ from typing import Any, NamedTuple
 
 from routesae import __version__
 from routesae.analyze.contexts.file import Context, ContextsFile, read_contexts, read_facts
-from routesae.analyze.interpret.answers import CATEGORIES, EXPLANATION_SCHEMA, parse_explanation
-from routesae.analyze.interpret.asking import ANSWERED, UNANSWERED, UNPARSED, Asking, Question, bill, used_at_most
+from routesae.analyze.interpret.answers import CATEGORIES, Explanation, parse_explanation
+from routesae.analyze.interpret.asking import ANSWERED, UNANSWERED, UNPARSED, Asking, Question, bill, settled, used
 from routesae.analyze.interpret.chat import open_chat
-from routesae.analyze.interpret.ledger import Ledger, read_lines
+from routesae.analyze.interpret.ledger import Ledger, Line, open_ledger, read_lines
 from routesae.analyze.interpret.prices import Budget, Price, Used, price_of
-from routesae.analyze.interpret.scoring import Explained, Scoring, score_summary
-from routesae.analyze.interpret.settings import MODES, ChatSettings, InterpretSettings
+from routesae.analyze.interpret.scoring import Explained, score_summary, scoring_identity, scoring_questions
+from routesae.analyze.interpret.settings import MODES, InterpretSettings
+from routesae.machine.lock import hold
 from routesae.machine.stop import StopRequest, stop_requests
-from routesae.reporting import Report, WrongInput, silent
+from routesae.reporting import FailedRun, Report, WrongInput, silent
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-LINES, SUMMARY = "interpretations.jsonl", "interpretations.json"
+LINES, SUMMARY, LOCK = "interpretations.jsonl", "interpretations.json", ".interpret.lock"
+KEY = ("latent",)  # what names a question in the ledger
 BYTES_PER_TOKEN = 4.0  # of English, about; only for what is shown as an estimate
 TYPICAL_ANSWER_TOKENS = 80
 
 
 class Estimate(NamedTuple):
-    """What is still to be asked. prompts: of each latent. used: tokens, about. dollars: None without a price."""
+    """What is still to be asked. prompts: one a latent. used: tokens, about. dollars: None without a price."""
 
     prompts: dict[str, str]
     used: Used
     dollars: float | None
 
     def __str__(self) -> str:
-        cost = "an unknown price; say it with --prices" if self.dollars is None else f"${self.dollars:.2f}"
+        cost = "an unknown price; give it with --prices" if self.dollars is None else f"${self.dollars:.2f}"
         tokens = f"{self.used.input:,} tokens in and {self.used.output:,} out"
         return f"{len(self.prompts):,} prompts: about {tokens}, {cost}"
 
 
 def interpret(settings: InterpretSettings, report: Report = silent) -> list[dict[str, Any]]:
-    """Ask about every latent that has no answer yet; returns the summary of each SAE, as written beside it.
+    """Ask about every latent that has no answer yet. Returns the summary of each SAE, as written beside it.
 
-    Raises WrongInput where contexts, key or prompt are missing; FailedRun where the server ends it, or the budget;
-    Stopped after Ctrl-C. What was answered is kept, and summed up, in each case.
+    Raises WrongInput if contexts, key or prompt are missing; FailedRun if the server or the budget ends it; Stopped
+    after Ctrl-C. In each case what was answered is kept and summed up. See `require_answers` for what was lost.
     """
     settings.chat.key()  # before a file is begun
     price = _price(settings)
@@ -68,15 +72,28 @@ def interpret(settings: InterpretSettings, report: Report = silent) -> list[dict
     template = read_template(settings.prompt)
     with ExitStack() as stack:
         subjects = [
-            stack.enter_context(Subject(folder, contexts, template, settings, price))
+            stack.enter_context(open_subject(folder, contexts, template, settings))
             for folder, contexts in _contexts(settings)
         ]
         for subject in subjects:
-            for lines in subject.all_lines():
-                budget.charge(used_at_most(lines))
+            for ledger in (subject.ledger, *subject.scores.values()):
+                budget.charge(used(ledger.lines))
         with stop_requests() as stop:
-            asyncio.run(_ask_all(subjects, settings.chat, budget, stop, report))
-        return [subject.summary() for subject in subjects]
+            asyncio.run(_ask_all(subjects, settings, budget, stop, report))
+        return [subject.summary(price) for subject in subjects]
+
+
+def lost(summary: Mapping[str, Any]) -> int:
+    """How many questions of a summary got no answer, those of its scores included."""
+    parts = [summary, *(summary[mode] for mode in MODES if mode in summary)]
+    return sum(part["unanswered"] for part in parts)
+
+
+def require_answers(summaries: Sequence[Mapping[str, Any]]) -> None:
+    """Raises FailedRun if a question got no answer, although the run came to its end."""
+    if count := sum(map(lost, summaries)):
+        reason = next(summary["last_loss"] for summary in summaries if lost(summary))
+        raise FailedRun(f"{count} questions got no answer ({reason}); the same command asks them again")
 
 
 def estimate(settings: InterpretSettings) -> Estimate:
@@ -84,20 +101,21 @@ def estimate(settings: InterpretSettings) -> Estimate:
     price, template = _price(settings), read_template(settings.prompt)
     prompts = {}
     for folder, contexts in _contexts(settings):
-        path = folder / LINES
-        there = read_interpretations(folder) if path.exists() and not settings.overwrite else {}
-        wanted = set(pick(contexts, settings)) - settled(there.values(), settings)
-        for latent in contexts.latents(wanted):
+        lines = [] if settings.overwrite else list(read_interpretations(folder).values())
+        latents = set(pick(contexts, settings)) - {
+            latent for (latent,) in settled(lines, KEY, settings.retry_unparsed)
+        }
+        for latent in contexts.latents(latents):
             prompts[f"{folder.name} latent {latent.latent}"] = prompt_of(template, latent.chosen, settings.examples)
     written = sum(len(prompt.encode()) for prompt in prompts.values())
-    used = Used(round(written / BYTES_PER_TOKEN), TYPICAL_ANSWER_TOKENS * len(prompts))
-    return Estimate(prompts, used, None if price is None else price.dollars(used))
+    tokens = Used(round(written / BYTES_PER_TOKEN), TYPICAL_ANSWER_TOKENS * len(prompts))
+    return Estimate(prompts, tokens, None if price is None else price.dollars(tokens))
 
 
-def read_interpretations(folder: Path) -> dict[int, dict[str, Any]]:
-    """The last line of each latent asked about in an SAE's folder; none where interpret has not run.
+def read_interpretations(folder: Path) -> dict[int, Line]:
+    """The last line about each latent in an SAE's folder; empty if interpret has not run.
 
-    Raises WrongInput where the file is damaged.
+    Raises WrongInput if the file is damaged.
     """
     path = folder / LINES
     if not path.exists():
@@ -106,122 +124,110 @@ def read_interpretations(folder: Path) -> dict[int, dict[str, Any]]:
 
 
 async def _ask_all(
-    subjects: Sequence[Subject], chat_settings: ChatSettings, budget: Budget, stop: StopRequest, report: Report
+    subjects: Sequence[Subject], settings: InterpretSettings, budget: Budget, stop: StopRequest, report: Report
 ) -> None:
-    async with open_chat(chat_settings, budget) as chat:
+    async with open_chat(settings.chat, budget) as chat:
         for subject in subjects:
             try:
-                wanted = subject.unsettled()
-                stage = f"interpret {subject.folder.name}"
-                asking = Asking(chat, subject.ledger, stop, stage, len(wanted), report)
-                await asking.ask(subject.questions(wanted))
-                for scoring in subject.scorings:
-                    questions = scoring.questions(subject.explained())
-                    stage = f"{scoring.mode} {subject.folder.name}"
-                    asking = Asking(chat, scoring.ledger, stop, stage, len(questions), report)
+                latents = subject.unsettled()
+                asking = Asking(chat, subject.ledger, stop, report, f"interpret {subject.folder.name}", len(latents))
+                await asking.ask(subject.questions(latents))
+                for mode, ledger in subject.scores.items():
+                    questions = scoring_questions(
+                        mode, subject.folder, subject.contexts, subject.explained(), ledger, settings
+                    )
+                    asking = Asking(chat, ledger, stop, report, f"{mode} {subject.folder.name}", len(questions))
                     await asking.ask(iter(questions))
             finally:
-                subject.write_summary()
+                subject.write_summary(budget.price)
 
 
+@dataclass
 class Subject:
-    """One SAE whose latents are explained: its contexts, its ledgers, and what they come to."""
+    """One SAE whose latents are explained: its contexts, and its ledgers. scores: a ledger a mode."""
 
-    def __init__(
-        self, folder: Path, contexts: ContextsFile, template: str, settings: InterpretSettings, price: Price | None
-    ):
-        self.folder, self.contexts, self.template = folder, contexts, template
-        self.settings, self.price = settings, price
-        self.picked = pick(contexts, settings)
-        self.identity = {
-            "format": FORMAT,
-            "model": settings.chat.model,
-            "endpoint": settings.chat.endpoint(),
-            "api_version": settings.chat.api_version,
-            "temperature": settings.chat.temperature,
-            "prompt": hashlib.sha256(template.encode()).hexdigest(),
-            "contexts": contexts.fingerprint,
-            "examples": settings.examples,
-        }
+    folder: Path
+    contexts: ContextsFile
+    template: str
+    settings: InterpretSettings
+    identity: dict[str, Any]
+    picked: list[int]
+    ledger: Ledger
+    scores: dict[str, Ledger]
 
-    def __enter__(self) -> Subject:
-        with ExitStack() as stack:
-            overwrite = self.settings.overwrite
-            self.ledger = stack.enter_context(Ledger(self.folder / LINES, self.identity, overwrite=overwrite))
-            self.scorings = [
-                stack.enter_context(
-                    Scoring(
-                        mode,
-                        self.folder,
-                        self.contexts,
-                        self.identity,
-                        cache=self.settings.cache,
-                        device=self.settings.device,
-                        seed=self.settings.seed,
-                        examples=self.settings.examples,
-                        retry_unparsed=self.settings.retry_unparsed,
-                        overwrite=overwrite,
-                    )
-                )
-                for mode in self.settings.scores
-            ]
-            self._open = stack.pop_all()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._open.close()
-
-    def all_lines(self) -> Iterator[list[dict[str, Any]]]:
-        """Of each ledger."""
-        yield self.ledger.lines
-        for scoring in self.scorings:
-            yield scoring.ledger.lines
-
-    def last_lines(self) -> dict[int, dict[str, Any]]:
-        return {line["latent"]: line for line in self.ledger.lines}
+    def last_lines(self) -> dict[int, Line]:
+        """The last line about each latent that was picked and asked about, in the order they were picked."""
+        last = {line["latent"]: line for line in self.ledger.lines}
+        return {latent: last[latent] for latent in self.picked if latent in last}
 
     def unsettled(self) -> list[int]:
         """Latents still to be asked about, ascending."""
-        return sorted(set(self.picked) - settled(self.last_lines().values(), self.settings))
+        done = settled(self.ledger.lines, KEY, self.settings.retry_unparsed)
+        return sorted(latent for latent in self.picked if (latent,) not in done)
 
-    def questions(self, wanted: Collection[int]) -> Iterator[Question]:
-        for latent in self.contexts.latents(wanted) if wanted else ():
+    def questions(self, latents: Collection[int]) -> Iterator[Question]:
+        for latent in self.contexts.latents(latents) if latents else ():
             yield Question(
-                line={"latent": latent.latent},
-                prompt=prompt_of(self.template, latent.chosen, self.settings.examples),
-                name="explanation",
-                schema=EXPLANATION_SCHEMA,
-                parse=lambda text: parse_explanation(text)._asdict(),
+                key={"latent": latent.latent},
+                prompts=partial(shorter_and_shorter, self.template, latent.chosen, self.settings.examples),
+                form=Explanation,
+                parse=parse_explanation,
             )
 
     def explained(self) -> list[Explained]:
-        last = self.last_lines()
-        lines = [last[latent] for latent in sorted(self.picked) if latent in last]
-        return [Explained(line["latent"], line["explanation"]) for line in lines if line["outcome"] == ANSWERED]
+        lines = sorted(self.last_lines().items())
+        return [Explained(latent, line["explanation"]) for latent, line in lines if line["outcome"] == ANSWERED]
 
-    def summary(self) -> dict[str, Any]:
-        last = self.last_lines()
-        asked = [last[latent] for latent in self.picked if latent in last]
-        found: dict[str, Any] = {
+    def summary(self, price: Price | None) -> dict[str, Any]:
+        asked = list(self.last_lines().values())
+        everything = [line for ledger in (self.ledger, *self.scores.values()) for line in ledger.lines]
+        lost = [line["reason"] for line in everything if line["outcome"] == UNANSWERED]
+        summary: dict[str, Any] = {
             "routesae": __version__,
             "sae": self.folder.name,
             "identity": self.identity,
             "latents_kept": sum(one.kept for one in self.contexts.summaries),
             "not_asked": len(self.picked) - len(asked),
             **summarise(asked),
-            **bill(self.ledger.lines, self.price),
+            **bill(self.ledger.lines, price),
+            "last_loss": lost[-1] if lost else None,
         }
-        for scoring in self.scorings:
-            found[scoring.mode] = score_summary(scoring.ledger.lines, self.explained()) | bill(
-                scoring.ledger.lines, self.price
-            )
-        return found
+        for mode, ledger in self.scores.items():
+            summary[mode] = score_summary(ledger.lines, self.explained()) | bill(ledger.lines, price)
+        return summary
 
-    def write_summary(self) -> None:
+    def write_summary(self, price: Price | None) -> None:
         """Put the summary beside the answers; whole or not at all."""
-        partial = self.folder / f".{SUMMARY}.partial"
-        partial.write_text(json.dumps(self.summary(), indent=2) + "\n")
-        partial.replace(self.folder / SUMMARY)
+        partial_file = self.folder / f".{SUMMARY}.partial"
+        partial_file.write_text(json.dumps(self.summary(price), indent=2) + "\n")
+        partial_file.replace(self.folder / SUMMARY)
+
+
+@contextmanager
+def open_subject(
+    folder: Path, contexts: ContextsFile, template: str, settings: InterpretSettings
+) -> Iterator[Subject]:
+    """A Subject with its ledgers open. Raises WrongInput if another process has them or they do not fit."""
+    picked = pick(contexts, settings)
+    identity = {
+        "format": FORMAT,
+        "model": settings.chat.model,
+        "endpoint": settings.chat.endpoint(),
+        "api_version": settings.chat.api_version,
+        "temperature": settings.chat.temperature,
+        "prompt": hashlib.sha256(template.encode()).hexdigest(),
+        "contexts": contexts.fingerprint,
+        "examples": settings.examples,
+    }
+    with ExitStack() as stack:
+        stack.enter_context(hold(folder / LOCK, f"{folder / LINES}"))
+        overwrite = settings.overwrite
+        ledger = stack.enter_context(open_ledger(folder / LINES, identity, overwrite=overwrite))
+        scores = {}
+        for mode in settings.scores:
+            about = {**identity, **scoring_identity(mode, settings.seed)}
+            scores[mode] = stack.enter_context(open_ledger(folder / f"{mode}.jsonl", about, overwrite=overwrite))
+        yield Subject(folder, contexts, template, settings, identity, picked, ledger, scores)
 
 
 # ------------------------------------------------------------------------------------- what is asked, and about what
@@ -256,12 +262,6 @@ def pick(contexts: ContextsFile, settings: InterpretSettings) -> list[int]:
     return kept[: settings.latents]
 
 
-def settled(lines: Collection[Mapping[str, Any]], settings: InterpretSettings) -> set[int]:
-    """Latents that are not asked about again: what came was an answer, be it one that made no sense."""
-    paid = (ANSWERED,) if settings.retry_unparsed else (ANSWERED, UNPARSED)
-    return {line["latent"] for line in lines if line["outcome"] in paid}
-
-
 def read_template(prompt: str | None) -> str:
     """The user's prompt, or the packaged one. Raises WrongInput unless $examples is all that is to be filled in."""
     if prompt is None:
@@ -288,6 +288,14 @@ def prompt_of(template: str, contexts: Sequence[Context], examples: int) -> str:
         for number, context in enumerate(contexts[:examples], 1)
     )
     return Template(template).substitute(examples=shown)
+
+
+def shorter_and_shorter(template: str, contexts: Sequence[Context], examples: int) -> Iterator[str]:
+    """The question with `examples` contexts, then with half of them, and so on down to one."""
+    examples = min(examples, len(contexts))
+    while examples:
+        yield prompt_of(template, contexts, examples)
+        examples //= 2
 
 
 def one_line(text: str) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 
 from routesae.analyze.contexts.file import CONTEXTS, LATENTS
 from routesae.analyze.contexts.run import contexts
-from routesae.analyze.interpret.run import SUMMARY, interpret
+from routesae.analyze.interpret.run import SUMMARY, interpret, lost, require_answers
 from routesae.analyze.pipeline.settings import PipelineSettings
 from routesae.analyze.report.run import require_libraries, write_report
 from routesae.analyze.scores.identity import cache_identity, file_hash
@@ -89,6 +89,8 @@ def run_pipeline(settings: PipelineSettings, report: Report = silent) -> Pipelin
         _describe_anew(settings.out / SCORES, record)
     if settings.report is not None:
         stages["report"] = _report(settings, folders, inputs, record, report)
+    if settings.interpret is not None:
+        require_answers([json.loads((folder / SUMMARY).read_bytes()) for folder in folders])
     scores = json.loads((settings.out / SCORES).read_text()) if settings.analyze is not None else None
     return PipelineResult(stages=stages, saes=folders, scores=scores)
 
@@ -315,7 +317,7 @@ def _interpret(
     def outputs() -> Outputs:
         files = [folder / SUMMARY for folder in folders]
         summaries = [json.loads(file.read_bytes()) for file in files if file.is_file()]
-        return None if any(summary["unanswered"] for summary in summaries) else hashes(*files)
+        return None if any(map(lost, summaries)) else hashes(*files)
 
     given = {**asked.to_dict(), **inputs, **read}
     return record.run("interpret", given, outputs, lambda: _ignore(interpret(asked, report)))

@@ -18,7 +18,7 @@ from routesae.analyze.pipeline.run import PipelineResult, run_pipeline
 from routesae.analyze.pipeline.settings import read_pipeline
 from routesae.cli import main
 from routesae.harvest.cache.reader import Cache
-from routesae.reporting import Progress, Report, WrongInput, silent
+from routesae.reporting import FailedRun, Progress, Report, WrongInput, silent
 from routesae.train.run import train
 from routesae.train.settings import settings_of
 
@@ -256,7 +256,7 @@ def test_unanswered_questions_are_asked_again_and_answered_ones_are_not(
 
     def fake(settings: Any, report: Report) -> list[dict[str, Any]]:
         calls.append(settings.saes)
-        summary = {"unanswered": 1 if len(calls) == 1 else 0, "score": 3.0}
+        summary = {"unanswered": 1 if len(calls) == 1 else 0, "last_loss": "hung up", "score": 3.0}
         for folder in settings.saes:
             (Path(folder) / "interpretations.json").write_text(json.dumps(summary))
         return [summary]
@@ -264,7 +264,9 @@ def test_unanswered_questions_are_asked_again_and_answered_ones_are_not(
     monkeypatch.setattr(pipeline, "interpret", fake)
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     tables = (TRAIN, CONTEXTS, "[interpret]\nlatents = 'all'\nmax-cost = 1\n")
-    assert [begun(*tables).stages["interpret"] for _ in range(3)] == [True, True, False]
+    with pytest.raises(FailedRun, match=r"2 questions got no answer \(hung up\)"):
+        begun(*tables)
+    assert [begun(*tables).stages["interpret"] for _ in range(2)] == [True, False]
     assert [len(saes) for saes in calls] == [2, 2]
 
 

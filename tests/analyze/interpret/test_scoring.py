@@ -1,0 +1,166 @@
+"""Detection and fuzzing: whether explanations predict their latents, on texts the explainer did not see."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from routesae.analyze.contexts.run import contexts
+from routesae.analyze.contexts.settings import ContextSettings
+from routesae.analyze.interpret.run import interpret
+from routesae.analyze.interpret.silence import active_positions
+from routesae.harvest.cache.reader import Cache
+from routesae.reporting import FailedRun, WrongInput
+from routesae.tests.analyze.interpret.chat_server import (
+    Reply,
+    Serve,
+    asked,
+    completion,
+    good,
+    invoke,
+    lines,
+    subject,
+)
+from routesae.train.folder.checkpoint import load_sae, save_sae
+from routesae.train.run import train
+from routesae.train.saes import Recipe, build
+from routesae.train.settings import TrainSettings
+
+# ----------------------------------------------------------------------------------------------------------- scoring
+
+
+def test_fuzzing_is_balanced_accuracy_on_texts_the_explainer_did_not_see(tmp_path: Path, serve: Serve) -> None:
+    shown: dict[int, list[str]] = {}
+    hidden: dict[int, list[str]] = {}
+
+    def act(latent: int, nth: int, body: dict[str, Any]) -> Reply:
+        prompt = body["messages"][0]["content"]
+        if body["response_format"]["json_schema"]["name"] == "explanation":
+            shown[latent] = re.findall(r"example\d+", prompt)
+            return good(explanation=f"latent-{latent}- router")
+        texts = re.findall(r"^\d+\. (.*)$", prompt, re.MULTILINE)
+        hidden.setdefault(latent, []).extend(re.findall(r"example\d+", prompt))
+        truth = ["<ACTIVATED> router</ACTIVATED>" in text for text in texts]
+        says = {0: truth, 1: [not one for one in truth], 2: [True] * len(truth), 3: truth[:-1]}[latent]
+        return 200, {}, completion(json.dumps({"predictions": says}))
+
+    server = serve(act)
+    folder = subject(tmp_path / "sae", 4, samples=12)
+    settings = asked(folder, server, scores=("fuzzing",))
+    (summary,) = interpret(settings)
+    fuzzing = summary["fuzzing"]
+    assert fuzzing["by_latent"] == {"0": 1.0, "1": 0.0, "2": 0.5}
+    assert (fuzzing["balanced_accuracy"], fuzzing["latents"], fuzzing["unfinished"]) == (0.5, 3, 1)
+    assert all(len(set(hidden[n])) == 12 and not set(hidden[n]) & set(shown[n]) for n in range(4))
+    before = server.asked.copy()
+    (again,) = interpret(settings)
+    assert (server.asked, again) == (before, summary)  # nothing is asked twice
+    assert "fuzzing" in invoke(folder, server, "--score", "fuzzing", "--retries", 2).stdout
+
+
+def test_texts_to_predict_on_are_drawn_from_all_of_the_sample(tmp_path: Path, serve: Serve) -> None:
+    """It is ordered strongest first: the first texts of it would be the easy ones."""
+    server = serve(lambda latent, nth, body: good())
+    folder = subject(tmp_path / "sae", 1, samples=60)
+    interpret(asked(folder, server, scores=("fuzzing",)))
+    drawn = {row for line in lines(folder, "fuzzing.jsonl") for row, _, _ in line["places"]}
+    assert len(drawn) == 20
+    assert max(drawn) > 40 > min(drawn)
+
+
+@pytest.mark.parametrize(("samples", "scored"), [(0, 0), (5, 0), (6, 2)])  # every other text is a negative; 3 of each
+def test_latents_with_too_few_texts_are_not_scored_but_counted(
+    samples: int, scored: int, tmp_path: Path, serve: Serve
+) -> None:
+    def act(latent: int, nth: int, body: dict[str, Any]) -> Reply:
+        if body["response_format"]["json_schema"]["name"] == "explanation":
+            return good()
+        return 200, {}, completion(json.dumps({"predictions": [True] * samples}))
+
+    server = serve(act)
+    (summary,) = interpret(asked(subject(tmp_path / "sae", 2, samples=samples), server, scores=("fuzzing",)))
+    assert (summary["fuzzing"]["latents"], summary["fuzzing"]["too_few_examples"]) == (scored, 2 - scored)
+    assert server.asked.total() == 2 + scored
+
+
+def test_detections_negatives_are_texts_in_which_the_latent_is_silent(
+    tiny_cache: Cache, settings: Callable[..., TrainSettings], serve: Serve, tmp_path: Path
+) -> None:
+    train(settings(layer=3, name="topk"))
+    folder = tmp_path / "saes" / "topk"
+    contexts(ContextSettings(cache=str(tiny_cache.path), saes=(str(folder),), top=3, samples=6, device="cpu"))
+
+    def act(latent: int, nth: int, body: dict[str, Any]) -> Reply:
+        if body["response_format"]["json_schema"]["name"] == "explanation":
+            return good(explanation="words")
+        count = len(re.findall(r"^\d+\. ", body["messages"][0]["content"], re.MULTILINE))
+        return 200, {}, completion(json.dumps({"predictions": [True] * count}))
+
+    server = serve(act)
+    (summary,) = interpret(asked(folder, server, scores=("detection",), latents=8, device="cpu"))
+    detection = summary["detection"]
+    assert detection["latents"] >= 4
+    assert detection["balanced_accuracy"] == 0.5
+    active = active_positions_of_every_token(folder, tiny_cache)
+    truths = Counter[bool]()
+    for line in lines(folder, "detection.jsonl"):
+        for truth, (row, first, length) in zip(line["truth"], line["places"], strict=True):
+            base = row * tiny_cache.manifest.context + first
+            assert bool(active[line["latent"]][base : base + length].any()) is truth
+            truths[truth] += 1
+    assert min(truths.values()) >= 20
+    apart = tmp_path / "saes" / "user--repo"  # as of an SAE from the hub, whose weights are elsewhere
+    apart.mkdir()
+    for file in ("contexts.parquet", "latents.parquet"):
+        shutil.copy(folder / file, apart)
+    (again,) = interpret(asked(apart, server, scores=("detection",), latents=8, device="cpu"))
+    assert again["detection"]["latents"] == detection["latents"]
+
+
+def test_a_latent_of_an_mlsae_is_silent_only_where_it_is_so_on_every_layer(tiny_cache: Cache, tmp_path: Path) -> None:
+    import torch
+
+    recipe = Recipe(sae="mlsae", layers=tiny_cache.manifest.layers, width=tiny_cache.manifest.width, latents=64, k=4)
+    save_sae(tmp_path, build(recipe, torch.Generator().manual_seed(0)), {})
+    first_row, latents = tiny_cache.manifest.rows - 300, [5, 3, 60]  # the rows begin within a shard
+    found = active_positions(tmp_path, tiny_cache, first_row, latents, "cpu")
+    of_layer = [active_positions_of_every_token(tmp_path, tiny_cache, layer) for layer in recipe.layers]
+    every = [active[latents, first_row * tiny_cache.manifest.context :] for active in of_layer]
+    assert (found == np.any(every, 0)).all()
+    assert all((found != active).any() for active in every)
+
+
+def active_positions_of_every_token(folder: Path, cache: Cache, layer: int = 3) -> Any:
+    """bool [F, tokens], shard by shard and without the loader; of an SAE that reads one layer at a time."""
+    import torch
+
+    from routesae.train.saes.normalise import normalise_layers
+
+    sae = load_sae(folder, torch.device("cpu"))
+    active = np.zeros((sae.recipe.latents, cache.manifest.rows * cache.manifest.context), bool)
+    for shard in cache.shards():
+        hidden = torch.from_numpy(np.array(shard.read(f"layer_{layer:02}")))[None]
+        found = sae(normalise_layers(hidden, sae.recipe.normalize)).latents.dense(sae.recipe.latents) > 0
+        base = shard.record.rows[0] * cache.manifest.context
+        active[:, np.asarray(shard.read("order")) + base] = found.numpy().T
+    return active
+
+
+def test_another_cache_is_refused_for_detection(
+    tiny_cache: Cache, settings: Callable[..., TrainSettings], serve: Serve, tmp_path: Path
+) -> None:
+    server = serve(lambda latent, nth, body: good())
+    folder = subject(tmp_path / "sae", 2, samples=12)
+    with pytest.raises(WrongInput, match="is not the one the contexts"):
+        interpret(asked(folder, server, scores=("detection",), cache=str(tiny_cache.path)))
+    with pytest.raises((WrongInput, FailedRun), match="nowhere is not a cache folder"):
+        interpret(asked(folder, server, scores=("detection",)))
+    assert (folder / "interpretations.json").exists()
