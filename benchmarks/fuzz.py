@@ -308,7 +308,7 @@ def reseal(folder: Path, index: int) -> None:
     columns = hashed_arrays(shard.manifest)
     hashes_CA = np.stack([chunks[name] for name in columns], axis=1)
     shutil.rmtree(shard.path / CHUNK_HASHES)
-    write_array(shard.path / CHUNK_HASHES, hashes_CA, chunk_rows=len(hashes_CA), attributes=(("columns", columns),))
+    write_array(shard.path / CHUNK_HASHES, hashes_CA, chunk_rows=len(hashes_CA), attributes={"columns": columns})
     chunks[CHUNK_HASHES] = chunk_hashes(hashes_CA)
     metadata = json.loads((shard.path / "zarr.json").read_bytes())
     metadata["attributes"]["hashes"] = {name: hash_of(of) for name, of in chunks.items()}

@@ -7,8 +7,8 @@
         index          per inner chunk: uint64 offset, uint64 length, little-endian
         crc32c         uint32 of the index
 
-So `np.memmap(file, dtype, "r", shape=shape)` is the array. The metadata is zarr's own; the payload is written
-here, at the file system's rate, which zarr's sharded writer does not reach.
+So `np.memmap(file, dtype, "r", shape=shape)` is the array. All bytes are those that zarr itself would write, but they
+are written at the file system's rate, which zarr's sharded writer does not reach.
 
 An array's hash is xxh3-64 of its chunk hashes, and a chunk hash is xxh3-64 of the bytes of CHUNK_ROWS rows, so that
 every byte is hashed once. Padding and index are in neither.
@@ -16,15 +16,16 @@ every byte is hashed once. Padding and index are in neither.
 
 from __future__ import annotations
 
+import json
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import lru_cache
 from math import prod
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Self
 
 import google_crc32c
 import numpy as np
@@ -33,7 +34,6 @@ import xxhash
 
 Array = npt.NDArray[Any]
 ChunkHashes = npt.NDArray[np.uint64]
-Attributes = tuple[tuple[str, str | tuple[str, ...]], ...]  # what an array's metadata says of it besides, by name
 
 CHUNK_ROWS = 256
 CHECKSUM_DIFFERS = "checksum differs from the one recorded"
@@ -98,10 +98,10 @@ def array_hash(array: Array) -> str:
 
 
 class ArrayWriter:
-    """Writes rows one after another; the number of rows need not be known before `close`.
+    """Writes rows one after another; their number need not be known before.
 
-    Nothing of it is a Zarr array until `close`, which pads and writes index and metadata. It is on the disk for
-    good once `fsync_tree` has been over it.
+    A context: its end writes padding, index and metadata. There is no Zarr array before that, or after an error. It
+    survives a power cut once `fsync_tree` has been over it.
     """
 
     def __init__(
@@ -110,20 +110,17 @@ class ArrayWriter:
         row_shape: tuple[int, ...],
         dtype: npt.DTypeLike,
         chunk_rows: int = CHUNK_ROWS,
-        attributes: Attributes = (),
+        attributes: Mapping[str, Any] = MappingProxyType({}),
     ):
-        self.folder = folder
-        self.row_shape = row_shape
+        self.folder, self.row_shape, self.chunk_rows, self.attributes = folder, row_shape, chunk_rows, attributes
         self.dtype = np.dtype(dtype).newbyteorder("<")
-        self.chunk_rows = chunk_rows
-        self.attributes = attributes
         self.rows = 0
         path = data_file(folder, 1 + len(row_shape))
         path.parent.mkdir(parents=True)
         self._file = path.open("wb", buffering=0)
 
     def write(self, rows: Array) -> None:
-        """Append rows [n, *row_shape]."""
+        """Append rows [n, *row_shape]. Raises OSError where the disk does not take them."""
         assert rows.shape[1:] == self.row_shape, (rows.shape, self.row_shape)
         self._write(np.ascontiguousarray(rows, self.dtype).reshape(-1).view(np.uint8).data)
         self.rows += len(rows)
@@ -132,50 +129,59 @@ class ArrayWriter:
         while view:  # a raw write may take less than it is given; on a full disk the next one then fails
             view = view[self._file.write(view) :]
 
-    def close(self) -> None:
-        shape = (self.rows, *self.row_shape)
-        padding = padded_rows(self.rows, self.chunk_rows) - self.rows
-        fill = np.full((padding, *self.row_shape), _fill_value(self.dtype), self.dtype)
-        self._write(memoryview(fill.tobytes() + _index(shape, self.dtype, self.chunk_rows)))
-        self._file.close()
-        (self.folder / "zarr.json").write_bytes(_metadata(shape, self.dtype, self.chunk_rows, self.attributes))
+    def __enter__(self) -> Self:
+        return self
 
-    def abandon(self) -> None:
-        """Close the file without making an array of it."""
-        self._file.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with self._file:
+            if kind is not None:
+                return
+            shape = (self.rows, *self.row_shape)
+            padding = padded_rows(self.rows, self.chunk_rows) - self.rows
+            fill = np.full((padding, *self.row_shape), np.nan if self.dtype.kind == "f" else 0, self.dtype)
+            self._write(memoryview(fill.tobytes() + _index(shape, self.dtype, self.chunk_rows)))
+        write_metadata(self.folder, array_metadata(shape, self.dtype, self.chunk_rows), self.attributes)
 
 
-def write_array(folder: Path, array: Array, *, chunk_rows: int = CHUNK_ROWS, attributes: Attributes = ()) -> None:
+def write_array(
+    folder: Path, array: Array, *, chunk_rows: int = CHUNK_ROWS, attributes: Mapping[str, Any] = MappingProxyType({})
+) -> None:
     """Write `array` whole, without fsync. Raises OSError where the disk does not take it."""
-    writer = ArrayWriter(folder, array.shape[1:], array.dtype, chunk_rows, attributes)
-    try:
+    with ArrayWriter(folder, array.shape[1:], array.dtype, chunk_rows, attributes) as writer:
         writer.write(array)
-        writer.close()
-    finally:
-        writer.abandon()
 
 
-@lru_cache(maxsize=64)  # the layers of a shard share theirs, and zarr takes 4 ms over each
-def _metadata(shape: tuple[int, ...], dtype: Any, chunk_rows: int, attributes: Attributes) -> bytes:
-    import zarr
+def array_metadata(shape: tuple[int, ...], dtype: npt.DTypeLike, chunk_rows: int) -> dict[str, Any]:
+    """An array's zarr.json without its attributes, as zarr itself writes it."""
+    dtype, little = np.dtype(dtype), {"name": "bytes", "configuration": {"endian": "little"}}
+    sharding = {
+        "chunk_shape": [chunk_rows, *shape[1:]],
+        "codecs": [little if dtype.itemsize > 1 else {"name": "bytes"}],  # a byte has no order
+        "index_codecs": [little, {"name": "crc32c"}],
+        "index_location": "end",
+    }
+    grid = {"chunk_shape": [padded_rows(shape[0], chunk_rows), *shape[1:]]}
+    return {
+        "shape": list(shape),
+        "data_type": dtype.name,
+        "chunk_grid": {"name": "regular", "configuration": grid},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "fill_value": "NaN" if dtype.kind == "f" else 0,
+        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+        "attributes": {},
+        "zarr_format": 3,
+        "node_type": "array",
+        "storage_transformers": [],
+    }
 
-    store: dict[str, Any] = {}
-    zarr.create_array(
-        store,
-        shape=shape,
-        dtype=dtype,
-        shards=(padded_rows(shape[0], chunk_rows), *shape[1:]),
-        chunks=(chunk_rows, *shape[1:]),
-        filters=None,
-        compressors=None,
-        fill_value=_fill_value(dtype),
-        attributes=dict(attributes),
-    )
-    return bytes(store["zarr.json"].to_bytes())
+
+def write_metadata(folder: Path, metadata: Mapping[str, Any], attributes: Mapping[str, Any]) -> None:
+    (folder / "zarr.json").write_text(json.dumps({**metadata, "attributes": dict(attributes)}, indent=2))
 
 
-def _fill_value(dtype: Any) -> float | int:
-    return float("nan") if np.dtype(dtype).kind == "f" else 0
+def write_group(folder: Path, attributes: Mapping[str, Any]) -> None:
+    """Make the folder a Zarr group."""
+    write_metadata(folder, {"attributes": {}, "zarr_format": 3, "node_type": "group"}, attributes)
 
 
 def fsync(path: Path) -> None:
@@ -224,35 +230,13 @@ def check_index(index: bytes, shape: tuple[int, ...], dtype: npt.DTypeLike, chun
 
 def chunk_rows_of(metadata: Any, shape: tuple[int, ...], dtype: npt.DTypeLike) -> int:
     """Rows an inner chunk, out of Zarr metadata that is otherwise exactly what is written here. Raises BadArray."""
-    dtype = np.dtype(dtype)
     try:
-        (codec,) = metadata["codecs"]
-        inner = codec["configuration"]
-        chunk_rows = inner["chunk_shape"][0]
-        actual = {
-            "shape": metadata["shape"],
-            "data type": metadata["data_type"],
-            "grid": metadata["chunk_grid"],
-            "keys": metadata["chunk_key_encoding"],
-            "codecs": [codec["name"], *inner["codecs"], *inner["index_codecs"], inner["index_location"]],
-            "inner chunk": inner["chunk_shape"],
-        }
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+        chunk_rows = metadata["codecs"][0]["configuration"]["chunk_shape"][0]
+    except (KeyError, IndexError, TypeError) as error:
         raise BadArray(f"zarr.json unreadable: {error!r}") from None
     if type(chunk_rows) is not int or chunk_rows < 1:
         raise BadArray(f"inner chunks of {chunk_rows!r} rows")
-    little, crc32c = {"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}
-    numbers = little if dtype.itemsize > 1 else {"name": "bytes"}  # a byte has no order
-    grid = {"chunk_shape": [padded_rows(shape[0], chunk_rows), *shape[1:]]}
-    expected = {
-        "shape": list(shape),
-        "data type": dtype.name,
-        "grid": {"name": "regular", "configuration": grid},
-        "keys": {"name": "default", "configuration": {"separator": "/"}},
-        "codecs": ["sharding_indexed", numbers, little, crc32c, "end"],
-        "inner chunk": [chunk_rows, *shape[1:]],
-    }
-    for name, value in actual.items():
-        if value != expected[name]:
-            raise BadArray(f"{name} is {str(value)[:80]}, not {expected[name]}")
+    for name, expected in array_metadata(shape, dtype, chunk_rows).items():
+        if name != "attributes" and metadata.get(name) != expected:
+            raise BadArray(f"zarr.json says {name} is {str(metadata.get(name))[:80]}, not {str(expected)[:80]}")
     return chunk_rows

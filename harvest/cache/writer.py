@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -40,11 +41,10 @@ def begin_cache(path: Path, manifest: Manifest, prepared: Path) -> None:
 
     The manifest is staged first, so that what a kill leaves behind can be told from a stranger's folder.
     """
-    import zarr
-
     staging = path / STAGED_MANIFEST
     shutil.rmtree(staging, ignore_errors=True)
-    zarr.open_group(str(staging), mode="w", zarr_format=3, attributes=manifest.to_dict()).store.close()
+    staging.mkdir()
+    arrays.write_group(staging, manifest.to_dict())
     for array in sorted(prepared.iterdir()):
         shutil.rmtree(path / array.name, ignore_errors=True)
         array.rename(path / array.name)
@@ -77,13 +77,11 @@ def write_shard(
     values: every array of the shard but chunk_hashes, by name, each taken when it is its turn.
     record: makes the shard's attributes once the hashes are known.
     """
-    import zarr
-
     partial = partial_folder(path, shard_name(index))
     try:
         written = record(_write_arrays(partial, manifest, values))
         # The group's own zarr.json comes last: until then no zarr reader takes the dot-folder for a group.
-        zarr.open_group(str(partial), mode="a", zarr_format=3, attributes=written.to_dict()).store.close()
+        arrays.write_group(partial, written.to_dict())
         for name in written.hashes:  # a folder deleted under the writer is made anew by the next array
             (partial / name / "zarr.json").stat()
         arrays.fsync_tree(partial)
@@ -110,7 +108,7 @@ def _write_arrays(partial: Path, manifest: Manifest, values: Iterable[tuple[str,
     by_row = hashed_arrays(manifest)
     with arrays.syncing() as sync:
 
-        def write(name: str, array: arrays.Array, attributes: arrays.Attributes = ()) -> None:
+        def write(name: str, array: arrays.Array, attributes: Mapping[str, Any]) -> None:
             folder = partial / name
             # What is read at once is one chunk.
             chunk_rows = arrays.CHUNK_ROWS if name in by_row else max(1, len(array))
@@ -119,9 +117,9 @@ def _write_arrays(partial: Path, manifest: Manifest, values: Iterable[tuple[str,
             chunks[name] = arrays.chunk_hashes(array)
 
         for name, array in values:
-            write(name, array, (("hidden_state", FORMULA),) if array.dtype == np.int8 else ())
+            write(name, array, {"hidden_state": FORMULA} if array.dtype == np.int8 else {})
         columns = np.stack([chunks[name] for name in by_row], axis=1)
-        write(CHUNK_HASHES, columns, (("columns", by_row),))
+        write(CHUNK_HASHES, columns, {"columns": by_row})
     return {name: arrays.hash_of(of) for name, of in chunks.items()}
 
 

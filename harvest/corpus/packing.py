@@ -43,8 +43,7 @@ def write_tokens(folder: Path, settings: HarvestSettings, tokenizer: Any, report
     dropped = () if settings.keep_special else frame.special_ids
     starts: list[int] = []
     kept = rows = 0
-    writer = arrays.ArrayWriter(folder / "tokens", (settings.context,), "<i4")
-    try:
+    with arrays.ArrayWriter(folder / "tokens", (settings.context,), "<i4") as writer:
         while block := list(islice(packed, ROWS_A_WRITE)):
             for row in block:
                 starts += [rows * settings.context + start for start in row.document_starts]
@@ -64,9 +63,6 @@ def write_tokens(folder: Path, settings: HarvestSettings, tokenizer: Any, report
                 f"corpus {settings.data} is too small for one row of {settings.context} tokens; "
                 "give a smaller --context or more text"
             )
-        writer.close()
-    finally:
-        writer.abandon()
     if rows < wanted:
         held = f"{rows * settings.context:,}"
         log.warning(

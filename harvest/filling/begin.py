@@ -119,7 +119,7 @@ def _begin(
             tokenizer_hash=tokenizer_hash(tokenizer),
             model_layers=lm.model_layers(config),
             width=width,
-            versions={"routesae": __version__, **{p: version(p) for p in ("torch", "transformers", "zarr")}},
+            versions={"routesae": __version__, **{p: version(p) for p in ("torch", "transformers")}},
         )
         require_disk(output, manifest, manifest.shard_count)
         if claim.held():  # else another took over, while this process was suspended

@@ -82,7 +82,7 @@ class RowReader:
         hashed = hashed_arrays(manifest)
         self._hash_columns = {name: column for column, name in enumerate(hashed)}
         # Plain functions, not methods: a cycle would hold files open for as long as the collector pleases.
-        self._opened: Open = lru_cache(_open_file_limit())(_open)
+        self._opened: Open = lru_cache(_open_file_limit())(lambda shard, name: shard.array(name).open())
         chunks = -(-manifest.shard_rows * manifest.context // CHUNK_ROWS)
         hashes = partial(_chunk_hashes, self._opened)
         self._hashes = lru_cache(max(1, HASHES_BYTES // (8 * len(hashed) * chunks)))(hashes)
@@ -167,10 +167,6 @@ def _reading(shard: Shard, name: str) -> Iterator[None]:
         yield
     except (BadArray, OSError, ValueError) as bad:
         raise FailedRun(str(damaged(f"{shard.path}/{name}", BadArray(str(bad))))) from bad
-
-
-def _open(shard: Shard, name: str) -> OpenRows:
-    return shard.array(name).open()
 
 
 def _read_checked(rows: OpenRows, first: int, out_mW: Rows, problem: Callable[[], str | None]) -> None:

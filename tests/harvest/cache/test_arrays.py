@@ -15,7 +15,15 @@ import pytest
 import xxhash
 import zarr
 
-from routesae.harvest.cache.arrays import ArrayWriter, BadArray, chunk_hashes, data_file, file_bytes, write_array
+from routesae.harvest.cache.arrays import (
+    ArrayWriter,
+    BadArray,
+    chunk_hashes,
+    data_file,
+    file_bytes,
+    write_array,
+    write_group,
+)
 from routesae.harvest.cache.store.disk import DiskArray, DiskFolder
 
 Array = npt.NDArray[Any]
@@ -26,6 +34,8 @@ CASES = [
     ((600, 7), "<i4", 256),
     ((9,), "<i4", 9),
     ((1000,), "<i8", 256),
+    ((300, 3), "|i1", 256),
+    ((2, 3), "<u8", 2),
 ]
 
 
@@ -121,6 +131,15 @@ def test_the_file_is_byte_for_byte_what_zarr_itself_writes(
     )
     theirs[:] = array
     assert raw(tmp_path / "ours") == raw(tmp_path / "theirs")
+    assert (tmp_path / "ours" / "zarr.json").read_bytes() == (tmp_path / "theirs" / "zarr.json").read_bytes()
+
+
+def test_the_metadata_of_a_group_is_what_zarr_itself_writes(tmp_path: Path) -> None:
+    attributes = {"layers": [1, 2], "model": "ü", "revision": None, "mean": 0.1}
+    zarr.open_group(str(tmp_path / "theirs"), mode="w", zarr_format=3, attributes=attributes)
+    (tmp_path / "ours").mkdir()
+    write_group(tmp_path / "ours", attributes)
+    assert (tmp_path / "ours" / "zarr.json").read_bytes() == (tmp_path / "theirs" / "zarr.json").read_bytes()
 
 
 @pytest.mark.parametrize("value", [0, np.nan])
@@ -139,11 +158,10 @@ def test_rows_written_piece_by_piece_give_the_same_files(
 ) -> None:
     array = example(shape, dtype)
     write_array(tmp_path / "whole", array, chunk_rows=chunk_rows)
-    writer = ArrayWriter(tmp_path / "pieces", shape[1:], dtype, chunk_rows)
-    for start in range(0, len(array), 3):
-        writer.write(array[start : start + 3])
-    assert not (tmp_path / "pieces" / "zarr.json").exists()  # no array until it is closed
-    writer.close()
+    with ArrayWriter(tmp_path / "pieces", shape[1:], dtype, chunk_rows) as writer:
+        for start in range(0, len(array), 3):
+            writer.write(array[start : start + 3])
+        assert not (tmp_path / "pieces" / "zarr.json").exists()  # no array until it ends
     assert raw(tmp_path / "pieces") == raw(tmp_path / "whole")
     assert (tmp_path / "pieces" / "zarr.json").read_bytes() == (tmp_path / "whole" / "zarr.json").read_bytes()
 
@@ -235,7 +253,7 @@ def test_check_finds_another_shape(shape: tuple[int, ...], tmp_path: Path) -> No
 
 def test_check_finds_another_width_of_number(tmp_path: Path) -> None:
     write_array(tmp_path / "a", example((20, 4), "<f2"))
-    with pytest.raises(BadArray, match="data type"):
+    with pytest.raises(BadArray, match="data_type"):
         opened(tmp_path / "a", (20, 4), "<f4")
 
 
