@@ -118,7 +118,7 @@ def test_rows_within_chunks_are_those_of_the_array_and_their_whole_chunks_are_co
         (shutil.rmtree, "zarr.json missing"),
         (lambda array: _replaced(array, lambda hashes_CA: hashes_CA[:-1]), "shape"),
         (lambda array: _replaced(array, lambda hashes_CA: hashes_CA[:, :-1]), "shape"),
-        (lambda array: _replaced(array, lambda hashes_CA: hashes_CA.astype(np.int64)), "data type"),
+        (lambda array: _replaced(array, lambda hashes_CA: hashes_CA.astype(np.int64)), "data_type"),
         (lambda array: _replaced(array, lambda hashes_CA: hashes_CA + np.uint64(1)), "checksum differs"),
     ],
 )
