@@ -26,7 +26,7 @@ NAMES = [
     "int8 array metadata",
     "cfg.json",
     "safetensors",
-    "state.json",
+    "checkpoint",
     "TOML config",
     "contexts.parquet",
     "latents.parquet",
