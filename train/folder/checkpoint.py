@@ -1,4 +1,4 @@
-"""An SAE on disk: a folder that SAELens v6 opens as it is, with what SAELens cannot hold beside it.
+"""An SAE on disk: a folder that SAELens v6 opens as it is, with what SAELens cannot hold in files beside it.
 
     sae_weights.safetensors   W_enc [D, F], W_dec [F, D], b_dec [D] and [F]-shaped b_enc, threshold, b_gate …, float32
     cfg.json                  SAELens' configuration; ours is under metadata.routesae: the Recipe and its source
@@ -11,13 +11,14 @@ Never pickle. Dimension letters: D width, F latents, L layers.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -25,9 +26,12 @@ from torch import Tensor
 from routesae.harvest.cache.arrays import fsync, fsync_tree
 from routesae.machine.files import BadFile, read_json
 from routesae.reporting import WrongInput
-from routesae.train.folder.saelens import lens_config, recipe_of, tensors_of
-from routesae.train.saes import SAE, Recipe, build
+from routesae.train.folder.saelens import OFF, LensConfig, changed_fields, lens_config
+from routesae.train.saes import SAE, SAES, Recipe, build
+from routesae.train.saes.batchtopk import BatchTopK
 from routesae.train.saes.single import WEIGHTS
+
+log = logging.getLogger(__name__)
 
 CONFIG, METRICS_FILE = "cfg.json", "metrics.jsonl"
 
@@ -40,7 +44,7 @@ def save_sae(folder: Path, sae: SAE, source: Mapping[str, Any]) -> None:
 
 
 def commit_folder(written: Path, folder: Path) -> None:
-    """Give the finished `written` the name `folder`, on the disk for good; an SAE of that name stays until then."""
+    """Rename the finished `written` to `folder`, safely on the disk; an SAE of that name stays until then."""
     fsync_tree(written)
     replaced = folder.with_name(f".{folder.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)
@@ -52,31 +56,32 @@ def commit_folder(written: Path, folder: Path) -> None:
 
 
 def load_sae(folder: Path, device: torch.device) -> SAE:
-    """The SAE in `folder`, ours or SAELens', on `device`. Raises WrongInput naming what is missing or cut."""
-    config = read_config(folder)
-    recipe = read_recipe(folder)
+    """The SAE in `folder`, ours or SAELens', on `device`.
+
+    Raises WrongInput if something is missing, cut or not finite, or would change the numbers and is not understood.
+    """
+    recipe, lens = _describe(folder)
     try:
-        # Nothing is allocated by what a stranger's cfg.json says: only what the weights really hold.
+        # Allocate only what the weights really hold, not what a stranger's cfg.json says.
         with torch.device("meta"):
             sae = build(recipe)
-        files = {name: _load(folder / name) for name in sae.files()}
-        if not _is_ours(config):
-            files[WEIGHTS] = tensors_of(config, files[WEIGHTS])
-        sae.load_files(files)
-        _fill_buffers(sae)
+        expected = sae.files()
+        files = {name: _load(folder / name) for name in expected}
+        sae.load_files(files if lens is None else {name: lens.tensors(tensors) for name, tensors in files.items()})
+        for name, tensors in files.items():
+            if unknown := sorted(tensors.keys() - expected[name].keys()):
+                raise WrongInput(f"{name} holds {unknown[0]}, which is not understood here for a {recipe.sae}")
+            if bad := [key for key, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
+                raise WrongInput(f"{name}: {bad[0]} holds NaN or infinite values; the training that made it diverged")
     except KeyError as missing:
         raise WrongInput(f"{folder / WEIGHTS} holds no {missing}; save the SAE again or copy it whole") from None
     except WrongInput as error:
         raise error if str(folder) in str(error) else WrongInput(f"{folder}: {error}") from error
-    return sae.requires_grad_(False).eval().to(device)
-
-
-def _fill_buffers(sae: SAE) -> None:
-    """Zeros for what only training needs, and no file holds."""
-    for module in sae.modules():
+    for module in sae.modules():  # buffers that only training needs are in no file
         for name, buffer in list(module.named_buffers(recurse=False)):
             if buffer.is_meta:
                 setattr(module, name, torch.zeros(buffer.shape, dtype=buffer.dtype))
+    return sae.requires_grad_(False).eval().to(device)
 
 
 def _load(path: Path) -> dict[str, Tensor]:
@@ -89,37 +94,59 @@ def _load(path: Path) -> dict[str, Tensor]:
 
 
 def read_recipe(folder: Path) -> Recipe:
-    """What the SAE in `folder` is built from. Raises WrongInput where cfg.json does not say."""
+    """What the SAE in `folder` is built from. Raises WrongInput if cfg.json does not say."""
+    return _describe(folder)[0]
+
+
+def _describe(folder: Path) -> tuple[Recipe, LensConfig | None]:
+    """The recipe, and SAELens' configuration if the weights follow that.
+
+    An SAE of ours that was changed and saved again is what it is now, not what its recipe says.
+    """
     config = read_config(folder)
+    metadata = config.get("metadata")
     try:
-        if not _is_ours(config):
-            return recipe_of(config)
-        data = config["metadata"]["routesae"]["recipe"]
-        known = {field.name for field in fields(Recipe)}
-        needed = {field.name for field in fields(Recipe) if field.default is MISSING}
-        if wrong := sorted((set(data) - known) | (needed - set(data))):
-            raise WrongInput(f"{', '.join(wrong)} unknown or missing in its recipe")
-        recipe = Recipe(**{**data, "layers": tuple(data["layers"]), "prefixes": tuple(data.get("prefixes", ()))})
-        with torch.device("meta"):
-            build(recipe)
+        if isinstance(metadata, dict) and "routesae" in metadata:
+            recipe = _own_recipe(metadata["routesae"]["recipe"])
+            with torch.device("meta"):
+                changed = changed_fields(build(recipe), config)
+            if not changed and _has_one_threshold(folder, recipe):
+                return recipe, None
+            shown = ", ".join(changed) or "its thresholds"
+            log.warning("%s was changed after its training (%s): it is read as SAELens would read it", folder, shown)
+        lens = LensConfig.model_validate(config)
+        for name, value in (lens.metadata.model_from_pretrained_kwargs or {}).items():
+            if value not in OFF:
+                log.warning("%s was trained on an LM loaded with %s=%r, a cache's LM is not", folder, name, value)
+        return lens.recipe(), lens
+    except ValidationError as error:
+        first = error.errors()[0]
+        field, value = ".".join(map(str, first["loc"])), repr(first["input"])[:80]
+        reason = first["msg"].removeprefix("Value error, ")
+        raise WrongInput(f"{folder / CONFIG}: {f'{field} {value}: ' if field else ''}{reason}") from error
     except WrongInput as error:
         raise WrongInput(f"{folder / CONFIG}: {error}") from error
     except (KeyError, TypeError) as error:
-        raise WrongInput(f"{folder / CONFIG} does not describe a routesae SAE ({error!r})") from error
-    return recipe
+        raise WrongInput(f"{folder / CONFIG} does not describe a routesae SAE ({error})") from error
 
 
-def _is_ours(config: Mapping[str, Any]) -> bool:
-    metadata = config.get("metadata")
-    return isinstance(metadata, dict) and "routesae" in metadata
+def _own_recipe(fields: dict[str, Any]) -> Recipe:
+    return Recipe(**{**fields, "layers": tuple(fields["layers"]), "prefixes": tuple(fields.get("prefixes", ()))})
+
+
+def _has_one_threshold(folder: Path, recipe: Recipe) -> bool:
+    """Whether the latents of a batchtopk or matryoshka still share one threshold."""
+    shared = recipe.routed if recipe.sae == "routesae" else recipe.sae
+    if not issubclass(SAES[shared], BatchTopK):
+        return True
+    threshold = _load(folder / WEIGHTS).get("threshold")
+    return threshold is None or bool((threshold == threshold.flatten()[:1]).all())
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """cfg.json of the SAE in `folder`. Raises WrongInput where it is missing or not JSON."""
+    """cfg.json of the SAE in `folder`. Raises WrongInput if it is missing or not JSON."""
     if folder.is_file():
-        raise WrongInput(
-            f"{folder} is a file, and an SAE is a folder; a published .pt checkpoint becomes one by routesae convert"
-        )
+        raise WrongInput(f"{folder} is a file, but an SAE is a folder; routesae convert makes one of a checkpoint")
     try:
         config = read_json(folder / CONFIG)
     except FileNotFoundError:
@@ -132,8 +159,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def find_saes(folder: Path) -> list[Path]:
-    """Every SAE folder directly under `folder`, by name. Raises WrongInput where there is none."""
-    found = sorted(path.parent for path in folder.glob(f"[!.]*/{CONFIG}")) if folder.is_dir() else []
-    if not found:
+    """Every SAE folder directly under `folder`, by name. Raises WrongInput if there is none."""
+    saes = sorted(path.parent for path in folder.glob(f"[!.]*/{CONFIG}")) if folder.is_dir() else []
+    if not saes:
         raise WrongInput(f"no SAE under {folder}; train one with routesae train, or name one with --sae")
-    return found
+    return saes

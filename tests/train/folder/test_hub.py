@@ -18,13 +18,13 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 
 from routesae.cli import main
 from routesae.harvest.cache.reader import Cache
-from routesae.reporting import WrongInput
+from routesae.reporting import FailedRun, WrongInput
 from routesae.train.folder.checkpoint import load_sae, save_sae
-from routesae.train.folder.hub import Reference, fetch_sae, model_card, parse_reference
+from routesae.train.folder.hub import Reference, fetch_sae, model_card, parse_reference, push_sae
 from routesae.train.saes import Recipe, build
 
 TOKEN = "hf_test"
@@ -182,54 +182,54 @@ def hub() -> Iterator[tuple[Hub, str]]:
     thread.join()
 
 
-def run(endpoint: str, home: Path, *command: str, token: str | None = TOKEN) -> subprocess.CompletedProcess[str]:
-    """`python …` in a process of its own, with nothing of this machine's login, proxies or downloads."""
-    inherited = {k: v for k, v in os.environ.items() if not k.lower().endswith("proxy") and not k.startswith("HF_")}
-    hub = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
-    environment = {**inherited, **hub, **({"HF_TOKEN": token} if token else {})}
-    return subprocess.run(
-        [sys.executable, *command], env=environment, cwd=home, capture_output=True, text=True, timeout=120
-    )
+@pytest.fixture
+def endpoint(hub: tuple[Hub, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The hub's address, which huggingface_hub uses in this process, with nothing of this machine's login."""
+    address = hub[1]
+    point_at(address, tmp_path, monkeypatch)
+    return address
 
 
-def routesae(endpoint: str, home: Path, *words: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    return run(endpoint, home, "-m", "routesae", *map(str, words), **options)
+def point_at(address: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What huggingface_hub reads from the environment when it is imported, which is done already."""
+    from huggingface_hub import constants
+
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
+    changed = {"ENDPOINT": address, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_DISABLE_XET": True}
+    changed |= {"HF_HUB_CACHE": str(home / "hub"), "HF_TOKEN_PATH": str(home / "token")}
+    for name, value in changed.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
-def refusal(done: subprocess.CompletedProcess[str], code: int) -> str:
+def routesae(*words: object) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+def refusal(done: Result, code: int) -> str:
     """Its one line."""
-    assert (done.returncode, done.stdout) == (code, ""), done.stderr
+    assert (done.exit_code, done.stdout) == (code, ""), done.output
     (line,) = done.stderr.splitlines()
     assert line.startswith("routesae: ")
     return line
 
 
-OUTCOMES = """
-import json, sys
-from pathlib import Path
-from routesae.reporting import FailedRun, WrongInput
-from routesae.train.folder.hub import fetch_sae, push_sae
-for reference, folder in json.loads(sys.argv[1]):
-    try:
-        found = push_sae(Path(folder), reference) if folder else fetch_sae(reference)
-        print(json.dumps(["", str(found)]))
-    except (FailedRun, WrongInput) as error:
-        print(json.dumps([type(error).__name__, str(error)]))
-"""
-
-
-def outcomes(endpoint: str, home: Path, *asked: tuple[str, Path | None]) -> list[tuple[str, str]]:
+def outcomes(capfd: pytest.CaptureFixture[str], *calls: tuple[str, Path | None]) -> list[tuple[str, str]]:
     """Of fetching each reference, or of pushing a folder to it: (type, message) of an error, or ("", result).
 
-    All in one process, which must say nothing else.
+    Nothing else may be said.
     """
-    calls = [(reference, str(folder) if folder else None) for reference, folder in asked]
-    done = run(endpoint, home, "-c", OUTCOMES, json.dumps(calls))
-    assert (done.returncode, done.stderr) == (0, "")
-    found = [(kind, text) for kind, text in map(json.loads, done.stdout.splitlines())]
-    assert len(found) == len(asked)
-    assert all("\n" not in text for _, text in found)
-    return found
+    capfd.readouterr()
+    results = []
+    for reference, folder in calls:
+        try:
+            results.append(("", str(push_sae(folder, reference) if folder else fetch_sae(reference))))
+        except (FailedRun, WrongInput) as error:
+            results.append((type(error).__name__, str(error)))
+    assert capfd.readouterr() == ("", "")
+    assert all("\n" not in text for _, text in results)
+    return results
 
 
 def sae_folder(folder: Path, name: str = "routesae", **changes: Any) -> Path:
@@ -245,21 +245,21 @@ def sae_folder(folder: Path, name: str = "routesae", **changes: Any) -> Path:
 
 
 def test_what_was_pushed_is_fetched_byte_for_byte_and_analysed(
-    hub: tuple[Hub, str], tiny_cache: Cache, tmp_path: Path
+    hub: tuple[Hub, str], endpoint: str, tiny_cache: Cache, tmp_path: Path
 ) -> None:
-    held, endpoint = hub
     folder = sae_folder(tmp_path / "saes" / "mine")
     (folder / "secret.txt").write_text("not for the hub")
-    done = routesae(endpoint, tmp_path, "push", folder, "me/mine", "--private", "--message", "first")
-    assert (done.returncode, done.stdout) == (0, f"{endpoint}/me/mine\n"), done.stderr
+    done = routesae("push", folder, "me/mine", "--private", "--message", "first")
+    assert (done.exit_code, done.stdout) == (0, f"{endpoint}/me/mine\n"), done.stderr
     files = {"cfg.json", "sae_weights.safetensors", "router.safetensors", "metrics.jsonl"}
-    assert set(held.repos["me/mine"]) == files | {"README.md"}
-    assert {name: held.repos["me/mine"][name] for name in files} == {n: (folder / n).read_bytes() for n in files}
-    assert held.private == {"me/mine": True}
-    assert held.messages == ["first"]
+    pushed = hub[0].repos["me/mine"]
+    assert set(pushed) == files | {"README.md"}
+    assert {name: pushed[name] for name in files} == {name: (folder / name).read_bytes() for name in files}
+    assert hub[0].private == {"me/mine": True}
+    assert hub[0].messages == ["first"]
 
-    scored = routesae(endpoint, tmp_path, "analyze", "--cache", tiny_cache.path, "--sae", "me/mine", "--metric", "L0")
-    assert scored.returncode == 0, scored.stderr
+    scored = routesae("analyze", "--cache", tiny_cache.path, "--sae", "me/mine", "--metric", "L0")
+    assert scored.exit_code == 0, scored.stderr
     assert [line for line in scored.stderr.splitlines() if "it/s" in line] == []  # no bars without a terminal
     assert scored.stdout.splitlines()[2].split()[:2] == ["me/mine", "routesae"]  # by its name, not its commit
     (there,) = (tmp_path / "hub" / "models--me--mine" / "snapshots").iterdir()
@@ -268,15 +268,28 @@ def test_what_was_pushed_is_fetched_byte_for_byte_and_analysed(
     assert fetched == {name: (folder / name).read_bytes() for name in wanted}
 
 
-def test_folders_of_one_repository_are_pushed_and_fetched_alone(hub: tuple[Hub, str], tmp_path: Path) -> None:
-    held, endpoint = hub
+def test_the_command_finds_the_hub_by_its_environment(hub: tuple[Hub, str], tmp_path: Path) -> None:
+    """In a process of its own, as huggingface_hub reads the environment when it is imported."""
+    inherited = {k: v for k, v in os.environ.items() if not k.lower().endswith("proxy") and not k.startswith("HF_")}
+    environment = {"HF_ENDPOINT": hub[1], "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}
+    command = [sys.executable, "-m", "routesae", "push", str(sae_folder(tmp_path / "a", "topk")), "me/mine"]
+    done = subprocess.run(
+        command, env={**inherited, **environment}, cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{hub[1]}/me/mine\n", "")
+
+
+def test_folders_of_one_repository_are_pushed_and_fetched_alone(
+    hub: tuple[Hub, str], endpoint: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    held = hub[0]
     first, second = sae_folder(tmp_path / "a", "topk"), sae_folder(tmp_path / "b", "crosscoder", sparsity=0.1)
-    pushed = outcomes(endpoint, tmp_path, ("me/all/of/a", first), ("me/all/of/b", second))
+    pushed = outcomes(capfd, ("me/all/of/a", first), ("me/all/of/b", second))
     assert pushed == [("", f"{endpoint}/me/all/tree/main/of/{name}") for name in "ab"]
     assert {"of/a/README.md", "of/b/crosscoder.safetensors", "of/b/cfg.json"} <= set(held.repos["me/all"])
-    ((kind, found),) = outcomes(endpoint, tmp_path, (f"me/all/of/b@{held.sha('me/all')}", None))
+    ((kind, fetched),) = outcomes(capfd, (f"me/all/of/b@{held.sha('me/all')}", None))
     assert kind == ""
-    there = Path(found)
+    there = Path(fetched)
     assert load_sae(there, torch.device("cpu")).recipe.sae == "crosscoder"
     assert {path.name for path in there.iterdir()} == {"cfg.json", "crosscoder.safetensors"}
     assert not (there.parent / "a").exists()
@@ -285,22 +298,22 @@ def test_folders_of_one_repository_are_pushed_and_fetched_alone(hub: tuple[Hub, 
 # ------------------------------------------------------------------------------------------------------ refusals
 
 
-def test_what_the_hub_does_not_have_is_one_line(hub: tuple[Hub, str], tiny_cache: Cache, tmp_path: Path) -> None:
-    held, endpoint = hub
-    held.repos["me/empty"] = {"README.md": b"nothing else"}
+def test_what_the_hub_does_not_have_is_one_line(
+    hub: tuple[Hub, str], endpoint: str, tiny_cache: Cache, capfd: pytest.CaptureFixture[str]
+) -> None:
+    hub[0].repos["me/empty"] = {"README.md": b"nothing else"}
     expected = {
         "nobody/none": "there is no such repository, or it wants a login (404)",
         "me/empty@v9": "there is no such revision (404)",
         "me/empty/sub": "on the hub me/empty has no sub/cfg.json",
     }
-    found = outcomes(endpoint, tmp_path, *((reference, None) for reference in expected))
-    for (kind, message), (reference, reason) in zip(found, expected.items(), strict=True):
+    results = outcomes(capfd, *((reference, None) for reference in expected))
+    for (kind, message), (reference, reason) in zip(results, expected.items(), strict=True):
         assert kind == "WrongInput"
-        assert message.startswith(f"{reference} is no folder here")
+        assert message.startswith(f"{reference} is not a folder here")
         assert reason in message
-    analyze = ("--quiet", "analyze", "--cache", tiny_cache.path, "--sae", "nobody/none")
-    line = refusal(routesae(endpoint, tmp_path, *analyze), 2)
-    assert line == f"routesae: {found[0][1]}"
+    line = refusal(routesae("--quiet", "analyze", "--cache", tiny_cache.path, "--sae", "nobody/none"), 2)
+    assert line == f"routesae: {results[0][1]}"
 
 
 @pytest.mark.parametrize(
@@ -312,41 +325,50 @@ def test_what_the_hub_does_not_have_is_one_line(hub: tuple[Hub, str], tiny_cache
     ],
 )
 def test_a_hub_that_refuses_is_one_line(
-    status: int, kind: str, expected: str, hub: tuple[Hub, str], tmp_path: Path
+    status: int,
+    kind: str,
+    expected: str,
+    hub: tuple[Hub, str],
+    endpoint: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    held, endpoint = hub
-    held.status = status
-    found = outcomes(endpoint, tmp_path, ("me/mine", None), ("me/mine", sae_folder(tmp_path / "mine")))
-    assert len(found) == 2
-    for found_kind, message in found:
-        assert found_kind == kind
+    hub[0].status = status
+    results = outcomes(capfd, ("me/mine", None), ("me/mine", sae_folder(tmp_path / "mine")))
+    assert len(results) == 2
+    for result_kind, message in results:
+        assert result_kind == kind
         assert expected in message
 
 
-def test_a_hub_that_cannot_be_reached_is_one_line_and_a_failed_run(tmp_path: Path) -> None:
+def test_a_hub_that_cannot_be_reached_is_one_line_and_a_failed_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        endpoint = f"http://127.0.0.1:{free.getsockname()[1]}"
+        point_at(f"http://127.0.0.1:{free.getsockname()[1]}", tmp_path, monkeypatch)
     folder = sae_folder(tmp_path / "mine")
-    ((kind, message),) = outcomes(endpoint, tmp_path, ("me/mine", None))
+    ((kind, message),) = outcomes(capfd, ("me/mine", None))
     assert kind == "FailedRun"
     assert "refused" in message
-    assert "refused" in refusal(routesae(endpoint, tmp_path, "push", folder, "me/mine"), 1)
+    assert "refused" in refusal(routesae("push", folder, "me/mine"), 1)
 
 
-def test_pushing_without_a_token_says_how_to_log_in(hub: tuple[Hub, str], tmp_path: Path) -> None:
-    held, endpoint = hub
-    line = refusal(routesae(endpoint, tmp_path, "push", sae_folder(tmp_path / "a"), "me/mine", token=None), 2)
+def test_pushing_without_a_token_says_how_to_log_in(
+    hub: tuple[Hub, str], endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    line = refusal(routesae("push", sae_folder(tmp_path / "a"), "me/mine"), 2)
     assert "wants a login" in line
     assert "hf auth login" in line
-    assert held.repos == {}
+    assert hub[0].repos == {}
 
 
 @pytest.mark.parametrize("repo", ["mine", "/abs/path", "me/mine@main", "me/../mine", "me/mine/", "-me/mine"])
 def test_names_that_are_no_repository_are_refused(repo: str, tmp_path: Path) -> None:
     done = CliRunner().invoke(main, ["push", "--", str(sae_folder(tmp_path / "a")), repo])
     assert done.exit_code == 2
-    assert "is no repository such as user/name" in done.stderr
+    assert "is not a repository such as user/name" in done.stderr
 
 
 @pytest.mark.parametrize("damage", ["no folder", "no weights", "cut weights", "no router"])
@@ -394,7 +416,7 @@ def test_a_local_folder_wins_and_nothing_is_imported_for_it(tmp_path: Path) -> N
         "import sys; from routesae.train.folder.hub import fetch_sae; print(fetch_sae('me/mine'), fetch_sae('none'));"
         "assert 'huggingface_hub' not in sys.modules"
     )
-    done = run("http://127.0.0.1:9", tmp_path, "-c", code)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, "me/mine none\n"), done.stderr
 
 
@@ -431,6 +453,6 @@ def test_the_card_of_what_saelens_cannot_open_says_so_and_names_no_local_path_as
     config["metadata"]["routesae"]["source"] = {"model": "/models/llama", "held_out": None}
     card = model_card(load_sae(folder, torch.device("cpu")).recipe, config, "me/mine")
     assert "load_from_disk" not in card
-    assert "SAELens has no word for a crosscoder" in card
+    assert "SAELens cannot hold a crosscoder" in card
     assert "base_model" not in card
     assert "held-out" not in card
