@@ -19,7 +19,7 @@ from routesae.harvest.cache.reader import Cache
 from routesae.machine.device import pick_device
 from routesae.reporting import WrongInput
 from routesae.train.folder.checkpoint import CONFIG, read_config
-from routesae.train.saes import SINGLE_LAYER, Recipe
+from routesae.train.saes import SINGLE_LAYER, Recipe, build
 from routesae.train.saes.matryoshka import default_prefixes
 from routesae.train.saes.routers import CONTROLS
 from routesae.train.settings import RunSettings, TrainSettings
@@ -70,6 +70,8 @@ def jobs_of(settings: TrainSettings, cache: Cache, device: torch.device) -> list
     for run in settings.runs:
         recipe = make_recipe(run, cache)
         cache.require_layers(recipe.layers)
+        with torch.device("meta"):
+            build(recipe)  # refuses parts that do not fit, before a folder is made
         folder = Path(settings.out) / (run.name or default_name(recipe))
         if folder in jobs:
             raise WrongInput(f"two SAEs of this run would be {folder}; name each in its [[run]] of a --config")

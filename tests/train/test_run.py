@@ -392,18 +392,18 @@ def test_the_epochs_of_a_run_are_ordered_differently(tiny_cache: Cache, settings
         ({"k": 65}, r"--k 65 is more than the SAE's 64 latents; lower it"),
         ({"anneal_k_from": 65}, r"--anneal-k-from 65 is more than the SAE's 64 latents"),
         ({"anneal_k_from": 0}, r"--anneal-k-from 0 is below 1"),
-        ({"clip": -1.0}, r"--clip -1.0 is not a number of 0 or more"),
+        ({"clip": -1.0}, r"--clip -1 is below 0"),
         ({"sae": "vanilla", "sparsity": -1.0}, r"--sparsity -1.0 is not a number of 0 or more"),
         ({"normalize": "layer"}, r"--normalize 'layer' is none of token, dataset, none"),
         ({"precision": "float16"}, r"--precision 'float16' is none of auto, float32, bfloat16"),
-        ({"sparsity_warmup": 1.5}, r"--sparsity-warmup 1.5 is not a share"),
+        ({"sparsity_warmup": 1.5}, r"--sparsity-warmup 1.5 is above 1"),
         ({"checkpoint_every_steps": 0}, r"--checkpoint-every 0 is below 1"),
         ({"sae": "routesae", "router": "oracle"}, r"--router 'oracle' is none of published, top2"),
         ({"sae": "routesae", "routed": "mlsae"}, r"--routed 'mlsae' is none of vanilla"),
         ({"sae": "routesae", "routing": "soft", "router": "top2"}, r"--router top2 chooses one layer a token"),
         ({"sae": "matryoshka", "prefixes": [8, 32]}, r"--prefixes \(8, 32\) must rise and end with the SAE's 64"),
         ({"recipe": "paper"}, r"--recipe 'paper' is none of routesae, published"),
-        ({"latents": 64, "expansion": 2}, r"--latents 64 and --expansion 2 both say"),
+        ({"latents": 64, "expansion": 2}, r"--latents 64 and --expansion 2 exclude each other"),
         ({"resume": True, "overwrite": True}, r"--resume goes on with what --overwrite would delete"),
         ({"seed": 2**32}, r"--seed 4294967296"),
         ({"k": 0}, r"--k 0 is below 1"),
@@ -415,7 +415,7 @@ def test_the_epochs_of_a_run_are_ordered_differently(tiny_cache: Cache, settings
         ({"dead_after_tokens": 0}, r"--dead-after-tokens 0 is below 1"),
         ({"log_every_steps": 0}, r"--log-every-steps 0 is below 1"),
         ({"epochs": 2, "tokens": 500}, r"--epochs 2 and --tokens 500 .*give one"),
-        ({"lr": 0.0}, r"--lr 0.0 is not"),
+        ({"lr": 0.0}, r"--lr 0 is not above 0"),
         ({"lr": -1e-3}, r"--lr -0.001 is not"),
         ({"lr": math.nan}, r"--lr nan is not"),
         ({"lr": math.inf}, r"--lr inf is not"),
@@ -440,7 +440,7 @@ def test_wrong_settings_are_refused_with_the_value_and_write_nothing(
 
 def test_cuda_where_there_is_none_is_refused(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(WrongInput, match=r"device cuda asked for.*use --device cpu or auto"):
+    with pytest.raises(WrongInput, match=r"--device cuda is not here.*use --device cpu or auto"):
         only(settings(device="cuda"))
 
 
