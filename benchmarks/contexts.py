@@ -25,7 +25,7 @@ import torch
 from routesae.analyze.contexts.collect import Collector, Wanted
 from routesae.analyze.contexts.table import choose, context_batches, kept_by_rule
 from routesae.analyze.contexts.windows import Vocabulary
-from routesae.analyze.scores.run import load_harvested_tokenizer
+from routesae.analyze.inputs.lm import lm_of_cache, load_tokenizer_of
 from routesae.harvest.cache.reader import Cache
 from routesae.train.folder.checkpoint import load_sae
 from routesae.train.loading.batches import Batch, Selection, cut_plans, load
@@ -198,7 +198,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     cache, sae = Cache(args.cache), load_sae(args.sae, torch.device("cpu"))
-    vocabulary = Vocabulary(load_harvested_tokenizer(cache, cache.manifest.model))
+    vocabulary = Vocabulary(load_tokenizer_of([lm_of_cache(cache)], None))
     subject = Subject(cache, cache.tokens().tolist(), vocabulary, sae.recipe, run_sae(sae, cache, args.shards))
     tokens = sum(len(batch.position_N) for batches in subject.shards for batch in batches)
     print(f"{tokens:,} tokens, {sae.recipe.latents:,} latents; seconds, medians of {args.rounds} rounds")

@@ -26,10 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from routesae.analyze.inputs.lm import lm_of_cache, load_lm_of
 from routesae.analyze.scores.intervals import draws, measure
 from routesae.analyze.scores.lm_scores import score_with_lm
 from routesae.analyze.scores.metrics import METRICS
-from routesae.analyze.scores.run import load_harvested_lm
 from routesae.harvest.cache.manifest import kept_positions
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.lm.model import LanguageModel
@@ -161,7 +161,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as out:
         folders = args.sae or six_saes(cache, args.layer, args.latents, out)
         saes = {folder.name: load_sae(folder, device) for folder in folders}
-    lm = load_harvested_lm(cache, cache.manifest.model, args.device, "float32")
+    lm = load_lm_of([lm_of_cache(cache)], None, device=args.device, lm_dtype="float32").lm
     first = cache.manifest.train_rows
     ids_ST = cache.tokens()[first : first + args.rows]
     dropped = cache.manifest.dropped_ids

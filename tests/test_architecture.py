@@ -33,9 +33,10 @@ ORDER = (
     "train/loading",
     "train/folder",
     "train",
-    "analyze/scores",
+    "analyze/inputs",
     "analyze/contexts",
     "analyze/interpret",
+    "analyze/scores",
     "analyze/clamp",
     "analyze/report",
     "analyze/pipeline",
@@ -45,9 +46,7 @@ ORDER = (
     "__main__",
 )
 # Arrows that still run back up; the list only gets shorter.
-TO_MEND: set[str] = {
-    "analyze/scores/run.py imports routesae.analyze.contexts.file.read_facts",
-}
+TO_MEND: set[str] = set()
 MODULES_A_FOLDER = 12  # saes apart, where a variant is a file
 COMMAND_LINE = (
     Path("cli.py"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,29 +26,17 @@ from routesae.train.saes.routers import places_of
 BATCH_TOKENS = 4096
 
 
-class RowSums(NamedTuple):
-    """What the scores are made of, for each row of tokens scored, float64 [S].
-
-    readings_S: inputs the SAE read of it: its kept tokens, for mlsae and random times the layers. The sums over them:
-    shares_S of ‖x−x̂‖²/‖x‖², errors_S of ‖x−x̂‖², deviations_S of ‖x−mean‖², active_S of active latents. routed_SL:
-    tokens routed to each layer; None without a router.
-    """
-
-    readings_S: torch.Tensor
-    shares_S: torch.Tensor
-    errors_S: torch.Tensor
-    deviations_S: torch.Tensor
-    active_S: torch.Tensor
-    routed_SL: torch.Tensor | None
-
-
 @dataclass(frozen=True, kw_only=True)
 class CacheScores:
     """tokens: scored. norm_mse: mean of ‖x−x̂‖²/‖x‖². fvu: Σ‖x−x̂‖²/Σ‖x−mean‖². Both on the SAE's own input.
 
     l0: active latents a token. dead: share of latents active on none of the tokens. density_F: share of the
     tokens each latent is active on. layer_shares: share of tokens routed to each layer, and routing_entropy the
-    entropy of those shares in nats; both None without a router. by_row: the same, apart for each row of tokens.
+    entropy of those shares in nats; both None without a router.
+    by_row: the sums that the scores come from, for each row of tokens scored, float64 [S]. readings: inputs the SAE
+    read of it, which are its kept tokens, times the layers for mlsae and random. Over them shares of ‖x−x̂‖²/‖x‖²,
+    errors of ‖x−x̂‖², deviations of ‖x−mean‖², active of active latents. With a router also routed [S, L], tokens at
+    each layer.
     """
 
     tokens: int
@@ -59,7 +47,7 @@ class CacheScores:
     density_F: torch.Tensor
     layer_shares: dict[int, float] | None
     routing_entropy: float | None
-    by_row: RowSums
+    by_row: dict[str, torch.Tensor]
 
     def to_dict(self) -> dict[str, Any]:
         """The scores as JSON takes them; what there is one of a latent, or a row of tokens, is left out."""
@@ -116,70 +104,55 @@ def score_all_on_cache(
 
 
 class _Sums:
-    """What is added up over the batches. ‖x−mean‖² is taken from the mean of the first batch, and put right at the
-    end: the mean of all is known only then, and Σ‖x‖² − N‖mean‖² would cancel."""
+    """The sums of CacheScores.by_row over the batches. ‖x−mean‖² is taken from the mean of the first batch and
+    corrected at the end: the mean of all is known only then, and Σ‖x‖² − N‖mean‖² would cancel."""
 
     def __init__(self, recipe: Recipe, rows: int, device: torch.device):
         self.recipe, self.rows, self.layers = recipe, rows, len(recipe.layers)
-        zeros_S = torch.zeros(rows, dtype=torch.float64, device=device)
-        self.readings_S, self.shares_S, self.errors_S, self.deviations_S, self.active_S = (
-            zeros_S.clone() for _ in range(5)
-        )
-        self.routed_SL: torch.Tensor | None = None
+        names = ("readings", "shares", "errors", "deviations", "active")
+        self.by_row = {name: torch.zeros(rows, dtype=torch.float64, device=device) for name in names}
         self.active_F = torch.zeros(recipe.latents, dtype=torch.int64, device=device)
         self.near_D: torch.Tensor | None = None  # the mean of the first batch
         self.sum_D: torch.Tensor | float = 0.0  # of x − near
 
     def add(self, out: Forward, row_N: torch.Tensor) -> None:
         """row_N: the row of tokens that each of the batch's tokens stands in, from 0."""
-        x_ND = out.x_ND
+        x_ND, sums = out.x_ND, self.by_row
         row_R = row_N.repeat(len(x_ND) // len(row_N))  # a reading's; mlsae and random have one a layer
         if self.near_D is None:
             self.near_D = x_ND.mean(0)
         from_near_ND = x_ND - self.near_D
         self.sum_D = self.sum_D + from_near_ND.sum(0).double()
-        errors_N = (x_ND - out.reconstruction_ND).square().sum(1).double()
-        shares_N = squared_error_shares(x_ND, out.reconstruction_ND).double()
-        self.readings_S += torch.bincount(row_R, minlength=self.rows)
-        self.shares_S.index_add_(0, row_R, shares_N)
-        self.errors_S.index_add_(0, row_R, errors_N)
-        self.deviations_S.index_add_(0, row_R, from_near_ND.square().sum(1).double())
-        self.active_S += torch.bincount(row_R[out.latents.active().tokens_M], minlength=self.rows)
+        sums["readings"] += torch.bincount(row_R, minlength=self.rows)
+        sums["shares"].index_add_(0, row_R, squared_error_shares(x_ND, out.reconstruction_ND).double())
+        sums["errors"].index_add_(0, row_R, (x_ND - out.reconstruction_ND).square().sum(1).double())
+        sums["deviations"].index_add_(0, row_R, from_near_ND.square().sum(1).double())
+        sums["active"] += torch.bincount(row_R[out.latents.active().tokens_M], minlength=self.rows)
         self.active_F += out.latents.active_counts(len(self.active_F))
         if out.routing_NL is not None:
             at_N = row_N * self.layers + out.routing_NL.argmax(1)
             routed_SL = torch.bincount(at_N, minlength=self.rows * self.layers).view(self.rows, self.layers)
-            self.routed_SL = routed_SL.double() + (0.0 if self.routed_SL is None else self.routed_SL)
+            sums["routed"] = routed_SL.double() + sums.get("routed", 0.0)
 
     def scores(self, tokens: int) -> CacheScores:
         """tokens: scored; the readings are more where each is read once a layer."""
-        by_row = self.by_row()
-        readings = int(by_row.readings_S.sum())
-        shares_L = None if by_row.routed_SL is None else by_row.routed_SL.sum(0) / tokens
+        sums = self.by_row
+        shift_D = torch.as_tensor(self.sum_D) / sums["readings"].sum()
+        sums["deviations"] -= sums["readings"] * shift_D.square().sum()
+        sums = {name: of_rows.cpu() for name, of_rows in sums.items()}
+        readings = int(sums["readings"].sum())
+        shares_L = sums["routed"].sum(0) / tokens if "routed" in sums else None
         layers = self.recipe.layers
         return CacheScores(
             tokens=tokens,
-            norm_mse=float(by_row.shares_S.sum()) / readings,
-            fvu=float(by_row.errors_S.sum() / by_row.deviations_S.sum()),
-            l0=float(by_row.active_S.sum()) / readings,
+            norm_mse=float(sums["shares"].sum()) / readings,
+            fvu=float(sums["errors"].sum() / sums["deviations"].sum()),
+            l0=float(sums["active"].sum()) / readings,
             dead=float((self.active_F == 0).double().mean()),
             density_F=(self.active_F.double() / readings).cpu(),
             layer_shares=None if shares_L is None else dict(zip(layers, shares_L.tolist(), strict=True)),
             routing_entropy=None if shares_L is None else entropy(shares_L),
-            by_row=by_row,
-        )
-
-    def by_row(self) -> RowSums:
-        shift_D = torch.as_tensor(self.sum_D) / self.readings_S.sum()
-        deviations_S = self.deviations_S - self.readings_S * shift_D.square().sum()
-        routed_SL = None if self.routed_SL is None else self.routed_SL.cpu()
-        return RowSums(
-            readings_S=self.readings_S.cpu(),
-            shares_S=self.shares_S.cpu(),
-            errors_S=self.errors_S.cpu(),
-            deviations_S=deviations_S.cpu(),
-            active_S=self.active_S.cpu(),
-            routed_SL=routed_SL,
+            by_row=sums,
         )
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from routesae import __version__
 from routesae.analyze.clamp.changes import CHANGES, Clamp, parse_change
-from routesae.analyze.clamp.model import PromptLM, load_lm_of
+from routesae.analyze.clamp.model import PromptLM, load_prompt_lm
 from routesae.analyze.clamp.prompts import Prompt, prompt_ids, read_prompts
 from routesae.analyze.clamp.settings import ClampSettings
 from routesae.analyze.clamp.steps import (
@@ -35,7 +35,7 @@ from routesae.analyze.clamp.steps import (
 from routesae.harvest.lm.model import config_hash, weights_hash
 from routesae.machine.device import pick_device
 from routesae.reporting import Progress, Report, WrongInput, silent
-from routesae.train.folder.checkpoint import find_saes, load_sae, read_config
+from routesae.train.folder.checkpoint import find_saes, load_sae
 from routesae.train.folder.hub import fetch_sae
 
 GENERATIONS = 3  # of a batch: the original, the clamped, and the original again under the clamp
@@ -57,9 +57,7 @@ def clamp(settings: ClampSettings, report: Report = silent) -> dict[str, Any]:
         hh=settings.hh,
         limit=settings.max_prompts,
     )
-    source = load_lm_of(
-        sae, read_config(folder), model=settings.model, device=settings.device, lm_dtype=settings.lm_dtype
-    )
+    source = load_prompt_lm(folder, sae, model=settings.model, device=settings.device, lm_dtype=settings.lm_dtype)
     require_cached_attention(source.lm)
     has_template = getattr(source.tokenizer, "chat_template", None) is not None
     if settings.chat and not has_template:

@@ -19,8 +19,9 @@ from routesae.analyze.contexts.file import FORMAT, SAMPLES, write_contexts
 from routesae.analyze.contexts.settings import ContextSettings
 from routesae.analyze.contexts.table import choose, context_batches, kept_by_rule, latent_table
 from routesae.analyze.contexts.windows import Vocabulary
-from routesae.analyze.scores.identity import sae_identity
-from routesae.analyze.scores.run import OpenSAE, load_harvested_tokenizer, open_saes
+from routesae.analyze.inputs.identity import sae_identity
+from routesae.analyze.inputs.lm import lm_of_cache, load_tokenizer_of
+from routesae.analyze.inputs.saes import OpenSAE, open_saes
 from routesae.harvest.cache.reader import Cache
 from routesae.machine.device import pick_device
 from routesae.reporting import Progress, Report, silent
@@ -55,7 +56,7 @@ def contexts(settings: ContextSettings, report: Report = silent) -> list[Context
     cache = Cache(settings.cache)
     cache.require_whole()
     opened = open_saes(settings.saes, Path(settings.out), cache, pick_device(settings.device))
-    vocabulary = Vocabulary(load_harvested_tokenizer(cache, settings.model or cache.manifest.model))
+    vocabulary = Vocabulary(load_tokenizer_of([lm_of_cache(cache)], settings.model))
     wanted = Wanted(
         threshold=settings.threshold,
         per_class=settings.per_class,

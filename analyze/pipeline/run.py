@@ -19,10 +19,10 @@ from typing import Any
 
 from routesae.analyze.contexts.file import CONTEXTS, LATENTS
 from routesae.analyze.contexts.run import contexts
+from routesae.analyze.inputs.identity import cache_identity, file_hash
 from routesae.analyze.interpret.run import SUMMARY, interpret, lost, require_answers
 from routesae.analyze.pipeline.settings import PipelineSettings
 from routesae.analyze.report.run import require_libraries, write_report
-from routesae.analyze.scores.identity import cache_identity, file_hash
 from routesae.analyze.scores.run import DESCRIPTIONS, analyze, described
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.run import harvest

@@ -20,16 +20,16 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from routesae import __version__
+from routesae.analyze.inputs.lm import lm_of_cache, lm_of_sae, load_lm_of, load_tokenizer_of, require_same_lm_as_cache
 from routesae.analyze.report.latents import PIECE, latent_list, latent_pieces, packed
 from routesae.analyze.report.lens import LogitLens
 from routesae.analyze.report.plots import draw_plots
 from routesae.analyze.report.routes import routes_by_class
 from routesae.analyze.report.runs import Run, read_runs, table_of
 from routesae.analyze.report.settings import ReportSettings
-from routesae.analyze.scores.run import load_harvested_lm, load_harvested_tokenizer
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.cache.storage import is_url
-from routesae.machine.device import pick_device, pick_lm_dtype
+from routesae.machine.device import pick_device
 from routesae.reporting import Report, WrongInput, silent
 
 if TYPE_CHECKING:
@@ -86,28 +86,26 @@ def _load_lm(
 ) -> tuple[Vocabulary | None, LogitLens | None]:
     """The vocabulary, for routing by token, and the logit lens, each where the settings allow it."""
     from routesae.analyze.contexts.windows import Vocabulary
-    from routesae.harvest.lm import model as lm
 
     vocabulary = None
     if cache is not None and any(run.recipe.sae == "routesae" for run in runs):
         try:
-            vocabulary = Vocabulary(load_harvested_tokenizer(cache, settings.model or cache.manifest.model))
+            vocabulary = Vocabulary(load_tokenizer_of([lm_of_cache(cache)], settings.model))
         except WrongInput as refusal:
             if settings.cache is not None or settings.model is not None:
                 raise
             log.warning("routing by token is left out: %s", refusal)
+    of_saes = [lm_of_sae(run.folder, run.recipe) for run in runs]
+    if cache is not None:
+        for of_sae in of_saes:
+            if warning := require_same_lm_as_cache(of_sae, lm_of_cache(cache)):
+                log.warning("%s", warning)
     if settings.model is None:
         return vocabulary, None
-    if cache is not None:
-        model = load_harvested_lm(cache, settings.model, settings.device, settings.lm_dtype)
-    else:
-        device = pick_device(settings.device)
-        model = lm.load_lm(settings.model, device=device, lm_dtype=pick_lm_dtype(settings.lm_dtype, device))
-    for run in runs:
-        if run.recipe.width != model.width:
-            raise WrongInput(f"{run.folder} has width {run.recipe.width} and model {settings.model} {model.width}")
-    vocabulary = vocabulary or Vocabulary(lm.load_tokenizer(settings.model))
-    return vocabulary, LogitLens(model, vocabulary.texts)
+    of_lm = [lm_of_cache(cache)] if cache is not None else of_saes
+    loaded = load_lm_of(of_lm, settings.model, device=settings.device, lm_dtype=settings.lm_dtype)
+    vocabulary = vocabulary or Vocabulary(loaded.tokenizer)
+    return vocabulary, LogitLens(loaded.lm, vocabulary.texts)
 
 
 def _open_cache(settings: ReportSettings, runs: Sequence[Run]) -> Cache | None:

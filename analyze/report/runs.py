@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 import torch
 
 from routesae.analyze.contexts.file import CONTEXTS, ContextsFile, read_contexts
+from routesae.analyze.inputs.identity import sae_identity
+from routesae.analyze.inputs.saes import sae_folders
 from routesae.analyze.interpret.run import SUMMARY, read_interpretations
 from routesae.analyze.interpret.settings import MODES
-from routesae.analyze.scores.identity import sae_identity
 from routesae.analyze.scores.metrics import HIGHER, METRICS, NEITHER
 from routesae.analyze.scores.run import described
 from routesae.reporting import WrongInput
-from routesae.train.folder.checkpoint import METRICS_FILE, find_saes, load_sae, read_config, read_recipe
-from routesae.train.folder.hub import fetch_sae
+from routesae.train.folder.checkpoint import METRICS_FILE, load_sae, read_config, read_recipe
 from routesae.train.saes import SAE, Recipe
 
 
@@ -76,16 +76,8 @@ class Run:
 def read_runs(references: Sequence[str], out: Path, scores_file: str | None) -> list[Run]:
     """Read the SAEs that `references` name, or all under `out`. Raises WrongInput where one is missing or damaged."""
     scored = _read_scores(scores_file)
-    places = [(reference, fetch_sae(reference)) for reference in references]
-    places = places or [(str(folder), folder) for folder in find_saes(out)]
-    runs = []
-    for reference, folder in places:
-        if folder == Path(reference):
-            same_name = sum(other.name == folder.name for _, other in places) > 1
-            runs.append(_read_run(str(folder) if same_name else folder.resolve().name, folder, folder, scored))
-        else:  # of the hub: contexts puts its files where it may write
-            runs.append(_read_run(reference, folder, out / reference.replace("/", "--"), scored))
-    return runs
+    places = sae_folders(references, out)
+    return [_read_run(name, folder, beside, scored) for name, (folder, beside) in places.items()]
 
 
 def _read_run(name: str, folder: Path, beside: Path, scored: Mapping[str, Mapping[str, Any]]) -> Run:

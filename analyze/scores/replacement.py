@@ -41,6 +41,10 @@ def require_spliceable(sae: SAE) -> None:
             "a routesae with soft routing cannot be spliced: its input mixes all layers, which has no inverse; "
             "leave out KLDiv, DeltaCE, Recovered and clamp, or train with --routing hard"
         )
+    if 0 in spliced_layers(sae):
+        raise WrongInput(
+            "the SAE reads layer 0, the embedding, and only the output of a decoder block can be replaced"
+        )
 
 
 def spliced_layers(sae: SAE) -> tuple[int, ...]:

@@ -1,70 +1,62 @@
-"""The stage analyze: a cache, SAEs and the names of metrics in; one row of numbers an SAE and sparsity out.
+"""Run `routesae analyze`: score SAEs on the held-out rows of a cache, one row of numbers for each SAE and sparsity.
 
-Every number has a 95 % confidence interval where there is one (routesae.analyze.scores.intervals). The LM is loaded
-only where a metric needs it, and only if it is the one the cache was harvested from.
+The LM is loaded only if a metric needs it.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-import torch
+from typing import Any, NamedTuple
 
 from routesae import __version__
 from routesae.analyze.contexts.file import read_facts
-from routesae.analyze.scores.identity import cache_identity, sae_identity, versions
+from routesae.analyze.inputs.identity import cache_identity, sae_identity, versions
+from routesae.analyze.inputs.lm import lm_of_cache, load_lm_of
+from routesae.analyze.inputs.saes import OpenSAE, open_saes
+from routesae.analyze.interpret.run import SUMMARY
 from routesae.analyze.scores.intervals import draws, measure
-from routesae.analyze.scores.metrics import METRICS, Metric
+from routesae.analyze.scores.metrics import METRICS
 from routesae.analyze.scores.settings import AnalyzeSettings
-from routesae.analyze.scores.sparsity import Sparsity, at_sparsity, has_other_sparsities
-from routesae.harvest.cache.manifest import Manifest, kept_positions
+from routesae.analyze.scores.sparsity import Sparsity, at_sparsity
+from routesae.harvest.cache.manifest import kept_positions
 from routesae.harvest.cache.reader import Cache
-from routesae.machine.device import pick_device, pick_lm_dtype
+from routesae.machine.device import pick_device
+from routesae.machine.files import BadFile, read_json
 from routesae.reporting import Report, WrongInput, silent
-from routesae.train.evaluate import require_fit, score_all_on_cache
-from routesae.train.folder.checkpoint import find_saes, load_sae
-from routesae.train.folder.hub import fetch_sae
+from routesae.train.evaluate import score_all_on_cache
 from routesae.train.saes import SAE
-
-if TYPE_CHECKING:
-    from routesae.harvest.lm.model import LanguageModel
 
 log = logging.getLogger(__name__)
 
-DESCRIPTIONS = ("Features", "Score")  # columns of what contexts and interpret have found: see `described`
-INTERPRETATIONS = "interpretations.json"  # the summary that `routesae interpret` writes into an SAE's folder
+DESCRIPTIONS = ("Features", "Score")  # columns that contexts and interpret add: see `described`
 
 
 def analyze(settings: AnalyzeSettings, report: Report = silent) -> dict[str, Any]:
-    """Everything a program wants of the scores: the rows, and what they were computed from.
+    """Returns the rows of the table under "saes", and beside them what they were computed from.
 
-    Raises WrongInput where cache, SAEs, metrics and LM do not fit together.
+    Raises WrongInput if cache, SAEs, metrics and LM do not fit together.
     """
     cache = Cache(settings.cache)
     cache.require_whole()
     device = pick_device(settings.device)
     opened = open_saes(settings.saes, Path(settings.out), cache, device)
     subjects = subjects_of(opened, settings.sparsities())
-    known = {name: described(sae.beside) for name, sae in opened.items()}
-    _warn_of_thresholds(opened)
     first, after = held_out_rows(cache, settings.tokens)
-    rows = {key: _identity(subject, opened[subject.name].folder) for key, subject in subjects.items()}
+    descriptions = {name: described(sae.beside) for name, sae in opened.items()}
+    _warn_of_thresholds(opened)
+    rows = {key: _first_columns(subject, opened[subject.name].folder) for key, subject in subjects.items()}
     saes = {key: subject.sae for key, subject in subjects.items()}
-    drawn_RS = draws(after - first, settings.seed)
     metrics = [METRICS[name] for name in settings.metrics]
+    drawn_RS = draws(after - first, settings.seed)
     if of_cache := [metric for metric in metrics if not metric.needs_lm]:
         for key, scores in score_all_on_cache(saes, cache, first, after, report).items():
-            row_sums = {
-                name.rpartition("_")[0]: sums for name, sums in scores.by_row._asdict().items() if sums is not None
-            }
             layers = saes[key].recipe.layers
-            _add(rows[key], *measure(of_cache, row_sums, drawn_RS, layers=layers, dead=scores.dead))
+            _add(rows[key], *measure(of_cache, scores.by_row, drawn_RS, layers=layers, dead=scores.dead))
     if of_lm := [metric for metric in metrics if metric.needs_lm]:
-        for key, row_sums in _lm_row_sums(settings, cache, saes, (first, after), of_lm, report).items():
+        zero_ablation = any(metric.zero_ablation for metric in of_lm)
+        for key, row_sums in _row_sums_of_lm(settings, cache, saes, first, after, zero_ablation, report).items():
             _add(rows[key], *measure(of_lm, row_sums, drawn_RS))
     return {
         "routesae": __version__,
@@ -75,17 +67,12 @@ def analyze(settings: AnalyzeSettings, report: Report = silent) -> dict[str, Any
         "rows_scored": [first, after],
         "tokens_scored": (after - first) * cache.manifest.context,
         "identities": {name: sae_identity(sae.folder, sae.sae) for name, sae in opened.items()},
-        "saes": [row | known[subjects[key].name] for key, row in rows.items()],
+        "saes": [row | descriptions[subjects[key].name] for key, row in rows.items()],
     }
 
 
-def _add(row: dict[str, Any], numbers: Mapping[str, Any], intervals: Mapping[str, list[float]]) -> None:
-    row |= numbers
-    row.setdefault("intervals", {}).update(intervals)
-
-
 class Subject(NamedTuple):
-    """What one row of the results is of: an SAE, or a view of it at another sparsity than its own."""
+    """What one row of the results is of: the SAE called `name`, or a view of it at another sparsity than its own."""
 
     name: str
     sparsity: Sparsity | None
@@ -93,83 +80,37 @@ class Subject(NamedTuple):
 
 
 def subjects_of(opened: Mapping[str, OpenSAE], sparsities: Sequence[Sparsity | None]) -> dict[str, Subject]:
-    """Every SAE at every sparsity. Raises WrongInput naming those that have no other than their own."""
-    fixed = [name for name, one in opened.items() if not has_other_sparsities(one.sae)]
-    given = [sparsity for sparsity in sparsities if sparsity is not None]
-    if fixed and given:
-        raise WrongInput(
-            f"{given[0].flag} is not for gated SAEs, whose gate and magnitude are two numbers: {', '.join(fixed)}; "
-            "name the others with --sae"
-        )
+    """Every SAE at every sparsity; None stands for an SAE's own.
+
+    Those that an SAE cannot have are left out with a warning. Raises WrongInput if nothing is left.
+    """
     subjects = {}
+    refusals = []
     for name, one in opened.items():
         for sparsity in sparsities:
             try:
                 sae = one.sae if sparsity is None else at_sparsity(one.sae, sparsity)
+                subjects[name if sparsity is None else f"{name}, {sparsity}"] = Subject(name, sparsity, sae)
             except WrongInput as refusal:
-                raise WrongInput(f"{name}: {refusal}") from refusal
-            subjects[name if sparsity is None else f"{name}, {sparsity}"] = Subject(name, sparsity, sae)
+                refusals.append(f"{name}: {refusal}")
+    if not subjects:
+        raise WrongInput(refusals[0])
+    for reason in dict.fromkeys(refusals):
+        log.warning("left out: %s", reason)
     return subjects
 
 
-class OpenSAE(NamedTuple):
-    """An SAE, where it is and where files about it go: into the same folder, unless that is the hub's cache."""
-
-    folder: Path
-    beside: Path
-    sae: SAE
-
-
-def open_saes(given: Sequence[str], out: Path, cache: Cache, device: torch.device) -> dict[str, OpenSAE]:
-    """The SAEs given, or all under `out`, by a name that tells them apart.
-
-    Raises WrongInput where there is none, or one cannot be loaded or does not fit the cache.
-    """
-    references = {fetch_sae(sae): sae for sae in given}
-    folders = list(references) or find_saes(out)
-    opened = {}
-    for folder in folders:
-        reference = references.get(folder)
-        fetched = reference is not None and folder != Path(reference)
-        name = reference if reference is not None and fetched else _name(folder, folders)  # not by a commit
-        beside = out / name.replace("/", "--") if fetched else folder
-        opened[name] = OpenSAE(folder, beside, load_sae(folder, device))
-        try:
-            require_fit(opened[name].sae, cache)
-        except WrongInput as misfit:
-            raise WrongInput(f"{folder}: {misfit}") from misfit
-    return opened
+def held_out_rows(cache: Cache, tokens: int | None) -> tuple[int, int]:
+    """First held-out row and the one after the last to score: at least one row, and `tokens` tokens at most."""
+    first, after = cache.manifest.train_rows, cache.manifest.rows
+    if first == after:
+        raise WrongInput(f"{cache.path} has no held-out rows: it is one row of tokens; harvest more text")
+    if tokens is not None:
+        after = min(after, first + max(1, tokens // cache.manifest.context))
+    return first, after
 
 
-def described(folder: Path) -> dict[str, Any]:
-    """What `contexts` and `interpret` found of the SAE in `folder`: Features, the latents that the published rule
-    keeps, and Score, the explainer's mean; each only where its file is there."""
-    found: dict[str, Any] = {}
-    if (facts := read_facts(folder)) is not None:
-        found["Features"] = facts["features"]
-    if (summary := folder / INTERPRETATIONS).is_file():
-        try:
-            found["Score"] = json.loads(summary.read_bytes())["score"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise WrongInput(f"{summary} cannot be read ({error!r}); run routesae interpret again") from error
-    return found
-
-
-def _warn_of_thresholds(opened: Mapping[str, OpenSAE]) -> None:
-    """Counts of Features compare only where the rule was the same one."""
-    found = {name: read_facts(sae.beside) for name, sae in opened.items()}
-    given = {name: facts["settings"]["threshold"] for name, facts in found.items() if facts is not None}
-    if len(set(given.values())) > 1:
-        counted = ", ".join(f"{name} above {threshold:g}" for name, threshold in given.items())
-        log.warning("Features are not counted alike: %s; run routesae contexts with one --threshold", counted)
-
-
-def _name(folder: Path, folders: Sequence[Path]) -> str:
-    same_name = [other for other in folders if other.name == folder.name]
-    return folder.name if len(same_name) == 1 and folder.name else str(folder)
-
-
-def _identity(subject: Subject, folder: Path) -> dict[str, Any]:
+def _first_columns(subject: Subject, folder: Path) -> dict[str, Any]:
     recipe, sparsity = subject.sae.recipe, subject.sparsity
     layers = recipe.layers
     row: dict[str, Any] = {
@@ -184,24 +125,21 @@ def _identity(subject: Subject, folder: Path) -> dict[str, Any]:
     return row
 
 
-def held_out_rows(cache: Cache, tokens: int | None) -> tuple[int, int]:
-    """First held-out row and the one after the last to score; at least one row where there is one."""
-    first, after = cache.manifest.train_rows, cache.manifest.rows
-    if first == after:
-        raise WrongInput(f"{cache.path} has no held-out rows: it is one row of tokens; harvest more text")
-    if tokens is not None:
-        after = min(after, first + max(1, tokens // cache.manifest.context))
-    return first, after
+def _add(row: dict[str, Any], numbers: Mapping[str, Any], intervals: Mapping[str, list[float]]) -> None:
+    row |= numbers
+    row.setdefault("intervals", {}).update(intervals)
 
 
-def _lm_row_sums(
+def _row_sums_of_lm(
     settings: AnalyzeSettings,
     cache: Cache,
     saes: Mapping[str, SAE],
-    rows: tuple[int, int],
-    metrics: Sequence[Metric],
+    first: int,
+    after: int,
+    zero_ablation: bool,
     report: Report,
 ) -> dict[str, dict[str, Any]]:
+    """What the LM's metrics are computed from. SAEs that cannot be spliced are left out with a warning."""
     from routesae.analyze.scores.lm_scores import score_with_lm
     from routesae.analyze.scores.replacement import require_spliceable
 
@@ -217,51 +155,38 @@ def _lm_row_sums(
     if not spliceable:
         raise WrongInput(f"none of {', '.join(saes)} can be spliced into the LM; train one with --routing hard")
     manifest = cache.manifest
-    lm = load_harvested_lm(cache, settings.model or manifest.model, settings.device, settings.lm_dtype)
-    token_ids_ST = cache.tokens()[slice(*rows)]
+    loaded = load_lm_of([lm_of_cache(cache)], settings.model, device=settings.device, lm_dtype=settings.lm_dtype)
+    token_ids_ST = cache.tokens()[first:after]
     kept_ST = kept_positions(token_ids_ST, dropped_ids=manifest.dropped_ids, skip_positions=manifest.skip_positions)
     return score_with_lm(
-        lm,
+        loaded.lm,
         spliceable,
         token_ids_ST,
         kept_ST,
         batch_sequences=settings.batch_sequences,
-        zero_ablation=any(metric.zero_ablation for metric in metrics),
+        zero_ablation=zero_ablation,
         report=report,
     )
 
 
-def load_harvested_tokenizer(cache: Cache, model: str) -> Any:
-    """The tokenizer that the cache's text went through. Raises WrongInput where `model`'s is another one."""
-    from routesae.harvest.corpus.tokens import tokenizer_hash
-    from routesae.harvest.lm import model as lm
-
-    manifest = cache.manifest
-    tokenizer = lm.load_tokenizer(model, manifest.revision if model == manifest.model else None)
-    _require_same("tokenizer", tokenizer_hash(tokenizer), manifest.tokenizer_hash, model, manifest)
-    return tokenizer
-
-
-def load_harvested_lm(cache: Cache, model: str, device: str, lm_dtype: str) -> LanguageModel:
-    """The whole LM that the cache was harvested from. Raises WrongInput where `model` is another one."""
-    from routesae.harvest.lm import model as lm
-
-    manifest = cache.manifest
-    revision = manifest.revision if model == manifest.model else None
-    _require_same("config", lm.config_hash(lm.load_config(model, revision)), manifest.config_hash, model, manifest)
-    load_harvested_tokenizer(cache, model)
-    picked = pick_device(device)
-    loaded = lm.load_lm(model, revision, device=picked, lm_dtype=pick_lm_dtype(lm_dtype, picked))
-    _require_same("weights", lm.weights_hash(loaded), cache.weights_hash(), model, manifest)
-    return loaded
+def described(folder: Path) -> dict[str, Any]:
+    """What is known of the latents of the SAE in `folder`: Features, how many the published rule keeps, if contexts
+    were collected; Score, the explainer's mean, if they were explained."""
+    columns: dict[str, Any] = {}
+    if (facts := read_facts(folder)) is not None:
+        columns["Features"] = facts["features"]
+    if (summary := folder / SUMMARY).is_file():
+        try:
+            columns["Score"] = read_json(summary)["score"]
+        except (OSError, BadFile, KeyError, TypeError) as error:
+            raise WrongInput(f"{summary} cannot be read ({error!r}); run routesae interpret again") from error
+    return columns
 
 
-def _require_same(what: str, found: str, recorded: str | None, model: str, manifest: Manifest) -> None:
-    if found != recorded:
-        import transformers
-
-        raise WrongInput(
-            f"model {model!r} is not the one the cache was harvested from: its {what} differs (harvested from "
-            f"{manifest.model!r} with transformers {manifest.versions.get('transformers')}, now "
-            f"{transformers.__version__}); give that model with --model"
-        )
+def _warn_of_thresholds(opened: Mapping[str, OpenSAE]) -> None:
+    """Warn if Features were counted by different rules, since their numbers then do not compare."""
+    facts = {name: read_facts(sae.beside) for name, sae in opened.items()}
+    thresholds = {name: of["settings"]["threshold"] for name, of in facts.items() if of is not None}
+    if len(set(thresholds.values())) > 1:
+        counted = ", ".join(f"{name} above {threshold:g}" for name, threshold in thresholds.items())
+        log.warning("Features are not counted alike: %s; run routesae contexts with one --threshold", counted)

@@ -251,7 +251,7 @@ def test_saes_scored_together_score_as_alone_and_the_cache_is_read_once(
     for name in saes:
         assert together[name].to_dict() == alone[name].to_dict(), name
         assert torch.equal(together[name].density_F, alone[name].density_F)
-        assert torch.equal(together[name].by_row.errors_S, alone[name].by_row.errors_S)
+        assert torch.equal(together[name].by_row["errors"], alone[name].by_row["errors"])
 
 
 def test_scoring_reports_every_token(tiny_cache: Cache) -> None:

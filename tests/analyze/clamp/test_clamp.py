@@ -297,7 +297,7 @@ def test_a_random_router_agrees_on_every_token_in_the_cache_in_a_splice_and_in_g
     recipe = Recipe(sae="routesae", layers=layers, width=WIDTH, latents=LATENTS, k=12, router="random")
     sae = build(recipe).requires_grad_(False).eval()
     set_threads(rows_a_batch % 2 + 1)
-    routed_SL = score_on_cache(sae, tiny_cache, first, first + 3).by_row.routed_SL
+    routed_SL = score_on_cache(sae, tiny_cache, first, first + 3).by_row["routed"]
     assert routed_SL is not None
     for row in range(3):
         ids = tiny_cache.tokens()[first + row].tolist()

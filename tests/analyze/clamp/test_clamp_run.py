@@ -206,7 +206,7 @@ def test_a_different_model_is_refused_naming_what_differs(
 ) -> None:
     other = shutil.copytree(tiny_model, tmp_path / "other")
     {"config": other_config, "tokenizer": other_tokenizer, "weights": other_weights}[differing](other)
-    with pytest.raises(WrongInput, match=rf"not the one the SAE was trained on: its {differing} differs") as refused:
+    with pytest.raises(WrongInput, match=rf"is not the LM of the SAE .*: its {differing} differ") as refused:
         clamped(saes / "topk", model=str(other))
     assert str(other) in str(refused.value)
     assert str(tiny_model) in str(refused.value)
@@ -224,20 +224,20 @@ def test_an_sae_made_elsewhere_needs_a_model_that_fits(
     tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = made_elsewhere(tmp_path / "topk")
-    with pytest.raises(WrongInput, match="does not say which LM it was trained on; give it with --model"):
+    with pytest.raises(WrongInput, match=r"does not say what the LM of the SAE .* is; give it with --model"):
         clamped(folder)
     result = clamped(folder, model=str(tiny_model))
     assert (result["model"]["dropped_ids"], result["model"]["skip_positions"]) == ((0, 1), 1)
     assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
-        f"cfg.json does not describe the SAE's LM; only width and layers of {tiny_model} were compared"
+        f"cfg.json does not describe the LM of the SAE {folder}; only width and layers were compared"
     ]
 
 
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ({"width": 16}, "width 16 and model .* has 32"),
-        ({"layer": 7}, "reads layer 7 and model .* has 6"),
+        ({"width": 16}, "is not the LM of the SAE .*: its width is 32, not 16; give that LM with --model"),
+        ({"layer": 7}, "it has no layer 7"),
         ({"layer": 0}, "layer 0, the embedding"),
     ],
 )

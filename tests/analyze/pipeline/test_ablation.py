@@ -12,10 +12,11 @@ from xml.etree import ElementTree
 import pytest
 
 from routesae.analyze.contexts.file import read_contexts
+from routesae.analyze.interpret.run import SUMMARY
 from routesae.analyze.pipeline.ablation import COLUMNS, ablation, draw_pareto
 from routesae.analyze.pipeline.settings import VARIANTS, AblationSettings, ablation_settings
 from routesae.analyze.scores.metrics import METRICS
-from routesae.analyze.scores.run import INTERPRETATIONS, analyze
+from routesae.analyze.scores.run import analyze
 from routesae.analyze.scores.settings import AnalyzeSettings
 from routesae.harvest.cache.reader import Cache
 from routesae.reporting import WrongInput
@@ -81,7 +82,7 @@ def test_features_and_score_are_columns_of_the_table_and_the_files(
     assert [row["Features"] for row in saved(tmp_path)] == kept
     with (tmp_path / "ablation.csv").open() as file:
         assert [int(row["Features"]) for row in csv.DictReader(file)] == kept
-    (Path(saved(tmp_path)[0]["folder"]) / INTERPRETATIONS).write_text('{"score": 3.5}')
+    (Path(saved(tmp_path)[0]["folder"]) / SUMMARY).write_text('{"score": 3.5}')
     monkeypatch.setattr(
         "routesae.analyze.pipeline.ablation.contexts", None
     )  # there are those of this threshold already

@@ -349,5 +349,5 @@ def test_another_lm_than_the_caches_is_refused(saes: Path, tiny_model: Path, tmp
     shutil.copytree(tiny_model, other)
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "rope_theta": 5.0, "rms_norm_eps": 0.5}))
-    with pytest.raises(WrongInput, match="is not the one the cache was harvested from"):
+    with pytest.raises(WrongInput, match=r"is not the LM of the cache .*: its config differs"):
         write_report(ReportSettings(out=str(saes), html=str(tmp_path / "r.html"), model=str(other), device="cpu"))

@@ -19,9 +19,9 @@ import torch
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from routesae.analyze.contexts.file import context_schema, write_contexts
+from routesae.analyze.inputs.identity import sae_identity
 from routesae.analyze.report.run import write_report
 from routesae.analyze.report.settings import ReportSettings
-from routesae.analyze.scores.identity import sae_identity
 from routesae.train.folder.checkpoint import save_sae
 from routesae.train.saes import Recipe, build
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from torch import Tensor
 
 from routesae.analyze.scores.intervals import draws, measure
 from routesae.analyze.scores.metrics import METRICS
 from routesae.harvest.cache.reader import Cache
-from routesae.train.evaluate import CacheScores, score_on_cache
+from routesae.train.evaluate import score_on_cache
 from routesae.train.saes import Recipe, build
 
 
@@ -68,16 +67,13 @@ def test_by_row_sums_come_to_the_scores_and_stand_at_their_rows(name: str, tiny_
     sae = build(Recipe(sae=name, layers=layers, width=32, latents=64, k=8))
     metrics = [METRICS[name] for name in ("NormMSE", "FVU", "L0", "Dead", "Routing")]
 
-    def row_sums(scores: CacheScores) -> dict[str, Tensor]:
-        return {key.rpartition("_")[0]: sums for key, sums in scores.by_row._asdict().items() if sums is not None}
-
     scores = score_on_cache(sae, tiny_cache, first, after)
-    of_rows = row_sums(scores)
+    of_rows = scores.by_row
     numbers = measure(metrics, of_rows, draws(after - first, 0), layers=layers, dead=scores.dead)[0]
     expected = {"NormMSE": scores.norm_mse, "FVU": scores.fvu, "L0": scores.l0, "Dead": scores.dead}
     assert numbers == {**expected, "Entropy": scores.routing_entropy, "Shares": scores.layer_shares}
     for row in (first, 127, 128, after - 1):
-        alone = row_sums(score_on_cache(sae, tiny_cache, row, row + 1))
+        alone = score_on_cache(sae, tiny_cache, row, row + 1).by_row
         for column in sorted(of_rows.keys() - {"deviations"}):  # from the mean of all rows, which is another one
             np.testing.assert_allclose(of_rows[column][row - first], alone[column][0], rtol=1e-5, err_msg=column)
     assert (of_rows["readings"] > 0).all()

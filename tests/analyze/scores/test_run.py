@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from routesae import __version__
-from routesae.analyze.scores.identity import cache_identity
+from routesae.analyze.inputs.identity import cache_identity
 from routesae.analyze.scores.metrics import CACHE_METRICS, LM_METRICS, METRICS
 from routesae.analyze.scores.run import analyze
 from routesae.analyze.scores.settings import AnalyzeSettings
@@ -355,7 +355,7 @@ def test_a_different_model_is_refused_naming_what_differs(
 ) -> None:
     other = shutil.copytree(tiny_model, tmp_path / "other")
     {"config": _other_config, "tokenizer": _other_tokenizer, "weights": _fine_tuned}[differing](other)
-    with pytest.raises(WrongInput, match=rf"not the one .* harvested from: its {differing} differ") as refused:
+    with pytest.raises(WrongInput, match=rf"is not the LM of the cache .*: its {differing} differ") as refused:
         scores(tiny_cache, "KLDiv", saes=(str(saes / "topk"),), model=str(other))
     assert str(other) in str(refused.value)
     assert str(tiny_model) in str(refused.value)

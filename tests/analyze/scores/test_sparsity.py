@@ -147,8 +147,17 @@ def test_a_sweep_has_a_row_for_each_sae_and_value_and_its_own_k_scores_as_the_sa
         assert all(len({by_k[k][metric] for k in by_k}) == 3 for metric in metrics)
 
 
-def test_a_gated_sae_among_others_is_named(tiny_cache: Cache, saes: Path, tmp_path: Path) -> None:
+def test_a_gated_sae_among_others_is_left_out_with_a_warning(
+    tiny_cache: Cache, saes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     settings = {"sae": "gated", "layer": 3, "latents": 64, "k": 8, "batch_tokens": 4096, "name": "slow-gate"}
     train(settings_of({**settings, "cache": str(tiny_cache.path), "out": str(tmp_path), "device": "cpu"}))
-    with pytest.raises(WrongInput, match=r"--infer-k is not for gated SAEs.*: slow-gate; name the others"):
-        scored(tiny_cache, saes, saes=(str(saes / "topk_layer3_64_k8"), str(tmp_path / "slow-gate")), infer_k=(4,))
+    topk, gated = str(saes / "topk_layer3_64_k8"), str(tmp_path / "slow-gate")
+    rows = scored(tiny_cache, saes, saes=(gated, topk), metrics=("L0",), infer_k=(4, 16, 65))
+    assert [(row["variant"], row["infer_k"]) for row in rows] == [("topk", 4), ("topk", 16)]
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        "left out: slow-gate: --infer-k is not for a gated SAE, whose gate and magnitude are two numbers",
+        "left out: topk_layer3_64_k8: --infer-k 65 is more than the SAE's 64 latents; lower it",
+    ]
+    with pytest.raises(WrongInput, match=r"slow-gate: --infer-k is not for a gated SAE"):
+        scored(tiny_cache, saes, saes=(gated,), infer_k=(4,))

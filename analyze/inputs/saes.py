@@ -1,0 +1,68 @@
+"""Find and open the SAEs of an analysis, and check that they fit its cache."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from routesae.analyze.inputs.lm import lm_of_cache, lm_of_sae, require_same_lm_as_cache
+from routesae.harvest.cache.reader import Cache
+from routesae.reporting import WrongInput
+from routesae.train.evaluate import require_fit
+from routesae.train.folder.checkpoint import find_saes, load_sae
+from routesae.train.folder.hub import fetch_sae
+from routesae.train.saes import SAE
+
+log = logging.getLogger(__name__)
+
+
+class SAEFolder(NamedTuple):
+    """Where an SAE is, and where files about it go: into the same folder, unless that is the hub's cache."""
+
+    folder: Path
+    beside: Path
+
+
+class OpenSAE(NamedTuple):
+    folder: Path
+    beside: Path
+    sae: SAE
+
+
+def sae_folders(references: Sequence[str], out: Path) -> dict[str, SAEFolder]:
+    """The SAEs that `references` name, folders or of the hub, or all under `out`, by names that tell them apart.
+
+    Raises WrongInput if there is none.
+    """
+    fetched = {fetch_sae(reference): reference for reference in references}
+    folders = list(fetched) or find_saes(out)
+    places = {}
+    for folder in folders:
+        reference = fetched.get(folder, str(folder))
+        if folder == Path(reference):
+            alone = sum(other.name == folder.name for other in folders) == 1
+            places[folder.resolve().name if alone else str(folder)] = SAEFolder(folder, folder)
+        else:  # the hub's folder has the name of a commit
+            places[reference] = SAEFolder(folder, out / reference.replace("/", "--"))
+    return places
+
+
+def open_saes(references: Sequence[str], out: Path, cache: Cache, device: torch.device) -> dict[str, OpenSAE]:
+    """Load the SAEs of `sae_folders`. Raises WrongInput if one cannot be loaded or was trained on another LM than the
+    cache's, or the cache has not all of its layers."""
+    of_cache = lm_of_cache(cache)
+    opened = {}
+    for name, (folder, beside) in sae_folders(references, out).items():
+        sae = load_sae(folder, device)
+        try:
+            require_fit(sae, cache)
+        except WrongInput as misfit:
+            raise WrongInput(f"{folder}: {misfit}") from misfit
+        if warning := require_same_lm_as_cache(lm_of_sae(folder, sae.recipe), of_cache):
+            log.warning("%s: %s", folder, warning)
+        opened[name] = OpenSAE(folder, beside, sae)
+    return opened
