@@ -30,7 +30,7 @@ from routesae.harvest.cache.reader import Cache
 from routesae.train.folder.checkpoint import load_sae
 from routesae.train.loading.batches import Batch, Selection, cut_plans, load
 from routesae.train.saes import SAE, Recipe
-from routesae.train.saes.normalise import with_statistics
+from routesae.train.saes.normalise import Hidden
 from routesae.train.saes.sae import Forward
 
 PER_CLASS, MAX_CLASSES, MIN_CONTEXTS, WINDOW, SAMPLE = 2, 32, 5, 64, 15
@@ -76,7 +76,7 @@ def run_sae(sae: SAE, cache: Cache, shards: int) -> list[list[Stored]]:
         blocks = [block for block in selection.blocks() if block.shard == at]
         position_n = torch.from_numpy(shard.read("order") + shard.record.rows[0] * cache.manifest.context).long()
         with closing(load(selection, cut_plans(iter(blocks), BATCH_TOKENS), BATCH_TOKENS, sae.device)) as batches:
-            outs = [sae(with_statistics(sae.recipe.normalize, 1.0, *batch)) for batch in batches]
+            outs = [sae(Hidden(*batch)) for batch in batches]
         found.append([Stored(*pair) for pair in zip(outs, position_n.split(BATCH_TOKENS), strict=True)])
     return found
 
@@ -129,7 +129,7 @@ def plain_rule(subject: Subject, threshold: float) -> Chosen:
     heaps: Any = defaultdict(lambda: defaultdict(list))
     seen = Seen()
     for batch in (batch for batches in subject.shards for batch in batches):
-        dense_NF = batch.out.latents.dense(subject.recipe.latents)
+        dense_NF = batch.out.latents.dense()
         positions = batch.position_N.tolist()
         for n, latent in torch.nonzero(dense_NF).tolist():
             value = dense_NF[n, latent].item()
@@ -154,7 +154,7 @@ def plain_top(subject: Subject, top: int) -> Chosen:
     heaps: Any = defaultdict(list)
     seen = Seen()
     for batch in (batch for batches in subject.shards for batch in batches):
-        dense_NF = batch.out.latents.dense(subject.recipe.latents)
+        dense_NF = batch.out.latents.dense()
         positions = batch.position_N.tolist()
         for n, latent in torch.nonzero(dense_NF).tolist():
             value = dense_NF[n, latent].item()

@@ -76,7 +76,7 @@ def measure_messages(args: argparse.Namespace) -> None:
     import torch
     import torch.distributed as dist
 
-    from routesae.train.sparse.kernels import Pairs
+    from routesae.train.sparse.pairs import Pairs
 
     dist.init_process_group("gloo")
     n, f, k, d = args.batch_tokens // 2, args.latents, args.k, 576

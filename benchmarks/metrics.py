@@ -37,7 +37,7 @@ from routesae.machine.device import pick_device
 from routesae.train.folder.checkpoint import load_sae
 from routesae.train.run import train
 from routesae.train.saes import SAE, Crosscoder, RouteSAE
-from routesae.train.saes.normalise import normalise
+from routesae.train.saes.normalise import Hidden
 from routesae.train.settings import settings_of
 
 VARIANTS = ("vanilla", "gated", "topk", "jumprelu", "routesae", "crosscoder")
@@ -70,8 +70,7 @@ def places(sae: SAE, hidden: Mapping[int, Tensor], kept_BT: Tensor) -> dict[int,
     """{layer: (mask_BT of what is replaced there, scale_BT of the SAE's input)}."""
     layers, one_BT = sae.recipe.layers, torch.ones_like(kept_BT, dtype=torch.float32)
     if isinstance(sae, RouteSAE):
-        x_LND = torch.stack([normalise(hidden[layer].flatten(0, 1)).x_ND for layer in layers])
-        at_N, scale_N = sae.routes(x_LND)
+        at_N, scale_N = sae.routes(Hidden(torch.stack([hidden[layer].flatten(0, 1) for layer in layers])))
         at_BT, scale_BT = at_N.view(kept_BT.shape), scale_N.view(kept_BT.shape)
         return {layer: (kept_BT & (at_BT == at), scale_BT) for at, layer in enumerate(layers)}
     if isinstance(sae, Crosscoder):
@@ -84,12 +83,10 @@ def reconstructed(
 ) -> Any:
     """What stands in the place of a layer's hidden states now_mD; a crosscoder reads the clean pass's instead."""
     if isinstance(sae, Crosscoder):
-        clean = {read: normalise(hidden[read][mask_BT]) for read in sae.recipe.layers}
-        new_mC = sae(torch.stack([x.x_ND for x in clean.values()])).reconstruction_ND
-        return clean[layer].undo(new_mC.chunk(len(clean), dim=1)[sae.recipe.layers.index(layer)])
+        clean_mLD = torch.stack([hidden[read][mask_BT] for read in sae.recipe.layers], dim=1)
+        return sae.decode(sae.encode(clean_mLD))[:, sae.recipe.layers.index(layer)]
     dictionary: Any = sae.shared if isinstance(sae, RouteSAE) else sae
-    x = normalise(now_mD)
-    return x.undo(dictionary.decode(dictionary.encode(x.x_ND * scale_m1)) / scale_m1)
+    return dictionary.decode(dictionary.encode_at(now_mD, scale_m1))
 
 
 def splicing(sae: SAE, hidden: Mapping[int, Tensor], kept_BT: Tensor, *, zero: bool) -> Replace:

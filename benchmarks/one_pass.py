@@ -20,8 +20,8 @@ from routesae.harvest.cache.reader import Cache
 from routesae.train.jobs import jobs_of
 from routesae.train.loading.batches import Selection, load
 from routesae.train.run import pace_of, planned, trainee_of
+from routesae.train.saes.normalise import Hidden
 from routesae.train.settings import settings_of
-from routesae.train.trainee import Inputs
 
 CPU = torch.device("cpu")
 VARIANTS = ("vanilla", "gated", "topk", "jumprelu", "routesae", "crosscoder")
@@ -50,13 +50,13 @@ def main() -> None:
         times: dict[str, list[float]] = {name: [] for name in (*VARIANTS, "pass")}
         for step in range(1, args.rounds + 3):
             began = time.perf_counter()
-            inputs = Inputs(next(batches), selection.layers)
+            hidden = Hidden(*next(batches), layers=selection.layers)
             for trainee in trainees:
-                trainee.step(2 * step - 1, inputs)
+                trainee.step(2 * step - 1, hidden, hidden.tokens)
             times["pass"].append(time.perf_counter() - began)
             for name, trainee in zip(VARIANTS, trainees, strict=True):
                 began = time.perf_counter()
-                trainee.step(2 * step, inputs)
+                trainee.step(2 * step, hidden, hidden.tokens)
                 times[name].append(time.perf_counter() - began)
     medians = {name: statistics.median(of[2:]) for name, of in times.items()}
     pure = sum(medians[name] for name in VARIANTS)

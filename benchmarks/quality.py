@@ -39,7 +39,7 @@ def rows(cache: Cache, first: int, after: int, layer: int) -> Iterator[Tensor]:
     selection = Selection(cache, first, after, [layer])
     with closing(load(selection, cut_plans(iter(selection.blocks()), 4096), 4096, CPU)) as batches:
         for batch in batches:
-            yield normalise(batch.hidden_LND[0]).x_ND
+            yield normalise(batch.hidden_LND[0])[0]
 
 
 @torch.no_grad()
@@ -129,7 +129,7 @@ def peer(cache: Cache, args: argparse.Namespace, variant: str, trainer: str, see
         _, plans = planned(selection, settings)
         with closing(load(selection, plans, args.batch_tokens, CPU)) as loaded:
             for batch in loaded:
-                yield normalise(batch.hidden_LND[0]).x_ND
+                yield normalise(batch.hidden_LND[0])[0]
 
     steps, _ = planned(selection, settings)
     task = Task(

@@ -27,9 +27,8 @@ from routesae.harvest.lm.model import load_tokenizer
 from routesae.train.folder.checkpoint import load_sae
 from routesae.train.loading.batches import Selection, cut_plans, load
 from routesae.train.run import train
-from routesae.train.saes.normalise import normalise_layers
+from routesae.train.saes.normalise import Hidden
 from routesae.train.settings import RunSettings, TrainSettings
-from routesae.train.sparse.kernels import Latents
 
 CPU = torch.device("cpu")
 ROUTED: dict[str, dict[str, Any]] = {
@@ -66,11 +65,11 @@ def features_kept(folder: Path, cache: Cache, classes: np.ndarray, threshold: fl
             for token in classes[shard.read("token_ids").reshape(-1)[shard.read("order")]]
         )
         for batch in batches:
-            latents = sae(normalise_layers(batch.hidden_LND, sae.recipe.normalize)).latents
-            assert isinstance(latents, Latents)
+            found = zip(*(part_M.tolist() for part_M in sae(Hidden(*batch)).latents.active()), strict=True)
             tokens_N = [next(stored) for _ in range(batch.hidden_LND.shape[1])]
-            for n, k in torch.nonzero(latents.values_NK > threshold).tolist():
-                counts[int(latents.indices_NK[n, k])][tokens_N[n]] += 1
+            for n, latent, value in found:
+                if value > threshold:
+                    counts[latent][tokens_N[n]] += 1
     contexts = [sum(min(PER_TOKEN, n) for n in of.values()) for of in counts.values() if len(of) <= MAX_TOKENS]
     return sum(n > MIN_CONTEXTS for n in contexts)
 

@@ -32,8 +32,8 @@ from routesae.harvest.cache.reader import Cache
 from routesae.train.jobs import jobs_of
 from routesae.train.loading.batches import Batch, Selection
 from routesae.train.run import pace_of, trainee_of
+from routesae.train.saes.normalise import Hidden
 from routesae.train.settings import settings_of
-from routesae.train.trainee import Inputs
 
 LR = 1e-6
 SPARSITY = 1e-3
@@ -131,13 +131,14 @@ def ours(
     job.partial.mkdir(parents=True)
     selection = Selection(cache, 0, cache.manifest.train_rows, task.layers)
     trainee = trainee_of(job, settings, pace_of(selection, settings, CPU), CPU, stack)
-    trainee.sae.initialise(Inputs(batch.stored, batch.layers)(trainee.sae.recipe, trainee.scale))
+    trainee.sae.initialise(Hidden(*batch.stored, layers=batch.layers))
     done = 0
 
     def step(batch: Rows) -> None:
         nonlocal done
         done += 1
-        trainee.step(done, Inputs(batch.stored, batch.layers))
+        hidden = Hidden(*batch.stored, layers=batch.layers)
+        trainee.step(done, hidden, hidden.tokens)
 
     parts: Any = trainee.sae
     gates: dict[str, Callable[[], Gate]] = {

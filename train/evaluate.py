@@ -20,7 +20,7 @@ from routesae.reporting import Progress, Report, WrongInput, silent
 from routesae.train.loading.batches import Selection, cut_plans, load
 from routesae.train.losses import squared_error_shares
 from routesae.train.saes import SAE, Forward, Recipe
-from routesae.train.saes.normalise import NormalisedLayers, with_statistics
+from routesae.train.saes.normalise import Hidden
 from routesae.train.saes.routers import places_of
 
 BATCH_TOKENS = 4096
@@ -91,13 +91,9 @@ def score_all_on_cache(
     with closing(load(selection, plans, BATCH_TOKENS, device)) as batches:
         for batch in batches:
             n = batch.hidden_LND.shape[1]
-            normalised: dict[str, NormalisedLayers] = {}  # SAEs that want it the same way share it
+            hidden = Hidden(*batch, None if place_N is None else place_N[done : done + n], layers=layers)
             for name, sae in saes.items():
-                how = sae.recipe.normalize
-                here_N = None if place_N is None else place_N[done : done + n]
-                x = normalised.setdefault(how, with_statistics(how, 1.0, *batch, here_N))
-                out = sae(x.of([layers.index(layer) for layer in sae.recipe.layers]))
-                sums[name].add(out, row_N[done : done + n])
+                sums[name].add(sae(hidden), row_N[done : done + n])
             done += n
             report(Progress("score on cache", done, tokens, "tokens", {}))
     return {name: found.scores(tokens) for name, found in sums.items()}
@@ -127,8 +123,8 @@ class _Sums:
         sums["shares"].index_add_(0, row_R, squared_error_shares(x_ND, out.reconstruction_ND).double())
         sums["errors"].index_add_(0, row_R, (x_ND - out.reconstruction_ND).square().sum(1).double())
         sums["deviations"].index_add_(0, row_R, from_near_ND.square().sum(1).double())
-        sums["active"] += torch.bincount(row_R[out.latents.active().tokens_M], minlength=self.rows)
-        self.active_F += out.latents.active_counts(len(self.active_F))
+        sums["active"] += torch.bincount(row_R[out.latents.active()[0]], minlength=self.rows)
+        self.active_F += out.latents.active_counts
         if out.routing_NL is not None:
             at_N = row_N * self.layers + out.routing_NL.argmax(1)
             routed_SL = torch.bincount(at_N, minlength=self.rows * self.layers).view(self.rows, self.layers)

@@ -13,7 +13,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NoReturn
@@ -43,12 +43,12 @@ from routesae.train.loading.batches import (
 from routesae.train.log import StepLog
 from routesae.train.ranks.distributed import ALONE, Ranks, joined_ranks
 from routesae.train.saes import SAE, build
-from routesae.train.saes.normalise import dataset_scale
+from routesae.train.saes.normalise import Hidden
 from routesae.train.settings import TrainSettings
 from routesae.train.sparse.search import product_dtype
 from routesae.train.state import drop_checkpoints
 from routesae.train.trackers import open_trackers, require_trackers
-from routesae.train.trainee import Inputs, Pace, Trainee
+from routesae.train.trainee import Pace, Trainee
 
 log = logging.getLogger(__name__)
 
@@ -164,16 +164,12 @@ def _initialise(trainees: Sequence[Trainee], selection: Selection, settings: Tra
     with ranks.all_or_none():
         if ranks.first:
             sample = read_sample(selection, seed=settings.seed, tokens=INITIAL_SAMPLE_TOKENS)
-            inputs = Inputs(Batch(*(tensor.to(device) for tensor in sample)), selection.layers)
+            hidden = Hidden(*(tensor.to(device) for tensor in sample), layers=selection.layers)
             for trainee in trainees:
-                recipe = trainee.sae.recipe
-                if recipe.normalize == "dataset":
-                    at = [selection.layers.index(layer) for layer in recipe.layers]
-                    trainee.scale = dataset_scale(inputs.batch.hidden_LND[at])
-                trainee.sae.initialise(inputs(recipe, trainee.scale))
+                trainee.sae.initialise(hidden)
     for trainee in trainees:
         ranks.share(list(trainee.sae.state_dict().values()))
-        (trainee.scale,) = ranks.broadcast([trainee.scale])
+        (trainee.sae.scale,) = ranks.broadcast([trainee.sae.scale])
 
 
 def fit(
@@ -198,10 +194,11 @@ def fit(
                     _checkpoint(trainees, step - 1)
                 _end(ranks, failure, reason, f"stopped after step {step - 1} of {total_steps}")
             assert batch is not None
-            inputs = Inputs(batch, selection.layers, step_tokens(step, len(selection), settings.batch_tokens))
+            hidden = Hidden(*batch, layers=selection.layers)
+            tokens = step_tokens(step, len(selection), settings.batch_tokens)
             for trainee in trainees:
                 trainee.log.waited_seconds += waited
-                trainee.step(step, inputs)
+                trainee.step(step, hidden, tokens)
             last = step == total_steps
             if last or step % settings.log_every_steps == 0:
                 shown = {trainee.job.name: trainee.log.write(step, trainee.dead_share) for trainee in trainees}
@@ -240,9 +237,7 @@ def _end(ranks: Ranks, failure: Exception | None, reason: int, message: str) -> 
 def _finish(trainee: Trainee, sae: SAE, settings: TrainSettings, cache: Cache, report: Report) -> TrainResult:
     """Score the SAE, save it and give its folder its name. Raises FailedRun if it reconstructs no numbers."""
     job = trainee.job
-    if sae.recipe.normalize == "dataset":
-        sae.fold_scale(trainee.scale)
-        sae.recipe = replace(sae.recipe, normalize="none")
+    sae.fold()
     held_out = None
     if cache.manifest.train_rows < cache.manifest.rows:
         held_out = score_on_cache(sae, cache, cache.manifest.train_rows, cache.manifest.rows, report)

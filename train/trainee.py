@@ -5,7 +5,6 @@ Dimension letters: L layers, N tokens a batch, D width, F latents.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,13 +14,11 @@ from torch import Tensor, nn
 from routesae.reporting import FailedRun
 from routesae.train.adam import Adam
 from routesae.train.jobs import Job
-from routesae.train.loading.batches import Batch
 from routesae.train.log import StepLog
 from routesae.train.ranks.distributed import ALONE, Ranks, batch_sum, is_divided, local_rows, whole
 from routesae.train.ranks.sharding import copy_whole, shard
 from routesae.train.saes import SAE, build
-from routesae.train.saes.normalise import NormalisedLayers, with_statistics
-from routesae.train.saes.sae import Recipe
+from routesae.train.saes.normalise import Hidden
 from routesae.train.schedule import annealed_k, lr_factor, sparsity_factor
 from routesae.train.state import load_checkpoint, save_checkpoint
 
@@ -29,26 +26,6 @@ from routesae.train.state import load_checkpoint, save_checkpoint
 # the first, large gradients do not weigh on Adam's second moments for the rest of a run: the held-out NormMSE of a
 # topk after 100 steps is 0.1057 with it and 0.1148 without (benchmarks/RESULTS.md).
 DEFAULT_CLIP = 1.0
-
-
-class Inputs:
-    """A batch of hidden states of `layers`, normalised once for all SAEs that normalise alike.
-
-    tokens: of the whole batch, if this is one rank's part of it.
-    """
-
-    def __init__(self, batch: Batch, layers: Sequence[int], tokens: int | None = None):
-        self.batch, self.layers = batch, list(layers)
-        self.local_tokens = batch.hidden_LND.shape[1]
-        self.tokens = self.local_tokens if tokens is None else tokens
-        self._normalised: dict[tuple[str, float], NormalisedLayers] = {}
-
-    def __call__(self, recipe: Recipe, scale: float = 1.0) -> NormalisedLayers:
-        """x of the recipe's layers. scale: s of "dataset"."""
-        key = (recipe.normalize, scale)
-        if key not in self._normalised:
-            self._normalised[key] = with_statistics(*key, *self.batch)
-        return self._normalised[key].of([self.layers.index(layer) for layer in recipe.layers])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +40,7 @@ class Pace:
 
 
 class Trainee:
-    """An SAE with its optimiser, its dead-latent counters and its log. scale: s of "dataset" normalisation.
+    """An SAE with its optimiser, its dead-latent counters and its log.
 
     In a run of several processes each has one; all hold the same weights, or each its rows of them.
     """
@@ -71,7 +48,6 @@ class Trainee:
     def __init__(self, sae: SAE, job: Job, pace: Pace, log: StepLog, ranks: Ranks = ALONE):
         self.sae, self.job, self.pace, self.log = sae, job, pace, log
         self.ranks, self.device, self.divided = ranks, sae.device, False
-        self.scale = 1.0
         default_clip = 0.0 if sae.recipe.published else DEFAULT_CLIP
         self.clip = default_clip if job.settings.clip is None else job.settings.clip
         self.idle_tokens_F = torch.zeros(sae.recipe.latents, dtype=torch.int64, device=sae.device)
@@ -93,20 +69,20 @@ class Trainee:
         factors = self.sae.rate_factors()
         return Adam(self.trained, [factors.get(parameter, 1.0) for parameter in self.trained])
 
-    def step(self, step: int, inputs: Inputs) -> None:
-        """Take step `step`, counted from 1, on this rank's rows of the batch."""
-        copies = self.ranks.world if inputs.tokens < self.ranks.world else 1  # see batches.share_of
-        with self.ranks.one_batch(inputs.local_tokens, inputs.tokens * copies):
-            self._step(step, inputs)
+    def step(self, step: int, hidden: Hidden, tokens: int) -> None:
+        """Take step `step`, counted from 1, on this rank's rows of a batch of `tokens`."""
+        copies = self.ranks.world if tokens < self.ranks.world else 1  # see batches.share_of
+        with self.ranks.one_batch(hidden.tokens, tokens * copies):
+            self._step(step, hidden, tokens)
 
-    def _step(self, step: int, inputs: Inputs) -> None:
+    def _step(self, step: int, hidden: Hidden, tokens: int) -> None:
         sae, settings, pace, done = self.sae, self.job.settings, self.pace, step - 1
         torch.manual_seed((pace.seed << 32) + step)  # what training draws is then the same after a resume
         sae.k = annealed_k(done, pace.total_steps, pace.sparsity_warmup, settings.anneal_k_from, sae.recipe.k)
         lr = settings.lr * lr_factor(done, pace.total_steps)
         dead_F = self.idle_tokens_F >= pace.dead_after_tokens
         with torch.autocast(self.device.type, pace.precision, enabled=pace.precision != torch.float32):
-            out = sae(inputs(sae.recipe, self.scale))
+            out = sae(hidden)
             objective = sae.loss(out, dead_F, sparsity_factor(done, pace.total_steps, pace.sparsity_warmup))
         self.adam.zero_grad()
         objective.total.backward()  # type: ignore[no-untyped-call]
@@ -117,9 +93,9 @@ class Trainee:
             torch.nn.utils.clip_grad_norm_(self.trained, self.clip / sae.recipe.width)
         self.adam.step(lr)
         sae.normalise_decoder(step, last=step == pace.total_steps)
-        counts_F = batch_sum(out.latents.active_counts(sae.recipe.latents))
-        self.idle_tokens_F = torch.where(counts_F > 0, 0, self.idle_tokens_F + inputs.tokens)
-        self.log.add(out, objective, counts_F, inputs.tokens, lr, step)
+        counts_F = batch_sum(out.latents.active_counts)
+        self.idle_tokens_F = torch.where(counts_F > 0, 0, self.idle_tokens_F + tokens)
+        self.log.add(out, objective, counts_F, tokens, lr, step)
 
     @torch.no_grad()
     def whole_sae(self) -> SAE:
@@ -129,7 +105,7 @@ class Trainee:
         state = {name: whole(tensor).cpu() for name, tensor in self.sae.state_dict().items()}
         sae = build(self.sae.recipe)
         sae.load_state_dict(state)
-        sae.chunk_rows = self.sae.chunk_rows
+        sae.chunk_rows, sae.scale = self.sae.chunk_rows, self.sae.scale
         return sae.to(self.device)
 
     @property
@@ -163,10 +139,10 @@ class Trainee:
         for name, tensor in tensors.items():
             copy_whole(into[name], tensor)
         self.log.restore(*into["log.counts"].tolist())
-        self.scale = float(tensors["scale"])
+        self.sae.scale = float(tensors["scale"])
 
     def _tensors(self) -> dict[str, Tensor]:
         """Everything a checkpoint holds: weights, buffers, moments, counters and the log's sums."""
         weights = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
-        rest = {"idle_tokens": self.idle_tokens_F, "scale": torch.tensor(self.scale, dtype=torch.float64)}
+        rest = {"idle_tokens": self.idle_tokens_F, "scale": torch.tensor(self.sae.scale, dtype=torch.float64)}
         return {**weights, **self.adam.tensors(), **rest, **self.log.tensors()}

@@ -20,11 +20,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from routesae.analyze.scores.replacement import Reconstruct, edits_by, normalised, require_spliceable, spliced_layers
+from routesae.analyze.scores.replacement import Reconstruct, edits_by, require_spliceable, spliced_layers
 from routesae.harvest.lm.passes import Edit
 from routesae.reporting import WrongInput
 from routesae.train.saes import SAE, Crosscoder, RouteSAE, SingleLayerSAE
-from routesae.train.sparse.kernels import AnyLatents, Latents
+from routesae.train.saes.normalise import Hidden
+from routesae.train.sparse.pairs import AllPairs, Latents
 
 CHANGES: dict[str, Callable[[Tensor, float], Tensor]] = {
     "add": lambda f_m, value: f_m + value,
@@ -108,44 +109,48 @@ class Clamp:
     def _by_dictionary(self, hidden_mD: Tensor, scale_m1: Tensor) -> Tensor:
         dictionary = self.sae.shared if isinstance(self.sae, RouteSAE) else self.sae
         assert isinstance(dictionary, SingleLayerSAE)
-        x = normalised(self.sae, hidden_mD)
-        latents = dictionary.encode(x.x_ND * scale_m1)
+        latents = dictionary.encode_at(hidden_mD, scale_m1)
+        assert latents.frame is not None
         moved_mD = self._moved(latents, dictionary.W_dec_FD)
         if self.error_term:
-            return hidden_mD.float() + moved_mD / scale_m1 * x.std_N1
-        return x.undo((dictionary.decode(latents) + moved_mD) / scale_m1)
+            return hidden_mD.float() + latents.frame.moved(moved_mD)
+        return latents.frame.undo(dictionary.decode_rows(latents) + moved_mD)
 
     def _by_crosscoder(self, sae: Crosscoder, clean: Mapping[int, Tensor]) -> dict[int, Reconstruct]:
-        x = {layer: normalised(sae, hidden_mD) for layer, hidden_mD in clean.items()}
-        out = sae(torch.stack([x[layer].x_ND for layer in clean]))
-        moved_mLD = self._moved(out.latents, sae.W_dec_FC).view(-1, len(clean), sae.recipe.width)
-        plain_mLD = out.reconstruction_ND.view(-1, len(clean), sae.recipe.width)
+        hidden_LmD = torch.stack(list(clean.values()))
+        out = sae(Hidden(hidden_LmD))
+        frame = out.latents.frame
+        assert frame is not None
+        moved_mLD, plain_mLD = (
+            part_mC.view(-1, len(clean), sae.recipe.width)
+            for part_mC in (self._moved(out.latents, sae.W_dec_FC), out.reconstruction_ND)
+        )
+        if self.error_term:
+            new_mLD = hidden_LmD.transpose(0, 1).float() + frame.moved(moved_mLD)
+        else:
+            new_mLD = frame.undo(plain_mLD + moved_mLD)
 
         def given(new_mD: Tensor) -> Reconstruct:
             return lambda hidden_mD, scale_m1: new_mD
 
-        new: dict[int, Reconstruct] = {}
-        for at, (layer, hidden_mD) in enumerate(clean.items()):
-            if self.error_term:
-                new[layer] = given(hidden_mD.float() + moved_mLD[:, at] * x[layer].std_N1)
-            else:
-                new[layer] = given(x[layer].undo(plain_mLD[:, at] + moved_mLD[:, at]))
-        return new
+        return {layer: given(new_mLD[:, at]) for at, layer in enumerate(clean)}
 
-    def _moved(self, latents: AnyLatents, W_dec: Tensor) -> Tensor:
+    def _moved(self, latents: Latents, W_dec: Tensor) -> Tensor:
         """(f' − f) W_dec: how far the changes move a reconstruction, on the normalised input's scale."""
-        f_mC = active(latents, self.latents_C, self.sae.recipe.latents)
+        f_mC = active(latents, self.latents_C)
         changed_mC = f_mC.clone()
         for at, change in enumerate(self.changes):
             changed_mC[:, at] = CHANGES[change.how](f_mC[:, at], change.value)
         return (changed_mC - f_mC) @ W_dec[self.latents_C]
 
 
-def active(latents: AnyLatents, latents_C: Tensor, size: int) -> Tensor:
-    """f_mC: the values of some of `size` latents, 0 where one is not active."""
-    if not isinstance(latents, Latents):
-        return latents.dense(size)[:, latents_C]
-    f_mC = latents.values_NK.new_empty(len(latents.values_NK), len(latents_C))
+def active(latents: Latents, latents_C: Tensor) -> Tensor:
+    """f_mC: the values of some latents, 0 where one is not active."""
+    pairs = latents.pairs
+    if isinstance(pairs, AllPairs):
+        return latents.values_P[:, latents_C]
+    f_mC = latents.values_P.new_zeros(pairs.tokens, len(latents_C))
     for at, latent in enumerate(latents_C):
-        f_mC[:, at] = (latents.values_NK * (latents.indices_NK == latent)).sum(1)
+        of_latent = torch.nonzero(pairs.latents_M == latent).squeeze(1)
+        f_mC[pairs.tokens_M[of_latent], at] = latents.values_P[of_latent]
     return f_mC

@@ -32,7 +32,7 @@ from routesae.harvest.cache.reader import Cache, Shard, damaged
 from routesae.reporting import Progress, Report, WrongInput, silent
 from routesae.train.loading.batches import BLOCK_ROWS, Batch, Block, Plan, Selection, cut_plans, load
 from routesae.train.saes import SAE
-from routesae.train.saes.normalise import with_statistics
+from routesae.train.saes.normalise import Hidden
 from routesae.train.saes.routers import places_of
 
 LOOKED_UP = 1 << 16  # windows whose activations are looked up at a time
@@ -197,7 +197,7 @@ class Collector:
         """One batch of a shard. position_N: flat positions in tokens, on the CPU."""
         ids_N = self._tokens_ST.reshape(-1)[position_N.numpy()]
         place_N = places_of(torch.from_numpy(ids_N), position_N % self.cache.manifest.context).to(self.device)
-        out = self.sae(with_statistics(self.sae.recipe.normalize, 1.0, *batch, place_N))
+        out = self.sae(Hidden(*batch, place_N))
         row_M, latent_M, value_M = out.latents.active()
         n, rows = len(position_N), len(out.x_ND)
         token_M = row_M % n  # rows of a later layer stand behind those of all tokens

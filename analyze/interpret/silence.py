@@ -26,7 +26,7 @@ from routesae.reporting import WrongInput
 from routesae.train.evaluate import require_fit
 from routesae.train.folder.checkpoint import CONFIG, load_sae
 from routesae.train.loading.batches import Selection, cut_plans, load
-from routesae.train.saes.normalise import with_statistics
+from routesae.train.saes.normalise import Hidden
 from routesae.train.saes.routers import places_of
 
 POOL_TOKENS, POOL_TEXTS = 16_384, 2_000  # enough for ten texts of any latent that is not active nearly everywhere
@@ -91,8 +91,8 @@ def active_positions(
         for plan, batch in zip(plans, batches, strict=True):
             position_N = np.concatenate([positions[block.shard][block.first : block.after] for block in plan])
             place_N = places_of(*map(torch.from_numpy, (tokens[position_N], position_N % manifest.context)))
-            out = sae(with_statistics(sae.recipe.normalize, 1.0, *batch, place_N.to(sae.device)))
-            active_RW = (out.latents.dense(sae.recipe.latents)[:, list(latents)] > 0).cpu().numpy()
+            found = sae(Hidden(*batch, place_N.to(sae.device))).latents
+            active_RW = (found.dense()[:, list(latents)] > 0).cpu().numpy()
             for active_NW in np.split(active_RW, len(active_RW) // len(position_N)):  # mlsae, random: once a layer
                 active_WP[:, position_N - first] |= active_NW.T
     return active_WP

@@ -21,7 +21,7 @@ from routesae.reporting import Progress, Report, WrongInput, silent
 from routesae.train.evaluate import BATCH_TOKENS, require_fit
 from routesae.train.loading.batches import Selection, cut_plans, load
 from routesae.train.saes import SAE
-from routesae.train.saes.normalise import with_statistics
+from routesae.train.saes.normalise import Hidden
 from routesae.train.saes.routers import places_of
 from routesae.train.saes.routesae import RouteSAE
 
@@ -55,7 +55,7 @@ def routes_by_class(sae: SAE, cache: Cache, vocabulary: Vocabulary, report: Repo
             class_N = torch.cat([class_n[block.shard][block.first : block.after] for block in plan])
             position_N = np.concatenate([positions[block.shard][block.first : block.after] for block in plan])
             place_N = places_of(*map(torch.from_numpy, (token_ids[position_N], position_N % cache.manifest.context)))
-            routed_NL = _routed(sae, with_statistics(sae.recipe.normalize, 1.0, *batch, place_N.to(sae.device)))
+            routed_NL = _routed(sae, Hidden(*batch, place_N.to(sae.device)))
             weight_CL.index_add_(0, class_N, routed_NL.double().cpu())
             done += len(class_N)
             report(Progress("routes", done, len(selection), "tokens", {}))
@@ -71,8 +71,8 @@ def routes_by_class(sae: SAE, cache: Cache, vocabulary: Vocabulary, report: Repo
     }
 
 
-def _routed(sae: RouteSAE, x: Any) -> Tensor:
+def _routed(sae: RouteSAE, hidden: Hidden) -> Tensor:
     """routed_NL, the share of each layer in each token; they sum to 1."""
     if sae.recipe.routing == "soft":
-        return sae.routing(x)
-    return torch.nn.functional.one_hot(sae.routes(x).at_N, len(sae.recipe.layers))
+        return sae.routing(hidden)
+    return torch.nn.functional.one_hot(sae.routes(hidden).at_N, len(sae.recipe.layers))

@@ -21,7 +21,7 @@ from torch import Tensor
 from routesae.harvest.lm.passes import Edit
 from routesae.reporting import WrongInput
 from routesae.train.saes import SAE, Crosscoder, RouteSAE, SingleLayerSAE
-from routesae.train.saes.normalise import Normalised, NormalisedLayers, normalise
+from routesae.train.saes.normalise import Hidden
 
 Reconstruct = Callable[[Tensor, Tensor], Tensor]
 """(hidden_mD, scale_m1) → what takes their place, in the LM's own scale."""
@@ -93,19 +93,10 @@ def _sites(sae: SAE, hidden: Mapping[int, Tensor], kept_BT: Tensor, place_BT: Te
         ones_BT = torch.ones(kept_BT.shape, device=kept_BT.device)
         return dict.fromkeys(spliced_layers(sae), Site(kept_BT, ones_BT))
     layers = sae.recipe.layers
-    x = [normalised(sae, hidden[layer].flatten(0, 1)).x_ND for layer in layers]
-    place_N = None if place_BT is None else place_BT.flatten()
-    routes = sae.routes(NormalisedLayers(torch.stack(x), place_N=place_N))
+    hidden_LND = torch.stack([hidden[layer].flatten(0, 1) for layer in layers])
+    routes = sae.routes(Hidden(hidden_LND, place_N=None if place_BT is None else place_BT.flatten()))
     at_BT, scale_BT = routes.at_N.view(kept_BT.shape), routes.scale_N.view(kept_BT.shape)
     return {layer: Site(kept_BT & (at_BT == at), scale_BT) for at, layer in enumerate(layers)}
-
-
-def normalised(sae: SAE, hidden_mD: Tensor) -> Normalised:
-    """Hidden states as `sae` reads them; a dataset's scale is in a finished SAE's weights."""
-    if sae.recipe.normalize == "token":
-        return normalise(hidden_mD)
-    x_mD = hidden_mD.float()
-    return Normalised(x_mD, torch.zeros_like(x_mD[:, :1]), torch.ones_like(x_mD[:, :1]))
 
 
 def _replacing(site: Site, reconstruct: Reconstruct) -> Edit:
@@ -119,29 +110,22 @@ def _replacing(site: Site, reconstruct: Reconstruct) -> Edit:
 
 
 def _by_dictionary(sae: SAE) -> Reconstruct:
-    """Normalise, scale as the SAE's input was, reconstruct, undo both."""
     dictionary = sae.shared if isinstance(sae, RouteSAE) else sae
     assert isinstance(dictionary, SingleLayerSAE)
-
-    def reconstruct(hidden_mD: Tensor, scale_m1: Tensor) -> Tensor:
-        x = normalised(sae, hidden_mD)
-        latents = dictionary.encode(x.x_ND * scale_m1)
-        return x.undo(dictionary.decode(latents) / scale_m1)
-
-    return reconstruct
+    return lambda hidden_mD, scale_m1: dictionary.decode(dictionary.encode_at(hidden_mD, scale_m1))
 
 
 def _by_crosscoder(sae: Crosscoder, clean: Mapping[int, Tensor]) -> dict[int, Reconstruct]:
     """clean: {layer: hidden_mD} at the positions to be replaced, which is all that a crosscoder looks at."""
-    x = {layer: normalised(sae, hidden_mD) for layer, hidden_mD in clean.items()}
     with torch.no_grad():
-        out = sae(torch.stack([x[layer].x_ND for layer in clean]))
-    by_layer = out.reconstruction_ND.chunk(len(clean), dim=1)
+        out = sae(Hidden(torch.stack(list(clean.values()))))
+    assert out.latents.frame is not None
+    new_mLD = out.latents.frame.undo(out.reconstruction_ND.view(-1, len(clean), sae.recipe.width))
 
     def given(new_mD: Tensor) -> Reconstruct:
         return lambda hidden_mD, scale_m1: new_mD
 
-    return {layer: given(x[layer].undo(new_mD)) for layer, new_mD in zip(clean, by_layer, strict=True)}
+    return {layer: given(new_mLD[:, at]) for at, layer in enumerate(clean)}
 
 
 def _zeros(hidden_mD: Tensor, scale_m1: Tensor) -> Tensor:

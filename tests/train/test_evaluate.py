@@ -13,6 +13,7 @@ import torch
 
 from routesae.harvest.cache.reader import Cache
 from routesae.reporting import Progress, WrongInput
+from routesae.tests.hidden import Normalised
 from routesae.train import evaluate
 from routesae.train.evaluate import CacheScores, entropy, score_all_on_cache, score_on_cache
 from routesae.train.saes import SAE, Recipe, RouteSAE, SingleLayerSAE, build
@@ -49,12 +50,12 @@ def variant(cache: Cache, name: str, **changes: Any) -> SAE:
     sae = build(recipe, torch.Generator().manual_seed(0))
     x_LND = torch.randn(len(layers), 200, cache.manifest.width, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        sae.initialise(x_LND)
+        sae.initialise(Normalised(x_LND))
         for key, parameter in sae.named_parameters():
             if key.endswith(("b_enc_F", "b_gate_F")):
                 parameter.add_(torch.linspace(-1, 0, LATENTS))
                 parameter[:5] = -100
-        sae(x_LND)
+        sae(Normalised(x_LND))
     return sae
 
 

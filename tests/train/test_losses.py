@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from routesae.tests.hidden import Normalised
 from routesae.train.folder.checkpoint import METRICS_FILE
 from routesae.train.log import StepLog
 from routesae.train.losses import AUXK_WEIGHT, Objective, auxk, norm_mse, squared_error_shares
@@ -122,9 +123,9 @@ def test_a_line_of_the_log_has_the_objectives_own_numbers_weighted_by_tokens(tmp
     steps = [(5.0, 0.5, 30), (2.0, 0.25, 10)]
     with torch.no_grad():
         for total, error, tokens in steps:
-            out = sae(torch.randn(1, tokens, D, generator=torch.Generator().manual_seed(tokens)))
+            out = sae(Normalised(torch.randn(1, tokens, D, generator=torch.Generator().manual_seed(tokens))))
             objective = Objective(torch.tensor(total), torch.tensor(error))
-            log.add(out, objective, out.latents.active_counts(LATENTS), tokens, 1e-3, 1)
+            log.add(out, objective, out.latents.active_counts, tokens, 1e-3, 1)
     log.write(2, torch.zeros(()))
     log.close()
     (line,) = map(json.loads, (tmp_path / METRICS_FILE).read_text().splitlines())

@@ -31,7 +31,7 @@ from routesae.train.saes import SAE, Forward, Recipe, build
 from routesae.train.schedule import lr_factor
 from routesae.train.settings import TrainSettings
 from routesae.train.sparse import search
-from routesae.train.sparse.kernels import DenseLatents, RaggedLatents
+from routesae.train.sparse.pairs import Latents
 from routesae.train.trainee import Pace, Trainee
 
 CPU = torch.device("cpu")
@@ -196,10 +196,8 @@ class Recorded:
 
 
 def _detached(part: Any) -> Any:
-    if isinstance(part, RaggedLatents):
-        return part._replace(values_M=part.values_M.detach().clone())
-    if isinstance(part, DenseLatents):
-        return DenseLatents(part.values_NF.detach().clone())
+    if isinstance(part, Latents):
+        return Latents(part.values_P.detach().clone(), part.pairs)
     return part.detach().clone() if isinstance(part, Tensor) else type(part)(*(x.detach().clone() for x in part))
 
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from routesae.train.ranks.distributed import batch_least
 from routesae.train.saes.sae import Forward, Recipe
 from routesae.train.saes.single import WEIGHTS, SingleLayerSAE, checked
-from routesae.train.sparse.kernels import AnyLatents, decode, encode_batchtopk, threshold_latents
+from routesae.train.sparse.kernels import encode_batchtopk, threshold_latents
+from routesae.train.sparse.pairs import Latents
 
 THRESHOLD_RATE = 0.1
 
@@ -39,12 +40,12 @@ class BatchTopK(SingleLayerSAE):
 
     def autoencode(self, x_ND: Tensor, weights_N: Tensor | None = None) -> Forward:
         if not self.training:
-            latents = self.encode(x_ND)
-            return Forward(x_ND, decode(latents, self.W_dec_FD, self.b_dec_D), latents)
+            latents = self.encode_rows(x_ND)
+            return Forward(x_ND, self.decode_rows(latents), latents)
         pairs, f_M = encode_batchtopk(x_ND, self.encoder(), self.k)
         self._learn_threshold(f_M)
         reconstruction_ND = pairs.decode(f_M, self.W_dec_FD, self.b_dec_D)
-        return Forward(x_ND, reconstruction_ND, pairs.latents(f_M), weights_N=weights_N)
+        return Forward(x_ND, reconstruction_ND, Latents(f_M, pairs), weights_N=weights_N)
 
     @torch.no_grad()
     def _learn_threshold(self, f_M: Tensor) -> None:
@@ -54,7 +55,7 @@ class BatchTopK(SingleLayerSAE):
         self.threshold += torch.where(least < torch.inf, rate * (least - self.threshold), 0)
 
     @torch.no_grad()
-    def encode(self, x_ND: Tensor) -> AnyLatents:
+    def encode_rows(self, x_ND: Tensor) -> Latents:
         return threshold_latents(x_ND, self.encoder(), self.threshold)
 
     def files(self) -> dict[str, dict[str, Tensor]]:

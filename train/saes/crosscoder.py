@@ -23,10 +23,11 @@ from routesae.train.losses import Objective, norm_mse
 from routesae.train.ranks.distributed import batch_mean, local_rows
 from routesae.train.saes.normalise import NormalisedLayers
 from routesae.train.saes.penalty import PenaltyWeight
-from routesae.train.saes.sae import PUBLISHED_DECODER_STEPS, SAE, Forward, Recipe
+from routesae.train.saes.sae import PUBLISHED_DECODER_STEPS, SAE, Forward, Reading, Recipe
 from routesae.train.saes.single import checked
 from routesae.train.saes.starts import geometric_median, least_active
-from routesae.train.sparse.kernels import encode_above
+from routesae.train.sparse.kernels import encode_above, threshold_latents
+from routesae.train.sparse.pairs import Latents
 from routesae.train.sparse.search import Encoder
 
 CROSSCODER = "crosscoder.safetensors"
@@ -53,24 +54,34 @@ class Crosscoder(SAE):
         self.b_dec_C = nn.Parameter(torch.zeros(layers * recipe.width), requires_grad=not recipe.published)
         self.penalty = PenaltyWeight(recipe)
 
-    def forward(self, x: NormalisedLayers) -> Forward:
-        x_NC = torch.cat(list(x), dim=1)
-        encoder = Encoder(self.W_enc_FC, self.b_enc_F, None, self.chunk_rows, self.proposal)
-        pairs, z_P = encode_above(x_NC, encoder, torch.zeros_like(self.b_enc_F))
+    def read(self, x: NormalisedLayers, *, training: bool) -> Reading:
+        return Reading(torch.cat(list(x), dim=1), x.frame(by_token=True))
+
+    def autoencode(self, x_RC: Tensor, weights_R: Tensor | None = None) -> Forward:
+        pairs, z_P = encode_above(x_RC, self.encoder(), torch.zeros_like(self.b_enc_F))
         f_P = z_P.relu()
-        latents = pairs.latents(f_P)
+        latents = Latents(f_P, pairs)
         if self.training:
-            self.penalty.steer(latents.active_counts(self.recipe.latents).sum() / len(x_NC), self.k)
+            self.penalty.steer(latents.active_counts.sum() / len(x_RC), self.k)
         if self.recipe.published:
-            penalty = batch_mean(f_P.sum() / (len(x_NC) * self.recipe.latents))
+            penalty = batch_mean(f_P.sum() / (len(x_RC) * self.recipe.latents))
         else:
             penalty = batch_mean(pairs.by_token(f_P, self._decoder_norms()).mean())
-        reconstruction_NC = pairs.decode(f_P, self.W_dec_FC, self.b_dec_C)
-        return Forward(x_NC, reconstruction_NC, latents, penalty)
+        return Forward(x_RC, pairs.decode(f_P, self.W_dec_FC, self.b_dec_C), latents, penalty)
 
-    def decode(self, f_NF: Tensor) -> Tensor:
-        """x̂_NC."""
-        return f_NF @ self.W_dec_FC + self.b_dec_C
+    def encode_rows(self, x_RC: Tensor) -> Latents:
+        return threshold_latents(x_RC, self.encoder(), torch.zeros_like(self.b_enc_F))
+
+    def encoder(self) -> Encoder:
+        return Encoder(self.W_enc_FC, self.b_enc_F, None, self.chunk_rows, self.proposal)
+
+    @torch.no_grad()
+    def decode_rows(self, latents: Latents) -> Tensor:
+        """x̂_RLD."""
+        return self._by_layer(latents.pairs.decode(latents.values_P, self.W_dec_FC, self.b_dec_C))
+
+    def _shaped(self, hidden: Tensor, lead: tuple[int, ...]) -> Tensor:
+        return hidden.view(*lead, len(self.recipe.layers), self.recipe.width)
 
     def _decoder_norms(self) -> Tensor:
         """[F]: Σ_ℓ ‖d_i^ℓ‖."""
@@ -87,7 +98,7 @@ class Crosscoder(SAE):
         return Objective(error + weight * out.penalty, error)
 
     @torch.no_grad()
-    def initialise(self, x: NormalisedLayers | Tensor) -> None:
+    def centre(self, x: NormalisedLayers) -> None:
         x_NC = torch.cat(list(x), dim=1)
         self.penalty.start(x_NC)
         if self.recipe.published:

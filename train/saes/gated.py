@@ -26,7 +26,8 @@ from routesae.train.saes.penalty import PenaltyWeight
 from routesae.train.saes.sae import Forward, Recipe
 from routesae.train.saes.single import SingleLayerSAE
 from routesae.train.saes.starts import least_active
-from routesae.train.sparse.kernels import DenseLatents, encode_above
+from routesae.train.sparse.kernels import encode_above
+from routesae.train.sparse.pairs import AllPairs, Latents
 from routesae.train.sparse.search import Encoder
 
 
@@ -59,6 +60,7 @@ def _where_positive(of_P: Tensor, values_P: Tensor) -> Tensor:
 class Gated(SingleLayerSAE):
     architecture = "gated"
     penalised = True
+    other_sparsity = False  # its gate and its magnitude are two numbers, not one z
     tensors: ClassVar = {"b_gate": "b_gate_F", "b_mag": "b_mag_F", "r_mag": "r_mag_F"}
     b_gate_F: nn.Parameter
     b_mag_F: nn.Parameter
@@ -73,11 +75,11 @@ class Gated(SingleLayerSAE):
         biases = (pairs.at(self.b_gate_F), pairs.at(self.r_mag_F.exp()), pairs.at(self.b_mag_F))
         gate_P, f_P = _Gate.apply(shared_P, *biases)  # type: ignore[no-untyped-call]
         reconstruction_ND = pairs.decode(f_P, self.W_dec_FD, self.b_dec_D)
-        latents = pairs.latents(f_P)
+        latents = Latents(f_P, pairs)
         out = Forward(x_ND, reconstruction_ND, latents, weights_N=weights_N)
         if not self.training:
             return out
-        self.penalty.steer(latents.active_counts(self.recipe.latents).sum() / len(x_ND), self.k)
+        self.penalty.steer(latents.active_counts.sum() / len(x_ND), self.k)
         if self.recipe.published:
             return out._replace(penalty=mean_over_rows(pairs.by_token(f_P) / self.recipe.latents, weights_N))
         by_gate_ND = pairs.decode(gate_P, self.W_dec_FD.detach(), self.b_dec_D.detach())
@@ -85,8 +87,8 @@ class Gated(SingleLayerSAE):
         return out._replace(penalty=penalty, auxiliary=norm_mse(x_ND, by_gate_ND, weights_N))
 
     @torch.no_grad()
-    def centre(self, x_ND: Tensor) -> None:
-        super().centre(x_ND)
+    def start_from(self, x_ND: Tensor) -> None:
+        super().start_from(x_ND)
         self.penalty.start(x_ND)
         if not self.recipe.published:
             self.b_gate_F.copy_(-least_active(x_ND - self.b_dec_D, self.W_enc_FD, self.k))
@@ -100,7 +102,7 @@ class Gated(SingleLayerSAE):
         return weight
 
     @torch.no_grad()
-    def encode(self, x_ND: Tensor) -> DenseLatents:
+    def encode_rows(self, x_ND: Tensor) -> Latents:
         shared_NF = F.linear(x_ND - self.b_dec_D, self.W_enc_FD)
         magnitude_NF = (self.r_mag_F.exp() * shared_NF + self.b_mag_F).relu_()
-        return DenseLatents(magnitude_NF.mul_(shared_NF + self.b_gate_F > 0))
+        return Latents(magnitude_NF.mul_(shared_NF + self.b_gate_F > 0), AllPairs())

@@ -6,7 +6,7 @@
        or  NormMSE(x, x̂) + λ·L0              with --sparsity λ                  (eq. 9)
        and, with --pre-act-loss c, + c · Σ over dead latents of ReLU(θ − z)·‖d‖ (Anthropic, January 2025)
 
-θ's gradients are the rectangle kernel's estimates (eq. 11–12; train/sparse/kernels.py). Two departures, for runs of
+θ's gradients are the rectangle kernel's estimates (eq. 11–12). Two departures, for runs of
 minutes rather than days: θ is learned itself, not its logarithm, so that a file gives it back bit for bit; and it
 starts at the value at which k latents are active on a sample of the data, where the paper starts at 0.001 with
 almost half of them active.
@@ -18,7 +18,7 @@ Dimension letters: N tokens, D width, F latents, P pairs of a token and a latent
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -28,16 +28,8 @@ from routesae.train.losses import Objective, mean_over_rows
 from routesae.train.saes.sae import Forward, Recipe
 from routesae.train.saes.single import SingleLayerSAE
 from routesae.train.saes.starts import least_active
-from routesae.train.sparse.kernels import (
-    AllPairs,
-    DenseLatents,
-    Pairs,
-    encode_above,
-    encode_all,
-    jumprelu,
-    step,
-    threshold_latents,
-)
+from routesae.train.sparse.kernels import encode_above, encode_all, threshold_latents
+from routesae.train.sparse.pairs import AllPairs, Latents, Pairs
 
 BANDWIDTH = 0.5  # ε, in units of z, whose inputs have norm √D
 TARGET_WEIGHT = 1.0  # μ
@@ -71,7 +63,7 @@ class JumpReLU(SingleLayerSAE):
         l0 = mean_over_rows(pairs.by_token(active_P), weights_N)
         penalty = l0 if self.recipe.sparsity is not None else (l0 / self.k - 1).square()
         reconstruction_ND = pairs.decode(f_P, self.W_dec_FD, self.b_dec_D)
-        return Forward(x_ND, reconstruction_ND, pairs.latents(f_P), penalty, weights_N=weights_N)
+        return Forward(x_ND, reconstruction_ND, Latents(f_P, pairs), penalty, weights_N=weights_N)
 
     def penalty_weight(self, sparsity_factor: float) -> float:
         return sparsity_factor * (TARGET_WEIGHT if self.recipe.sparsity is None else self.recipe.sparsity)
@@ -87,11 +79,60 @@ class JumpReLU(SingleLayerSAE):
         return objective._replace(total=objective.total + revival)
 
     @torch.no_grad()
-    def centre(self, x_ND: Tensor) -> None:
-        super().centre(x_ND)
+    def start_from(self, x_ND: Tensor) -> None:
+        super().start_from(x_ND)
         if not self.recipe.published:
             self.threshold_F.copy_(least_active(x_ND - self.b_dec_D, self.W_enc_FD, self.k))
 
     @torch.no_grad()
-    def encode(self, x_ND: Tensor) -> DenseLatents:
+    def encode_rows(self, x_ND: Tensor) -> Latents:
         return threshold_latents(x_ND, self.encoder(), self.threshold_F)
+
+
+class _JumpReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z_P: Tensor, threshold_P: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(z_P, threshold_P)
+        ctx.bandwidth = bandwidth
+        return torch.where(z_P > threshold_P, z_P, 0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        z_P, threshold_P = ctx.saved_tensors
+        (g_P,) = grads
+        near_P = rectangle(z_P, threshold_P, ctx.bandwidth)
+        d_threshold = (g_P * near_P).sum_to_size(threshold_P.shape) * (-threshold_P / ctx.bandwidth)
+        return torch.where(z_P > threshold_P, g_P, 0), d_threshold, None
+
+
+class _Step(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z_P: Tensor, threshold_P: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(z_P, threshold_P)
+        ctx.bandwidth = bandwidth
+        return (z_P > threshold_P).to(z_P.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        z_P, threshold_P = ctx.saved_tensors
+        (g_P,) = grads
+        near_P = rectangle(z_P, threshold_P, ctx.bandwidth)
+        return None, (g_P * near_P).sum_to_size(threshold_P.shape) * (-1 / ctx.bandwidth), None
+
+
+def rectangle(z_P: Tensor, threshold_P: Tensor, bandwidth: float) -> Tensor:
+    """bool: K((z − θ)/ε), the kernel that stands for the derivative of a step (2407.14435, eq. 11–12)."""
+    return (z_P - threshold_P).abs() < bandwidth / 2
+
+
+def jumprelu(z_P: Tensor, threshold_P: Tensor, bandwidth: float) -> Tensor:
+    """z·1[z > θ]; its gradient to z is exact, the one to θ is −θ/ε·K((z − θ)/ε) (2407.14435, eq. 11).
+
+    threshold_P: of z's shape, or [F] for z_NF.
+    """
+    return _JumpReLU.apply(z_P, threshold_P, bandwidth)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def step(z_P: Tensor, threshold_P: Tensor, bandwidth: float) -> Tensor:
+    """1[z > θ] as numbers; its gradient to θ is −1/ε·K((z − θ)/ε), and none to z (2407.14435, eq. 12)."""
+    return _Step.apply(z_P, threshold_P, bandwidth)  # type: ignore[no-any-return, no-untyped-call]

@@ -15,20 +15,21 @@ import torch
 from torch import Tensor
 
 from routesae.train.saes.normalise import NormalisedLayers
-from routesae.train.saes.sae import Forward
+from routesae.train.saes.sae import Reading
 from routesae.train.saes.topk import TopK
 
 
 class EveryLayer(TopK):
-    """In use, every layer's rows are samples."""
+    """Every layer's rows are samples, one layer after another."""
 
     one_layer = False
+    lens_opens = None
 
-    def forward(self, x: NormalisedLayers) -> Forward:
-        return self.autoencode(torch.cat(list(x)))
+    def read(self, x: NormalisedLayers, *, training: bool) -> Reading:
+        return Reading(torch.cat(list(x)), x.frame())
 
-    def initialise(self, x: NormalisedLayers | Tensor) -> None:
-        self.centre(torch.cat(list(x)))
+    def _shaped(self, hidden: Tensor, lead: tuple[int, ...]) -> Tensor:
+        return hidden.view(len(self.recipe.layers), *lead, self.recipe.width).movedim(0, -2)
 
 
 class MLSAE(EveryLayer):
@@ -37,8 +38,8 @@ class MLSAE(EveryLayer):
 
 
 class RandomLayer(EveryLayer):
-    def forward(self, x: NormalisedLayers) -> Forward:
-        if not self.training:
-            return super().forward(x)
+    def read(self, x: NormalisedLayers, *, training: bool) -> Reading:
+        if not training:
+            return super().read(x, training=False)
         at = int(torch.randint(len(x), ()))  # from the default generator, which the trainer seeds for every step
-        return self.autoencode(x[at])
+        return Reading(x[at], None)

@@ -20,7 +20,7 @@ from torch import Tensor
 from routesae.train.losses import norm_mse
 from routesae.train.saes.batchtopk import BatchTopK
 from routesae.train.saes.sae import Forward
-from routesae.train.sparse.kernels import RaggedLatents
+from routesae.train.sparse.pairs import Latents, Pairs
 
 DEFAULT_FRACTIONS = (16, 8, 4, 2, 1)
 
@@ -35,14 +35,14 @@ class Matryoshka(BatchTopK):
         out = super().autoencode(x_ND, weights_N)
         if not self.training:
             return out
-        assert isinstance(out.latents, RaggedLatents)
         inner = [norm_mse(x_ND, reconstruction_ND, weights_N) for reconstruction_ND in self._prefixes(out.latents)]
         return out._replace(auxiliary=sum(inner, x_ND.new_zeros(())))
 
-    def _prefixes(self, latents: RaggedLatents) -> Iterator[Tensor]:
+    def _prefixes(self, latents: Latents) -> Iterator[Tensor]:
         """x̂_m of every size but F, each the last one and the latents that it has more."""
         reconstruction_ND: Tensor = self.b_dec_D
-        f_M, pairs = latents
+        f_M, pairs = latents.values_P, latents.pairs
+        assert isinstance(pairs, Pairs)
         for first, after in pairwise((0, *self.recipe.prefixes[:-1])):
             kept_M = torch.nonzero((pairs.latents_M >= first) & (pairs.latents_M < after)).squeeze(1)
             reconstruction_ND = pairs.where(kept_M).decode(f_M[kept_M], self.W_dec_FD, reconstruction_ND)

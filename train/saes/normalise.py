@@ -1,63 +1,48 @@
-"""Input normalisation.
+"""Input normalisation: hidden states as an SAE reads them, and what takes them back.
 
     token     x = (h − mean(h)) / (std(h) + 1e-6) over the width, per token and layer, unbiased std
     dataset   x = s·h, one scalar s for all the SAE's layers so that E‖x‖ = √D
     none      x = h
 
-All undone on the way out. A trainer normalises a batch once for all SAEs that want it the same way.
+SAEs take and give back hidden states in the LM's own units and do this inside. A trainer normalises a batch once for
+all SAEs that want it the same way.
 
-Dimension letters: L layers, N tokens, D width.
+Dimension letters: L layers, N tokens, D width, R rows: a token's reading of one layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from copy import copy
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from routesae.train.sparse.pairs import Frame
 
 NORMALIZATIONS = ("token", "dataset", "none")
 EPSILON = 1e-6
 WEIGHTED_CHUNK_ROWS = 256
 
 
-class Normalised(NamedTuple):
-    """x_ND float32 of zero mean and unit std a token, with what takes it back: mean_N1, std_N1 (epsilon in)."""
-
-    x_ND: Tensor
-    mean_N1: Tensor
-    std_N1: Tensor
-
-    def undo(self, x_ND: Tensor) -> Tensor:
-        """x_ND, or a reconstruction of it, in the LM's own scale."""
-        return x_ND * self.std_N1 + self.mean_N1
-
-
-def normalise(hidden_ND: Tensor) -> Normalised:
-    """Hidden states of any float dtype, normalised per token in float32."""
+def normalise(hidden_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(x_ND, mean_N1, std_N1) of hidden states of any float dtype: float32, of zero mean and unit std a token, and
+    what takes it back (epsilon in)."""
     x_ND = hidden_ND.float()
     mean_N1 = x_ND.mean(dim=1, keepdim=True)
     centred_ND = x_ND - mean_N1
     # Through the norm of what is centred already: torch.var_mean is several times slower on a CPU.
     std_N1 = torch.linalg.vector_norm(centred_ND, dim=1, keepdim=True) / (x_ND.shape[1] - 1) ** 0.5 + EPSILON
-    return Normalised(centred_ND.div_(std_N1), mean_N1, std_N1)
+    return centred_ND.div_(std_N1), mean_N1, std_N1
 
 
-def normalise_layers(hidden_LND: Tensor, how: str, scale: float = 1.0) -> Tensor:
-    """x_LND float32: what SAEs read. how: one of NORMALIZATIONS; scale: s, used by "dataset" alone."""
-    if how != "token":
-        return hidden_LND.float() * scale if how == "dataset" else hidden_LND.float()
-    return torch.stack([normalise(hidden_ND).x_ND for hidden_ND in hidden_LND])
+class Hidden:
+    """Hidden states of a batch, in the LM's own units, for any number of SAEs to read.
 
-
-class NormalisedLayers:
-    """x_LND, what an SAE over several layers reads: normalised where and when it is read, float32.
-
-    hidden_LND: of any float dtype. mean_LN1, std_LN1: what x = (hidden − mean) / std takes; None: hidden_LND is x_LND
-    already. Hard routing reads one row of L, so [L, N, D] is never made for it. What several SAEs read is made once.
-    place_N: each token's id and position (routers.places_of), which a random router looks at in use.
+    hidden_LND: of any float dtype. mean_LN1, std_LN1: each token's mean and unbiased std over D, where they are known
+    (a cache holds them). place_N: each token's id and position (routers.places_of), which a random router goes by.
+    layers: the numbers of the L layers, where there are others than an SAE reads.
     """
 
     def __init__(
@@ -66,8 +51,62 @@ class NormalisedLayers:
         mean_LN1: Tensor | None = None,
         std_LN1: Tensor | None = None,
         place_N: Tensor | None = None,
+        *,
+        layers: Sequence[int] | None = None,
     ):
         self.hidden_LND, self.mean_LN1, self.std_LN1, self.place_N = hidden_LND, mean_LN1, std_LN1, place_N
+        self.layers = None if layers is None else list(layers)
+        self._normalised: dict[tuple[str, float], NormalisedLayers] = {}
+
+    @property
+    def tokens(self) -> int:
+        """N."""
+        return self.hidden_LND.shape[1]
+
+    def of(self, layers: Sequence[int]) -> Tensor:
+        """Some of the layers, in that order, as they are."""
+        return self.hidden_LND[[self.layers.index(layer) for layer in layers]] if self.layers else self.hidden_LND
+
+    def normalised(self, how: str, scale: float, layers: Sequence[int]) -> NormalisedLayers:
+        """x of some of the layers, in that order. how: one of NORMALIZATIONS; scale: s of "dataset"."""
+        if (how, scale) not in self._normalised:
+            self._normalised[how, scale] = self._read(how, scale)
+        x = self._normalised[how, scale]
+        return x if self.layers is None else x.of([self.layers.index(layer) for layer in layers])
+
+    def _read(self, how: str, scale: float) -> NormalisedLayers:
+        if how == "token" and self.std_LN1 is not None:
+            return NormalisedLayers(self.hidden_LND, self.mean_LN1, self.std_LN1 + EPSILON, self.place_N)
+        if how == "token":
+            layers = [normalise(hidden_ND) for hidden_ND in self.hidden_LND]
+            x_LND, mean_LN1, std_LN1 = (torch.stack(parts) for parts in zip(*layers, strict=True))
+            return NormalisedLayers(x_LND, mean_LN1, std_LN1, self.place_N, applied=True)
+        if how == "none":
+            return NormalisedLayers(self.hidden_LND, place_N=self.place_N)
+        zero_LN1 = torch.zeros_like(self.hidden_LND[:, :, :1], dtype=torch.float32)
+        return NormalisedLayers(self.hidden_LND, zero_LN1, torch.full_like(zero_LN1, 1 / scale), self.place_N)
+
+
+class NormalisedLayers:
+    """x_LND, what an SAE reads: normalised where and when it is read, float32.
+
+    hidden_LND: of any float dtype. mean_LN1, std_LN1: of x = (hidden − mean) / std; None where x is hidden. applied:
+    hidden_LND is x_LND already, and they only take it back. Hard routing reads one row of L, so [L, N, D] is never
+    made for it. What several SAEs read is made once.
+    """
+
+    def __init__(
+        self,
+        hidden_LND: Tensor,
+        mean_LN1: Tensor | None = None,
+        std_LN1: Tensor | None = None,
+        place_N: Tensor | None = None,
+        *,
+        applied: bool = False,
+    ):
+        self.hidden_LND, self.place_N = hidden_LND, place_N
+        self.undo = None if mean_LN1 is None or std_LN1 is None else (mean_LN1, std_LN1)
+        self.apply = None if applied else self.undo
         self.at = tuple(range(len(hidden_LND)))
         self._layers: dict[int, Tensor] = {}
         self._totals: dict[tuple[int, ...], Tensor] = {}
@@ -95,21 +134,32 @@ class NormalisedLayers:
         at = self.at[i]
         if at not in self._layers:
             x_ND = self.hidden_LND[at].float()
-            if self.mean_LN1 is not None and self.std_LN1 is not None:
-                x_ND = (x_ND - self.mean_LN1[at]).div_(self.std_LN1[at])
+            if self.apply is not None:
+                mean_LN1, std_LN1 = self.apply
+                x_ND = (x_ND - mean_LN1[at]).div_(std_LN1[at])
             self._layers[at] = x_ND
         return self._layers[at]
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[i] for i in range(len(self)))
 
-    def rows(self, at_R: Tensor, token_R: Tensor) -> Tensor:
-        """x_RD: of each row's token at its layer, at_R counted as in `of`."""
+    def frame(self, *, by_token: bool = False) -> Frame:
+        """What takes all layers' rows back, layer after layer; by_token: of each token all its layers, [N, L, 1]."""
+        if self.undo is None:
+            return Frame()
+        mean_LN1, std_LN1 = (part_LN1[list(self.at)] for part_LN1 in self.undo)
+        if by_token:
+            return Frame(mean_LN1.transpose(0, 1), std_LN1.transpose(0, 1))
+        return Frame(mean_LN1.flatten(0, 1), std_LN1.flatten(0, 1))
+
+    def rows(self, at_R: Tensor, token_R: Tensor) -> tuple[Tensor, Frame]:
+        """x_RD of each row's token at its layer, at_R counted as in `of`; and what takes it back."""
         at_R = torch.tensor(self.at, device=at_R.device)[at_R]
         x_RD = self.hidden_LND[at_R, token_R].float()
-        if self.mean_LN1 is None or self.std_LN1 is None:
-            return x_RD
-        return x_RD.sub_(self.mean_LN1[at_R, token_R]).div_(self.std_LN1[at_R, token_R])
+        if self.undo is None:
+            return x_RD, Frame()
+        mean_R1, std_R1 = (part_LN1[at_R, token_R] for part_LN1 in self.undo)
+        return x_RD if self.apply is None else x_RD.sub_(mean_R1).div_(std_R1), Frame(mean_R1, std_R1)
 
     def total(self) -> Tensor:
         """Σ_ℓ x^ℓ, [N, D]."""
@@ -130,10 +180,10 @@ class NormalisedLayers:
         for start in range(0, self.tokens, max(1, chunk)):
             rows = slice(start, min(start + chunk, self.tokens))
             hidden_nD = buffer_nD[: rows.stop - start].copy_(self.hidden_LND[at, rows])
-            if self.mean_LN1 is None or self.std_LN1 is None:
+            if self.apply is None:
                 yield rows, hidden_nD, None, torch.ones_like(hidden_nD[:, :1])
             else:
-                yield rows, hidden_nD, self.mean_LN1[at, rows], self.std_LN1[at, rows]
+                yield rows, hidden_nD, self.apply[0][at, rows], self.apply[1][at, rows]
 
 
 class _Weighted(torch.autograd.Function):
@@ -164,22 +214,6 @@ class _Weighted(torch.autograd.Function):
                     product_n1 = product_n1 - mean_n1 * sum_N1[rows]
                 dw_NL[rows, i : i + 1] = product_n1 / std_n1
         return dw_NL, None
-
-
-def as_layers(x: NormalisedLayers | Tensor) -> NormalisedLayers:
-    """x, or the layers of a plain x_LND."""
-    return NormalisedLayers(x) if isinstance(x, Tensor) else x
-
-
-def with_statistics(
-    how: str, scale: float, hidden_LND: Tensor, mean_LN1: Tensor, std_LN1: Tensor, place_N: Tensor | None = None
-) -> NormalisedLayers:
-    """How `how`, one of NORMALIZATIONS, reads hidden states whose token means and unbiased stds are known."""
-    if how == "token":
-        return NormalisedLayers(hidden_LND, mean_LN1, std_LN1 + EPSILON, place_N)
-    if how == "none":
-        return NormalisedLayers(hidden_LND, place_N=place_N)
-    return NormalisedLayers(hidden_LND, torch.zeros_like(mean_LN1), torch.full_like(std_LN1, 1 / scale), place_N)
 
 
 def dataset_scale(hidden_LND: Tensor) -> float:

@@ -13,6 +13,8 @@ Dimension letters: L layers, N tokens, D width, F latents, R rows: a token's rea
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -20,10 +22,12 @@ from torch import Tensor, nn
 
 from routesae.reporting import WrongInput
 from routesae.train.losses import Objective
-from routesae.train.saes.normalise import NormalisedLayers, as_layers
+from routesae.train.saes.normalise import Hidden, NormalisedLayers
 from routesae.train.saes.routers import CONTROLS, balance_loss, hashed_layers, rows
-from routesae.train.saes.sae import SAE, Forward, Recipe
+from routesae.train.saes.sae import SAE, Forward, Reading, Recipe
 from routesae.train.saes.single import SingleLayerSAE, checked
+from routesae.train.sparse.pairs import Latents
+from routesae.train.sparse.search import Encoder
 
 ROUTER = "router.safetensors"
 
@@ -38,6 +42,8 @@ class Routes(NamedTuple):
 class RouteSAE(SAE):
     """A linear router over the layers in front of one shared SAE."""
 
+    lens_opens = "The SAE that its layers share"
+
     def __init__(self, recipe: Recipe, shared: SingleLayerSAE, generator: torch.Generator | None = None):
         super().__init__(recipe)
         self.shared = shared
@@ -45,58 +51,81 @@ class RouteSAE(SAE):
         router_LD = (torch.rand(len(recipe.layers), recipe.width, generator=generator) * 2 - 1) * bound
         self.router_LD = nn.Parameter(router_LD, requires_grad=recipe.router not in CONTROLS)
 
-    def forward(self, x: NormalisedLayers) -> Forward:
-        self.shared.k, self.shared.chunk_rows, self.shared.proposal = self.k, self.chunk_rows, self.proposal
-        w_NL = self.routing(x)
+    def read(self, x: NormalisedLayers, *, training: bool) -> Reading:
+        w_NL = self._weights(x, training=training)
         if self.recipe.routing == "soft":
-            return self.shared.autoencode(x.weighted(w_NL))._replace(routing_NL=w_NL)
-        read = rows(self.recipe.router, w_NL, training=self.training)
-        x_RD = x.rows(read.at_R, read.token_R)
+            return Reading(x.weighted(w_NL), None, None, w_NL)
+        read = rows(self.recipe.router, w_NL, training=training)
+        x_RD, frame = x.rows(read.at_R, read.token_R)
         if read.scale_R is not None:
-            x_RD = x_RD * read.scale_R[:, None]
-        out = self.shared.autoencode(x_RD, read.weights_R)._replace(routing_NL=w_NL)
+            scale_R1 = read.scale_R[:, None]
+            x_RD, frame = x_RD * scale_R1, frame._replace(scale=scale_R1.detach())
+        return Reading(x_RD, frame, read.weights_R, w_NL, read.at_R)
+
+    def autoencode(self, x_RC: Tensor, weights_R: Tensor | None = None) -> Forward:
+        self.shared.k, self.shared.chunk_rows, self.shared.proposal = self.k, self.chunk_rows, self.proposal
+        return self.shared.autoencode(x_RC, weights_R)
+
+    def routed(self, out: Forward, reading: Reading) -> Forward:
+        out = out._replace(routing_NL=reading.routing_NL)
         if not (self.training and self.recipe.balance):
             return out
-        balance = self.recipe.balance * balance_loss(w_NL, read.at_R)
+        assert reading.routing_NL is not None
+        assert reading.at_R is not None
+        balance = self.recipe.balance * balance_loss(reading.routing_NL, reading.at_R)
         return out._replace(auxiliary=balance if out.auxiliary is None else out.auxiliary + balance)
+
+    def encode_rows(self, x_RC: Tensor) -> Latents:
+        return self.shared.encode_rows(x_RC)
+
+    def decode_rows(self, latents: Latents) -> Tensor:
+        return self.shared.decode_rows(latents)
+
+    def encoder(self) -> Encoder:
+        return self.shared.encoder()
+
+    @property
+    def other_sparsity(self) -> bool:  # type: ignore[override]
+        """Whether the shared SAE has other sparsities."""
+        return self.shared.other_sparsity
+
+    def at_sparsity(self, chosen: Callable[[Tensor, Encoder], Latents]) -> SAE:
+        view = super().at_sparsity(chosen)
+        view._modules = {"shared": self.shared.at_sparsity(chosen)}
+        return view
 
     def loss(self, out: Forward, dead_F: Tensor, sparsity_factor: float = 1.0) -> Objective:
         return self.shared.loss(out, dead_F, sparsity_factor)
 
-    @torch.no_grad()
-    def initialise(self, x: NormalisedLayers | Tensor) -> None:
-        x = as_layers(x)
-        w_NL = self.routing(x)
-        if self.recipe.routing == "soft":
-            self.shared.centre(x.weighted(w_NL))
-        else:
-            routes = self.routes(x)
-            token_N = torch.arange(x.tokens, device=x.device)
-            self.shared.centre(x.rows(routes.at_N, token_N) * routes.scale_N[:, None])
+    def centre(self, x: NormalisedLayers) -> None:
+        with torch.no_grad():
+            self.shared.start_from(self.read(x, training=False).x_RC)
 
-    def routing(self, x: NormalisedLayers | Tensor) -> Tensor:
-        """w_NL, the router's softmax over the layers."""
-        x = as_layers(x)
+    @torch.no_grad()
+    def routing(self, hidden: Hidden | Tensor) -> Tensor:
+        """w_NL in use, the router's softmax over the layers."""
+        return self._weights(self._normalised(hidden)[0], training=False)
+
+    def _weights(self, x: NormalisedLayers, *, training: bool) -> Tensor:
         if self.recipe.router == "random":
-            return nn.functional.one_hot(self._random_layers(x), len(x)).float()
+            return nn.functional.one_hot(self._random_layers(x, training), len(x)).float()
         gathered_ND = x.total() / len(x) if self.recipe.aggregate == "mean" else x.total()
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 would move tokens to other layers
             r_NL = gathered_ND @ self.router_LD.T
         return torch.softmax(r_NL, dim=1)
 
-    def _random_layers(self, x: NormalisedLayers) -> Tensor:
-        if self.training:
+    def _random_layers(self, x: NormalisedLayers, training: bool) -> Tensor:
+        if training:
             return torch.randint(len(x), (x.tokens,)).to(x.device)  # the trainer seeds the generator for every step
         if x.place_N is None:
             raise WrongInput("--router random goes by each token's id and position; give them with the hidden states")
         return hashed_layers(x.place_N, len(x))
 
     @torch.no_grad()
-    def routes(self, x: NormalisedLayers | Tensor) -> Routes:
+    def routes(self, hidden: Hidden | Tensor) -> Routes:
         """Where each token goes in use."""
-        x = as_layers(x)
-        read = rows(self.recipe.router, self.routing(x), training=False)
-        scale_R = read.scale_R if read.scale_R is not None else torch.ones(len(read.at_R), device=x.device)
+        read = rows(self.recipe.router, self.routing(hidden), training=False)
+        scale_R = torch.ones_like(read.at_R, dtype=torch.float32) if read.scale_R is None else read.scale_R
         return Routes(read.at_R, scale_R)
 
     def rate_factors(self) -> dict[nn.Parameter, float]:
@@ -108,6 +137,7 @@ class RouteSAE(SAE):
     @torch.no_grad()
     def fold_scale(self, scale: float) -> None:
         self.shared.fold_scale(scale)
+        self.shared.recipe = replace(self.shared.recipe, normalize="none")
         self.router_LD.mul_(scale)
 
     def files(self) -> dict[str, dict[str, Tensor]]:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -16,10 +18,10 @@ from torch import Tensor, nn
 from routesae.reporting import WrongInput
 from routesae.train.losses import Objective
 from routesae.train.ranks.distributed import local_rows
-from routesae.train.saes.normalise import NORMALIZATIONS, NormalisedLayers, as_layers
+from routesae.train.saes.normalise import NORMALIZATIONS, Hidden, NormalisedLayers, dataset_scale
 from routesae.train.saes.routers import ROUTERS
-from routesae.train.sparse.kernels import AnyLatents
-from routesae.train.sparse.search import row_products
+from routesae.train.sparse.pairs import Frame, Latents
+from routesae.train.sparse.search import Encoder, row_products
 
 ROUTINGS = ("hard", "soft")
 AGGREGATES = ("sum", "mean")
@@ -93,19 +95,33 @@ class Recipe:
             raise WrongInput(f"--prefixes {sizes} must rise and end with the SAE's {self.latents} latents")
 
 
-class Forward(NamedTuple):
-    """One pass over N tokens.
+class Reading(NamedTuple):
+    """What an SAE reads of N tokens: R rows x_RC of the normalised input, and how they go back to the LM's units.
 
-    x_ND: the SAE's own input, which is the target too: normalised, for routesae routed and scaled, for a crosscoder
-    the layers side by side [N, L·D], for mlsae every layer's rows [L·N, D]. reconstruction_ND: of x_ND.
-    penalty: what λ weighs; None where the variant has none. auxiliary: further terms of the objective.
-    weights_N: each row's weight in the mean, summing to 1; None where all count alike.
-    routing_NL: the router's softmax over the layers; None where there is no router.
+    weights_R: each row's weight in every mean of the objective, summing to 1; None where all count alike.
+    routing_NL: the router's softmax over the layers, and at_R the layer of each row, an index; None without a router.
+    """
+
+    x_RC: Tensor
+    frame: Frame | None
+    weights_R: Tensor | None = None
+    routing_NL: Tensor | None = None
+    at_R: Tensor | None = None
+
+
+class Forward(NamedTuple):
+    """One pass over N tokens, in the units of the objective: the SAE's own, normalised input.
+
+    x_ND: that input, which is the target too; for routesae routed and scaled, for a crosscoder the layers in a row
+    [N, L·D], for mlsae every layer's rows [L·N, D]. reconstruction_ND: of x_ND; the one in the LM's units is
+    `sae.decode(latents)`. penalty: what λ weighs; None where the variant has none. auxiliary: further terms of the
+    objective. weights_N: each row's weight in the mean, summing to 1; None where all count alike. routing_NL: the
+    router's softmax over the layers; None where there is no router.
     """
 
     x_ND: Tensor
     reconstruction_ND: Tensor
-    latents: AnyLatents
+    latents: Latents
     penalty: Tensor | None = None
     auxiliary: Tensor | None = None
     weights_N: Tensor | None = None
@@ -113,29 +129,139 @@ class Forward(NamedTuple):
 
 
 class SAE(nn.Module, ABC):
-    """A sparse autoencoder over x: the normalised hidden states of `recipe.layers`, in that order, float32. What
-    takes an x takes a plain x_LND too.
+    """A sparse autoencoder over the hidden states of `recipe.layers`.
 
-    A new variant is a file with a subclass and a line in routesae.train.saes.SAES.
+    It takes them in the LM's units and of any float dtype, gives them back so, and normalises them itself:
+
+        latents = sae.encode(hidden)                     hidden [..., D], of an SAE over several layers [..., L, D]
+        hidden = sae.decode(latents)                     the reconstruction, of the same shape; routesae: [..., D]
+        out = sae(hidden)                                what training and scores need, see Forward
+
+    `Hidden` is taken too: [L, N, D] with what is known of it. A new variant is a file with a subclass and a line in
+    routesae.train.saes.SAES; these say what it is:
 
     one_layer: whether it reads one layer, chosen with --layer, or all that were harvested.
     penalised: whether a penalty makes it sparse, weighted by --sparsity.
+    other_sparsity: whether --infer-k and --theta can take the place of its activation (`at_sparsity`).
+    lens_opens: what of it SAELens opens, as the subject of a sentence; None: nothing.
     """
 
     one_layer: ClassVar[bool] = False
-    proposal: torch.dtype | None = None  # of the encoder's product; None: what is fastest (sparse/search.py)
     penalised: ClassVar[bool] = False
+    other_sparsity: bool = True
+    lens_opens: ClassVar[str | None] = None
+    proposal: torch.dtype | None = None  # of the encoder's product; None: what is fastest (sparse/search.py)
+    chosen: Callable[[Tensor, Encoder], Latents] | None = None  # the latents in use, of a view (`at_sparsity`)
 
     def __init__(self, recipe: Recipe):
         super().__init__()
         self.recipe = recipe
         self.k = recipe.k  # the trainer lowers it to recipe.k step by step where k is annealed
         self.chunk_rows: int | None = None  # tokens encoded at a time; None: what is fastest
+        self.scale = 1.0  # s of "dataset" normalisation, found by `initialise`
 
-    @abstractmethod
-    def forward(self, x: NormalisedLayers) -> Forward:
+    # ------------------------------------------------------------------------------------------- raw hidden states
+
+    def forward(self, hidden: Hidden | Tensor) -> Forward:
         """Reconstruct, with gradients where they are enabled. What a variant learns from a batch beside gradients
         (a threshold, λ) it learns here, in training mode only."""
+        x, lead = self._normalised(hidden)
+        reading = self.read(x, training=self.training)
+        if self.chosen is None:
+            out = self.autoencode(reading.x_RC, reading.weights_R)
+        else:
+            latents = self.chosen(reading.x_RC, self.encoder())
+            out = Forward(reading.x_RC, self.decode_rows(latents).flatten(1), latents)
+        out.latents.frame = None if reading.frame is None else reading.frame._replace(lead=lead)
+        return self.routed(out, reading)
+
+    @torch.no_grad()
+    def encode(self, hidden: Hidden | Tensor) -> Latents:
+        """The latents of hidden states [..., D] or [..., L, D], one row for each in order (mlsae, random: for each
+        layer, one after another), as the SAE is used after training."""
+        x, lead = self._normalised(hidden)
+        reading = self.read(x, training=False)
+        latents = self.latents_of(reading.x_RC)
+        latents.frame = None if reading.frame is None else reading.frame._replace(lead=lead)
+        return latents
+
+    @torch.no_grad()
+    def decode(self, latents: Latents) -> Tensor:
+        """The reconstruction in the LM's units of what `encode` or a pass gave, in the shape of its hidden states;
+        of a routesae [..., D], each token's at its own layer. Raises WrongInput for soft routing, which has no way
+        back."""
+        if latents.frame is None:
+            raise WrongInput("soft routing mixes all layers, which cannot be taken back; train with --routing hard")
+        hidden = latents.frame.undo(self.decode_rows(latents))
+        return hidden if latents.frame.lead is None else self._shaped(hidden, latents.frame.lead)
+
+    def _shaped(self, hidden: Tensor, lead: tuple[int, ...]) -> Tensor:
+        return hidden.view(*lead, self.recipe.width)
+
+    def _normalised(self, hidden: Hidden | Tensor) -> tuple[NormalisedLayers, tuple[int, ...]]:
+        """x, and the leading dimensions of the hidden states. Raises WrongInput where they are of another shape."""
+        recipe = self.recipe
+        if not isinstance(hidden, Tensor):
+            lead: tuple[int, ...] = (hidden.hidden_LND.shape[1],)
+        else:
+            ending = (recipe.width,) if self.one_layer else (len(recipe.layers), recipe.width)
+            if hidden.shape[-len(ending) :] != ending:
+                expected = ", ".join(map(str, ending))
+                raise WrongInput(
+                    f"hidden states are {list(hidden.shape)}, but a {recipe.sae} reads [..., {expected}]"
+                )
+            lead = tuple(hidden.shape[: -len(ending)])
+            hidden = Hidden(hidden.reshape(-1, len(recipe.layers), recipe.width).transpose(0, 1))
+        return hidden.normalised(recipe.normalize, self.scale, recipe.layers), lead
+
+    def initialise(self, hidden: Hidden) -> None:
+        """Set what starts from the data, given a sample of it."""
+        if self.recipe.normalize == "dataset":
+            self.scale = dataset_scale(hidden.of(self.recipe.layers))
+        self.centre(self._normalised(hidden)[0])
+
+    def fold(self) -> None:
+        """Take the scale of "dataset" normalisation into the weights: the same SAE, of hidden states as they are."""
+        if self.recipe.normalize == "dataset":
+            self.fold_scale(self.scale)
+            self.scale, self.recipe = 1.0, replace(self.recipe, normalize="none")
+
+    def at_sparsity(self, chosen: Callable[[Tensor, Encoder], Latents]) -> SAE:
+        """A view for use, not for training, with the same weights, whose latents are chosen(x_RC, encoder)."""
+        assert self.other_sparsity
+        view = copy(self)
+        view.chosen = chosen
+        return view.eval()
+
+    def latents_of(self, x_RC: Tensor) -> Latents:
+        """The latents in use of rows that are normalised; no gradient."""
+        return self.encode_rows(x_RC) if self.chosen is None else self.chosen(x_RC, self.encoder())
+
+    # -------------------------------------------------------------------------------------------- what a variant says
+
+    @abstractmethod
+    def read(self, x: NormalisedLayers, *, training: bool) -> Reading:
+        """The rows that it reads of normalised layers."""
+
+    @abstractmethod
+    def autoencode(self, x_RC: Tensor, weights_R: Tensor | None = None) -> Forward:
+        """Reconstruct rows that are normalised. weights_R: each row's in every mean of the objective."""
+
+    @abstractmethod
+    def encode_rows(self, x_RC: Tensor) -> Latents:
+        """Its own latents in use of rows that are normalised; no gradient."""
+
+    @abstractmethod
+    def decode_rows(self, latents: Latents) -> Tensor:
+        """x̂_RC."""
+
+    @abstractmethod
+    def encoder(self) -> Encoder:
+        """z, of which its latents are a function."""
+
+    def routed(self, out: Forward, reading: Reading) -> Forward:
+        """What a router adds to a pass."""
+        return out
 
     @abstractmethod
     def loss(self, out: Forward, dead_F: Tensor, sparsity_factor: float = 1.0) -> Objective:
@@ -145,8 +271,8 @@ class SAE(nn.Module, ABC):
         """
 
     @abstractmethod
-    def initialise(self, x: NormalisedLayers | Tensor) -> None:
-        """Set what starts from the data, given a sample of it."""
+    def centre(self, x: NormalisedLayers) -> None:
+        """Set what starts from the data, given a sample of it that is normalised."""
 
     @abstractmethod
     def decoders(self) -> list[nn.Parameter]:
@@ -191,8 +317,8 @@ class SAE(nn.Module, ABC):
         for W_dec_FD in map(local_rows, self.decoders()):
             W_dec_FD.div_(torch.linalg.vector_norm(W_dec_FD, dim=1, keepdim=True))
 
-    def __call__(self, x: NormalisedLayers | Tensor) -> Forward:
-        out: Forward = super().__call__(as_layers(x))
+    def __call__(self, hidden: Hidden | Tensor) -> Forward:
+        out: Forward = super().__call__(hidden)
         return out
 
     @property

@@ -11,7 +11,6 @@ Dimension letters: L layers (here 1), N tokens, D width, F latents.
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from typing import Any, ClassVar
 
 import torch
@@ -19,10 +18,10 @@ from torch import Tensor, nn
 
 from routesae.reporting import WrongInput
 from routesae.train.losses import AUXK_WEIGHT, Objective, auxk, norm_mse
-from routesae.train.saes.normalise import NormalisedLayers
-from routesae.train.saes.sae import SAE, Forward, Recipe
+from routesae.train.saes.normalise import Hidden, NormalisedLayers
+from routesae.train.saes.sae import SAE, Forward, Reading, Recipe
 from routesae.train.saes.starts import geometric_median
-from routesae.train.sparse.kernels import AnyLatents, decode
+from routesae.train.sparse.pairs import Latents
 from routesae.train.sparse.search import Encoder
 
 WEIGHTS = "sae_weights.safetensors"
@@ -36,6 +35,7 @@ class SingleLayerSAE(SAE):
     """
 
     one_layer = True
+    lens_opens: ClassVar[str | None] = "It"
     architecture: ClassVar[str]
     tensors: ClassVar[dict[str, str]] = {"b_enc": "b_enc_F"}
     has_auxk: ClassVar[bool] = False
@@ -54,25 +54,26 @@ class SingleLayerSAE(SAE):
         for name in self.tensors.values():
             self.register_parameter(name, nn.Parameter(torch.zeros(recipe.latents)))
 
-    @abstractmethod
-    def autoencode(self, x_ND: Tensor, weights_N: Tensor | None = None) -> Forward:
-        """Reconstruct rows that are normalised already. weights_N: each row's in every mean of the objective."""
-
-    @abstractmethod
-    def encode(self, x_ND: Tensor) -> AnyLatents:
-        """The latents an SAE in use gives to normalised rows; no gradient."""
+    @torch.no_grad()
+    def encode_at(self, hidden_RD: Tensor, scale_R1: Tensor | None = None) -> Latents:
+        """The latents of hidden states of any one layer, as they are; of an SAE that a router shares, with its
+        normalised input multiplied by scale_R1. `decode` takes them back too."""
+        x = Hidden(hidden_RD[None]).normalised(self.recipe.normalize, self.scale, self.recipe.layers)
+        x_RD = x[0] if scale_R1 is None else x[0] * scale_R1
+        latents = self.latents_of(x_RD)
+        latents.frame = x.frame()._replace(scale=scale_R1)
+        return latents
 
     @torch.no_grad()
-    def decode(self, latents: AnyLatents) -> Tensor:
-        """x̂_ND."""
-        return decode(latents, self.W_dec_FD, self.b_dec_D)
+    def decode_rows(self, latents: Latents) -> Tensor:
+        return latents.pairs.decode(latents.values_P, self.W_dec_FD, self.b_dec_D)
 
     def penalty_weight(self, sparsity_factor: float) -> Tensor | float:
         """λ now; sparsity_factor, 0 to 1, warms it up."""
         raise AssertionError(f"{self.recipe.sae} has no penalty")
 
-    def forward(self, x: NormalisedLayers) -> Forward:
-        return self.autoencode(x[0])
+    def read(self, x: NormalisedLayers, *, training: bool) -> Reading:
+        return Reading(x[0], x.frame())
 
     def encoder(self) -> Encoder:
         return Encoder(self.W_enc_FD, self.b_enc_F, self.b_dec_D, self.chunk_rows, self.proposal)
@@ -88,11 +89,11 @@ class SingleLayerSAE(SAE):
             loss = loss + AUXK_WEIGHT * auxk(*given, out.weights_N)
         return Objective(loss, error)
 
-    def initialise(self, x: NormalisedLayers | Tensor) -> None:
-        self.centre(x[0])
+    def centre(self, x: NormalisedLayers) -> None:
+        self.start_from(self.read(x, training=False).x_RC)
 
     @torch.no_grad()
-    def centre(self, x_ND: Tensor) -> None:
+    def start_from(self, x_ND: Tensor) -> None:
         """b_dec to the geometric median of a sample of normalised inputs; the published code leaves it at zero."""
         if not self.recipe.published:
             self.b_dec_D.copy_(geometric_median(x_ND))

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from routesae.train.saes.sae import Forward
 from routesae.train.saes.single import SingleLayerSAE
-from routesae.train.sparse.kernels import Latents, encode_topk, topk_latents
+from routesae.train.sparse.kernels import encode_topk, topk_latents
+from routesae.train.sparse.pairs import Latents
 
 
 class TopK(SingleLayerSAE):
@@ -31,11 +32,10 @@ class TopK(SingleLayerSAE):
         pairs, z_M = encode_topk(x_ND, self.encoder(), self.k)
         f_M = z_M.relu()
         reconstruction_ND = pairs.decode(f_M, self.W_dec_FD, self.b_dec_D)
-        latents = Latents(f_M.view(len(x_ND), -1), pairs.latents_M.view(len(x_ND), -1))
-        return Forward(x_ND, reconstruction_ND, latents, weights_N=weights_N)
+        return Forward(x_ND, reconstruction_ND, Latents(f_M, pairs), weights_N=weights_N)
 
     @torch.no_grad()
-    def encode(self, x_ND: Tensor) -> Latents:
+    def encode_rows(self, x_ND: Tensor) -> Latents:
         return topk_latents(x_ND, self.encoder(), self.k)
 
     def lens_config(self) -> dict[str, Any]:

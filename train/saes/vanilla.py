@@ -21,7 +21,8 @@ from routesae.train.saes.penalty import PenaltyWeight
 from routesae.train.saes.sae import Forward, Recipe
 from routesae.train.saes.single import SingleLayerSAE
 from routesae.train.saes.starts import least_active
-from routesae.train.sparse.kernels import DenseLatents, encode_above, threshold_latents
+from routesae.train.sparse.kernels import encode_above, threshold_latents
+from routesae.train.sparse.pairs import Latents
 
 
 class Vanilla(SingleLayerSAE):
@@ -35,9 +36,9 @@ class Vanilla(SingleLayerSAE):
     def autoencode(self, x_ND: Tensor, weights_N: Tensor | None = None) -> Forward:
         pairs, z_P = encode_above(x_ND, self.encoder(), torch.zeros_like(self.b_enc_F))
         f_P = z_P.relu()
-        latents = pairs.latents(f_P)
+        latents = Latents(f_P, pairs)
         if self.training:
-            self.penalty.steer(latents.active_counts(self.recipe.latents).sum() / len(x_ND), self.k)
+            self.penalty.steer(latents.active_counts.sum() / len(x_ND), self.k)
         if self.recipe.published:
             penalty_N = pairs.by_token(f_P) / self.recipe.latents
         else:
@@ -47,8 +48,8 @@ class Vanilla(SingleLayerSAE):
         return Forward(x_ND, reconstruction_ND, latents, penalty, weights_N=weights_N)
 
     @torch.no_grad()
-    def centre(self, x_ND: Tensor) -> None:
-        super().centre(x_ND)
+    def start_from(self, x_ND: Tensor) -> None:
+        super().start_from(x_ND)
         self.penalty.start(x_ND)
         if not self.recipe.published:
             self.b_enc_F.copy_(-least_active(x_ND - self.b_dec_D, self.W_enc_FD, self.k))
@@ -58,7 +59,7 @@ class Vanilla(SingleLayerSAE):
         return weight
 
     @torch.no_grad()
-    def encode(self, x_ND: Tensor) -> DenseLatents:
+    def encode_rows(self, x_ND: Tensor) -> Latents:
         return threshold_latents(x_ND, self.encoder(), torch.zeros_like(self.b_enc_F))
 
     def decoders(self) -> list[nn.Parameter]:

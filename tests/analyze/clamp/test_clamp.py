@@ -32,7 +32,7 @@ from routesae.reporting import WrongInput
 from routesae.train.evaluate import score_on_cache
 from routesae.train.saes import SAE, Crosscoder, Recipe, RouteSAE, SingleLayerSAE, build
 from routesae.train.saes.routers import places_of
-from routesae.train.sparse.kernels import DenseLatents, Latents
+from routesae.train.sparse.pairs import AllPairs, Latents, Pairs
 
 CPU = torch.device("cpu")
 WIDTH, LATENTS, DEPTH = 32, 96, 4
@@ -116,7 +116,7 @@ def replaced_by_hand(sae: SAE, hidden_D: Tensor, scale: Tensor | float, error_te
     dictionary = sae.shared if isinstance(sae, RouteSAE) else sae
     assert isinstance(dictionary, SingleLayerSAE)
     mean, std = hidden_D.mean(), hidden_D.std() + 1e-6
-    f_F = dictionary.encode(((hidden_D - mean) / std * scale)[None]).dense(LATENTS)[0]
+    f_F = dictionary.encode_rows(((hidden_D - mean) / std * scale)[None]).dense()[0]
 
     def reconstruction(f_F: Tensor) -> Tensor:
         return (f_F @ dictionary.W_dec_FD + dictionary.b_dec_D) / scale * std + mean
@@ -386,18 +386,18 @@ def test_a_change_reaches_inactive_latents_where_it_has_something_to_change(how:
     assert isinstance(sae, SingleLayerSAE)
     clamp = Clamp(sae, [Change(latent=5, how=how, value=3.0)])
     moved_ND = clamp._moved(
-        Latents(torch.tensor([[1.0, 2.0], [4.0, 0.0]]), torch.tensor([[9, 5], [9, 5]])), sae.W_dec_FD
+        Latents(torch.tensor([1.0, 2.0, 4.0, 0.0]), Pairs.of(torch.tensor([[9, 5], [9, 5]]), LATENTS)), sae.W_dec_FD
     )
     by = {"multiply": (4.0, 0.0), "ablate": (-2.0, 0.0), "add": (3.0, 3.0), "set": (1.0, 3.0)}[how]
     torch.testing.assert_close(moved_ND, torch.tensor(by)[:, None] * sae.W_dec_FD[5])
 
 
 def test_the_values_of_latents_are_found_sparse_and_dense() -> None:
-    sparse = Latents(torch.tensor([[1.0, 2.0], [4.0, 3.0]]), torch.tensor([[9, 5], [2, 9]]))
+    sparse = Latents(torch.tensor([1.0, 2.0, 4.0, 3.0]), Pairs.of(torch.tensor([[9, 5], [2, 9]]), 12))
     wanted = torch.tensor([5, 9, 0])
     expected = torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, 0.0]])
-    assert torch.equal(active(sparse, wanted, 12), expected)
-    assert torch.equal(active(DenseLatents(sparse.dense(12)), wanted, 12), expected)
+    assert torch.equal(active(sparse, wanted), expected)
+    assert torch.equal(active(Latents(sparse.dense(), AllPairs()), wanted), expected)
 
 
 # -------------------------------------------------------------------------------------------------------- generating

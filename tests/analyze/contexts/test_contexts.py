@@ -42,7 +42,7 @@ from routesae.harvest.settings import HarvestSettings
 from routesae.reporting import Progress, WrongInput
 from routesae.train.folder.checkpoint import load_sae
 from routesae.train.run import train
-from routesae.train.saes.normalise import with_statistics
+from routesae.train.saes.normalise import Hidden
 from routesae.train.settings import settings_of
 
 VARIANTS = ("topk", "jumprelu", "routesae", "mlsae", "crosscoder")
@@ -119,8 +119,8 @@ def every_activation(cache: Cache, folder: Path) -> list[Active]:
         columns = [cache.manifest.layers.index(layer) for layer in sae.recipe.layers]
         means, stds = (np.array(shard.read(name)).T[columns, :, None] for name in ("token_mean", "token_std"))
         batch = [torch.from_numpy(array) for array in (np.stack(hidden), means, stds)]
-        out = sae(with_statistics(sae.recipe.normalize, 1.0, *batch))
-        values = out.latents.dense(sae.recipe.latents)
+        out = sae(Hidden(*batch))
+        values = out.latents.dense()
         routes = [0] * len(positions) if out.routing_NL is None else out.routing_NL.argmax(1).tolist()
         for row, latent in torch.nonzero(values).tolist():
             n, at = row % len(positions), row // len(positions)

@@ -31,7 +31,7 @@ from routesae.tests.analyze.interpret.chat_server import (
 )
 from routesae.train.folder.checkpoint import load_sae, save_sae
 from routesae.train.run import train
-from routesae.train.saes import Recipe, build
+from routesae.train.saes import Recipe, SingleLayerSAE, build
 from routesae.train.settings import TrainSettings
 
 # ----------------------------------------------------------------------------------------------------------- scoring
@@ -142,13 +142,12 @@ def active_positions_of_every_token(folder: Path, cache: Cache, layer: int = 3) 
     """bool [F, tokens], shard by shard and without the loader; of an SAE that reads one layer at a time."""
     import torch
 
-    from routesae.train.saes.normalise import normalise_layers
-
     sae = load_sae(folder, torch.device("cpu"))
+    assert isinstance(sae, SingleLayerSAE)
     active = np.zeros((sae.recipe.latents, cache.manifest.rows * cache.manifest.context), bool)
     for shard in cache.shards():
         hidden = torch.from_numpy(np.array(shard.read(f"layer_{layer:02}")))[None]
-        found = sae(normalise_layers(hidden, sae.recipe.normalize)).latents.dense(sae.recipe.latents) > 0
+        found = sae.encode_at(hidden[0]).dense() > 0
         base = shard.record.rows[0] * cache.manifest.context
         active[:, np.asarray(shard.read("order")) + base] = found.numpy().T
     return active

@@ -16,8 +16,9 @@ from routesae.analyze.scores.replacement import edits, require_spliceable, splic
 from routesae.harvest.lm.model import LanguageModel, find_blocks, load_lm
 from routesae.harvest.lm.passes import Edit, clean_pass, logits, spliced_pass
 from routesae.reporting import WrongInput
+from routesae.tests.hidden import Normalised
 from routesae.train.saes import SAE, Crosscoder, Recipe, RouteSAE, SingleLayerSAE, build
-from routesae.train.saes.normalise import NormalisedLayers, normalise
+from routesae.train.saes.normalise import Hidden, normalise
 from routesae.train.saes.routers import places_of
 
 CPU = torch.device("cpu")
@@ -300,9 +301,11 @@ def test_what_takes_the_place_is_what_the_saes_forward_pass_reconstructs(llama: 
     layers, (layer,) = WHERE[name]
     sae, kept_BT = random_sae(name, layers), kept_positions()
     clean = clean_pass(llama, token_ids(), layers)
-    x = normalise(clean.hidden[layer][kept_BT])
-    one = x.x_ND.expand(len(layers), -1, -1)  # the same input at every layer, for those that read several
-    expected_mD = x.undo(sae(one).reconstruction_ND[: len(x.x_ND)])
+    hidden_mD = clean.hidden[layer][kept_BT]
+    # The same hidden states at every layer, for those that read several.
+    out = sae(Hidden(hidden_mD.expand(len(layers), -1, -1)))
+    expected_mD = sae.decode(out.latents)
+    expected_mD = expected_mD if sae.one_layer else expected_mD[:, 0]
     found_BTD = edits(sae, clean.hidden, kept_BT)[layer](clean.hidden[layer])
     torch.testing.assert_close(found_BTD[kept_BT], expected_mD, atol=1e-4, rtol=1e-5)
 
@@ -328,20 +331,20 @@ def test_only_the_published_router_and_its_frozen_control_scale_what_the_sae_rea
     sae, kept_BT = random_sae("routesae", layers, router=router), kept_positions()
     assert isinstance(sae, RouteSAE)
     clean = clean_pass(llama, token_ids(), layers)
-    x = {layer: normalise(clean.hidden[layer].flatten(0, 1)) for layer in layers}
-    x_LND = torch.stack([x[layer].x_ND for layer in layers])
+    hidden_LND = torch.stack([clean.hidden[layer].flatten(0, 1) for layer in layers])
     place_BT = places_of(token_ids(), torch.arange(CONTEXT))
-    given = NormalisedLayers(x_LND, place_N=place_BT.flatten())
+    given = Hidden(hidden_LND, place_N=place_BT.flatten())
     w_NL, at_N = sae.routing(given), sae.routes(given).at_N
     assert set(at_N[kept_BT.flatten()].tolist()) == {0, 1, 2}  # or the routes prove nothing
     scale_N1 = w_NL.amax(1, keepdim=True) if router in ("published", "frozen") else torch.ones(len(w_NL), 1)
     if router in ("published", "frozen"):
         assert scale_N1[kept_BT.flatten()].min() < 0.9  # or the scale proves nothing
     for at, layer in enumerate(layers):
-        shared = sae.shared(x_LND[at][None] * scale_N1).reconstruction_ND / scale_N1
+        x_ND, mean_N1, std_N1 = normalise(hidden_LND[at])
+        shared = sae.shared(Normalised((x_ND * scale_N1)[None])).reconstruction_ND / scale_N1
         here_BT = kept_BT & (at_N.view(kept_BT.shape) == at)
         expected_BTD = clean.hidden[layer].clone()
-        expected_BTD[here_BT] = x[layer].undo(shared).view(expected_BTD.shape)[here_BT]
+        expected_BTD[here_BT] = (shared * std_N1 + mean_N1).view(expected_BTD.shape)[here_BT]
         found_BTD = edits(sae, clean.hidden, kept_BT, place_BT)[layer](clean.hidden[layer])
         torch.testing.assert_close(found_BTD, expected_BTD, atol=1e-4, rtol=1e-5)
 

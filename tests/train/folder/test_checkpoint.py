@@ -14,9 +14,9 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from routesae.reporting import WrongInput
+from routesae.tests.hidden import Normalised, normalise_layers
 from routesae.train.folder.checkpoint import find_saes, load_sae, read_config, read_recipe, save_sae
 from routesae.train.saes import SAE, SAES, SINGLE_LAYER, Recipe, build
-from routesae.train.saes.normalise import normalise_layers
 
 L, N, D, LATENTS, K = 3, 30, 8, 24, 4
 CPU = torch.device("cpu")
@@ -52,7 +52,7 @@ def make(name: str) -> SAE:
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
             if "threshold" in key:
                 parameter.abs_()
-        sae(hidden(sae))
+        sae(Normalised(hidden(sae)))
     return sae.eval()
 
 
@@ -96,10 +96,10 @@ def test_a_saved_sae_comes_back_bit_for_bit(tmp_path: Path, name: str) -> None:
     }
     assert all(torch.isfinite(buffer).all() for buffer in back.buffers())
     with torch.no_grad():
-        was, now = sae(hidden(sae)), back(hidden(sae))
-    assert (was.latents.dense(LATENTS) > 0).any()
+        was, now = sae(Normalised(hidden(sae))), back(Normalised(hidden(sae)))
+    assert (was.latents.dense() > 0).any()
     assert torch.equal(was.reconstruction_ND, now.reconstruction_ND)
-    assert torch.equal(was.latents.dense(LATENTS), now.latents.dense(LATENTS))
+    assert torch.equal(was.latents.dense(), now.latents.dense())
     if was.routing_NL is not None:
         assert now.routing_NL is not None
         assert torch.equal(was.routing_NL, now.routing_NL)
@@ -163,7 +163,7 @@ def test_a_crosscoders_weights_lie_layer_by_layer_in_a_file_of_their_own(tmp_pat
     f_NF = np.maximum(np.einsum("lnd,ldf->nf", x_LND, weights["W_enc"]) + weights["b_enc"], 0)
     expected_NLD = np.einsum("nf,fld->nld", f_NF, weights["W_dec"]) + weights["b_dec"]
     with torch.no_grad():
-        found_NLD = load_sae(folder, CPU)(hidden(sae)).reconstruction_ND.view(N, L, D).numpy()
+        found_NLD = load_sae(folder, CPU)(Normalised(hidden(sae))).reconstruction_ND.view(N, L, D).numpy()
     np.testing.assert_allclose(found_NLD, expected_NLD, rtol=1e-4, atol=1e-3)
 
 
@@ -232,8 +232,8 @@ def test_numpy_reproduces_the_sae_from_its_files_alone(tmp_path: Path, name: str
     threshold_N = np.sort(z_NF, axis=1)[:, -config["k"]]
     f_NF = np.where(z_NF >= threshold_N[:, None], np.maximum(z_NF, 0), 0)
     with torch.no_grad():
-        out = load_sae(folder, CPU)(hidden(sae))
-    found_NF = out.latents.dense(LATENTS).numpy()
+        out = load_sae(folder, CPU)(Normalised(hidden(sae)))
+    found_NF = out.latents.dense().numpy()
     np.testing.assert_allclose(found_NF, f_NF, rtol=1e-4, atol=1e-4)
     expected_ND = f_NF @ weights["W_dec"] + weights["b_dec"]
     np.testing.assert_allclose(out.reconstruction_ND.numpy(), expected_ND, rtol=1e-4, atol=1e-4)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from routesae.cli import main
 from routesae.reporting import WrongInput
+from routesae.tests.hidden import Normalised
 from routesae.train.folder.checkpoint import load_sae, read_config
 from routesae.train.folder.convert import convert, read_title
 from routesae.train.folder.settings import ConvertSettings
@@ -158,18 +159,11 @@ def test_latents_and_reconstruction_are_the_published_ones(name: str, tmp_path: 
     f_NF, reconstruction_ND = theirs(inputs(1)[:, 0])
     assert (f_NF > 0).any()
     assert (f_NF >= 0).all()  # or a topk here differs, which has no negative latents
-    out = sae(inputs(1).transpose(0, 1))
-    close(dense(out.latents), f_NF)
+    out = sae(Normalised(inputs(1).transpose(0, 1)))
+    close(out.latents.dense(), f_NF)
     close(out.reconstruction_ND, reconstruction_ND)
     assert isinstance(sae, SingleLayerSAE)
     close(sae.decode(sae.encode(inputs(1)[:, 0])), reconstruction_ND)
-
-
-def dense(latents: Any) -> Tensor:
-    """[N, F]."""
-    if hasattr(latents, "values_NF"):
-        return latents.values_NF
-    return torch.zeros(len(latents.values_NK), F).scatter(1, latents.indices_NK, latents.values_NK)
 
 
 @pytest.mark.parametrize("routing", ["hard", "soft"])
@@ -183,10 +177,10 @@ def test_routes_scaled_input_and_reconstruction_of_a_routesae_are_the_published_
     assert (sae.recipe.layers, sae.recipe.aggregate, sae.recipe.routing) == ((2, 3, 4, 5, 6), aggregate, routing)
     at_N, x_ND, f_NF, reconstruction_ND = theirs(inputs())
     assert set(at_N.tolist()) == set(range(LAYERS))  # or the routes prove nothing
-    out = sae(inputs().transpose(0, 1))
-    assert torch.equal(sae.routes(inputs().transpose(0, 1)).at_N, at_N)
+    out = sae(Normalised(inputs().transpose(0, 1)))
+    assert torch.equal(sae.routes(Normalised(inputs().transpose(0, 1))).at_N, at_N)
     close(out.x_ND, x_ND)
-    close(dense(out.latents), f_NF)
+    close(out.latents.dense(), f_NF)
     close(out.reconstruction_ND, reconstruction_ND)
 
 
@@ -195,8 +189,8 @@ def test_a_crosscoder_is_the_published_one_at_every_layer(tmp_path: Path) -> Non
     sae = converted(saved(theirs, tmp_path / "Cross_CL0.01_1B_data_40.pt"))
     assert (sae.recipe.sae, sae.recipe.layers, sae.recipe.sparsity) == ("crosscoder", (2, 3, 4, 5, 6), 0.0)
     f_NF, reconstruction_NLD = theirs(inputs())
-    out = sae(inputs().transpose(0, 1))
-    close(dense(out.latents), f_NF)
+    out = sae(Normalised(inputs().transpose(0, 1)))
+    close(out.latents.dense(), f_NF)
     close(out.reconstruction_ND.view(N, LAYERS, D), reconstruction_NLD)
 
 
@@ -209,7 +203,7 @@ def test_mlsae_and_random_are_the_published_topk_on_every_layer(title: str, name
     assert (sae.recipe.sae, sae.recipe.layers, sae.recipe.k) == (name, (3, 4, 5), K)
     x_NLD = inputs(3)
     _, reconstruction_NLD = theirs(x_NLD)
-    close(sae(x_NLD.transpose(0, 1)).reconstruction_ND.view(3, N, D), reconstruction_NLD.transpose(0, 1))
+    close(sae(Normalised(x_NLD.transpose(0, 1))).reconstruction_ND.view(3, N, D), reconstruction_NLD.transpose(0, 1))
 
 
 def test_negative_thresholds_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

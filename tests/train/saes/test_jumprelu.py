@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from routesae.train.sparse.kernels import jumprelu, step
+from routesae.train.saes.jumprelu import jumprelu, step
 
 
 def rectangle_kernel(u: float) -> float:

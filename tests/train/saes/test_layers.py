@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from routesae.tests.hidden import Normalised, normalise_layers
 from routesae.train.losses import squared_error_shares
 from routesae.train.saes import SAE, Recipe, TopK, build
 from routesae.train.saes.crosscoder import Crosscoder
-from routesae.train.saes.normalise import NormalisedLayers, normalise_layers
 from routesae.train.saes.starts import geometric_median
-from routesae.train.sparse.kernels import Latents
+from routesae.train.sparse.pairs import Pairs
 
 L, N, D, LATENTS, K = 3, 20, 8, 32, 4
 NONE_DEAD = torch.zeros(LATENTS, dtype=torch.bool)
@@ -92,13 +92,13 @@ def test_the_crosscoder_its_loss_and_all_its_gradients_are_the_equations_token_b
     W = leaves(sae)
     expected, latents, reconstructions = crosscoded_by_hand(sae, W, x_LND.double())
     expected.backward()
-    out = sae(x_LND)
+    out = sae(Normalised(x_LND))
     objective = sae.loss(out, NONE_DEAD)
     objective.total.backward()
     assert objective.total.item() == pytest.approx(expected.item(), rel=1e-5)
     shares_N = squared_error_shares(out.x_ND.double(), out.reconstruction_ND.detach().double())
     assert objective.norm_mse.item() == pytest.approx(shares_N.mean().item(), rel=1e-5)
-    f_NF = out.latents.dense(LATENTS).detach()
+    f_NF = out.latents.dense().detach()
     for n in range(N):
         torch.testing.assert_close(f_NF[n].double(), latents[n], rtol=1e-5, atol=1e-5)
         for layer in range(L):
@@ -111,10 +111,10 @@ def test_the_crosscoder_its_loss_and_all_its_gradients_are_the_equations_token_b
 
 def test_on_normalised_layers_the_published_crosscoders_loss_is_its_codes_mean_over_layers_and_tokens() -> None:
     sae, x_LND = make("crosscoder", sparsity=0.5, published=True), normalised()
-    out = sae(x_LND)
+    out = sae(Normalised(x_LND))
     x_NLD, found_NLD = (t.view(N, L, D) for t in (out.x_ND, out.reconstruction_ND))
     per_layer = ((found_NLD - x_NLD) ** 2).mean(2) / (x_NLD**2).mean(2)
-    expected = per_layer.mean() + 0.5 * out.latents.dense(LATENTS).abs().mean()
+    expected = per_layer.mean() + 0.5 * out.latents.dense().abs().mean()
     assert sae.loss(out, NONE_DEAD).total.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
@@ -124,13 +124,13 @@ def test_the_crosscoder_starts_with_unit_rows_and_its_transpose_and_from_the_lay
     assert isinstance(sae, Crosscoder)
     torch.testing.assert_close(sae.W_enc_FC.norm(dim=1), torch.ones(LATENTS))
     assert torch.equal(sae.W_enc_FC, sae.W_dec_FC)
-    sae.initialise(NormalisedLayers(x_LND))
+    sae.initialise(Normalised(x_LND))
     for layer in range(L):
         own = slice(layer * D, (layer + 1) * D)
         torch.testing.assert_close(sae.b_dec_C[own].detach(), geometric_median(x_LND[layer]))
     # f starts as that of x − b_d, lowered alike for all latents until k are active a token
     z_NF = (x_LND.transpose(0, 1).flatten(1) - sae.b_dec_C) @ sae.W_enc_FC.T
-    f_NF = sae(x_LND).latents.dense(LATENTS)
+    f_NF = sae(Normalised(x_LND)).latents.dense()
     assert K * N <= f_NF.count_nonzero() <= K * N + 1  # the next lies at zero, or above it by rounding
     least = torch.topk(z_NF.flatten(), K * N + 1).values[-1]
     torch.testing.assert_close(f_NF, (z_NF - least).relu(), rtol=1e-4, atol=1e-5)
@@ -140,7 +140,7 @@ def test_the_published_crosscoder_has_no_decoder_bias_and_unit_rows_a_layer_afte
     sae, free = make("crosscoder", sparsity=0.1, published=True), make("crosscoder", sparsity=0.1)
     assert isinstance(sae, Crosscoder)
     assert isinstance(free, Crosscoder)
-    sae.initialise(NormalisedLayers(normalised()))
+    sae.initialise(Normalised(normalised()))
     assert sae.b_dec_C.count_nonzero() == 0
     assert not sae.b_dec_C.requires_grad
     assert free.b_dec_C.requires_grad
@@ -162,12 +162,12 @@ def test_training_steers_the_crosscoders_lambda_towards_k_active_latents() -> No
     sae = make("crosscoder")
     assert isinstance(sae, Crosscoder)
     before = float(sae.penalty.steered)
-    mean = float((sae(normalised()).latents.dense(LATENTS) > 0).sum(1).double().mean())
+    mean = float((sae(Normalised(normalised())).latents.dense() > 0).sum(1).double().mean())
     assert mean > K  # a half of them are active: λ has to rise
     step = min(1.0, torch.tensor(mean / K).log().item()) / 20
     assert float(sae.penalty.steered) == pytest.approx(before * torch.tensor(step).exp().item(), rel=1e-5)
     sae.eval()
-    sae(normalised())
+    sae(Normalised(normalised()))
     assert float(sae.penalty.steered) == pytest.approx(before * torch.tensor(step).exp().item(), rel=1e-5)
 
 
@@ -197,12 +197,12 @@ def assert_is_topk_of(sae: SAE, x_LND: Tensor, rows: list[Tensor], dead_F: Tenso
     W = leaves(sae)
     expected, latents = topk_by_hand(W, [row.double() for row in rows], dead_F.nonzero().flatten().tolist())
     expected.backward()
-    out = sae(x_LND)
+    out = sae(Normalised(x_LND))
     objective = sae.loss(out, dead_F)
     objective.total.backward()
-    assert isinstance(out.latents, Latents)
+    assert isinstance(out.latents.pairs, Pairs)
     assert torch.equal(out.x_ND, torch.stack(rows))
-    f_NF = out.latents.dense(LATENTS).detach().double()
+    f_NF = out.latents.dense().detach().double()
     torch.testing.assert_close(f_NF, torch.stack(latents), rtol=1e-5, atol=1e-5)
     assert objective.total.item() == pytest.approx(expected.item(), rel=1e-5)
     assert_gradients_are(sae, W)
@@ -222,7 +222,7 @@ def test_random_its_loss_and_gradients_are_topks_over_every_token_of_one_layer(d
     x_LND, sae = normalised(), make("random")
     torch.manual_seed(11)
     with torch.no_grad():
-        chosen_ND = sae(x_LND).x_ND
+        chosen_ND = sae(Normalised(x_LND)).x_ND
     at = [torch.equal(chosen_ND, x_ND) for x_ND in x_LND].index(True)
     torch.manual_seed(11)  # the trainer seeds every step, so a run can be repeated
     assert_is_topk_of(sae, x_LND, list(x_LND[at]), dead_F)
@@ -232,10 +232,10 @@ def test_random_visits_every_layer_about_as_often_and_in_use_reads_them_all() ->
     x_LND, sae = normalised(), make("random")
     torch.manual_seed(0)
     with torch.no_grad():
-        read = [sae(x_LND).x_ND for _ in range(300)]
+        read = [sae(Normalised(x_LND)).x_ND for _ in range(300)]
         seen = [[torch.equal(x_ND, one_ND) for one_ND in x_LND].index(True) for x_ND in read]
         sae.eval()
-        used = sae(x_LND)
+        used = sae(Normalised(x_LND))
     assert all(70 < seen.count(at) < 130 for at in range(L))  # within four standard deviations of 100
     assert torch.equal(used.x_ND, x_LND.flatten(0, 1))
 
@@ -244,7 +244,7 @@ def test_random_visits_every_layer_about_as_often_and_in_use_reads_them_all() ->
 def test_mlsae_and_random_start_from_the_median_over_all_layers(name: str) -> None:
     recipe = Recipe(sae=name, layers=(4, 6, 9), width=D, latents=LATENTS, k=K)
     sae, x_LND = build(recipe, torch.Generator().manual_seed(0)), normalised()
-    sae.initialise(NormalisedLayers(x_LND))
+    sae.initialise(Normalised(x_LND))
     assert isinstance(sae, TopK)
     torch.testing.assert_close(sae.b_dec_D.detach(), geometric_median(x_LND.flatten(0, 1)))
 

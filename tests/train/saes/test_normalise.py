@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from routesae.reporting import WrongInput
-from routesae.train.saes import Recipe, build
-from routesae.train.saes.normalise import dataset_scale, normalise, normalise_layers
+from routesae.tests.hidden import normalise_layers
+from routesae.train.saes import SAE, SAES, SINGLE_LAYER, Recipe, RouteSAE, build
+from routesae.train.saes.normalise import Hidden, dataset_scale, normalise
 from routesae.train.saes.starts import geometric_median
 
 L, N, D, LATENTS, K = 3, 40, 16, 48, 5
@@ -31,14 +34,14 @@ def normalised_by_hand(hidden_D: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_normalise_is_the_equation_token_by_token(dtype: torch.dtype) -> None:
     hidden_ND = hidden(dtype=dtype)[0]
-    x_ND = normalise(hidden_ND).x_ND
+    x_ND = normalise(hidden_ND)[0]
     assert x_ND.dtype == torch.float32
     for n in range(N):
         torch.testing.assert_close(x_ND[n].double(), normalised_by_hand(hidden_ND[n]), rtol=1e-5, atol=1e-5)
 
 
 def test_normalised_tokens_have_zero_mean_and_unit_unbiased_std() -> None:
-    x_ND = normalise(hidden()[1]).x_ND.double()
+    x_ND = normalise(hidden()[1])[0].double()
     assert x_ND.mean(1).abs().max() < 1e-6
     assert (x_ND.square().sum(1) / (D - 1) - 1).abs().max() < 1e-4
 
@@ -46,27 +49,76 @@ def test_normalised_tokens_have_zero_mean_and_unit_unbiased_std() -> None:
 def test_normalise_survives_what_overflows_float16_when_squared() -> None:
     hidden_ND = torch.full((1, D), 30_000.0, dtype=torch.float16)
     hidden_ND[0, 0] = -60_000
-    x_ND = normalise(hidden_ND).x_ND
+    x_ND = normalise(hidden_ND)[0]
     torch.testing.assert_close(x_ND[0].double(), normalised_by_hand(hidden_ND[0]), rtol=1e-5, atol=1e-5)
 
 
 def test_a_constant_token_normalises_to_zero() -> None:
-    assert normalise(torch.full((2, D), 3.0, dtype=torch.float16)).x_ND.count_nonzero() == 0
+    assert normalise(torch.full((2, D), 3.0, dtype=torch.float16))[0].count_nonzero() == 0
 
 
-def test_undo_takes_the_normalised_back_to_what_was_stored() -> None:
-    hidden_ND = hidden()[2]
-    normalised = normalise(hidden_ND)
-    undone_ND = normalised.undo(normalised.x_ND)
-    torch.testing.assert_close(undone_ND, hidden_ND.float(), rtol=1e-6, atol=1e-4)
-    assert torch.equal(undone_ND.half(), hidden_ND)
+# ---------------------------------------------------------------------------------- hidden states in and out of SAEs
 
 
-def test_undo_of_a_reconstruction_is_in_the_models_scale() -> None:
-    hidden_ND = hidden()[2].double()
-    undone_ND = normalise(hidden_ND).undo(torch.full((N, D), 2.0))
-    expected_N = hidden_ND.mean(1) + 2 * (hidden_ND.std(1) + 1e-6)
-    torch.testing.assert_close(undone_ND.double(), expected_N[:, None].expand(N, D), rtol=1e-5, atol=1e-4)
+def identity(name: str, normalize: str, **changes: Any) -> SAE:
+    """An SAE that reconstructs exactly what it reads: f = ReLU(x), ReLU(−x), every latent kept."""
+    layers = (4,) if name in SINGLE_LAYER else (4, 6, 9)
+    width = D if name != "crosscoder" else D * len(layers)
+    changes |= {"prefixes": (2 * width,)} if name == "matryoshka" else {}
+    recipe = Recipe(sae=name, layers=layers, width=D, latents=2 * width, k=2 * width, normalize=normalize, **changes)
+    sae = build(recipe).eval().requires_grad_(False)
+    eye = torch.eye(width)
+    rows = torch.cat([eye, -eye])
+    for key, parameter in sae.named_parameters():
+        if "W_" in key:
+            parameter.copy_(rows)
+        elif "router" not in key:
+            parameter.zero_()
+    sae.scale = 0.3 if normalize == "dataset" else 1.0
+    return sae
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("normalize", ["token", "dataset", "none"])
+@pytest.mark.parametrize("name", SAES)
+def test_hidden_states_go_in_and_come_back_as_they_are_in_the_lm(
+    name: str, normalize: str, dtype: torch.dtype
+) -> None:
+    sae = identity(name, normalize)
+    hidden_LND = hidden(dtype=dtype)
+    ending = (D,) if sae.one_layer else (L, D)
+    given = hidden_LND[0] if sae.one_layer else hidden_LND.transpose(0, 1)
+    expected = given.float()
+    if isinstance(sae, RouteSAE):
+        expected = hidden_LND[sae.routes(given).at_N, torch.arange(N)].float()
+    tolerances = {"rtol": 1e-4, "atol": 1e-4}
+    for lead in ((N,), (5, 8), (2, 4, 5)):
+        latents = sae.encode(given.view(*lead, *ending) if given.is_contiguous() else given.reshape(*lead, *ending))
+        back = sae.decode(latents)
+        assert back.dtype == torch.float32
+        torch.testing.assert_close(back, expected.reshape(*lead, *expected.shape[1:]), **tolerances)
+    torch.testing.assert_close(sae.decode(sae(given).latents), expected, **tolerances)
+    # What a cache knows of its rows is what an SAE finds out by itself.
+    statistics = (hidden_LND.float().mean(2, keepdim=True), hidden_LND.float().std(2, keepdim=True))
+    layers = [0] if sae.one_layer else [0, 1, 2]
+    stored = Hidden(hidden_LND[layers], *(part_LN1[layers] for part_LN1 in statistics))
+    torch.testing.assert_close(sae.encode(stored).dense(), sae.encode(given).dense(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sae.decode(sae.encode(stored)), expected, **tolerances)
+
+
+@pytest.mark.parametrize("name", SAES)
+def test_hidden_states_of_another_shape_are_refused(name: str) -> None:
+    sae = identity(name, "token")
+    reads = "16" if sae.one_layer else "3, 16"
+    for shape in ((N, D + 1), (D,)[: 0 if sae.one_layer else 1], (N, 2, D + 1)):
+        with pytest.raises(WrongInput, match=rf"reads \[\.\.\., {reads}\]"):
+            sae.encode(torch.zeros(shape))
+
+
+def test_soft_routing_has_no_way_back() -> None:
+    sae = identity("routesae", "token", routing="soft")
+    with pytest.raises(WrongInput, match="soft routing mixes all layers"):
+        sae.decode(sae.encode(hidden().transpose(0, 1)))
 
 
 def test_geometric_median_of_points_on_a_line_is_the_median() -> None:

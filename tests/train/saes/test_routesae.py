@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from routesae.reporting import WrongInput
+from routesae.tests.hidden import Normalised, normalise_layers
 from routesae.train.saes import Forward, Recipe, RouteSAE, build
-from routesae.train.saes.normalise import NormalisedLayers, normalise_layers
+from routesae.train.saes.normalise import NormalisedLayers
 from routesae.train.saes.routers import CONTROLS, ROUTERS, balance_loss, hashed_layers, places_of, rows
 from routesae.train.saes.single import SingleLayerSAE
 from routesae.train.saes.starts import geometric_median
@@ -69,7 +70,7 @@ def assert_is_autoencoded(shared: SingleLayerSAE, out: Forward, x_ND: Tensor) ->
     torch.testing.assert_close(out.x_ND.double(), x_ND, rtol=1e-4, atol=1e-4)
     weights = (shared.W_enc_FD, shared.b_enc_F, shared.W_dec_FD, shared.b_dec_D)
     W_enc_FD, b_enc_F, W_dec_FD, b_dec_D = (tensor.detach().double() for tensor in weights)
-    f_NF = out.latents.dense(LATENTS)
+    f_NF = out.latents.dense()
     for n in range(len(x_ND)):
         z = (W_enc_FD @ (x_ND[n] - b_dec_D) + b_enc_F).tolist()
         active = {at: z[at] for at in sorted(range(LATENTS), key=lambda i, z=z: -z[i])[:K] if z[at] > 0}
@@ -86,7 +87,7 @@ def test_routesae_is_its_equations_token_by_token(routing: str, aggregate: str) 
     sae, x_LND = routesae(routing=routing, aggregate=aggregate), normalised()
     w_NL, x_ND = routed_by_hand(sae, x_LND)
     assert len(set(w_NL.argmax(1).tolist())) == L  # every layer is some token's
-    out = sae(x_LND)
+    out = sae(Normalised(x_LND))
     assert out.routing_NL is not None
     torch.testing.assert_close(out.routing_NL.double(), w_NL, rtol=1e-3, atol=1e-4)
     assert_is_autoencoded(sae.shared, out, x_ND)
@@ -96,10 +97,10 @@ def test_routesae_is_its_equations_token_by_token(routing: str, aggregate: str) 
 def test_in_use_every_router_reads_the_likeliest_layer_and_only_published_ones_scale_it(router: str) -> None:
     sae, x_LND = routesae(router=router).eval(), normalised()
     w_NL, x_ND = routed_by_hand(sae, x_LND)
-    out = sae(x_LND)
+    out = sae(Normalised(x_LND))
     assert out.weights_N is None
     assert_is_autoencoded(sae.shared, out, x_ND)
-    routes = sae.routes(NormalisedLayers(x_LND))
+    routes = sae.routes(Normalised(x_LND))
     for n in range(N):
         w = w_NL[n].tolist()
         assert routes.at_N[n] == w.index(max(w))
@@ -111,10 +112,10 @@ def test_sum_and_mean_differ_by_the_number_of_layers_before_the_softmax() -> Non
     summed, averaged, x_LND = routesae(aggregate="sum"), routesae(aggregate="mean"), normalised()
     with torch.no_grad():
         averaged.router_LD.mul_(L)
-    torch.testing.assert_close(summed.routing(NormalisedLayers(x_LND)), averaged.routing(NormalisedLayers(x_LND)))
+    torch.testing.assert_close(summed.routing(Normalised(x_LND)), averaged.routing(Normalised(x_LND)))
     with torch.no_grad():
         averaged.router_LD.div_(L)
-    assert (summed.routing(NormalisedLayers(x_LND)) - averaged.routing(NormalisedLayers(x_LND))).abs().max() > 0.01
+    assert (summed.routing(Normalised(x_LND)) - averaged.routing(Normalised(x_LND))).abs().max() > 0.01
 
 
 def test_the_gradient_of_soft_routing_equals_plain_autograds() -> None:
@@ -145,21 +146,21 @@ def test_the_generator_fixes_the_routers_weights() -> None:
 def test_routesae_initialises_on_the_routed_inputs(routing: str) -> None:
     sae, sample_LND = routesae(routing=routing), normalised()
     _, x_ND = routed_by_hand(sae, sample_LND)
-    sae.initialise(NormalisedLayers(sample_LND))
+    sae.initialise(Normalised(sample_LND))
     torch.testing.assert_close(sae.shared.b_dec_D.detach().double(), geometric_median(x_ND), rtol=1e-2, atol=1e-3)
 
 
 def test_the_shared_sae_uses_the_k_that_the_trainer_set() -> None:
     sae = routesae()
     sae.k = 2
-    assert (sae(normalised()).latents.dense(LATENTS) > 0).sum(1).max() == 2
+    assert (sae(Normalised(normalised())).latents.dense() > 0).sum(1).max() == 2
 
 
 def test_forward_leaves_its_input_as_it_was() -> None:
     for changes in [*({"router": router} for router in ROUTERS), {"routing": "soft"}]:
         x_LND = normalised()
         before_LND = x_LND.clone()
-        routesae(**changes)(x_LND)
+        routesae(**changes)(Normalised(x_LND))
         assert torch.equal(x_LND, before_LND)
 
 
@@ -219,7 +220,7 @@ def test_top2s_loss_and_gradients_are_those_of_the_expected_loss_over_the_two(ag
         both = w_NL[n, first] * shares_LN[first, n] + w_NL[n, second] * shares_LN[second, n]
         expected = expected + both / (w_NL[n, first] + w_NL[n, second]) / N
     expected.backward()
-    out = sae(x_LND)
+    out = sae(Normalised(x_LND))
     assert len(out.x_ND) == 2 * N
     objective = sae.loss(out, NONE_DEAD)
     objective.total.backward()
@@ -235,7 +236,7 @@ def test_top2s_loss_and_gradients_are_those_of_the_expected_loss_over_the_two(ag
 def test_only_the_controls_do_not_learn(router: str) -> None:
     sae = routesae(router=router)
     assert sae.router_LD.requires_grad == (router not in CONTROLS) == (router not in ("frozen", "random"))
-    out = sae(normalised())
+    out = sae(Normalised(normalised()))
     sae.loss(out, NONE_DEAD).total.backward()
     assert (sae.router_LD.grad is not None) == sae.router_LD.requires_grad
     assert sae.shared.W_enc_FD.grad is not None
@@ -244,7 +245,7 @@ def test_only_the_controls_do_not_learn(router: str) -> None:
 def test_the_random_router_spreads_tokens_evenly_by_their_ids_and_positions_and_nothing_else() -> None:
     sae, x_LND = routesae(router="random").eval(), normalised(tokens=6000)
     place_N = places_of(torch.arange(6000) % 50, torch.arange(6000) // 50)
-    used = sae(NormalisedLayers(x_LND, place_N=place_N))
+    used = sae(Normalised(x_LND, place_N=place_N))
     assert used.routing_NL is not None
     assert used.routing_NL.sum(1).unique().tolist() == [1]
     assert used.routing_NL.mean(0).tolist() == pytest.approx([1 / L] * L, abs=0.03)  # five standard deviations
@@ -255,10 +256,10 @@ def test_the_random_router_spreads_tokens_evenly_by_their_ids_and_positions_and_
     for apart in (by_position[1:] != by_position[:-1], by_position[:, 1:] != by_position[:, :-1]):
         assert float(apart.float().mean()) == pytest.approx(1 - 1 / L, abs=0.03)
     # Other hidden states, another batch, another order: the same layers.
-    other = NormalisedLayers(torch.randn(L, 37, D), place_N=place_N[100:137].flip(0))
+    other = Normalised(torch.randn(L, 37, D), place_N=place_N[100:137].flip(0))
     assert torch.equal(sae.routes(other).at_N, at_N[100:137].flip(0))
     with pytest.raises(WrongInput, match="random goes by each token's id and position"):
-        sae(x_LND)
+        sae(Normalised(x_LND))
 
 
 def test_the_random_router_draws_evenly_in_training_and_again_what_the_seed_says() -> None:
@@ -266,7 +267,7 @@ def test_the_random_router_draws_evenly_in_training_and_again_what_the_seed_says
     drawn = []
     for seed in (1, 2, 1):
         torch.manual_seed(seed)
-        routing_NL = sae(x_LND).routing_NL
+        routing_NL = sae(Normalised(x_LND)).routing_NL
         assert routing_NL is not None
         assert routing_NL.mean(0).tolist() == pytest.approx([1 / L] * L, abs=0.03)
         drawn.append(routing_NL)
@@ -292,14 +293,16 @@ def test_the_balance_loss_is_1_when_even_and_the_number_of_layers_when_collapsed
 @pytest.mark.parametrize("router", ["published", "top2"])
 def test_balance_adds_its_weight_times_layers_times_shares_by_mean_probabilities(router: str) -> None:
     plain, balanced, x_LND = routesae(router=router), routesae(router=router, balance=0.7), normalised()
-    out = balanced(x_LND)
+    out = balanced(Normalised(x_LND))
     w_NL = out.routing_NL
     assert w_NL is not None
     reads = w_NL.topk(2 if router == "top2" else 1, dim=1).indices.flatten().tolist()
     term = L * sum(reads.count(at) / len(reads) * w_NL[:, at].mean().item() for at in range(L))
-    difference = balanced.loss(out, NONE_DEAD).total.item() - plain.loss(plain(x_LND), NONE_DEAD).total.item()
+    difference = (
+        balanced.loss(out, NONE_DEAD).total.item() - plain.loss(plain(Normalised(x_LND)), NONE_DEAD).total.item()
+    )
     assert difference == pytest.approx(0.7 * term, rel=1e-4)
     balanced.eval()
     plain.eval()
-    in_use = [sae.loss(sae(x_LND), NONE_DEAD).total.item() for sae in (balanced, plain)]
+    in_use = [sae.loss(sae(Normalised(x_LND)), NONE_DEAD).total.item() for sae in (balanced, plain)]
     assert in_use[0] == in_use[1]

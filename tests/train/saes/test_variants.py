@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from routesae.tests.hidden import Normalised, normalise_layers
 from routesae.train.losses import AUXK_WEIGHT, squared_error_shares
 from routesae.train.saes import SAE, SAES, SINGLE_LAYER, Recipe, RouteSAE, SingleLayerSAE, build
 from routesae.train.saes.batchtopk import BatchTopK
 from routesae.train.saes.matryoshka import default_prefixes
-from routesae.train.saes.normalise import NormalisedLayers, normalise_layers
 from routesae.train.saes.penalty import PenaltyWeight
 from routesae.train.saes.starts import geometric_median
 
@@ -177,7 +177,7 @@ def assert_gradients_are(sae: SAE, W: dict[str, Tensor], rtol: float, *, router:
 
 
 def f_of(out: Any) -> Tensor:
-    return out.latents.dense(LATENTS).detach().double()
+    return out.latents.dense().detach().double()
 
 
 # ---------------------------------------------------------------------------------- alone, in training mode
@@ -237,7 +237,7 @@ def test_the_cases_cover_every_variant_over_one_layer() -> None:
 @pytest.mark.parametrize("case", ["topk", "batchtopk", "matryoshka"])
 def test_dead_latents_change_the_loss_by_a_32nd_of_auxk(case: str) -> None:
     sae = make(case)
-    out = sae(normalised())
+    out = sae(Normalised(normalised()))
     W = leaves(sae)
     extra = auxk_of(W, out.x_ND.double(), list(out.reconstruction_ND.double()), DEAD).item()
     assert extra > 0.01
@@ -248,7 +248,7 @@ def test_dead_latents_change_the_loss_by_a_32nd_of_auxk(case: str) -> None:
 
 def test_the_gates_decoder_is_frozen_in_the_auxiliary_term_and_free_elsewhere() -> None:
     sae = make("gated")
-    out = sae(normalised())
+    out = sae(Normalised(normalised()))
     assert out.auxiliary is not None
     gradients = torch.autograd.grad(out.auxiliary, (sae.W_dec_FD, sae.b_dec_D), allow_unused=True, retain_graph=True)
     assert gradients[0] is None  # b_dec has one still, through the encoder's centring
@@ -296,7 +296,7 @@ def test_a_routed_variants_loss_and_gradients_are_its_own_on_the_routed_input(
     shared = {name.removeprefix("shared."): tensor for name, tensor in W.items()}
     expected = expected_of(sae.shared, shared, torch.stack(inputs), DEAD)
     expected.loss.backward()
-    out = sae(x_LND)
+    out = sae(Normalised(x_LND))
     objective = sae.loss(out, DEAD)
     objective.total.backward()
     torch.testing.assert_close(f_of(out), expected.f_NF.detach(), rtol=1e-5, atol=1e-5)
@@ -313,18 +313,18 @@ def test_a_routed_variants_loss_and_gradients_are_its_own_on_the_routed_input(
 def test_in_use_encode_and_decode_are_the_two_halves_of_forward(case: str) -> None:
     sae = make(case)
     x_LND = normalised()
-    sae(x_LND)  # batchtopk learns its threshold
+    sae(Normalised(x_LND))  # batchtopk learns its threshold
     with torch.no_grad():
-        trained = f_of(sae(x_LND))
+        trained = f_of(sae(Normalised(x_LND)))
         sae.eval()
-        out = sae(x_LND)
-        latents = sae.encode(x_LND[0])
-    dense_NF = latents.dense(LATENTS).double()
+        out = sae(Normalised(x_LND))
+        latents = sae.encode(Normalised(x_LND))
+    dense_NF = latents.dense().double()
     torch.testing.assert_close(dense_NF, f_of(out), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(sae.decode(latents), out.reconstruction_ND, rtol=1e-5, atol=1e-5)
     if "batchtopk" not in case and case != "matryoshka":  # these select otherwise in use
         torch.testing.assert_close(dense_NF, trained, rtol=1e-5, atol=1e-5)
-    assert not latents.dense(LATENTS).requires_grad
+    assert not latents.dense().requires_grad
 
 
 def test_forward_leaves_its_input_as_it_was() -> None:
@@ -347,7 +347,7 @@ def test_the_threshold_is_the_mean_of_each_batchs_least_positive_latent_then_a_r
         x_LND = normalised(seed=seed)
         f_NF = expected_of(sae, leaves(sae), x_LND[0].double(), NONE_DEAD).f_NF
         least.append(f_NF[f_NF > 0].min().item())
-        sae(x_LND)
+        sae(Normalised(x_LND))
         share = max(1 / len(least), 0.1)  # the first ten count alike
         expected = (1 - share) * expected + share * least[-1]
         assert float(sae.threshold) == pytest.approx(expected, rel=1e-4)
@@ -357,12 +357,12 @@ def test_the_threshold_is_the_mean_of_each_batchs_least_positive_latent_then_a_r
 @pytest.mark.parametrize("case", ["batchtopk", "matryoshka"])
 def test_in_use_a_latent_is_active_above_the_threshold_which_stays_as_it_is(case: str) -> None:
     sae, x_LND = make(case), normalised()
-    sae(x_LND)
+    sae(Normalised(x_LND))
     before = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
     theta = float(before["threshold"])
     assert theta > 0
     sae.eval()
-    out = sae(normalised(seed=1))
+    out = sae(Normalised(normalised(seed=1)))
     z_NF = (normalised(seed=1)[0] - sae.b_dec_D) @ sae.W_enc_FD.T + sae.b_enc_F
     torch.testing.assert_close(f_of(out), torch.where(z_NF > theta, z_NF, 0).detach().double(), rtol=1e-4, atol=1e-5)
     for name, tensor in sae.state_dict().items():
@@ -371,11 +371,11 @@ def test_in_use_a_latent_is_active_above_the_threshold_which_stays_as_it_is(case
 
 def test_a_batch_without_an_active_latent_leaves_the_threshold_finite() -> None:
     sae = make("batchtopk")
-    sae(normalised())
+    sae(Normalised(normalised()))
     theta = float(sae.threshold)
     with torch.no_grad():
         sae.b_enc_F.fill_(-1000)
-    sae(normalised())
+    sae(Normalised(normalised()))
     assert float(sae.threshold) == theta
 
 
@@ -404,7 +404,7 @@ def test_a_steered_lambda_ignores_the_warm_up_and_a_given_one_obeys_it() -> None
 def test_training_batches_steer_lambda_by_the_latents_they_found_active_and_others_do_not(case: str) -> None:
     sae = make(case, sparsity=None)
     before = float(sae.penalty.steered)
-    out = sae(normalised())
+    out = sae(Normalised(normalised()))
     mean = float((f_of(out) > 0).sum(1).double().mean())
     assert mean != K
     ratio = torch.tensor(mean / K).log().clamp(-1, 1)
@@ -415,14 +415,14 @@ def test_training_batches_steer_lambda_by_the_latents_they_found_active_and_othe
         fixed.loss(fixed(normalised()), NONE_DEAD).total.item(), rel=1e-5
     )
     sae.eval()
-    sae(normalised(seed=1))
+    sae(Normalised(normalised(seed=1)))
     assert float(sae.penalty.steered) == pytest.approx(after, rel=1e-6)
 
 
 @pytest.mark.parametrize("case", ["vanilla", "gated", "jumprelu lambda", "jumprelu target"])
 def test_the_warm_up_scales_the_penalty_and_nothing_else(case: str) -> None:
     sae = make(case)
-    out = sae(normalised())
+    out = sae(Normalised(normalised()))
     none, half, whole = (sae.loss(out, NONE_DEAD, factor).total.item() for factor in (0.0, 0.5, 1.0))
     assert whole > none
     assert half == pytest.approx((none + whole) / 2, rel=1e-5)
@@ -433,10 +433,10 @@ def test_the_warm_up_scales_the_penalty_and_nothing_else(case: str) -> None:
 def test_variants_of_no_fixed_k_start_with_k_latents_active_on_the_sample_on_average(name: str, k: int) -> None:
     recipe = Recipe(sae=name, layers=(4,), width=D, latents=LATENTS, k=k)
     sae, sample_LND = build(recipe, torch.Generator().manual_seed(0)), normalised()
-    sae.initialise(NormalisedLayers(sample_LND))
+    sae.initialise(Normalised(sample_LND))
     assert isinstance(sae, SingleLayerSAE)
     torch.testing.assert_close(sae.b_dec_D.detach(), geometric_median(sample_LND[0]))
-    active = int((f_of(sae(sample_LND)) > 0).sum())
+    active = int((f_of(sae(Normalised(sample_LND))) > 0).sum())
     assert k * N <= active <= k * N + 1  # the next lies at zero, or above it by rounding
 
 
@@ -448,7 +448,7 @@ def test_a_latent_of_twice_the_size_of_a_pre_activation_starts_worth_its_penalty
     sample_LND = scale * normalised()[:1].expand(layers, -1, -1)
     recipe = Recipe(sae=name, layers=tuple(range(layers)), width=D, latents=LATENTS, k=K)
     sae = build(recipe, torch.Generator().manual_seed(0))
-    sae.initialise(NormalisedLayers(sample_LND))
+    sae.initialise(Normalised(sample_LND))
     x_NC = torch.cat(list(sample_LND), dim=1)
     f = 2 * x_NC.norm(dim=1).mean() / (layers * D) ** 0.5
     decoder_norms = layers**0.5  # of a unit row over all layers, the same in each
@@ -479,11 +479,12 @@ def test_a_folded_scale_gives_the_same_latents_on_h_and_reconstructions_divided_
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
     h_LND = torch.randn(len(sae.recipe.layers), N, D, generator=torch.Generator().manual_seed(2)) / scale
     with torch.no_grad():
-        sae(scale * h_LND.flip(2))  # what is learned from batches has been; from others, so that no f is right at θ
+        # What is learned from batches has been; from others, so that no f is right at θ.
+        sae(Normalised(scale * h_LND.flip(2)))
         sae.eval()
-        before = sae(scale * h_LND)
+        before = sae(Normalised(scale * h_LND))
         sae.fold_scale(scale)
-        after = sae(h_LND)
+        after = sae(Normalised(h_LND))
     assert (f_of(before) > 0).any()
     torch.testing.assert_close(f_of(after), f_of(before), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(after.reconstruction_ND, before.reconstruction_ND / scale, rtol=1e-4, atol=1e-4)
@@ -525,7 +526,7 @@ def test_initialise_puts_the_decoder_bias_at_the_median_but_not_with_the_publish
     for published in (False, True):
         recipe = Recipe(sae=name, layers=(4,), width=D, latents=LATENTS, k=K, published=published)
         sae = build(recipe, torch.Generator().manual_seed(0))
-        sae.initialise(NormalisedLayers(normalised()))
+        sae.initialise(Normalised(normalised()))
         assert isinstance(sae, SingleLayerSAE)
         expected_D = torch.zeros(D) if published else geometric_median(normalised()[0])
         torch.testing.assert_close(sae.b_dec_D.detach(), expected_D)
@@ -533,7 +534,7 @@ def test_initialise_puts_the_decoder_bias_at_the_median_but_not_with_the_publish
 
 def test_published_jumprelus_threshold_and_bandwidth_are_a_thousandth_and_stay_at_the_start() -> None:
     sae = build(Recipe(sae="jumprelu", layers=(4,), width=D, latents=LATENTS, k=K, published=True, sparsity=0.1))
-    sae.initialise(NormalisedLayers(normalised()))
+    sae.initialise(Normalised(normalised()))
     assert sae.bandwidth == 0.001
     assert torch.equal(sae.threshold_F.detach(), torch.full((LATENTS,), 0.001))
 
@@ -550,7 +551,7 @@ def test_training_steps_keep_the_decoder_at_unit_norm_and_its_gradient_orthogona
     adam = torch.optim.Adam(whole.parameters(), lr=0.05)
     start_FD = sae.W_dec_FD.detach().clone()
     for step in range(1, 5):
-        whole.loss(whole(normalised(len(recipe.layers), seed=step)), NONE_DEAD).total.backward()
+        whole.loss(whole(Normalised(normalised(len(recipe.layers), seed=step))), NONE_DEAD).total.backward()
         grad_FD, W_dec_FD = sae.W_dec_FD.grad, sae.W_dec_FD.detach()
         assert grad_FD is not None
         raw_FD = grad_FD.clone()
@@ -571,7 +572,7 @@ def test_training_steps_keep_the_decoder_at_unit_norm_and_its_gradient_orthogona
 def test_vanillas_decoder_norms_are_free() -> None:
     sae = make("vanilla")
     before_FD = sae.W_dec_FD.detach().clone()
-    sae.loss(sae(normalised()), NONE_DEAD).total.backward()
+    sae.loss(sae(Normalised(normalised())), NONE_DEAD).total.backward()
     assert sae.W_dec_FD.grad is not None
     gradient_FD = sae.W_dec_FD.grad.clone()
     sae.project_gradient()
@@ -586,7 +587,7 @@ def test_published_renormalises_the_decoder_after_steps_1_11_21_and_the_last_and
     recipe = Recipe(sae=name, layers=layers, width=D, latents=LATENTS, k=K, published=True, sparsity=0.1)
     sae = build(recipe, torch.Generator().manual_seed(0))
     W_dec_FD = getattr(sae, "shared", sae).W_dec_FD
-    sae.loss(sae(normalised(len(layers))), NONE_DEAD).total.backward()
+    sae.loss(sae(Normalised(normalised(len(layers)))), NONE_DEAD).total.backward()
     gradient_FD = W_dec_FD.grad.clone()
     assert (gradient_FD * W_dec_FD.detach()).sum(1).abs().max() > 1e-6
     sae.project_gradient()

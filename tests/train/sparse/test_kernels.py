@@ -10,18 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from routesae.train.saes.jumprelu import jumprelu
 from routesae.train.sparse import kernels
+from routesae.train.sparse import pairs as pairs_module
 from routesae.train.sparse.kernels import (
-    AllPairs,
-    Pairs,
     encode_above,
     encode_all,
     encode_batchtopk,
     encode_topk,
-    jumprelu,
     threshold_latents,
     topk_latents,
 )
+from routesae.train.sparse.pairs import AllPairs, Latents, Pairs
 from routesae.train.sparse.search import Encoder
 
 
@@ -106,7 +106,7 @@ def sparse_autoencode(
     encoder = Encoder(W_enc_FD, b_enc_F if has_b_enc else None, b_dec_D if has_b_dec else None, proposal=proposal)
     pairs, z_P = select.encode(x_ND, encoder, k)
     f_P = select.activation(z_P)
-    f_NF = pairs.latents(f_P).dense(len(W_enc_FD))
+    f_NF = Latents(f_P, pairs).dense()
     weighed_N = pairs.by_token(f_P * pairs.at(v_F)) + pairs.by_token(f_P, v_F.square())
     return Out(pairs.decode(f_P, W_dec_FD, b_dec_D), f_NF, weighed_N)
 
@@ -220,8 +220,8 @@ def test_sparse_equals_dense_in_outputs_and_all_gradients(selection: str, name: 
 def test_sparse_equals_dense_where_rows_are_summed_a_few_columns_at_a_time(
     selection: str, name: str, columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "MANY_PAIRS", 0)
-    monkeypatch.setattr(kernels, "COLUMNS", columns)
+    monkeypatch.setattr(pairs_module, "MANY_PAIRS", 0)
+    monkeypatch.setattr(pairs_module, "COLUMNS", columns)
     assert_sparse_equals_dense(selection, *PROBLEMS[name], "both biases")
 
 
@@ -231,7 +231,7 @@ def test_columns_at_a_time_or_all_at_once_sums_are_the_same_bit_for_bit(
 ) -> None:
     """So that how many pairs a batch happens to have, or that this limit moves one day, changes no weights."""
     generator = torch.Generator().manual_seed(0)
-    tokens, latents, k = 12, 300, kernels.MANY_PAIRS
+    tokens, latents, k = 12, 300, pairs_module.MANY_PAIRS
     indices_NK = torch.stack([torch.randperm(latents, generator=generator)[:k] for _ in range(tokens)])
     pairs, weights_M = Pairs.of(indices_NK, latents), torch.randn(tokens * k, generator=generator)
     rows_FD, rows_ND = (torch.randn(n, width, generator=generator) for n in (latents, tokens))
@@ -241,10 +241,10 @@ def test_columns_at_a_time_or_all_at_once_sums_are_the_same_bit_for_bit(
         asked.append(weight.shape[1])
         return embedding_bag(input, weight, *args, **more)
 
-    monkeypatch.setattr(kernels.F, "embedding_bag", counted)
+    monkeypatch.setattr(pairs_module.F, "embedding_bag", counted)
     few = pairs.rows_by_token(weights_M, rows_FD), pairs.rows_by_latent(weights_M, rows_ND)
-    assert max(asked) <= kernels.COLUMNS < sum(asked) or width <= kernels.COLUMNS
-    monkeypatch.setattr(kernels, "MANY_PAIRS", k + 1)
+    assert max(asked) <= pairs_module.COLUMNS < sum(asked) or width <= pairs_module.COLUMNS
+    monkeypatch.setattr(pairs_module, "MANY_PAIRS", k + 1)
     whole = pairs.rows_by_token(weights_M, rows_FD), pairs.rows_by_latent(weights_M, rows_ND)
     assert asked[-2:] == [width, width]
     assert all(map(torch.equal, few, whole))
@@ -442,12 +442,14 @@ def test_encode_all_is_every_pre_activation(biases: str) -> None:
 def test_topk_latents_are_the_largest_pre_activations_cut_at_zero(n: int, k: int) -> None:
     given = problem(n, 5, 12, bias=-2.0)
     latents = topk_latents(given.x_ND, Encoder(given.W_enc_FD, given.b_enc_F, given.b_dec_D), k)
-    assert latents.indices_NK.dtype == torch.int64
+    assert isinstance(latents.pairs, Pairs)
+    indices_NK, values_NK = latents.pairs.latents_M.view(n, k), latents.values_P.view(n, k)
+    assert indices_NK.dtype == torch.int64
     z_NF = (given.x_ND - given.b_dec_D) @ given.W_enc_FD.T + given.b_enc_F
     for row in range(n):
         z = z_NF[row].tolist()
         best = sorted(range(12), key=lambda latent, z=z: -z[latent])[:k]  # type: ignore[misc]
-        found = dict(zip(latents.indices_NK[row].tolist(), latents.values_NK[row].tolist(), strict=True))
+        found = dict(zip(indices_NK[row].tolist(), values_NK[row].tolist(), strict=True))
         assert len(found) == k  # each latent once, active or not
         active = {latent: value for latent, value in found.items() if value > 0}
         assert active == pytest.approx({latent: z[latent] for latent in best if z[latent] > 0})
@@ -459,7 +461,7 @@ def test_threshold_latents_are_what_is_above_both_its_threshold_and_zero(n: int)
     given = problem(n, 5, 12)
     threshold_F = torch.linspace(-1.5, 2, 12, dtype=torch.float64)
     encoder = Encoder(given.W_enc_FD, given.b_enc_F, given.b_dec_D)
-    found = threshold_latents(given.x_ND, encoder, threshold_F).values_NF
+    found = threshold_latents(given.x_ND, encoder, threshold_F).dense()
     z_NF = (given.x_ND - given.b_dec_D) @ given.W_enc_FD.T + given.b_enc_F
     for row in range(0, n, 7):
         for latent in range(12):
@@ -473,7 +475,7 @@ def test_threshold_latents_are_what_is_above_both_its_threshold_and_zero(n: int)
 def test_a_pre_activation_at_its_threshold_is_not_active() -> None:
     encoder = Encoder(torch.eye(2), torch.tensor([0.5, 1.0]))
     floor_F = torch.tensor([0.5, 0.5])
-    assert threshold_latents(torch.zeros(1, 2), encoder, floor_F).values_NF.tolist() == [[0.0, 1.0]]
+    assert threshold_latents(torch.zeros(1, 2), encoder, floor_F).dense().tolist() == [[0.0, 1.0]]
     assert jumprelu(torch.tensor([[0.5, 1.0]]), floor_F, 0.1).tolist() == [[0.0, 1.0]]
     pairs, z_M = encode_above(torch.zeros(1, 2), encoder, floor_F)
     assert isinstance(pairs, Pairs)

@@ -8,16 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from routesae.train.sparse.kernels import (
-    Active,
-    AnyLatents,
-    DenseLatents,
-    Latents,
-    Pairs,
-    RaggedLatents,
-    decode,
-    encode_pairs,
-)
+from routesae.train.sparse.kernels import encode_pairs
+from routesae.train.sparse.pairs import AllPairs, Latents, Pairs
 from routesae.train.sparse.search import Encoder
 
 
@@ -67,7 +59,7 @@ def test_pairs_of_k_latents_a_token_list_each_token_with_its_own() -> None:
     assert pairs.tokens_M.tolist() == [0, 0, 1, 1, 2, 2]
     assert pairs.latents_M.tolist() == [2, 0, 1, 3, 3, 2]
     assert pairs.offsets_N.tolist() == [0, 2, 4]
-    assert (pairs.tokens, pairs.latents_in_all) == (3, 5)
+    assert (pairs.tokens, pairs.latents) == (3, 5)
 
 
 def test_sums_over_pairs_are_those_of_a_loop() -> None:
@@ -118,22 +110,22 @@ def test_no_pairs_at_all_decode_to_the_bias_and_send_gradients_of_zero() -> None
 def test_latents_of_every_kind_count_decode_and_list_what_is_active_alike(kind: str) -> None:
     given = rows()
     pairs, values_M, _ = listed_pairs()
-    ragged = RaggedLatents(values_M.relu(), pairs)  # half of the pairs are not active
     f_NF = torch.zeros(30, 13, dtype=torch.float64)
     f_NF[pairs.tokens_M, pairs.latents_M] = values_M.relu()
-    of_kind: dict[str, AnyLatents] = {
-        "k a token": Latents(*f_NF.topk(4, dim=1)),
-        "ragged": ragged,
-        "dense": DenseLatents(f_NF),
+    top = f_NF.topk(4, dim=1)
+    of_kind = {
+        "k a token": Latents(top.values.flatten(), Pairs.of(top.indices, 13)),
+        "ragged": Latents(values_M.relu(), pairs),  # half of the pairs are not active
+        "dense": Latents(f_NF, AllPairs()),
     }
     latents = of_kind[kind]
     assert 0 < int((f_NF > 0).sum()) < len(values_M)
-    assert torch.equal(latents.dense(13), f_NF)
-    assert latents.active_counts(13).tolist() == [int((f_NF[:, latent] > 0).sum()) for latent in range(13)]
-    torch.testing.assert_close(decode(latents, given.W_dec_FD, given.b_dec_D), f_NF @ given.W_dec_FD + given.b_dec_D)
+    assert torch.equal(latents.dense(), f_NF)
+    assert latents.active_counts.tolist() == [int((f_NF[:, latent] > 0).sum()) for latent in range(13)]
+    decoded_ND = latents.pairs.decode(latents.values_P, given.W_dec_FD, given.b_dec_D)
+    torch.testing.assert_close(decoded_ND, f_NF @ given.W_dec_FD + given.b_dec_D)
     active = latents.active()
-    assert isinstance(active, Active)
-    assert torch.equal(active.tokens_M, active.tokens_M.sort().values)
+    assert torch.equal(active[0], active[0].sort().values)
     triples = set(zip(*(part.tolist() for part in active), strict=True))
-    assert len(triples) == len(active.values_M)
+    assert len(triples) == len(active[2])
     assert triples == {(n, f, float(f_NF[n, f])) for n, f in f_NF.nonzero().tolist()}

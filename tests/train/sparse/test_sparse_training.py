@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from routesae.tests.hidden import Normalised
 from routesae.train import losses
 from routesae.train.adam import EPSILON as ADAM_EPSILON
 from routesae.train.saes import SAE, Forward, Recipe, RouteSAE, SingleLayerSAE, build
 from routesae.train.saes.crosscoder import Crosscoder
 from routesae.train.saes.topk import TopK
 from routesae.train.sparse import kernels
-from routesae.train.sparse.kernels import AllPairs, DenseLatents, Latents, RaggedLatents
+from routesae.train.sparse.pairs import AllPairs, Latents, Pairs
 from routesae.train.sparse.search import Encoder
 from routesae.train.trainee import DEFAULT_CLIP
 
@@ -66,7 +67,7 @@ def make(case: dict[str, Any], x_LND: Tensor) -> SAE:
         parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     if isinstance(sae, RouteSAE):
         sae.router_LD.mul_(5)
-    inner, x_ND = dictionary(sae), sae(x_LND).x_ND
+    inner, x_ND = dictionary(sae), sae(Normalised(x_LND)).x_ND
     z_NF = x_ND @ inner.W_enc_FC.T if isinstance(inner, Crosscoder) else (x_ND - inner.b_dec_D) @ inner.W_enc_FD.T
     least = torch.topk(z_NF.flatten(), z_NF.numel() // 50).values[-1]
     if hasattr(inner, "threshold_F"):
@@ -87,22 +88,22 @@ def test_the_objective_and_all_gradients_over_few_pairs_are_those_over_all(
     x_LND = rows(layers, seed=1)
     found: dict[type, dict[str, Tensor]] = {}
     few, plain = torch.bfloat16, torch.float32
-    for proposal, kind in ((few, RaggedLatents), (plain, RaggedLatents), (plain, DenseLatents)):
+    for proposal, kind in ((few, Pairs), (plain, Pairs), (plain, AllPairs)):
         monkeypatch.setattr(SAE, "proposal", proposal)
-        if kind is DenseLatents:
+        if kind is AllPairs:
             monkeypatch.setattr(kernels, "SPARSE_BELOW", -1)
         sae = make(case, x_LND)
-        out = sae(x_LND)
-        assert type(out.latents) is kind  # chosen by itself where few are active
+        out = sae(Normalised(x_LND))
+        assert type(out.latents.pairs) is kind  # chosen by itself where few are active
         objective = sae.loss(out, DEAD)
         objective.total.backward()  # type: ignore[no-untyped-call]
         gradients = {of: p.grad for of, p in sae.named_parameters() if p.grad is not None and p.grad.any()}
-        now = {**gradients, **objective._asdict(), "f": out.latents.dense(LATENTS).detach()}
+        now = {**gradients, **objective._asdict(), "f": out.latents.dense().detach()}
         assert 0 < now["f"].count_nonzero() < now["f"].numel() / 20
-        for of, tensor in found.get(RaggedLatents, now).items():
+        for of, tensor in found.get(Pairs, now).items():
             error = float((now[of] - tensor).detach().norm() / tensor.detach().norm())
             assert error < (1e-4 if of == "router_LD" else 1e-5), (of, error, proposal, kind)
-        assert found.setdefault(RaggedLatents, now).keys() == now.keys()
+        assert found.setdefault(Pairs, now).keys() == now.keys()
 
 
 def plain_topk(z_NF: Tensor, k: int) -> Tensor:
@@ -115,7 +116,7 @@ class DenseTopK(TopK):
 
     def autoencode(self, x_ND: Tensor, weights_N: Tensor | None = None) -> Forward:
         f_NF = plain_topk((x_ND - self.b_dec_D) @ self.W_enc_FD.T + self.b_enc_F, self.k).relu()
-        return Forward(x_ND, f_NF @ self.W_dec_FD + self.b_dec_D, DenseLatents(f_NF), weights_N=weights_N)
+        return Forward(x_ND, f_NF @ self.W_dec_FD + self.b_dec_D, Latents(f_NF, AllPairs()), weights_N=weights_N)
 
 
 def plain_encode_topk(x_ND: Tensor, encoder: Encoder, k: int) -> tuple[AllPairs, Tensor]:
@@ -126,12 +127,12 @@ def plain_encode_topk(x_ND: Tensor, encoder: Encoder, k: int) -> tuple[AllPairs,
 def curve(sae: SAE, kind: type, dtype: torch.dtype) -> Tensor:
     """NormMSE of each of 200 steps of Adam, taken as routesae.train.trainee takes them."""
     assert isinstance(sae, SingleLayerSAE)
-    sae.to(dtype).centre(rows(1, seed=1000, tokens=512)[0].to(dtype))
+    sae.to(dtype).start_from(rows(1, seed=1000, tokens=512)[0].to(dtype))
     adam = torch.optim.Adam(sae.parameters(), lr=2e-3, eps=ADAM_EPSILON)
     errors = []
     for step in range(1, 201):
         out = sae.autoencode(rows(1, seed=step, tokens=96)[0].to(dtype))
-        assert type(out.latents) is kind
+        assert type(out.latents.pairs) is kind
         objective = sae.loss(out, DEAD)
         adam.zero_grad()
         objective.total.backward()  # type: ignore[no-untyped-call]
@@ -152,11 +153,11 @@ def test_200_steps_of_training_over_few_pairs_have_the_curve_of_those_over_all(
     monkeypatch.setattr(kernels, "SPARSE_BELOW", 1.1)
     recipe = Recipe(sae=name, layers=(1,), width=D, latents=LATENTS, k=2 * K)
     sparsely = build(recipe, torch.Generator().manual_seed(0))
-    sparse = curve(sparsely, Latents if name == "topk" else RaggedLatents, dtype)
+    sparse = curve(sparsely, Pairs, dtype)
     monkeypatch.setattr(kernels, "SPARSE_BELOW", -1)
     monkeypatch.setattr(losses, "encode_topk", plain_encode_topk)
     densely = DenseTopK if name == "topk" else build
-    dense = curve(densely(recipe, torch.Generator().manual_seed(0)), DenseLatents, dtype)
+    dense = curve(densely(recipe, torch.Generator().manual_seed(0)), AllPairs, dtype)
     assert abs(dense[-1] / dense[0] - 1) > 0.15  # it trained
     assert dense[-1] < 0.6
     error = ((sparse - dense) / dense).abs()

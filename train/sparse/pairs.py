@@ -1,0 +1,205 @@
+"""Pairs of a token and a latent: what of an SAE's N·F numbers matters, and decoding from those alone.
+
+An SAE's equation is written once, over "pairs": all N·F of them (`AllPairs`, plain autograd), or the M that can be
+active (`Pairs`, found by routesae.train.sparse.search), whose gradients are written by hand. Decoding M pairs is an
+embedding bag, both weight gradients are embedding bags over the same pairs grouped by latent, and nothing of size
+[N, F] or [M, D] is ever made. PyTorch's own operators serve CPU and CUDA alike; all of it is float32, or wider.
+
+Dimension letters: N tokens, D width, F latents, K latents a token, M pairs; P: [N, F] of all pairs, or [M].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from routesae.train.sparse.search import row_products
+
+# From so many pairs a token on, a CPU sums rows a few columns at a time: those of all rows then lie near a core, and
+# each is read again and again (benchmarks/steps.py: up to twice as fast; with fewer pairs no faster).
+MANY_PAIRS, COLUMNS = 64, 64
+
+
+class Frame(NamedTuple):
+    """How rows that an SAE read go back to the LM's units: h = x / scale · std + mean; None parts are left out.
+
+    Each part is [R, 1] for R rows, for a crosscoder [R, L, 1]. lead: the leading dimensions of the hidden states that
+    the rows came from; None for rows as they are.
+    """
+
+    mean: Tensor | None = None
+    std: Tensor | None = None
+    scale: Tensor | None = None
+    lead: tuple[int, ...] | None = None
+
+    def moved(self, dx: Tensor) -> Tensor:
+        """A difference of two x, as one of two hidden states."""
+        dx = dx if self.scale is None else dx / self.scale
+        return dx if self.std is None else dx * self.std
+
+    def undo(self, x: Tensor) -> Tensor:
+        """x, or a reconstruction of it, in the LM's units."""
+        hidden = self.moved(x)
+        return hidden if self.mean is None else hidden + self.mean
+
+
+@dataclass(eq=False)
+class Latents:
+    """The latents of N tokens: values_P ≥ 0 (zero: not active) of `pairs`, [M] of `Pairs` or [N, F] of `AllPairs`.
+
+    frame: how what is decoded from them goes back to the LM's units; None where it cannot.
+    """
+
+    values_P: Tensor
+    pairs: Pairs | AllPairs
+    frame: Frame | None = None
+
+    @cached_property
+    def active_counts(self) -> Tensor:
+        """int64 [F]: on how many of the N tokens each latent is active."""
+        return self.pairs.active_counts(self.values_P.detach())
+
+    def dense(self) -> Tensor:
+        """f_NF, for what has to see every latent."""
+        return self.pairs.dense(self.values_P)
+
+    def active(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(tokens_M, latents_M, values_M) of the pairs whose latent is active, by token."""
+        return self.pairs.active(self.values_P)
+
+
+class AllPairs:
+    """Every token with every latent: what is per pair is a matrix [N, F]."""
+
+    def at(self, v_F: Tensor) -> Tensor:
+        """A latent's number for each of its pairs."""
+        return v_F
+
+    def by_token(self, v_NF: Tensor, weight_F: Tensor | None = None) -> Tensor:
+        """[N]: the sum over each token's pairs, weighted by latent where weight_F is given."""
+        return v_NF.sum(1) if weight_F is None else v_NF @ weight_F
+
+    def decode(self, f_NF: Tensor, W_dec_FD: Tensor, b_dec_D: Tensor) -> Tensor:
+        """x̂_ND = W_decᵀ f + b_dec."""
+        return f_NF @ W_dec_FD + b_dec_D
+
+    def active_counts(self, f_NF: Tensor) -> Tensor:
+        signs_NF = torch.sign(f_NF)  # as a product: summing booleans takes twice as long
+        with torch.autocast(f_NF.device.type, enabled=False):  # bfloat16 cannot count beyond 256
+            return (signs_NF.new_ones(len(signs_NF)) @ signs_NF).long()
+
+    def dense(self, f_NF: Tensor) -> Tensor:
+        return f_NF
+
+    def active(self, f_NF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        tokens_M, latents_M = torch.nonzero(f_NF > 0, as_tuple=True)
+        return tokens_M, latents_M, f_NF[tokens_M, latents_M]
+
+
+class Pairs:
+    """M pairs of a token and a latent, ordered by token; what is per pair is a vector [M].
+
+    tokens, latents: N and F. offsets_N: where each token's pairs begin.
+    """
+
+    def __init__(
+        self, tokens: int, latents: int, tokens_M: Tensor, latents_M: Tensor, offsets_N: Tensor | None = None
+    ):
+        self.tokens, self.latents = tokens, latents
+        self.tokens_M, self.latents_M = tokens_M, latents_M
+        if offsets_N is None:
+            counts_N = torch.bincount(tokens_M, minlength=tokens)
+            offsets_N = torch.cumsum(counts_N, 0) - counts_N
+        self.offsets_N = offsets_N
+
+    @classmethod
+    def of(cls, indices_NK: Tensor, latents: int) -> Pairs:
+        """Each token with its K latents."""
+        n, k = indices_NK.shape
+        token_N = torch.arange(n, device=indices_NK.device)
+        return cls(n, latents, token_N.repeat_interleave(k), indices_NK.flatten(), token_N * k)
+
+    def where(self, kept_M: Tensor) -> Pairs:
+        """Some of them; kept_M: their places, ascending."""
+        return Pairs(self.tokens, self.latents, self.tokens_M[kept_M], self.latents_M[kept_M])
+
+    def at(self, v_F: Tensor) -> Tensor:
+        """A latent's number for each of its pairs."""
+        return v_F.index_select(0, self.latents_M)
+
+    def by_token(self, v_M: Tensor, weight_F: Tensor | None = None) -> Tensor:
+        """[N]: the sum over each token's pairs, weighted by latent where weight_F is given."""
+        v_M = v_M if weight_F is None else v_M * self.at(weight_F)
+        return v_M.new_zeros(self.tokens).index_add(0, self.tokens_M, v_M)
+
+    def decode(self, f_M: Tensor, W_dec_FD: Tensor, b_dec_D: Tensor) -> Tensor:
+        """x̂_ND = W_decᵀ f + b_dec."""
+        reconstruction_ND: Tensor = _Decode.apply(f_M, W_dec_FD, self)  # type: ignore[no-untyped-call]
+        return reconstruction_ND + b_dec_D
+
+    def active_counts(self, f_M: Tensor) -> Tensor:
+        # Exact, as the sums are float64.
+        return torch.bincount(self.latents_M, weights=(f_M > 0).double(), minlength=self.latents).long()
+
+    def dense(self, f_M: Tensor) -> Tensor:
+        return f_M.new_zeros(self.tokens, self.latents).index_put_((self.tokens_M, self.latents_M), f_M)
+
+    def active(self, f_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        at_M = torch.nonzero(f_M > 0).squeeze(1)
+        return self.tokens_M[at_M], self.latents_M[at_M], f_M[at_M]
+
+    def rows_by_token(self, weights_M: Tensor, rows_FD: Tensor) -> Tensor:
+        """[N, D]: for each token the sum of its latents' rows, weighted."""
+        return self._sums(self.latents_M, rows_FD, self.offsets_N, weights_M)
+
+    @cached_property
+    def _grouped(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The pairs sorted by latent: their order_M, tokens_M, and where each latent's begin, offsets_F.
+
+        Sorted once; every weight gradient uses it. Stable, so that a run is repeatable bit for bit.
+        """
+        narrow = torch.int16 if self.latents < 2**15 else torch.int32  # half the passes of a radix sort
+        order_M = torch.argsort(self.latents_M.to(narrow), stable=True)
+        counts_F = torch.bincount(self.latents_M, minlength=self.latents)
+        return order_M, self.tokens_M.index_select(0, order_M), torch.cumsum(counts_F, 0) - counts_F
+
+    def rows_by_latent(self, weights_M: Tensor, rows_ND: Tensor) -> Tensor:
+        """[F, D]: for each latent the sum of its tokens' rows, weighted; zero where it has none."""
+        order_M, tokens_M, offsets_F = self._grouped
+        weights_M = weights_M.index_select(0, order_M)  # several times faster than [order_M] on a CPU
+        return self._sums(tokens_M, rows_ND, offsets_F, weights_M)
+
+    def _sums(self, indices_M: Tensor, rows_RD: Tensor, offsets_B: Tensor, weights_M: Tensor) -> Tensor:
+        """[B, D]: of each of B bags, the weighted sum of the rows that its indices name."""
+        if rows_RD.device.type != "cpu" or len(indices_M) < MANY_PAIRS * self.tokens:
+            return F.embedding_bag(indices_M, rows_RD, offsets_B, mode="sum", per_sample_weights=weights_M)
+        sums_BD = rows_RD.new_empty(len(offsets_B), rows_RD.shape[1])
+        for first in range(0, rows_RD.shape[1], COLUMNS):
+            part = slice(first, first + COLUMNS)
+            rows_RC = rows_RD[:, part].contiguous()
+            sums_BD[:, part] = F.embedding_bag(
+                indices_M, rows_RC, offsets_B, mode="sum", per_sample_weights=weights_M
+            )
+        return sums_BD
+
+
+class _Decode(torch.autograd.Function):
+    """W_decᵀ f over pairs."""
+
+    @staticmethod
+    def forward(ctx: Any, f_M: Tensor, W_dec_FD: Tensor, pairs: Pairs) -> Tensor:
+        ctx.save_for_backward(f_M, W_dec_FD)
+        ctx.pairs = pairs
+        return pairs.rows_by_token(f_M, W_dec_FD)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (f_M, W_dec_FD), pairs = ctx.saved_tensors, ctx.pairs
+        g_ND = grads[0].contiguous()
+        df_M = row_products(pairs.tokens_M, pairs.latents_M, W_dec_FD, g_ND) if ctx.needs_input_grad[0] else None
+        return df_M, pairs.rows_by_latent(f_M, g_ND) if ctx.needs_input_grad[1] else None, None
