@@ -20,19 +20,29 @@ if TYPE_CHECKING:
 
 FIRST = ("Model and corpus", "What is kept", "The dictionary", "This variant only", "Optimiser")  # groups of --help
 LAST = "The run"
-WATCH, BLOCKS = "routesae.console.watch:Watch", "routesae.console.options:BlockOptions"
+WATCH = "routesae.console.watch:Watch"
+BLOCKS, JSON, CONFIG = (f"routesae.console.options:{name}" for name in ("BlockOptions", "JsonFile", "ConfigFile"))
+PIPELINE, DRY_RUN = (f"routesae.console.options:{name}" for name in ("PipelineFile", "DryRun"))
 LONGEST_CHOICES = 28  # characters; longer lists of choices stand in the help text
 
 
-class SettingsCommand(click.Command):
-    """A command whose options are the settings of the classes named. The callback gets those that were given.
+def imported(path: str) -> Any:
+    """What "module:name" names."""
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
 
-    A class is imported when the command's options are first needed, so that `routesae --help` waits for none.
+
+class SettingsCommand(click.Command):
+    """A command whose options are the fields of Settings classes.
+
+    It builds settings of the first class, calls the room with them, and gives the callback both. Without a room to
+    call, the callback gets the settings; without classes of a room, the flags. Classes and room are imported when
+    they are needed, so that `routesae --help` waits for none.
     """
 
-    def __init__(self, *args: Any, settings: tuple[str, ...], hidden: tuple[str, ...], **rest: Any):
+    def __init__(self, *args: Any, settings: tuple[str, ...], room: str | None, hidden: tuple[str, ...], **rest: Any):
         super().__init__(*args, **rest)
-        self.settings, self.without = settings, hidden
+        self.settings, self.room, self.without = settings, room, hidden
 
     @cached_property
     def generated(self) -> dict[str, tuple[str, click.Parameter]]:
@@ -41,8 +51,7 @@ class SettingsCommand(click.Command):
 
         found: dict[str, tuple[str, click.Parameter]] = {}
         for path in self.settings:
-            module, _, name = path.partition(":")
-            of = getattr(importlib.import_module(module), name)
+            of = imported(path)
             for field, (info, shown) in described(of).items():
                 if field not in self.without and field not in found:
                     found[field] = shown.group, make_option(of, field, info, shown)
@@ -66,12 +75,25 @@ class SettingsCommand(click.Command):
         formatter.write(f"\nExample:\n  {self.epilog}\n")
 
     def invoke(self, ctx: click.Context) -> Any:
-        from routesae.console.options import take_run_options
+        from routesae.console.options import DryRun, JsonFile, set_up, taken, watching
+        from routesae.machine.files import write_json
 
-        given = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
-        flags = {name: value for name, value in ctx.params.items() if ctx.get_parameter_source(name) in given}
+        typed = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
+        flags = {name: value for name, value in ctx.params.items() if ctx.get_parameter_source(name) in typed}
+        set_up(ctx, flags)
         assert self.callback is not None
-        return ctx.invoke(self.callback, **take_run_options(ctx, flags))
+        if not self.settings or self.settings[0] in (WATCH, BLOCKS):
+            return ctx.invoke(self.callback, **flags)
+        file, more = JsonFile(**taken(JsonFile, flags)).json_file, taken(DryRun, flags)
+        settings = imported(self.settings[0]).from_flags(flags)
+        if self.room is None:
+            return ctx.invoke(self.callback, settings, **more)
+        run = imported(self.room)
+        with watching(settings) as report:
+            result = run(settings, report)
+        if file is not None:
+            write_json(file, result)
+        return ctx.invoke(self.callback, settings, result)
 
 
 def make_option(of: type[Settings], field: str, info: FieldInfo, shown: Shown) -> click.Parameter:
@@ -114,17 +136,17 @@ def default_text(value: Any, several: bool) -> str | None:
 
 
 def command(
-    group: click.Group, *settings: str, example: str, name: str | None = None, hidden: tuple[str, ...] = ()
+    group: click.Group, *settings: str, run: str | None = None, example: str, hidden: tuple[str, ...] = ()
 ) -> Callable[[Callable[..., None]], SettingsCommand]:
     """Make a function a command of the group.
 
-    settings: "module:Class" of each class whose fields are its options. hidden: fields that are no options here.
+    settings: "module:Class" of each class whose fields are its options; hidden: fields that are not options here.
+    run: "module:function" of the room.
     """
+    more: dict[str, Any] = {"settings": settings, "room": run, "hidden": hidden, "epilog": f"routesae {example}"}
 
     def decorate(function: Callable[..., None]) -> SettingsCommand:
-        made = click.command(
-            name, cls=SettingsCommand, settings=settings, hidden=hidden, epilog=f"routesae {example}"
-        )(function)
+        made = click.command(cls=SettingsCommand, **more)(function)
         group.add_command(made)
         return made
 

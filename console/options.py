@@ -1,15 +1,16 @@
-"""The options that commands share beside their own settings, and how long runs are watched."""
+"""The options that commands have beside the settings of their room, and what these set up before it is called."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from routesae.console.watch import Watch, configure_logging, status_in, watched
+from routesae.console.watch import Watch, configure_logging, status_beside, status_in, watched
 from routesae.machine.settings import RUN, Settings, setting
 from routesae.reporting import Report, WrongInput
 
@@ -19,16 +20,16 @@ class BlockOptions(Settings):
 
     cache_dir: str | None = setting(
         None,
-        group=RUN,
-        help="Where blocks read from an object store, and shards on their way to one, are kept.",
+        RUN,
+        "Where blocks read from an object store, and shards on their way to one, are kept.",
         metavar="PATH",
         env="ROUTESAE_CACHE_DIR",
         unset="routesae in the user's cache folder",
     )
     cache_bytes: int | None = setting(
         None,
-        group=RUN,
-        help="Bytes of blocks that a process keeps there, such as 500M or 20B (billion).",
+        RUN,
+        "Bytes of blocks that a process keeps there, such as 500M or 20B (billion).",
         ge=1,
         env="ROUTESAE_CACHE_BYTES",
         unset="10B",
@@ -39,7 +40,7 @@ class JsonFile(Settings):
     """Where results go beside the terminal."""
 
     json_file: str | None = setting(
-        None, group=RUN, help="Write the results to this file too, for programs.", flag="json", metavar="PATH"
+        None, RUN, "Write the results to this file too, for programs.", flag="json", metavar="PATH"
     )
 
     def check(self) -> None:
@@ -51,47 +52,61 @@ class JsonFile(Settings):
 class ConfigFile(Settings):
     """A TOML file of settings."""
 
-    config: str | None = setting(
-        None, group=RUN, help="TOML file with the names of these flags; flags win.", metavar="PATH"
-    )
+    config: str | None = setting(None, RUN, "TOML file with the names of these flags; flags win.", metavar="PATH")
 
 
 class PipelineFile(Settings):
     """The TOML file of `routesae run`."""
 
-    config: str = setting(group=RUN, help="TOML file with a table a stage, of its flags.", metavar="PATH")
+    config: str = setting(..., RUN, "TOML file with a table a stage, of its flags.", metavar="PATH")
+
+    @classmethod
+    def from_flags(cls, flags: dict[str, Any]) -> Any:
+        """The settings of the stages that the file names."""
+        from routesae.analyze.pipeline.settings import read_pipeline
+
+        return read_pipeline(cls(**flags).config)
 
 
 class DryRun(Settings):
     """Whether to ask at all."""
 
-    dry_run: bool = setting(False, group=RUN, help="Only show the prompts and about what they would cost.")
+    dry_run: bool = setting(False, RUN, "Only show the prompts and about what they would cost.")
 
 
-def take_run_options(ctx: click.Context, flags: dict[str, Any]) -> dict[str, Any]:
-    """Act on the flags of Watch and BlockOptions, which hold for the whole process; returns the others."""
-    seen = {name: flags.pop(name) for name in Watch.model_fields if name in flags}
-    kept = BlockOptions(**{name: flags.pop(name) for name in BlockOptions.model_fields if name in flags})
-    root = ctx.find_root()
-    root.obj = (root.obj or Watch()).replace(**seen)
+def taken(of: type[Settings], flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags that belong to a class, taken out of the others."""
+    return {name: flags.pop(name) for name in list(flags) if name in of.model_fields}
+
+
+def set_up(ctx: click.Context, flags: dict[str, Any]) -> None:
+    """Act on the flags of Watch and BlockOptions, which hold for the whole process, and take them out."""
+    root, kept = ctx.find_root(), BlockOptions(**taken(BlockOptions, flags))
+    root.obj = (root.obj or Watch()).replace(**taken(Watch, flags))
     configure_logging(root.obj)
     if kept.cache_dir is not None or kept.cache_bytes is not None:
-        from dataclasses import replace
-
         from routesae.harvest.cache.store import blocks
 
         before = blocks.chosen()
         folder = before.folder if kept.cache_dir is None else Path(kept.cache_dir)
         blocks.choose(replace(before, folder=folder, limit=kept.cache_bytes or before.limit))
-    return flags
 
 
-def watching(status: Path | None = None) -> AbstractContextManager[Report]:
-    """What the running command reports to. status: the file it keeps where --status names no other."""
+def watching(settings: Any = None) -> AbstractContextManager[Report]:
+    """What the running command reports to. It keeps the status file that --status names, or that of its folder."""
     ctx = click.get_current_context()
-    return watched(ctx.find_root().obj or Watch(), str(ctx.info_name), status)
+    return watched(ctx.find_root().obj or Watch(), str(ctx.info_name), status_of(str(ctx.info_name), settings))
 
 
-def status_of(saes: Sequence[str], out: str) -> Path | None:
-    """The status file of a command that writes into SAE folders: in the one it is about, or where they all are."""
-    return status_in(saes[0] if len(saes) == 1 and Path(saes[0]).is_dir() else out)
+def status_of(command: str, settings: Any) -> Path | None:
+    """The status file of a command that fills a folder, or None."""
+    match command:
+        case "harvest":
+            return status_beside(settings.out, settings.worker)
+        case "train" if os.environ.get("RANK", "0") != "0":  # of torchrun's processes, the first reports for all
+            return None
+        case "contexts" | "interpret" if len(settings.saes) == 1 and Path(settings.saes[0]).is_dir():
+            return status_in(settings.saes[0])
+        case "train" | "ablation" | "contexts" | "interpret" | "run":
+            return status_in(settings.out)
+    return None

@@ -32,12 +32,12 @@ STATUS = "status.json"
 class Watch(Settings):
     """How a run is watched."""
 
-    quiet: bool = setting(False, group=RUN, help="Only warnings, errors and results.")
-    log_json: bool = setting(False, group=RUN, help="Log and progress on standard error as a JSON object a line.")
+    quiet: bool = setting(False, RUN, "Only warnings, errors and results.")
+    log_json: bool = setting(False, RUN, "Log and progress on standard error as a JSON object a line.")
     status: str | None = setting(
         None,
-        group=RUN,
-        help="File that says in JSON how far the run is.",
+        RUN,
+        "File that says in JSON how far the run is.",
         metavar="PATH",
         unset="status.json in the folder that is filled",
     )

@@ -36,48 +36,45 @@ class Share:
 class HarvestSettings(Settings):
     """Settings of one harvest. Raises WrongInput where a value is impossible."""
 
-    model: str = setting("meta-llama/Llama-3.2-1B", group=MODEL, help="Hub id, local folder, .gguf file, or demo.")
+    model: str = setting("meta-llama/Llama-3.2-1B", MODEL, "Hub id, local folder, .gguf file, or demo.")
     data: str = setting(
         "Skylion007/openwebtext",
-        group=MODEL,
-        help="A .txt, .jsonl, .jsonl.gz, .jsonl.zst or .parquet file, a folder of them, a hub dataset id, or demo.",
+        MODEL,
+        "A .txt, .jsonl, .jsonl.gz, .jsonl.zst or .parquet file, a folder of them, a hub dataset id, or demo.",
     )
-    split: str = setting("train", group=MODEL, help="Split of a hub dataset.")
-    text_field: str = setting("text", group=MODEL, help="Field or column that holds a document's text.")
-    min_chars: int = setting(100, group=MODEL, help="Skip documents shorter than this many characters.", ge=0)
-    tokens: int = setting(10_000_000, group=MODEL, help="Tokens of the corpus to run the LM on.", ge=1)
-    context: int = setting(512, group=MODEL, help="Tokens in a row, that is, a sequence of the LM.", ge=2)
+    split: str = setting("train", MODEL, "Split of a hub dataset.")
+    text_field: str = setting("text", MODEL, "Field or column that holds a document's text.")
+    min_chars: int = setting(100, MODEL, "Skip documents shorter than this many characters.", ge=0)
+    tokens: int = setting(10000000, MODEL, "Tokens of the corpus to run the LM on.", ge=1)
+    context: int = setting(512, MODEL, "Tokens in a row, that is, a sequence of the LM.", ge=2)
     layers: str | None = setting(
-        None, group=KEPT, help='Layers to keep, such as "4-12" or "4,8,12".', metavar="LIST", unset="n//4 to 3n//4"
+        None, KEPT, 'Layers to keep, such as "4-12" or "4,8,12".', metavar="LIST", unset="n//4 to 3n//4"
     )
     dtype: str = setting(
         "float16",
+        KEPT,
+        "Numbers on disk; int8 halves float16's bytes, and cache info says what is lost.",
         choices=("float16", "float32", "int8"),
-        group=KEPT,
-        help="Numbers on disk; int8 halves float16's bytes, and cache info says what is lost.",
     )
-    overflow: str = setting("error", choices=("error", "clip"), group=KEPT, help="What to do where dtype overflows.")
+    overflow: str = setting("error", KEPT, "What to do where dtype overflows.", choices=("error", "clip"))
     skip_positions: int = setting(
-        1, group=KEPT, help="Positions at the start of each row to leave out (the attention sink).", ge=0
+        1, KEPT, "Positions at the start of each row to leave out (the attention sink).", ge=0
     )
-    keep_special: bool = setting(False, group=KEPT, help="Keep the positions of special tokens too.")
-    shard_tokens: int = setting(65_536, group=RUN, help="Tokens in a shard; memory holds two shards.", ge=1)
+    keep_special: bool = setting(False, KEPT, "Keep the positions of special tokens too.")
+    shard_tokens: int = setting(65536, RUN, "Tokens in a shard; memory holds two shards.", ge=1)
     batch_sequences: int | None = setting(
-        None, group=RUN, help="Rows in a forward pass.", ge=1, unset="8 on a CPU, what fits on CUDA"
+        None, RUN, "Rows in a forward pass.", ge=1, unset="8 on a CPU, what fits on CUDA"
     )
     seed: int = SEED
     device: str = DEVICE
     lm_dtype: str = LM_DTYPE
     worker: int | None = setting(
-        None,
-        group=RUN,
-        help="Number of this worker, from 0, of several that share the work.",
-        unset="torchrun's RANK",
+        None, RUN, "Number of this worker, from 0, of several that share the work.", unset="torchrun's RANK"
     )
     workers: int | None = setting(
-        None, group=RUN, help="How many workers share the work.", ge=1, unset="torchrun's WORLD_SIZE, else 1"
+        None, RUN, "How many workers share the work.", ge=1, unset="torchrun's WORLD_SIZE, else 1"
     )
-    out: str = setting("shards", group=RUN, help="Folder of the cache, or a URL: s3://bucket/shards.", metavar="PATH")
+    out: str = setting("shards", RUN, "Folder of the cache, or a URL: s3://bucket/shards.", metavar="PATH")
 
     def check(self) -> None:
         if self.skip_positions >= self.context:

@@ -1,4 +1,4 @@
-"""Read small files that anybody may have written: whole, within bounds, or not at all.
+"""Read small files that anybody may have written: whole, within bounds, or not at all. Write JSON.
 
 A cache or an SAE may come from a stranger. Its manifest, records and configurations are JSON, and JSON can ask for
 any amount of memory, repeat a key so that two readers disagree, or not be a regular file.
@@ -7,6 +7,7 @@ any amount of memory, repeat a key so that two readers disagree, or not be a reg
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
 from pathlib import Path
@@ -83,6 +84,22 @@ def _keys(value: Any) -> int:
             return keys
         level = inside
     raise BadFile(f"nested more than {DEEPEST} deep")
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Write a value as JSON, whole or not at all. JSON has no NaN and no infinity: they become null."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(_without_nan(value), indent=2, allow_nan=False) + "\n")
+    partial.replace(path)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nan(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def leads_out_of(folder: Path, path: Path) -> bool:

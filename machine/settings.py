@@ -57,10 +57,10 @@ class Shown:
 
 
 def setting(
-    default: Any = ...,
-    *,
-    help: str,
+    default: Any,
     group: str,
+    help: str,
+    *,
     ge: float | None = None,
     gt: float | None = None,
     le: float | None = None,
@@ -73,21 +73,21 @@ def setting(
 
 
 # Settings that mean the same in several commands.
-DEVICE = setting("auto", help="Where it computes.", group=RUN, metavar="auto|cpu|cuda[:i]")
-SEED = setting(0, help="Seed of everything that is drawn at random.", group=RUN, ge=0, lt=2**32)
+DEVICE = setting("auto", RUN, "Where it computes.", metavar="auto|cpu|cuda[:i]")
+SEED = setting(0, RUN, "Seed of everything that is drawn at random.", ge=0, lt=2**32)
 LM_DTYPE = setting(
     "auto",
-    help="Precision of the LM; auto is bfloat16 where the device is fast at it.",
-    group=RUN,
+    RUN,
+    "Precision of the LM; auto is bfloat16 where the device is fast at it.",
     choices=("auto", "float32", "bfloat16"),
 )
-CACHE = setting("shards", help="Folder or URL that harvest wrote.", group=MODEL, metavar="PATH")
-OUT = setting("saes", help="Folder of SAE folders.", group=RUN, metavar="PATH")
+CACHE = setting("shards", MODEL, "Folder or URL that harvest wrote.", metavar="PATH")
+OUT = setting("saes", RUN, "Folder of SAE folders.", metavar="PATH")
 SAES = setting(
     (),
-    help="SAE folder, or user/repo[/folder][@revision] on the hub.",
+    MODEL,
+    "SAE folder, or user/repo[/folder][@revision] on the hub.",
     unset="all under --out",
-    group=MODEL,
     flag="sae",
     metavar="PATH",
 )
@@ -111,6 +111,11 @@ class Settings(BaseModel):
 
     def check(self) -> None:
         """Raise WrongInput where values that are fine alone do not go together."""
+
+    @classmethod
+    def from_flags(cls, flags: dict[str, Any]) -> Self:
+        """Settings from flags by field name, as typed."""
+        return cls(**flags)
 
     def to_dict(self) -> dict[str, Any]:
         """Every setting by its name, as JSON can hold it."""

@@ -45,75 +45,65 @@ class RunSettings(Settings):
     only_for names a trait of the variant ("one layer", "penalised") or a variant; see `applies`.
     """
 
-    sae: str = setting("routesae", group=DICTIONARY, help="Variant.", choices=variants(), metavar="NAME", swept=True)
+    sae: str = setting("routesae", DICTIONARY, "Variant.", choices=variants(), metavar="NAME", swept=True)
     layer: int | None = setting(
-        None,
-        group=VARIANT,
-        help="the layer it reads.",
-        ge=0,
-        only_for="one layer",
-        swept=True,
-        unset="the cache's middle one",
+        None, VARIANT, "the layer it reads.", ge=0, only_for="one layer", swept=True, unset="the cache's middle one"
     )
     latents: int | None = setting(
-        None, group=DICTIONARY, help="Size of the dictionary.", ge=1, instead_of="expansion", unset="8 x width"
+        None, DICTIONARY, "Size of the dictionary.", ge=1, instead_of="expansion", unset="8 x width"
     )
     expansion: int | None = setting(
-        None, group=DICTIONARY, help="Size of the dictionary in widths, instead of --latents.", ge=1, unset="8"
+        None, DICTIONARY, "Size of the dictionary in widths, instead of --latents.", ge=1, unset="8"
     )
-    k: int = setting(64, group=DICTIONARY, help="Active latents a token, or the number aimed at.", ge=1, swept=True)
+    k: int = setting(64, DICTIONARY, "Active latents a token, or the number aimed at.", ge=1, swept=True)
     anneal_k_from: int | None = setting(
-        None, group=OPTIMISER, help="k at the start, falling to --k over the sparsity warm-up.", ge=1
+        None, OPTIMISER, "k at the start, falling to --k over the sparsity warm-up.", ge=1
     )
     sparsity: float | None = setting(
         None,
-        group=VARIANT,
-        help="weight of the penalty.",
+        VARIANT,
+        "weight of the penalty.",
         only_for="penalised",
         swept=True,
         unset="steered until --k latents are active",
     )
     pre_act_loss: float | None = setting(
-        None,
-        group=VARIANT,
-        help="weight of what revives dead latents, such as 3e-6.",
-        only_for="jumprelu",
-        unset="0",
+        None, VARIANT, "weight of what revives dead latents, such as 3e-6.", only_for="jumprelu", unset="0"
     )
     prefixes: tuple[int, ...] | None = setting(
         None,
-        group=VARIANT,
-        help='sizes of the nested dictionaries, such as "512,1024,4096".',
+        VARIANT,
+        'sizes of the nested dictionaries, such as "512,1024,4096".',
         metavar="N,N,…",
         only_for="matryoshka",
         unset="F/16 … F",
     )
     normalize: str = setting(
         "token",
+        DICTIONARY,
+        "How hidden states are normalised before the SAE, and back after it.",
         choices=("token", "dataset", "none"),
-        group=DICTIONARY,
-        help="How hidden states are normalised before the SAE, and back after it.",
     )
     routing: str | None = setting(
         None,
+        VARIANT,
+        "one layer a token, or all weighted.",
         choices=("hard", "soft"),
-        group=VARIANT,
-        help="one layer a token, or all weighted.",
         only_for="routesae",
         unset="hard",
     )
     aggregate: str | None = setting(
         None,
+        VARIANT,
+        "what of the layers the router sees.",
         choices=("sum", "mean"),
-        group=VARIANT,
-        help="what of the layers the router sees.",
         only_for="routesae",
         unset="sum",
     )
     routed: str | None = setting(
         None,
-        group=VARIANT,
-        help="the variant its layers share.",
+        VARIANT,
+        "the variant its layers share.",
         choices=variants(),
         metavar="NAME",
         only_for="routesae",
@@ -121,36 +111,36 @@ class RunSettings(Settings):
     )
     router: str | None = setting(
         None,
+        VARIANT,
+        "how the router learns; frozen and random are controls.",
         choices=("published", "top2", "frozen", "random"),
-        group=VARIANT,
-        help="how the router learns; frozen and random are controls.",
         metavar="NAME",
         only_for="routesae",
         unset="published",
     )
     balance: float | None = setting(
         None,
-        group=VARIANT,
-        help="weight of the load-balancing term.",
+        VARIANT,
+        "weight of the load-balancing term.",
         only_for="routesae",
         unset="0.01 where a learned router picks one layer",
     )
     recipe: str = setting(
         "routesae",
+        OPTIMISER,
+        "Objective; published is that of the published RouteSAE code.",
         choices=("routesae", "published"),
-        group=OPTIMISER,
-        help="Objective; published is that of the published RouteSAE code.",
     )
-    lr: float = setting(5e-4, group=OPTIMISER, help="Peak learning rate of Adam.", gt=0)
+    lr: float = setting(0.0005, OPTIMISER, "Peak learning rate of Adam.", gt=0)
     clip: float | None = setting(
         None,
-        group=OPTIMISER,
-        help="Largest norm of the squared error's gradient (D times NormMSE's); 0 for any.",
+        OPTIMISER,
+        "Largest norm of the squared error's gradient (D times NormMSE's); 0 for any.",
         ge=0,
         unset="1",
     )
     name: str | None = setting(
-        None, group=RUN, help="Folder of the SAE under --out.", unset="from variant, layer, latents and k"
+        None, RUN, "Folder of the SAE under --out.", unset="from variant, layer, latents and k"
     )
 
     def check(self) -> None:
@@ -201,52 +191,49 @@ class TrainSettings(Settings):
 
     cache: str = CACHE
     runs: tuple[RunSettings, ...]
-    batch_tokens: int = setting(4096, group=OPTIMISER, help="Tokens in a step.", ge=1)
+    batch_tokens: int = setting(4096, OPTIMISER, "Tokens in a step.", ge=1)
     epochs: int | None = setting(
-        None, group=OPTIMISER, help="Passes over the training tokens.", ge=1, instead_of="tokens", unset="1"
+        None, OPTIMISER, "Passes over the training tokens.", ge=1, instead_of="tokens", unset="1"
     )
     tokens: int | None = setting(
-        None,
-        group=OPTIMISER,
-        help="Training tokens in all, over as many passes as it takes, instead of --epochs.",
-        ge=1,
+        None, OPTIMISER, "Training tokens in all, over as many passes as it takes, instead of --epochs.", ge=1
     )
     dead_after_tokens: int | None = setting(
         None,
-        group=OPTIMISER,
-        help="Tokens without activity that make a latent dead.",
+        OPTIMISER,
+        "Tokens without activity that make a latent dead.",
         ge=1,
         unset="10M, or a quarter of a shorter run",
     )
     sparsity_warmup: float = setting(
-        0.1, group=OPTIMISER, help="Share of the steps, from 0 to 1, over which the penalty rises.", ge=0, le=1
+        0.1, OPTIMISER, "Share of the steps, from 0 to 1, over which the penalty rises.", ge=0, le=1
     )
     precision: str = setting(
         "auto",
+        RUN,
+        "Precision of dense products; auto is bfloat16 on CUDA alone.",
         choices=("auto", "float32", "bfloat16"),
-        group=RUN,
-        help="Precision of dense products; auto is bfloat16 on CUDA alone.",
     )
     max_memory: int | None = setting(
-        None, group=RUN, help="Bytes that encoding may take at a time, such as 64M.", ge=1, unset="what is fastest"
+        None, RUN, "Bytes that encoding may take at a time, such as 64M.", ge=1, unset="what is fastest"
     )
-    log_every_steps: int = setting(10, group=RUN, help="Steps between lines of metrics.jsonl.", ge=1)
-    checkpoint_every_steps: int = setting(
-        1000, group=RUN, help="Steps between checkpoints.", ge=1, flag="checkpoint-every"
-    )
+    log_every_steps: int = setting(10, RUN, "Steps between lines of metrics.jsonl.", ge=1)
+    checkpoint_every_steps: int = setting(1000, RUN, "Steps between checkpoints.", ge=1, flag="checkpoint-every")
     log: tuple[str, ...] = setting(
-        (), choices=("tensorboard", "wandb", "trackio"), group=RUN, help="Trackers beside metrics.jsonl."
+        (), RUN, "Trackers beside metrics.jsonl.", choices=("tensorboard", "wandb", "trackio")
     )
     seed: int = SEED
     out: str = OUT
-    overwrite: bool = setting(False, group=RUN, help="Replace an SAE of the same name.")
-    resume: bool = setting(False, group=RUN, help="Go on from the last checkpoint of the same command.")
-    verify: bool = setting(False, group=RUN, help="Compare every checksum of the cache first, which reads all of it.")
+    overwrite: bool = setting(False, RUN, "Replace an SAE of the same name.")
+    resume: bool = setting(False, RUN, "Go on from the last checkpoint of the same command.")
+    verify: bool = setting(False, RUN, "Compare every checksum of the cache first, which reads all of it.")
     device: str = DEVICE
-    shard: bool = setting(False, group=RUN, help="Divide weights and Adam's moments among torchrun's processes.")
-    cpu_offload: bool = setting(
-        False, group=RUN, help="Keep them in host memory between steps, for an SAE too large."
-    )
+    shard: bool = setting(False, RUN, "Divide weights and Adam's moments among torchrun's processes.")
+    cpu_offload: bool = setting(False, RUN, "Keep them in host memory between steps, for an SAE too large.")
+
+    @classmethod
+    def from_flags(cls, flags: dict[str, Any]) -> TrainSettings:
+        return settings_of({name: flags[name] for name in flags if name != "config"}, flags.get("config"))
 
     def check(self) -> None:
         if not self.runs:

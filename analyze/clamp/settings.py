@@ -13,56 +13,48 @@ class ClampSettings(Settings):
 
     sae: str | None = setting(
         None,
-        group=MODEL,
-        help="SAE folder, or user/repo[/folder][@revision] on the hub.",
+        MODEL,
+        "SAE folder, or user/repo[/folder][@revision] on the hub.",
         metavar="PATH",
         unset="the only one under --out",
     )
     out: str = OUT
-    add: tuple[str, ...] = setting(
-        (), group=CHANGES, help="Add VALUE to the latent at every token.", metavar="LATENT=VALUE"
-    )
+    add: tuple[str, ...] = setting((), CHANGES, "Add VALUE to the latent at every token.", metavar="LATENT=VALUE")
     multiply: tuple[str, ...] = setting(
-        (), group=CHANGES, help="Multiply the latent by VALUE where it is active.", metavar="LATENT=VALUE"
+        (), CHANGES, "Multiply the latent by VALUE where it is active.", metavar="LATENT=VALUE"
     )
-    set: tuple[str, ...] = setting(
-        (), group=CHANGES, help="Make the latent VALUE at every token.", metavar="LATENT=VALUE"
-    )
-    ablate: tuple[str, ...] = setting((), group=CHANGES, help="Make the latent 0.", metavar="LATENT")
+    set: tuple[str, ...] = setting((), CHANGES, "Make the latent VALUE at every token.", metavar="LATENT=VALUE")
+    ablate: tuple[str, ...] = setting((), CHANGES, "Make the latent 0.", metavar="LATENT")
     error_term: bool = setting(
         True,
-        group=CHANGES,
-        help="Add back what the SAE fails to reconstruct, so that nothing else changes; the published code does not.",
+        CHANGES,
+        "Add back what the SAE fails to reconstruct, so that nothing else changes; the published code does not.",
     )
-    prompt: tuple[str, ...] = setting((), group=PROMPTS, help="Text to go on from.")
+    prompt: tuple[str, ...] = setting((), PROMPTS, "Text to go on from.")
     prompts: str | None = setting(
         None,
-        group=PROMPTS,
-        help="A .txt with a prompt a line, or a .jsonl[.gz] of texts, messages or HH-RLHF pairs.",
+        PROMPTS,
+        "A .txt with a prompt a line, or a .jsonl[.gz] of texts, messages or HH-RLHF pairs.",
         metavar="PATH",
     )
-    text_field: str = setting("prompt", group=PROMPTS, help="Field of the .jsonl that holds the text.")
+    text_field: str = setting("prompt", PROMPTS, "Field of the .jsonl that holds the text.")
     hh: str = setting(
         "conversation",
+        PROMPTS,
+        "HH-RLHF pairs: a prompt a human turn, or both replies in one text.",
         choices=("conversation", "text"),
-        group=PROMPTS,
-        help="HH-RLHF pairs: a prompt a human turn, or both replies in one text.",
     )
-    max_prompts: int | None = setting(None, group=PROMPTS, help="Use only the first N prompts.", ge=1, unset="all")
+    max_prompts: int | None = setting(None, PROMPTS, "Use only the first N prompts.", ge=1, unset="all")
     chat: bool | None = setting(
-        None, group=PROMPTS, help="Fill in the tokenizer's chat template.", unset="where the tokenizer has one"
+        None, PROMPTS, "Fill in the tokenizer's chat template.", unset="where the tokenizer has one"
     )
-    max_new_tokens: int = setting(64, group=GENERATION, help="Longest text, in tokens.", ge=1)
+    max_new_tokens: int = setting(64, GENERATION, "Longest text, in tokens.", ge=1)
     temperature: float | None = setting(
-        None,
-        group=GENERATION,
-        help="Temperature to draw tokens at.",
-        gt=0,
-        unset="the likeliest token each time",
+        None, GENERATION, "Temperature to draw tokens at.", gt=0, unset="the likeliest token each time"
     )
     seed: int = SEED
-    batch_sequences: int = setting(8, group=RUN, help="Prompts in a forward pass of the LM.", ge=1)
-    model: str | None = setting(None, group=MODEL, help="Where the LM is now.", unset="where the SAE says")
+    batch_sequences: int = setting(8, RUN, "Prompts in a forward pass of the LM.", ge=1)
+    model: str | None = setting(None, MODEL, "Where the LM is now.", unset="where the SAE says")
     device: str = DEVICE
     lm_dtype: str = LM_DTYPE
 

@@ -13,22 +13,18 @@ class ContextSettings(Settings):
     cache: str = CACHE
     saes: tuple[str, ...] = SAES
     out: str = OUT
-    threshold: float = setting(
-        15.0, group=RULE, help="Count activations above this, on the SAE's normalised input.", ge=0
-    )
-    per_class: int = setting(2, group=RULE, help="Contexts, at most, of tokens alike but for case and blanks.", ge=1)
-    max_classes: int = setting(32, group=RULE, help="Leave out latents of more token classes than this.", ge=1)
-    min_contexts: int = setting(5, group=RULE, help="Leave out latents of fewer contexts than this.", ge=1)
+    threshold: float = setting(15.0, RULE, "Count activations above this, on the SAE's normalised input.", ge=0)
+    per_class: int = setting(2, RULE, "Contexts, at most, of tokens alike but for case and blanks.", ge=1)
+    max_classes: int = setting(32, RULE, "Leave out latents of more token classes than this.", ge=1)
+    min_contexts: int = setting(5, RULE, "Leave out latents of fewer contexts than this.", ge=1)
     top: int | None = setting(
-        None, group=RULE, help="Every latent's N strongest activations, instead of what the rule keeps.", ge=1
+        None, RULE, "Every latent's N strongest activations, instead of what the rule keeps.", ge=1
     )
-    window: int = setting(
-        64, group=SHOWN, help="Tokens in a context, at most; it ends where its sentence does.", ge=1
-    )
+    window: int = setting(64, SHOWN, "Tokens in a context, at most; it ends where its sentence does.", ge=1)
     samples: int = setting(
-        5, group=SHOWN, help="Further contexts of each third (strong, middle, weak) of a random sample.", ge=1
+        5, SHOWN, "Further contexts of each third (strong, middle, weak) of a random sample.", ge=1
     )
     seed: int = SEED
-    batch_tokens: int = setting(4096, group=RUN, help="Tokens the SAE reads at a time.", ge=1)
-    model: str | None = setting(None, group=MODEL, help="Where the tokenizer is now.", unset="where the cache says")
+    batch_tokens: int = setting(4096, RUN, "Tokens the SAE reads at a time.", ge=1)
+    model: str | None = setting(None, MODEL, "Where the tokenizer is now.", unset="where the cache says")
     device: str = DEVICE

@@ -66,7 +66,7 @@ def interpret(settings: InterpretSettings, report: Report = silent) -> list[dict
     Raises WrongInput if contexts, key or prompt are missing; FailedRun if the server or the budget ends it; Stopped
     after Ctrl-C. In each case what was answered is kept and summed up. See `require_answers` for what was lost.
     """
-    settings.chat.key()  # before a file is begun
+    settings.key()  # before a file is begun
     price = _price(settings)
     budget = Budget(price, settings.max_cost)
     template = read_template(settings.prompt)
@@ -126,7 +126,7 @@ def read_interpretations(folder: Path) -> dict[int, Line]:
 async def _ask_all(
     subjects: Sequence[Subject], settings: InterpretSettings, budget: Budget, stop: StopRequest, report: Report
 ) -> None:
-    async with open_chat(settings.chat, budget) as chat:
+    async with open_chat(settings, budget) as chat:
         for subject in subjects:
             try:
                 latents = subject.unsettled()
@@ -211,10 +211,10 @@ def open_subject(
     picked = pick(contexts, settings)
     identity = {
         "format": FORMAT,
-        "model": settings.chat.model,
-        "endpoint": settings.chat.endpoint(),
-        "api_version": settings.chat.api_version,
-        "temperature": settings.chat.temperature,
+        "model": settings.model,
+        "endpoint": settings.endpoint(),
+        "api_version": settings.api_version,
+        "temperature": settings.temperature,
         "prompt": hashlib.sha256(template.encode()).hexdigest(),
         "contexts": contexts.fingerprint,
         "examples": settings.examples,
@@ -304,7 +304,7 @@ def one_line(text: str) -> str:
 
 
 def _price(settings: InterpretSettings) -> Price | None:
-    model = settings.chat.model
+    model = settings.model
     price = price_of(model, settings.prices)
     if price is None and settings.max_cost is not None:
         raise WrongInput(f"--max-cost: what {model} costs is not known; say it in a file for --prices")

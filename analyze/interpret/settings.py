@@ -20,30 +20,24 @@ CHAT, QUESTIONS, COST = "The chat model", "The questions", "The cost"
 class ChatSettings(Settings):
     """Which model is asked, where, and how patiently. Raises WrongInput where a value is impossible."""
 
-    model: str = setting("gpt-4o", group=CHAT, help="Chat model; with Azure, the deployment.")
+    model: str = setting("gpt-4o", CHAT, "Chat model; with Azure, the deployment.")
     base_url: str | None = setting(
         None,
-        group=CHAT,
-        help="Address of a compatible server (vLLM, Ollama, llama.cpp), or Azure's endpoint.",
+        CHAT,
+        "Address of a compatible server (vLLM, Ollama, llama.cpp), or Azure's endpoint.",
         metavar="URL",
         unset="OpenAI",
     )
-    api_version: str | None = setting(None, group=CHAT, help="Azure's API version; makes it Azure.", metavar="DATE")
+    api_version: str | None = setting(None, CHAT, "Azure's API version; makes it Azure.", metavar="DATE")
     key_env: str | None = setting(
-        None,
-        group=CHAT,
-        help="Environment variable that holds the key.",
-        metavar="NAME",
-        unset=f"{KEY}, with Azure {AZURE_KEY}",
+        None, CHAT, "Environment variable that holds the key.", metavar="NAME", unset=f"{KEY}, with Azure {AZURE_KEY}"
     )
-    concurrency: int = setting(8, group=CHAT, help="Requests under way at once.", ge=1)
-    timeout: float = setting(120.0, group=CHAT, help="Seconds for a request, answer included.", gt=0)
-    retries: int = setting(
-        6, group=CHAT, help="Tries after the first, where a server is busy, fails or stays silent.", ge=0
-    )
-    temperature: float = setting(0.1, group=CHAT, help="Temperature of the chat model.", ge=0)
+    concurrency: int = setting(8, CHAT, "Requests under way at once.", ge=1)
+    timeout: float = setting(120.0, CHAT, "Seconds for a request, answer included.", gt=0)
+    retries: int = setting(6, CHAT, "Tries after the first, where a server is busy, fails or stays silent.", ge=0)
+    temperature: float = setting(0.1, CHAT, "Temperature of the chat model.", ge=0)
     max_output_tokens: int = setting(
-        512, group=CHAT, help="Tokens in an answer, at most; reasoning models need thousands.", ge=1
+        512, CHAT, "Tokens in an answer, at most; reasoning models need thousands.", ge=1
     )
 
     def check(self) -> None:
@@ -91,8 +85,8 @@ class InterpretSettings(ChatSettings):
 
     saes: tuple[str, ...] = setting(
         (),
-        group=MODEL,
-        help="SAE folder that contexts wrote into.",
+        MODEL,
+        "SAE folder that contexts wrote into.",
         unset="all under --out with contexts",
         flag="sae",
         metavar="PATH",
@@ -100,53 +94,33 @@ class InterpretSettings(ChatSettings):
     out: str = OUT
     latents: int | None = setting(
         100,
-        group=QUESTIONS,
-        help="How many latents, a seeded sample of those that contexts kept, or all. A larger one later keeps the "
-        "smaller.",
+        QUESTIONS,
+        "Latents to ask about, a random sample of those that contexts kept; a larger one later keeps the smaller.",
         ge=1,
         metavar="N|all",
     )
-    examples: int = setting(64, group=QUESTIONS, help="Contexts shown of a latent, the strongest.", ge=1)
+    examples: int = setting(64, QUESTIONS, "Contexts shown of a latent, the strongest.", ge=1)
     seed: int = SEED
     prompt: str | None = setting(
-        None,
-        group=QUESTIONS,
-        help="Template of the question, with $examples in it.",
-        metavar="PATH",
-        unset="the paper's",
+        None, QUESTIONS, "Template of the question, with $examples in it.", metavar="PATH", unset="the paper's"
     )
     scores: tuple[str, ...] = setting(
         (),
+        QUESTIONS,
+        "Test explanations on texts held out from them: balanced accuracy.",
         choices=("detection", "fuzzing"),
-        group=QUESTIONS,
-        help="Test explanations on texts held out from them: balanced accuracy.",
         flag="score",
     )
     cache: str | None = setting(
-        None,
-        group=MODEL,
-        help="For detection: where the cache is now.",
-        metavar="PATH",
-        unset="where contexts found it",
+        None, MODEL, "For detection: where the cache is now.", metavar="PATH", unset="where contexts found it"
     )
     device: str = DEVICE
     max_cost: float | None = setting(
-        None,
-        group=COST,
-        help="US dollars, with what earlier runs spent on these SAEs.",
-        gt=0,
-        unset="no limit",
+        None, COST, "US dollars, with what earlier runs spent on these SAEs.", gt=0, unset="no limit"
     )
-    prices: str | None = setting(
-        None, group=COST, help="TOML file of US dollars a million tokens, by model.", metavar="PATH"
-    )
-    retry_unparsed: bool = setting(False, group=RUN, help="Ask again where an answer was no answer to the question.")
-    overwrite: bool = setting(False, group=RUN, help="Begin anew; earlier answers are lost.")
-
-    @property
-    def chat(self) -> ChatSettings:
-        """Which model is asked, where, and how patiently."""
-        return self
+    prices: str | None = setting(None, COST, "TOML file of US dollars a million tokens, by model.", metavar="PATH")
+    retry_unparsed: bool = setting(False, RUN, "Ask again where an answer was no answer to the question.")
+    overwrite: bool = setting(False, RUN, "Begin anew; earlier answers are lost.")
 
     @field_validator("latents", mode="before")
     @classmethod

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,10 @@ from routesae.analyze.pipeline.settings import AblationSettings
 from routesae.analyze.scores.metrics import METRICS
 from routesae.analyze.scores.run import DESCRIPTIONS, analyze
 from routesae.analyze.scores.settings import AnalyzeSettings
+from routesae.machine.files import write_json
 from routesae.reporting import Report, WrongInput, silent
 from routesae.train.jobs import folders
 from routesae.train.run import train
-from routesae.train.settings import TrainSettings
 
 COLUMNS = (
     *("sae", "variant", "layers", "latents"),
@@ -33,7 +32,7 @@ COLUMNS = (
 )
 
 
-def ablation(settings: AblationSettings, training: TrainSettings, report: Report = silent) -> list[dict[str, Any]]:
+def ablation(settings: AblationSettings, report: Report = silent) -> list[dict[str, Any]]:
     """Train what is not trained yet, score all of it, write the files; returns the rows of the table.
 
     Contexts, if asked for, are collected of the SAEs that have none by this threshold. Raises WrongInput before
@@ -41,6 +40,8 @@ def ablation(settings: AblationSettings, training: TrainSettings, report: Report
     """
     if settings.plot and importlib.util.find_spec("matplotlib") is None:
         raise WrongInput("the Pareto plot needs matplotlib: pip install 'routesae[plot]', or give --no-plot")
+    training = settings.training
+    Path(settings.out).mkdir(parents=True, exist_ok=True)
     train(training, report)
     out, saes = Path(settings.out), tuple(str(folder) for folder in folders(training))
     common: dict[str, Any] = {"cache": training.cache, "device": training.device, "model": settings.model}
@@ -52,7 +53,7 @@ def ablation(settings: AblationSettings, training: TrainSettings, report: Report
     results = analyze(scoring, report)
     known = [name for name in COLUMNS if any(name in row for row in results["saes"])]
     rows = [{name: row.get(name) for name in known} for row in results["saes"]]
-    (out / "ablation.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_json(out / "ablation.json", results)
     with (out / "ablation.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, known)
         writer.writeheader()

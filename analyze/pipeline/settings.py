@@ -27,9 +27,9 @@ from routesae.analyze.report.settings import ReportSettings
 from routesae.analyze.scores.settings import AnalyzeSettings
 from routesae.harvest.cache.storage import is_url
 from routesae.harvest.settings import HarvestSettings
-from routesae.machine.settings import LM_DTYPE, MODEL, RUN, Settings, by_field, read_toml, setting, unknown
+from routesae.machine.settings import LM_DTYPE, MODEL, RUN, Settings, by_field, described, read_toml, setting, unknown
 from routesae.reporting import WrongInput
-from routesae.train.settings import TrainSettings, settings_of, settings_of_table
+from routesae.train.settings import TrainSettings, settings_of_table
 
 VARIANTS = ("vanilla", "gated", "topk", "jumprelu", "routesae", "crosscoder")
 STAGES: dict[str, type[Settings]] = {
@@ -112,22 +112,23 @@ def _stage(name: str, table: Mapping[str, Any], config: str, places: Mapping[str
 
 
 class AblationSettings(Settings):
-    """Settings of one ablation, beside those of its training."""
+    """Settings of one ablation, and of its training."""
 
-    out: str = setting("ablation", group=RUN, help="Folder of SAEs, table and plot.", metavar="PATH")
-    score_tokens: int | None = setting(None, group=RUN, help="Held-out tokens to score on.", ge=1, unset="all")
-    model: str | None = setting(None, group=MODEL, help="Where the LM is now.", unset="where the cache says")
+    training: TrainSettings
+    out: str = setting("ablation", RUN, "Folder of SAEs, table and plot.", metavar="PATH")
+    score_tokens: int | None = setting(None, RUN, "Held-out tokens to score on.", ge=1, unset="all")
+    model: str | None = setting(None, MODEL, "Where the LM is now.", unset="where the cache says")
     lm_dtype: str = LM_DTYPE
-    plot: bool = setting(True, group=RUN, help="Draw pareto.png and pareto.svg; needs the extra plot.")
-    contexts: bool = setting(
-        False, group=RUN, help="Collect contexts too, for the column Features; reads the cache again."
-    )
-    threshold: float = setting(15.0, group=RUN, help="For --contexts: count activations above this.", ge=0)
+    plot: bool = setting(True, RUN, "Draw pareto.png and pareto.svg; needs the extra plot.")
+    contexts: bool = setting(False, RUN, "Collect contexts too, for the column Features; reads the cache again.")
+    threshold: float = setting(15.0, RUN, "For --contexts: count activations above this.", ge=0)
 
-
-def ablation_settings(flags: Mapping[str, Any], config: str | None) -> tuple[AblationSettings, TrainSettings]:
-    """The ablation's own settings and those of its training, from flags over a TOML file of train's."""
-    own = AblationSettings(**{name: value for name, value in flags.items() if name in AblationSettings.model_fields})
-    training = {name: value for name, value in flags.items() if name not in AblationSettings.model_fields}
-    training |= {"resume": True, "out": str(Path(own.out) / "saes")}
-    return own, settings_of({"sae": VARIANTS} | training if config is None else training, config)
+    @classmethod
+    def from_flags(cls, flags: dict[str, Any]) -> AblationSettings:
+        """The flags that are not the ablation's own are train's."""
+        own = {name: value for name, value in flags.items() if name in described(cls)}
+        training = {name: value for name, value in flags.items() if name not in own}
+        if "config" not in training:
+            training = {"sae": VARIANTS, **training}
+        training |= {"resume": True, "out": str(Path(own.get("out", "ablation")) / "saes")}
+        return cls(**own, training=TrainSettings.from_flags(training))

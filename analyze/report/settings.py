@@ -15,25 +15,25 @@ class ReportSettings(Settings):
 
     saes: tuple[str, ...] = SAES
     out: str = OUT
-    html: str = setting("report.html", group=RUN, help="File to write.", metavar="PATH")
+    html: str = setting("report.html", RUN, "File to write.", metavar="PATH")
     scores: str | None = setting(
-        None, group=PAGE, help="File of analyze --json, for the metrics that need the LM.", metavar="PATH"
+        None, PAGE, "File of analyze --json, for the metrics that need the LM.", metavar="PATH"
     )
     cache: str | None = setting(
         None,
-        group=MODEL,
-        help="For routing by token, and to check the LM.",
+        MODEL,
+        "For routing by token, and to check the LM.",
         metavar="PATH",
         unset="the one that contexts read, where it is still there",
     )
     model: str | None = setting(
         None,
-        group=MODEL,
-        help="Hub id, folder, .gguf or demo: shows what latents do to the logits.",
+        MODEL,
+        "Hub id, folder, .gguf or demo: shows what latents do to the logits.",
         unset="none, and nothing of logits is shown",
     )
     contexts: int = setting(
-        8, group=PAGE, help="Strongest contexts shown of a latent; of each third of its sample a quarter.", ge=1
+        8, PAGE, "Strongest contexts shown of a latent; of each third of its sample a quarter.", ge=1
     )
     device: str = DEVICE
     lm_dtype: str = LM_DTYPE

@@ -20,8 +20,8 @@ class AnalyzeSettings(Settings):
 
     metrics: tuple[str, ...] = setting(
         CACHE_METRICS,
-        group=SCORING,
-        help=f"What to compute; {', '.join(LM_METRICS)} need the LM.",
+        SCORING,
+        f"What to compute; {', '.join(LM_METRICS)} need the LM.",
         choices=METRICS,
         flag="metric",
         metavar="NAME",
@@ -29,26 +29,24 @@ class AnalyzeSettings(Settings):
     saes: tuple[str, ...] = SAES
     out: str = OUT
     cache: str = CACHE
-    tokens: int | None = setting(
-        None, group=SCORING, help="Held-out tokens to score on, in whole rows.", ge=1, unset="all"
-    )
-    batch_sequences: int = setting(8, group=RUN, help="Rows in a forward pass of the LM.", ge=1)
+    tokens: int | None = setting(None, SCORING, "Held-out tokens to score on, in whole rows.", ge=1, unset="all")
+    batch_sequences: int = setting(8, RUN, "Rows in a forward pass of the LM.", ge=1)
     infer_k: tuple[Annotated[int, Field(ge=1)], ...] = setting(
         (),
-        group=SCORING,
-        help="Score with this many active latents a token, a row of the table for each.",
+        SCORING,
+        "Score with this many active latents a token, a row of the table for each.",
         unset="as trained",
         metavar="N,N…",
     )
     theta: tuple[Annotated[float, Field(ge=0)], ...] = setting(
         (),
-        group=SCORING,
-        help="Score with the latents active above this, on the SAE's normalised input.",
+        SCORING,
+        "Score with the latents active above this, on the SAE's normalised input.",
         unset="as trained",
         metavar="X,X…",
     )
     seed: int = SEED
-    model: str | None = setting(None, group=MODEL, help="Where the LM is now.", unset="where the cache says")
+    model: str | None = setting(None, MODEL, "Where the LM is now.", unset="where the cache says")
     device: str = DEVICE
     lm_dtype: str = LM_DTYPE
 

@@ -27,6 +27,7 @@ REQUIRED: dict[type[Settings], dict[str, Any]] = {
     ConvertSettings: {"file": "x.pt"},
     PushSettings: {"folder": "saes/x", "repo": "user/x"},
     TrainSettings: {"runs": (RunSettings(),)},
+    AblationSettings: {"training": TrainSettings(runs=(RunSettings(),))},
     PipelineFile: {"config": "x.toml"},
 }
 CLASSES = [
@@ -90,7 +91,7 @@ def test_every_setting_has_help_a_group_and_a_default_that_is_of_its_type(of: ty
             assert info.default in (None, ()), name
         if not info.is_required() and name not in REQUIRED.get(of, {}):
             make(of, **{name: info.default})
-    assert described(of).keys() == of.model_fields.keys() - {"runs"}
+    assert described(of).keys() == of.model_fields.keys() - {"runs", "training"}
 
 
 @pytest.mark.parametrize(("of", "name"), [(of, name) for of, name in FIELDS if described(of)[name][0].metadata])
@@ -140,12 +141,12 @@ def test_numbers_are_bounded_in_lists_too() -> None:
 class Small(Settings):
     """Settings to try things on."""
 
-    count: int | None = setting(None, help="A count.", group="G", ge=1, instead_of="share")
-    share: float | None = setting(None, help="A share.", group="G")
-    sizes: tuple[int, ...] = setting((), help="Sizes.", group="G")
-    names: tuple[str, ...] = setting((), help="Names.", group="G", flag="name")
-    every_steps: int = setting(10, help="Steps.", group="G", flag="every")
-    foot: str = setting("left", help="Which.", group="G", choices=("left", "right"))
+    count: int | None = setting(None, "G", "A count.", ge=1, instead_of="share")
+    share: float | None = setting(None, "G", "A share.")
+    sizes: tuple[int, ...] = setting((), "G", "Sizes.")
+    names: tuple[str, ...] = setting((), "G", "Names.", flag="name")
+    every_steps: int = setting(10, "G", "Steps.", flag="every")
+    foot: str = setting("left", "G", "Which.", choices=("left", "right"))
 
     def check(self) -> None:
         if self.foot == "right" and self.every_steps == 13:

@@ -13,46 +13,35 @@ CONVERTED = ("vanilla", "topk", "mlsae", "random", "jumprelu", "gated", "routesa
 class ConvertSettings(Settings):
     """Settings of one conversion. Raises WrongInput where a value is impossible."""
 
-    file: str = setting(group=MODEL, help="The .pt to convert.", positional=True)
+    file: str = setting(..., MODEL, "The .pt to convert.", positional=True)
     sae: str | None = setting(
-        None,
-        group=DICTIONARY,
-        help="Variant.",
-        choices=CONVERTED,
-        metavar="NAME",
-        unset="from the keys and the file name",
+        None, DICTIONARY, "Variant.", choices=CONVERTED, metavar="NAME", unset="from the keys and the file name"
     )
-    k: int | None = setting(None, group=DICTIONARY, help="Active latents a token.", ge=1, unset="from the file name")
-    layer: int | None = setting(
-        None, group=DICTIONARY, help="Layer an SAE over one layer reads.", unset="from the file name"
-    )
+    k: int | None = setting(None, DICTIONARY, "Active latents a token.", ge=1, unset="from the file name")
+    layer: int | None = setting(None, DICTIONARY, "Layer an SAE over one layer reads.", unset="from the file name")
     layers: str | None = setting(
-        None,
-        group=DICTIONARY,
-        help='Layers the other SAEs read, such as "4-12".',
-        metavar="LIST",
-        unset="n//4 to 3n//4",
+        None, DICTIONARY, 'Layers the other SAEs read, such as "4-12".', metavar="LIST", unset="n//4 to 3n//4"
     )
     routing: str | None = setting(
         None,
+        VARIANT,
+        "How tokens are routed.",
         choices=("hard", "soft"),
-        group=VARIANT,
-        help="How tokens are routed.",
         only_for="routesae",
         unset="from the file name, else hard",
     )
     aggregate: str | None = setting(
         None,
+        VARIANT,
+        "What the router sees.",
         choices=("sum", "mean"),
-        group=VARIANT,
-        help="What the router sees.",
         only_for="routesae",
         unset="from the file name, else sum",
     )
-    model: str | None = setting(None, group=MODEL, help="Hub id of the LM it was trained on, kept in its cfg.json.")
+    model: str | None = setting(None, MODEL, "Hub id of the LM it was trained on, kept in its cfg.json.")
     out: str = OUT
-    name: str | None = setting(None, group=RUN, help="Folder of the SAE under --out.", unset="the file's name")
-    overwrite: bool = setting(False, group=RUN, help="Replace an SAE of the same name.")
+    name: str | None = setting(None, RUN, "Folder of the SAE under --out.", unset="the file's name")
+    overwrite: bool = setting(False, RUN, "Replace an SAE of the same name.")
 
     def check(self) -> None:
         if self.layer is not None and self.layers is not None:
@@ -69,7 +58,7 @@ class ConvertSettings(Settings):
 class PushSettings(Settings):
     """What `routesae push` was asked for."""
 
-    folder: str = setting(group=RUN, help="The SAE's folder.", positional=True)
-    repo: str = setting(group=RUN, help="user/name, or user/name/folder.", positional=True)
-    private: bool = setting(False, group=RUN, help="Where the repository does not exist yet, make it a private one.")
-    message: str | None = setting(None, group=RUN, help="Message of the commit.", unset="the folder's name")
+    folder: str = setting(..., RUN, "The SAE's folder.", positional=True)
+    repo: str = setting(..., RUN, "user/name, or user/name/folder.", positional=True)
+    private: bool = setting(False, RUN, "Where the repository does not exist yet, make it a private one.")
+    message: str | None = setting(None, RUN, "Message of the commit.", unset="the folder's name")

@@ -14,22 +14,21 @@ import pytest
 from routesae.analyze.contexts.file import read_contexts
 from routesae.analyze.interpret.run import SUMMARY
 from routesae.analyze.pipeline.ablation import COLUMNS, ablation, draw_pareto
-from routesae.analyze.pipeline.settings import VARIANTS, AblationSettings, ablation_settings
+from routesae.analyze.pipeline.settings import VARIANTS, AblationSettings
 from routesae.analyze.scores.metrics import METRICS
 from routesae.analyze.scores.run import analyze
 from routesae.analyze.scores.settings import AnalyzeSettings
 from routesae.harvest.cache.reader import Cache
 from routesae.reporting import WrongInput
-from routesae.train.settings import TrainSettings
 
 
-def asked(cache: Cache, out: Path, **flags: Any) -> tuple[AblationSettings, TrainSettings]:
+def asked(cache: Cache, out: Path, **flags: Any) -> AblationSettings:
     base = {"cache": str(cache.path), "latents": 64, "lr": 5e-3, "batch_tokens": 512, "device": "cpu"}
-    return ablation_settings({**base, "out": str(out), "score_tokens": 32, **flags}, None)
+    return AblationSettings.from_flags({**base, "out": str(out), "score_tokens": 32, **flags})
 
 
 def test_all_six_variants_are_scored_and_the_files_say_what_analyze_says(tiny_cache: Cache, tmp_path: Path) -> None:
-    rows = ablation(*asked(tiny_cache, tmp_path, k=(4, 8)))
+    rows = ablation(asked(tiny_cache, tmp_path, k=(4, 8)))
     assert {row["variant"] for row in rows} == set(VARIANTS)
     assert len(rows) == 2 * len(VARIANTS)
     folders = tuple(str(path) for path in sorted((tmp_path / "saes").iterdir()))
@@ -63,9 +62,9 @@ def test_the_plot_names_every_variant_once_and_is_a_png_and_an_svg(tmp_path: Pat
 
 def test_a_second_call_trains_nothing_again(tiny_cache: Cache, tmp_path: Path) -> None:
     settings = asked(tiny_cache, tmp_path, sae=("topk", "gated"), k=4, plot=False)
-    first = ablation(*settings)
+    first = ablation(settings)
     weights = {path: path.stat().st_mtime_ns for path in (tmp_path / "saes").rglob("*.safetensors")}
-    assert ablation(*settings) == first
+    assert ablation(settings) == first
     assert {path: path.stat().st_mtime_ns for path in weights} == weights
     assert not (tmp_path / "pareto.png").exists()
 
@@ -75,7 +74,7 @@ def test_features_and_score_are_columns_of_the_table_and_the_files(
 ) -> None:
     contexts = {"plot": False, "contexts": True, "threshold": 0.25}
     settings = asked(tiny_cache, tmp_path, sae=("topk", "gated"), k=4, **contexts)
-    rows = ablation(*settings)
+    rows = ablation(settings)
     kept = [sum(one.kept for one in read_contexts(Path(row["folder"])).summaries) for row in saved(tmp_path)]
     assert [row["Features"] for row in rows] == kept
     assert max(kept) > 0
@@ -86,7 +85,7 @@ def test_features_and_score_are_columns_of_the_table_and_the_files(
     monkeypatch.setattr(
         "routesae.analyze.pipeline.ablation.contexts", None
     )  # there are those of this threshold already
-    again = ablation(*settings)
+    again = ablation(settings)
     assert [(row["Features"], row["Score"]) for row in again] == list(zip(kept, [3.5, None], strict=True))
 
 
@@ -101,5 +100,5 @@ def test_without_matplotlib_it_is_refused_before_anything_is_trained(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(WrongInput, match=r"needs matplotlib: pip install 'routesae\[plot\]', or give --no-plot"):
-        ablation(*asked(tiny_cache, tmp_path, sae="topk", k=4))
+        ablation(asked(tiny_cache, tmp_path, sae="topk", k=4))
     assert not (tmp_path / "saes").exists()
