@@ -8,7 +8,6 @@ import re
 import shutil
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +19,6 @@ from click.testing import CliRunner
 from transformers import AutoTokenizer
 
 from routesae.analyze.contexts import best as contexts_best
-from routesae.analyze.contexts import collect as contexts_collect
 from routesae.analyze.contexts.file import (
     CONTEXTS,
     FACTS,
@@ -253,7 +251,7 @@ def test_contexts_equal_a_plain_loops(
     variant: str, hostile_cache: Cache, copied: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(contexts_best, "PENDING", 700)  # many merges
-    monkeypatch.setattr(contexts_collect, "LOOKED_UP", 100)
+    monkeypatch.setattr(contexts_best, "LOOKED_UP", 100)
     result, file = run(hostile_cache, copied(variant))
     expected, kept = naive(hostile_cache, result.folder)
     assert read(file) == expected
@@ -387,7 +385,7 @@ def test_progress_names_the_sae_and_where_nothing_is_kept_the_way_out_is_said(
         for result in results
     ]
     caplog.clear()
-    contexts(replace(given, threshold=2.0, max_classes=100, min_contexts=1))
+    contexts(given.replace(threshold=2.0, max_classes=100, min_contexts=1))
     assert caplog.records == []
 
 
