@@ -13,12 +13,12 @@ from itertools import islice
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import json_repair
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, StrictBool, ValidationError
 
 Category = Literal["low-level", "high-level", "undiscernible"]
 CATEGORIES: tuple[Category, ...] = get_args(Category)
+MAX_OBJECTS = 200  # places where reading is tried; each takes a pass over the text
 MAX_REPAIRED_BRACKETS = 16  # json_repair takes minutes for deep nesting, and no answer nests
-MAX_OBJECTS = 200  # that are tried to be read; each takes a pass over the text
 OBJECT_START = re.compile(r'\{\s*"')
 END_OF_REASONING = re.compile(r"</[\w:-]*(?:think|thought|reason)\w*>|\[/THINK\]|◁/think▷", re.IGNORECASE)
 
@@ -27,36 +27,32 @@ class Unparsed(ValueError):
     """The text is not the answer that was asked for; the message says why."""
 
 
-def _whole_number(value: Any) -> Any:
-    """4 for 4.0, "4" and "4.0"; anything else comes back as it is, for pydantic to refuse."""
-    if isinstance(value, bool):
-        return str(value)
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return value
-    return int(number) if number.is_integer() else value
-
-
-def _flag(value: Any) -> Any:
-    """True for "true" and False for "false". Numbers are refused: they may be the indices of the active texts."""
-    if isinstance(value, str):
-        return {"true": True, "false": False}.get(value.strip().lower(), value)
-    return value if isinstance(value, bool) else f"the number {value}"
-
-
 def _hyphenated(value: Any) -> Any:
     return re.sub(r"[\s_]+", "-", value.strip().lower()) if isinstance(value, str) else value
 
 
+def _whole_number(value: Any) -> Any:
+    """4 for 4.0, "4" and "4.0"; anything else as it is, for pydantic to refuse."""
+    try:
+        number = float("nan" if isinstance(value, bool) else value)
+    except (TypeError, ValueError):
+        return value
+    return int(number) if number.is_integer() else str(value)
+
+
+def _truth(value: Any) -> Any:
+    """True for "true"; numbers stay as they are and are refused, since they may be indices of the active texts."""
+    return {"true": True, "false": False}.get(value.strip().lower(), value) if isinstance(value, str) else value
+
+
 def _not_empty(text: str) -> str:
     if not text.strip():
-        raise ValueError("the explanation is empty")
+        raise ValueError("it is empty")
     return text.strip()
 
 
 class _Answer(BaseModel):
-    # A server is asked for exactly these keys; what comes may have more.
+    # The schema forbids other keys than these; an answer that has some is taken all the same.
     model_config = ConfigDict(frozen=True, json_schema_extra={"additionalProperties": False})
 
 
@@ -71,7 +67,7 @@ class Explanation(_Answer):
 class Predictions(_Answer):
     """For each numbered text, whether the latent is active in it."""
 
-    predictions: list[Annotated[bool, BeforeValidator(_flag)]]
+    predictions: list[Annotated[StrictBool, BeforeValidator(_truth)]]
 
 
 def parse_explanation(text: str) -> Explanation:
@@ -80,27 +76,27 @@ def parse_explanation(text: str) -> Explanation:
 
 
 def parse_predictions(text: str, count: int) -> Predictions:
-    """The predictions in `text`. Raises Unparsed unless they are `count`."""
+    """The predictions in `text`. Raises Unparsed unless there are `count`."""
     answer = _the_one(Predictions, text)
     if len(answer.predictions) != count:
         raise Unparsed(f"{len(answer.predictions)} predictions for {count} examples")
     return answer
 
 
-Answer = TypeVar("Answer", bound=_Answer)
+Form = TypeVar("Form", bound=_Answer)
 
 
-def _the_one(form: type[Answer], text: str) -> Answer:
+def _the_one(form: type[Form], text: str) -> Form:
     """The only answer of this form in `text`: behind the reasoning if there is one, else anywhere."""
     problem = "there is no JSON object"
     tail = END_OF_REASONING.split(text)[-1]
     for values in (_objects(tail), _repaired(tail), _objects(text)):
-        answers: list[Answer] = []
+        answers: list[Form] = []
         for value in values:
             try:  # half a surrogate pair, which JSON can spell and UTF-8 cannot, becomes a question mark
                 answer = form.model_validate_json(json.dumps(value, ensure_ascii=False).encode(errors="replace"))
             except ValidationError as error:
-                problem = _first_problem(error)
+                problem = first_problem(error)
             else:
                 answers += [answer] if answer not in answers else []
         if len(answers) > 1:
@@ -108,6 +104,12 @@ def _the_one(form: type[Answer], text: str) -> Answer:
         if answers:
             return answers[0]
     raise Unparsed(problem)
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first thing that pydantic found wrong, on one line."""
+    first = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}, not {repr(first['input'])[:80]}"
 
 
 def _objects(text: str) -> Iterator[dict[str, Any]]:
@@ -142,11 +144,3 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len({name for name, _ in pairs}) < len(pairs):
         raise Unparsed("a key stands in the JSON twice")
     return dict(pairs)
-
-
-def _first_problem(error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
-    value = repr(first["input"])
-    return (
-        f"{'.'.join(map(str, first['loc']))}: {first['msg']}, not {value if len(value) <= 80 else value[:77] + '...'}"
-    )

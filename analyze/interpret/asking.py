@@ -19,7 +19,7 @@ from routesae.analyze.interpret.answers import Unparsed
 from routesae.analyze.interpret.chat import Chat
 from routesae.analyze.interpret.ledger import Ledger, Line
 from routesae.analyze.interpret.prices import Price, Used
-from routesae.analyze.interpret.replies import Answer
+from routesae.analyze.interpret.replies import CUT_SHORT, Answer
 from routesae.machine.stop import StopRequest, stop_code
 from routesae.reporting import FailedRun, Progress, Report, Stopped
 
@@ -100,20 +100,7 @@ class Asking:
                 return
 
     def _keep(self, question: Question, answer: Answer) -> None:
-        line = self._line(question, answer)
-        self.ledger.add(line)
-        self.counts[line["outcome"]] += 1
-        facts = {name: str(count) for name, count in self.counts.items()}
-        if self.chat.budget.price is not None:
-            facts["cost"] = f"${self.chat.budget.spent:.4f}"
-        self.report(Progress(self.stage, self.counts.total(), self.total, "questions", facts))
-        is_lost = line["outcome"] == UNANSWERED or answer.was_cut_short
-        self.lost_in_a_row = self.lost_in_a_row + 1 if is_lost else 0
-        if self.lost_in_a_row >= MAX_LOST_IN_A_ROW:
-            raise FailedRun(f"{self.lost_in_a_row} answers in a row were lost, the last one: {line['reason']}")
-
-    def _line(self, question: Question, answer: Answer) -> Line:
-        """What the ledger keeps of an answer: its text always, what it says only if it parses."""
+        """Put the answer into the ledger: its text always, what it says only if it parses."""
         reason, says = answer.problem, dict[str, Any]()
         if answer.text is not None and reason is None:
             try:
@@ -121,16 +108,19 @@ class Asking:
             except Unparsed as error:
                 reason = str(error)
         outcome = UNANSWERED if answer.text is None else ANSWERED if reason is None else UNPARSED
-        line = {
-            **question.key,
-            **question.line,
-            "outcome": outcome,
-            **says,
-            "reason": reason,
-            **answer._asdict(),
-            "answered_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-        return {k: self.chat.clean(v) if isinstance(v, str) else v for k, v in line.items() if k != "problem"}
+        line = {**question.key, **question.line, "outcome": outcome, "reason": reason, **says, **answer._asdict()}
+        line |= {name: self.chat.clean(value) for name, value in line.items() if isinstance(value, str)}
+        del line["problem"]  # the reason says it
+        self.ledger.add({**line, "answered_at": datetime.now(UTC).isoformat(timespec="seconds")})
+        self.counts[outcome] += 1
+        facts = {name: str(count) for name, count in self.counts.items()}
+        if self.chat.budget.price is not None:
+            facts["cost"] = f"${self.chat.budget.spent:.4f}"
+        self.report(Progress(self.stage, self.counts.total(), self.total, "questions", facts))
+        is_lost = outcome == UNANSWERED or reason == CUT_SHORT
+        self.lost_in_a_row = self.lost_in_a_row + 1 if is_lost else 0
+        if self.lost_in_a_row >= MAX_LOST_IN_A_ROW:
+            raise FailedRun(f"{self.lost_in_a_row} answers in a row were lost, the last one: {line['reason']}")
 
 
 def settled(lines: Sequence[Line], names: Sequence[str], retry_unparsed: bool) -> set[tuple[Any, ...]]:

@@ -21,13 +21,13 @@ from routesae.analyze.interpret.prices import NOTHING, Budget, Used
 from routesae.analyze.interpret.replies import (
     MODERATED,
     QUOTA,
-    REQUEST_TOO_LARGE,
+    REQUEST_REFUSED,
     TOO_LONG,
     Answer,
     complaint_of,
-    completion_of,
     read_answer,
     seconds_to_wait,
+    status_to_act_on,
 )
 from routesae.analyze.interpret.settings import AZURE_KEY, KEY, OPENAI, ChatSettings
 from routesae.reporting import FailedRun, WrongInput
@@ -39,8 +39,7 @@ log = logging.getLogger(__name__)
 
 OVERHEAD_TOKENS = 64  # what a chat template adds around one message, at most
 MAX_COMPLAINT = 300  # characters of a server's error that are shown
-MAX_WAIT_SECONDS = 120.0  # that the client waits; a server that asks for more has closed for the day
-REQUEST_REFUSED = (400, 413, 422, 500)  # a server may fail at a schema, or at a long prompt, with 500
+MAX_WAIT_SECONDS = 120  # that the client waits; a server that asks for more has closed for the day
 
 
 class Stopping(Exception):
@@ -64,7 +63,7 @@ class Chat:
         self.limits = ("max_tokens", "max_completion_tokens")
         if settings.endpoint() == OPENAI:
             self.limits = ("max_completion_tokens", "max_tokens")
-        self.key = re.compile("".join(map(_in_any_escape, key))) if key and _is_secret(key) else None
+        self.key = _pattern_of(key or "")
 
     async def ask(self, prompts: Callable[[], Iterator[str]], form: Mapping[str, Any]) -> Answer | None:
         """The answer to the first of `prompts`, or to the first that is not too long for the server.
@@ -123,7 +122,7 @@ class Chat:
                         instead = f"gets {self.limits[1]}" if name == self.limits[0] else "goes without it"
                         log.warning("%s refuses %s and %s from here on", self.settings.endpoint(), name, instead)
                     self.left_out |= left_out
-                    answer = read_answer(raw.content.decode(errors="replace"), most)
+                    answer = read_answer(raw.text, most)
                     return answer._replace(structured="response_format" not in left_out, halved=halved)
         assert too_long is not None  # there is at least one prompt
         raise too_long
@@ -155,15 +154,11 @@ class Chat:
                 await response.aread()
         except TimeoutError:
             raise openai.APITimeoutError(response.request) from None
-        body = response.content.decode(errors="replace")
+        response.encoding = "utf-8"  # whatever its headers say
+        body = response.text
+        response.status_code = status_to_act_on(response.status_code, body)
         if response.is_success:
-            if completion_of(body) is not None:
-                return
-            response.status_code = 503  # asked again, whatever the status says
-        elif response.status_code == 429 and REQUEST_TOO_LARGE.search(body):
-            response.status_code = 413  # no wait makes it fit
-        elif response.status_code == 500 and TOO_LONG.search(body):
-            response.status_code = 413
+            return
         self.under_way.discard(asyncio.current_task())
         if self.stopping or QUOTA.search(body):
             response.headers["x-should-retry"] = "false"
@@ -183,8 +178,9 @@ class Chat:
             raise FailedRun(f"{said}; the quota is used up; the same command continues when there is more")
         if status == 404:
             raise FailedRun(f"{said}; check --model {self.settings.model} and --base-url")
-        if (seconds := _number(error.response.headers.get("retry-after"))) > MAX_WAIT_SECONDS:
-            raise FailedRun(f"{said}; it asks to wait {seconds:,.0f} s; the same command continues then")
+        seconds = error.response.headers.get("retry-after", "").partition(".")[0]
+        if seconds.isdecimal() and int(seconds) > MAX_WAIT_SECONDS:
+            raise FailedRun(f"{said}; it asks to wait {int(seconds):,} s; the same command continues then")
         if status in REQUEST_REFUSED and TOO_LONG.search(body):
             return Answer(None, f"{said}; the prompt is too long for the model even with few examples")
         return Answer(None, said)
@@ -199,10 +195,8 @@ class Chat:
         proxy = " through the proxy in the environment" if getproxies() else ""
         reason = self.clean(str(cause)) or type(cause).__name__
         said = f"the connection to {self.settings.endpoint()}{proxy} failed ({reason})"
-        if "CERTIFICATE_VERIFY_FAILED" in said:
-            raise FailedRun(f"{said}; give the server's certificate in $SSL_CERT_FILE")
-        if "Proxy" in type(cause).__name__:
-            raise FailedRun(f"{said}; check $HTTPS_PROXY, $HTTP_PROXY and $NO_PROXY")
+        if "CERTIFICATE_VERIFY_FAILED" in said or "Proxy" in type(cause).__name__:
+            raise FailedRun(f"{said}; check $SSL_CERT_FILE, $HTTPS_PROXY, $HTTP_PROXY and $NO_PROXY")
         return Answer(None, said)
 
     def clean(self, text: str) -> str:
@@ -211,23 +205,16 @@ class Chat:
         return self.key.sub("[the API key]", whole) if self.key else whole
 
 
-def _is_secret(key: str) -> bool:
-    """False for what local servers want as a key: a word such as "none" or "EMPTY", which answers may contain."""
-    mixed = any(map(str.isdigit, key)) and any(map(str.isalpha, key))
-    return len(key) >= 16 or (len(key) >= 8 and mixed)
+def _pattern_of(key: str) -> re.Pattern[str] | None:
+    r"""What matches the key in any escaping: each character as it is, or as \u0073, \x73, %73 or &#115;.
 
-
-def _in_any_escape(character: str) -> str:
-    r"""A pattern for the character as it is, as \u0073 or \x73, %73 or &#115;, behind any number of backslashes."""
-    code = ord(character)
-    return rf"\\*(?:{re.escape(character)}|(?i:(?:u00|x|%){code:02x}|&#(?:{code}|x{code:02x});))"
-
-
-def _number(text: str | None) -> float:
-    try:
-        return float(text or 0)
-    except ValueError:
-        return 0.0
+    None for what local servers take as a key: a word such as "none" or "EMPTY", which answers may contain.
+    """
+    is_mixed = any(map(str.isdigit, key)) and any(map(str.isalpha, key))
+    if len(key) < 8 or (len(key) < 16 and not is_mixed):
+        return None
+    codes = [(re.escape(character), ord(character)) for character in key]
+    return re.compile("".join(rf"\\*(?:{c}|(?i:(?:u00|x|%){n:02x}|&#(?:{n}|x{n:02x});))" for c, n in codes))
 
 
 @asynccontextmanager
@@ -238,10 +225,7 @@ async def open_chat(settings: ChatSettings, budget: Budget) -> AsyncIterator[Cha
     key, endpoint = settings.key(), settings.endpoint()
     chat = Chat(settings, key, budget)
     try:
-        hooks: dict[str, list[Callable[..., Any]]] = {
-            "request": [chat.before_request],
-            "response": [chat.after_response],
-        }
+        hooks: dict[str, list[Any]] = {"request": [chat.before_request], "response": [chat.after_response]}
         common: dict[str, Any] = {
             "api_key": key or "none",  # the client does not start without one
             "max_retries": settings.retries,

@@ -23,14 +23,14 @@ class Example(NamedTuple):
 
 def held_out(latent: LatentContexts, shown: int) -> list[Context]:
     """Contexts of the sample whose window overlaps none that the explainer saw, nor one another."""
-    taken = [span_of(context) for context in latent.chosen[:shown]]
-    found = []
+    taken = [place_of(context) for context in latent.chosen[:shown]]
+    apart = []
     for context in (context for kind in latent.samples.values() for context in kind):
-        row, first, after = span_of(context)
-        if not any(row == r and first < a and f < after for r, f, a in taken):
-            taken.append((row, first, after))
-            found.append(context)
-    return found
+        row, first, length = place_of(context)
+        if not any(row == r and first < f + n and f < first + length for r, f, n in taken):
+            taken.append((row, first, length))
+            apart.append(context)
+    return apart
 
 
 def fuzzed(texts: Sequence[Context], rng: random.Random) -> list[Example]:
@@ -53,13 +53,12 @@ def text_of(context: Context, marked_at: int | None = None) -> str:
     pieces = list(context.tokens)
     if marked_at is not None:
         pieces[marked_at] = f"<ACTIVATED>{pieces[marked_at]}</ACTIVATED>"
-    return "".join(pieces).replace("\r", "\\r").replace("\n", "\\n").strip()
+    return one_line("".join(pieces))
 
 
-def span_of(context: Context) -> tuple[int, int, int]:
-    """Row, first position of the window and the one after its last."""
-    row, first, length = place_of(context)
-    return row, first, first + length
+def one_line(text: str) -> str:
+    """The text with its line breaks written out, so that it cannot look like a line of the prompt."""
+    return text.replace("\r", "\\r").replace("\n", "\\n").strip()
 
 
 def place_of(context: Context) -> tuple[int, int, int]:

@@ -3,8 +3,8 @@
     line 1        {"identity": {…}}: what was asked of which model; a file is only continued under the same
     line 2 …      one JSON object an answer, in the order they came
 
-A last line that a kill or a full disk cut short is dropped when the file is opened again. Who opens a ledger has the
-lock of its folder.
+A last line that a kill cut short is dropped when the file is opened again. Whoever opens a ledger holds the lock of
+its folder.
 """
 
 from __future__ import annotations

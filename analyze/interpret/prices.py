@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
+from routesae.analyze.interpret.answers import first_problem
 from routesae.reporting import WrongInput
 
 PACKAGED = "prices.toml"
@@ -49,20 +50,14 @@ def price_of(model: str, prices_file: str | None) -> Price | None:
     packaged = files("routesae.analyze.interpret").joinpath(PACKAGED).read_text(encoding="utf-8")
     prices = _TABLE.validate_python(tomllib.loads(packaged))
     if prices_file is not None:
-        source = f"--prices {prices_file}"
         try:
             prices |= _TABLE.validate_python(tomllib.loads(Path(prices_file).read_text(encoding="utf-8")))
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            where, value = ".".join(map(str, first["loc"])), first["input"]
+        except (OSError, ValueError) as error:
+            reason = first_problem(error) if isinstance(error, ValidationError) else error
             raise WrongInput(
-                f"{source}: {where}: {first['msg']}, not {value!r}; each model needs input and output, "
-                "in US dollars a million tokens"
+                f"--prices {prices_file} cannot be used ({reason}); it is TOML where a model has input and output, "
+                "US dollars a million tokens"
             ) from None
-        except tomllib.TOMLDecodeError as error:
-            raise WrongInput(f"{source} is not TOML: {error}") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise WrongInput(f"{source} cannot be read: {error}") from None
     return prices.get(model, prices.get(SNAPSHOT.sub("", model)))
 
 
@@ -77,8 +72,7 @@ class Budget:
         self._settled = asyncio.Event()
 
     def charge(self, used: Used) -> None:
-        if self.price is not None:
-            self.spent += self.price.dollars(used)
+        self.spent += self.price.dollars(used) if self.price is not None else 0.0
 
     async def reserve(self, most: Used) -> bool:
         """Whether a request of at most so many tokens may start. Waits while that depends on those under way."""
@@ -96,7 +90,7 @@ class Budget:
         return True
 
     def settle(self, most: Used, used: Used) -> None:
-        """The request that `most` was reserved for has ended and used so much."""
+        """Charge what the request that `most` was reserved for has used."""
         self.charge(used)
         if self.price is not None and self.max_dollars is not None:
             self._reserved.remove(self.price.dollars(most))

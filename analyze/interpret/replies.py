@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field
 
 from routesae.analyze.interpret.prices import Used
 
+REQUEST_REFUSED = (400, 413, 422, 500)  # a server may fail at a schema, or at a long prompt, with 500
 CUT_SHORT = "all of --max-output-tokens was used before the answer ended; raise it"
 QUOTA = re.compile("insufficient_quota|billing_hard_limit_reached")
 REQUEST_TOO_LARGE = re.compile("request too large", re.IGNORECASE)
@@ -42,10 +43,6 @@ class Answer(NamedTuple):
     model: str | None = None
     structured: bool = True
     halved: int = 0
-
-    @property
-    def was_cut_short(self) -> bool:
-        return self.problem == CUT_SHORT
 
 
 class _Message(BaseModel):
@@ -90,12 +87,19 @@ def completion_of(body: str) -> _Completion | None:
     return completion if ended or completion.text.strip() or first.message.refusal else None
 
 
+def status_to_act_on(status: int, body: str) -> int:
+    """The status by which the client decides as the body says: 503 to ask again, 413 where no wait helps."""
+    if 200 <= status < 300:
+        return status if completion_of(body) is not None else 503
+    too_long = {429: REQUEST_TOO_LARGE, 500: TOO_LONG}.get(status)
+    return 413 if too_long is not None and too_long.search(body) else status
+
+
 def read_answer(body: str, most: Used) -> Answer:
     """The answer in a body that `completion_of` takes. most: tokens at most, where the server does not count."""
     completion = completion_of(body)
     assert completion is not None
-    first, text = completion.choices[0], completion.text
-    problem = None
+    first, text, problem = completion.choices[0], completion.text, None
     if isinstance(first.message.refusal, str) and first.message.refusal:
         text, problem = first.message.refusal, "the model refused"
     elif first.finish_reason == "content_filter":
@@ -135,8 +139,7 @@ def complaint_of(body: str) -> str:
 
 def seconds_to_wait(body: str) -> float:
     """The time that an error's text or details ask to wait, as in "try again in 1m2.5s"; 0 if they ask for none."""
-    found = WAIT.search(body)
-    if found is None:
+    if (wait := WAIT.search(body)) is None:
         return 0.0
-    unit = 1e-3 if re.search(r"retry.?after.?ms", found[0], re.IGNORECASE) else 1.0
-    return unit * sum(float(n) * SECONDS[part.lower()] for n, part in WAIT_PART.findall(found[1]))
+    unit = 1e-3 if re.search(r"retry.?after.?ms", wait[0], re.IGNORECASE) else 1.0
+    return unit * sum(float(number) * SECONDS[part.lower()] for number, part in WAIT_PART.findall(wait[1]))

@@ -13,12 +13,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import logging
 import random
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -29,11 +27,13 @@ from routesae import __version__
 from routesae.analyze.contexts.file import Context, ContextsFile, read_contexts, read_facts
 from routesae.analyze.interpret.answers import CATEGORIES, Explanation, parse_explanation
 from routesae.analyze.interpret.asking import ANSWERED, UNANSWERED, UNPARSED, Asking, Question, bill, settled, used
-from routesae.analyze.interpret.chat import open_chat
+from routesae.analyze.interpret.chat import Chat, open_chat
+from routesae.analyze.interpret.examples import one_line
 from routesae.analyze.interpret.ledger import Ledger, Line, open_ledger, read_lines
 from routesae.analyze.interpret.prices import Budget, Price, Used, price_of
 from routesae.analyze.interpret.scoring import Explained, score_summary, scoring_identity, scoring_questions
 from routesae.analyze.interpret.settings import MODES, InterpretSettings
+from routesae.machine.files import write_json
 from routesae.machine.lock import hold
 from routesae.machine.stop import StopRequest, stop_requests
 from routesae.reporting import FailedRun, Report, WrongInput, silent
@@ -71,16 +71,23 @@ def interpret(settings: InterpretSettings, report: Report = silent) -> list[dict
     budget = Budget(price, settings.max_cost)
     template = read_template(settings.prompt)
     with ExitStack() as stack:
-        subjects = [
-            stack.enter_context(open_subject(folder, contexts, template, settings))
-            for folder, contexts in _contexts(settings)
-        ]
+        subjects = [Subject(stack, folder, contexts, template, settings) for folder, contexts in _contexts(settings)]
         for subject in subjects:
             for ledger in (subject.ledger, *subject.scores.values()):
                 budget.charge(used(ledger.lines))
+
+        async def ask_all(stop: StopRequest) -> list[dict[str, Any]]:
+            summaries = []
+            async with open_chat(settings, budget) as chat:
+                for subject in subjects:
+                    try:
+                        await subject.ask(chat, stop, report)
+                    finally:
+                        summaries.append(subject.write_summary(price))
+            return summaries
+
         with stop_requests() as stop:
-            asyncio.run(_ask_all(subjects, settings, budget, stop, report))
-        return [subject.summary(price) for subject in subjects]
+            return asyncio.run(ask_all(stop))
 
 
 def lost(summary: Mapping[str, Any]) -> int:
@@ -123,49 +130,52 @@ def read_interpretations(folder: Path) -> dict[int, Line]:
     return {line["latent"]: line for line in read_lines(path, path.read_bytes())[1]}
 
 
-async def _ask_all(
-    subjects: Sequence[Subject], settings: InterpretSettings, budget: Budget, stop: StopRequest, report: Report
-) -> None:
-    async with open_chat(settings, budget) as chat:
-        for subject in subjects:
-            try:
-                latents = subject.unsettled()
-                asking = Asking(chat, subject.ledger, stop, report, f"interpret {subject.folder.name}", len(latents))
-                await asking.ask(subject.questions(latents))
-                for mode, ledger in subject.scores.items():
-                    questions = scoring_questions(
-                        mode, subject.folder, subject.contexts, subject.explained(), ledger, settings
-                    )
-                    asking = Asking(chat, ledger, stop, report, f"{mode} {subject.folder.name}", len(questions))
-                    await asking.ask(iter(questions))
-            finally:
-                subject.write_summary(budget.price)
-
-
-@dataclass
 class Subject:
-    """One SAE whose latents are explained: its contexts, and its ledgers. scores: a ledger a mode."""
+    """One SAE whose latents are explained: its contexts and its ledgers, which close with `stack`. scores: by mode.
 
-    folder: Path
-    contexts: ContextsFile
-    template: str
-    settings: InterpretSettings
-    identity: dict[str, Any]
-    picked: list[int]
-    ledger: Ledger
-    scores: dict[str, Ledger]
+    Raises WrongInput if another process has them, or they are about something else.
+    """
 
-    def last_lines(self) -> dict[int, Line]:
-        """The last line about each latent that was picked and asked about, in the order they were picked."""
-        last = {line["latent"]: line for line in self.ledger.lines}
-        return {latent: last[latent] for latent in self.picked if latent in last}
+    def __init__(
+        self, stack: ExitStack, folder: Path, contexts: ContextsFile, template: str, settings: InterpretSettings
+    ):
+        self.folder, self.contexts, self.template, self.settings = folder, contexts, template, settings
+        self.picked = pick(contexts, settings)
+        self.identity = {
+            "format": FORMAT,
+            "model": settings.model,
+            "endpoint": settings.endpoint(),
+            "api_version": settings.api_version,
+            "temperature": settings.temperature,
+            "prompt": hashlib.sha256(template.encode()).hexdigest(),
+            "contexts": contexts.fingerprint,
+            "examples": settings.examples,
+        }
 
-    def unsettled(self) -> list[int]:
-        """Latents still to be asked about, ascending."""
+        def opened(name: str, **more: Any) -> Ledger:
+            identity = {**self.identity, **more}
+            return stack.enter_context(open_ledger(folder / name, identity, overwrite=settings.overwrite))
+
+        stack.enter_context(hold(folder / LOCK, str(folder / LINES)))
+        self.ledger = opened(LINES)
+        self.scores = {
+            mode: opened(f"{mode}.jsonl", **scoring_identity(mode, settings.seed)) for mode in settings.scores
+        }
+
+    async def ask(self, chat: Chat, stop: StopRequest, report: Report) -> None:
+        """Ask what has no answer yet, and put the explanations to the test."""
         done = settled(self.ledger.lines, KEY, self.settings.retry_unparsed)
-        return sorted(latent for latent in self.picked if (latent,) not in done)
+        latents = [latent for latent in self.picked if (latent,) not in done]
+        asking = Asking(chat, self.ledger, stop, report, f"interpret {self.folder.name}", len(latents))
+        await asking.ask(self.questions(latents))
+        for mode, ledger in self.scores.items():
+            questions = scoring_questions(
+                mode, self.folder, self.contexts, self.explained(), ledger.lines, self.settings
+            )
+            asking = Asking(chat, ledger, stop, report, f"{mode} {self.folder.name}", len(questions))
+            await asking.ask(iter(questions))
 
-    def questions(self, latents: Collection[int]) -> Iterator[Question]:
+    def questions(self, latents: Sequence[int]) -> Iterator[Question]:
         for latent in self.contexts.latents(latents) if latents else ():
             yield Question(
                 key={"latent": latent.latent},
@@ -174,14 +184,20 @@ class Subject:
                 parse=parse_explanation,
             )
 
+    def last_lines(self) -> dict[int, Line]:
+        """The last line about each latent that was picked and asked about, in the order they were picked."""
+        last = {line["latent"]: line for line in self.ledger.lines}
+        return {latent: last[latent] for latent in self.picked if latent in last}
+
     def explained(self) -> list[Explained]:
         lines = sorted(self.last_lines().items())
         return [Explained(latent, line["explanation"]) for latent, line in lines if line["outcome"] == ANSWERED]
 
-    def summary(self, price: Price | None) -> dict[str, Any]:
+    def write_summary(self, price: Price | None) -> dict[str, Any]:
+        """Sum the answers up in a file beside them, and return what it holds."""
         asked = list(self.last_lines().values())
         everything = [line for ledger in (self.ledger, *self.scores.values()) for line in ledger.lines]
-        lost = [line["reason"] for line in everything if line["outcome"] == UNANSWERED]
+        losses = [line["reason"] for line in everything if line["outcome"] == UNANSWERED]
         summary: dict[str, Any] = {
             "routesae": __version__,
             "sae": self.folder.name,
@@ -190,44 +206,12 @@ class Subject:
             "not_asked": len(self.picked) - len(asked),
             **summarise(asked),
             **bill(self.ledger.lines, price),
-            "last_loss": lost[-1] if lost else None,
+            "last_loss": losses[-1] if losses else None,
         }
         for mode, ledger in self.scores.items():
             summary[mode] = score_summary(ledger.lines, self.explained()) | bill(ledger.lines, price)
+        write_json(self.folder / SUMMARY, summary)
         return summary
-
-    def write_summary(self, price: Price | None) -> None:
-        """Put the summary beside the answers; whole or not at all."""
-        partial_file = self.folder / f".{SUMMARY}.partial"
-        partial_file.write_text(json.dumps(self.summary(price), indent=2) + "\n")
-        partial_file.replace(self.folder / SUMMARY)
-
-
-@contextmanager
-def open_subject(
-    folder: Path, contexts: ContextsFile, template: str, settings: InterpretSettings
-) -> Iterator[Subject]:
-    """A Subject with its ledgers open. Raises WrongInput if another process has them or they do not fit."""
-    picked = pick(contexts, settings)
-    identity = {
-        "format": FORMAT,
-        "model": settings.model,
-        "endpoint": settings.endpoint(),
-        "api_version": settings.api_version,
-        "temperature": settings.temperature,
-        "prompt": hashlib.sha256(template.encode()).hexdigest(),
-        "contexts": contexts.fingerprint,
-        "examples": settings.examples,
-    }
-    with ExitStack() as stack:
-        stack.enter_context(hold(folder / LOCK, f"{folder / LINES}"))
-        overwrite = settings.overwrite
-        ledger = stack.enter_context(open_ledger(folder / LINES, identity, overwrite=overwrite))
-        scores = {}
-        for mode in settings.scores:
-            about = {**identity, **scoring_identity(mode, settings.seed)}
-            scores[mode] = stack.enter_context(open_ledger(folder / f"{mode}.jsonl", about, overwrite=overwrite))
-        yield Subject(folder, contexts, template, settings, identity, picked, ledger, scores)
 
 
 # ------------------------------------------------------------------------------------- what is asked, and about what
@@ -298,11 +282,6 @@ def shorter_and_shorter(template: str, contexts: Sequence[Context], examples: in
         examples //= 2
 
 
-def one_line(text: str) -> str:
-    """The text with its line breaks written out, so that it cannot look like a line of the prompt."""
-    return text.replace("\r", "\\r").replace("\n", "\\n").strip()
-
-
 def _price(settings: InterpretSettings) -> Price | None:
     model = settings.model
     price = price_of(model, settings.prices)
@@ -321,6 +300,10 @@ def summarise(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """
     explained = [line for line in lines if line["outcome"] == ANSWERED]
     by_category = {name: [line["score"] for line in explained if line["category"] == name] for name in CATEGORIES}
+
+    def mean(scores: list[int]) -> float | None:
+        return sum(scores) / len(scores) if scores else None
+
     return {
         "latents_asked": len(lines),
         "explained": len(explained),
@@ -329,10 +312,6 @@ def summarise(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "score": mean([line["score"] for line in explained]),
         "categories": {name: {"count": len(s), "score": mean(s)} for name, s in by_category.items()},
     }
-
-
-def mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
 
 
 def row_of(summary: Mapping[str, Any]) -> dict[str, Any]:

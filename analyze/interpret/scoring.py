@@ -23,7 +23,7 @@ from routesae.analyze.contexts.file import ContextsFile
 from routesae.analyze.interpret.answers import Predictions, parse_predictions
 from routesae.analyze.interpret.asking import ANSWERED, UNANSWERED, Question, settled
 from routesae.analyze.interpret.examples import EACH, Example, fuzzed, held_out, place_of, text_of
-from routesae.analyze.interpret.ledger import Ledger, Line
+from routesae.analyze.interpret.ledger import Line
 from routesae.analyze.interpret.settings import InterpretSettings
 
 LEAST = 3  # positives and negatives below which a latent is not scored
@@ -59,12 +59,12 @@ def scoring_questions(
     folder: Path,
     contexts: ContextsFile,
     explained: Sequence[Explained],
-    ledger: Ledger,
+    lines: Sequence[Line],
     settings: InterpretSettings,
 ) -> list[Question]:
     """The questions of a mode that have no answer yet, about latents with enough examples."""
-    done = settled(ledger.lines, KEY, settings.retry_unparsed)
-    batches = {(line["latent"], line["digest"]): line["batches"] for line in ledger.lines}
+    done = settled(lines, KEY, settings.retry_unparsed)
+    batches = {(line["latent"], line["digest"]): line["batches"] for line in lines}
     unfinished = {
         one.latent: one
         for one in explained
