@@ -10,11 +10,11 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any
 
 from routesae import __version__
 from routesae.machine.settings import RUN, Settings, setting
@@ -96,70 +96,59 @@ def _now() -> str:
 # ---------------------------------------------------------------------------------------------------- progress
 
 
-class Pace(NamedTuple):
-    """rate: units a second since the stage began, or None at its start. seconds_left: the time left at that rate."""
-
-    rate: float | None
-    seconds_left: float | None
-
-
 class Pacer:
-    """Measures the pace of the stage that reports. It starts anew when the same stage begins on the next SAE."""
+    """Adds the pace to what a stage reports. It starts anew when the same stage begins on the next SAE."""
 
     def __init__(self) -> None:
         self._stage: str | None = None
         self._began = 0.0
         self._first = self._last = 0
 
-    def __call__(self, now: Progress) -> Pace:
+    def __call__(self, now: Progress) -> dict[str, Any]:
+        """The progress for JSON: rate in units a second since the stage began, seconds_left at that rate, or None."""
         seconds = time.monotonic()
         if now.stage != self._stage or now.done < self._last:
             self._stage, self._began, self._first = now.stage, seconds, now.done
         self._last = now.done
         done, took = now.done - self._first, seconds - self._began
-        if not done or took <= 0:
-            return Pace(None, 0.0 if now.done >= now.total else None)
-        return Pace(done / took, max(0, now.total - now.done) * took / done)
-
-
-class Display(Protocol):
-    """A way to show progress on standard error."""
-
-    def show(self, now: Progress, pace: Pace) -> None: ...
-    def close(self) -> None: ...
+        pace: dict[str, Any] = {"rate": None, "seconds_left": 0.0 if now.done >= now.total else None}
+        if done and took > 0:
+            left = max(0, now.total - now.done) * took / done
+            pace = {"rate": float(f"{done / took:.4g}"), "seconds_left": round(left, 1)}
+        return {**now._asdict(), "facts": dict(now.facts), **pace}
 
 
 class Lines:
-    """A log line every ten seconds, and one at the end of each stage."""
+    """Shows progress as a log line every ten seconds, and one at the end of each stage."""
 
     def __init__(self) -> None:
         self._last_line = time.monotonic()
 
-    def show(self, now: Progress, pace: Pace) -> None:
+    def show(self, now: Progress, paced: dict[str, Any]) -> None:
         seconds = time.monotonic()
         if seconds - self._last_line < LOG_LINE_SECONDS and now.done != now.total:
             return
         self._last_line = seconds
-        facts = dict(now.facts)
-        if pace.rate is not None and pace.seconds_left is not None:
-            facts |= {f"{now.unit}/s": f"{pace.rate:,.0f}" if pace.rate > 10 else f"{pace.rate:.2f}"}
-            facts |= {"left": f"{pace.seconds_left:,.0f} s"}
+        facts, rate = dict(now.facts), paced["rate"]
+        if rate is not None:
+            facts |= {f"{now.unit}/s": f"{rate:,.0f}" if rate > 10 else f"{rate:.2f}"}
+            facts |= {"left": f"{paced['seconds_left']:,.0f} s"}
         shown = "".join(f", {name} {value}" for name, value in facts.items())
-        progress = {"progress": as_json(now, pace)}
-        log.info("%s: %s of %s %s%s", now.stage, f"{now.done:,}", f"{now.total:,}", now.unit, shown, extra=progress)
+        done = f"{now.done:,} of {now.total:,} {now.unit}"
+        log.info("%s: %s%s", now.stage, done, shown, extra={"progress": paced})
 
     def close(self) -> None:
         """Nothing to close."""
 
 
 class Bars:
-    """A bar with rate and time left; for a terminal."""
+    """Shows progress as a bar with rate and time left, for a terminal."""
 
     def __init__(self) -> None:
         self._bar: tqdm[Any] | None = None
         self._stage: str | None = None
 
-    def show(self, now: Progress, pace: Pace) -> None:
+    def show(self, now: Progress, paced: dict[str, Any]) -> None:
         from tqdm import tqdm
 
         if self._bar is None or now.stage != self._stage or now.done < self._bar.n:
@@ -176,20 +165,6 @@ class Bars:
             self._bar = None
 
 
-def as_json(now: Progress, pace: Pace) -> dict[str, Any]:
-    """Progress and pace for JSON."""
-    rate, left = pace
-    return {
-        "stage": now.stage,
-        "done": now.done,
-        "total": now.total,
-        "unit": now.unit,
-        "rate": None if rate is None else float(f"{rate:.4g}"),
-        "seconds_left": None if left is None else round(left, 1),
-        "facts": dict(now.facts),
-    }
-
-
 # --------------------------------------------------------------------------------------------------- status file
 
 
@@ -204,12 +179,12 @@ class Status:
         self.path = path
         self._head = {"routesae": __version__, "command": command, "pid": os.getpid(), "host": socket.gethostname()}
         self._head |= {"started": _now()}
-        self._progress: dict[str, Any] = dict.fromkeys(Progress._fields) | {"rate": None, "seconds_left": None}
+        self._progress: dict[str, Any] = dict.fromkeys((*Progress._fields, "rate", "seconds_left"))
         self._wrote_at: float | None = None
         self._broken = False
 
-    def update(self, now: Progress, pace: Pace) -> None:
-        self._progress = as_json(now, pace)
+    def update(self, paced: dict[str, Any]) -> None:
+        self._progress = paced
         if self._wrote_at is None or time.monotonic() - self._wrote_at >= STATUS_SECONDS:
             self._write("running", None)
 
@@ -219,21 +194,13 @@ class Status:
             if self._wrote_at is not None:
                 self.path.unlink(missing_ok=True)
         elif error is None:  # a run with nothing to do writes none, but corrects what an older run left
-            if self._wrote_at is not None or self._is_outdated():
+            if self._wrote_at is not None or self.path.exists():
                 self._write("finished", None)
         elif isinstance(error, Stopped | KeyboardInterrupt):
             self._write("stopped", str(error) or None)
         else:
             explained = isinstance(error, FailedRun | OSError)
             self._write("failed", str(error) if explained else f"{type(error).__name__}: {error}")
-
-    def _is_outdated(self) -> bool:
-        try:
-            return bool(json.loads(self.path.read_bytes())["state"] != "finished")
-        except FileNotFoundError:
-            return False
-        except (OSError, ValueError, KeyError, TypeError):
-            return True
 
     def _write(self, state: str, message: str | None) -> None:
         if self._broken or not self.path.parent.is_dir():
@@ -276,19 +243,24 @@ def watched(watch: Watch, command: str, status: Path | None = None) -> Iterator[
     """
     path = Path(watch.status) if watch.status else status
     bars = sys.stderr.isatty() and not watch.log_json
-    display: Display | None = None if watch.quiet else Bars() if bars else Lines()
+    display = None if watch.quiet else Bars() if bars else Lines()
     file, pacer = None if path is None else Status(path, command), Pacer()
 
     def report(now: Progress) -> None:
-        pace = pacer(now)
+        paced = pacer(now)
         if display is not None:
-            display.show(now, pace)
+            display.show(now, paced)
         if file is not None:
-            file.update(now, pace)
+            file.update(paced)
 
     ended: BaseException | None = None
     try:
-        with _terminated(), _logging_above_bars(bars):
+        with ExitStack() as stack:
+            stack.enter_context(_terminated())
+            if bars:
+                from tqdm.contrib.logging import logging_redirect_tqdm
+
+                stack.enter_context(logging_redirect_tqdm())
             yield report
     except BaseException as error:
         ended = error
@@ -298,17 +270,6 @@ def watched(watch: Watch, command: str, status: Path | None = None) -> Iterator[
             display.close()
         if file is not None:
             file.end(ended)
-
-
-@contextmanager
-def _logging_above_bars(bars: bool) -> Iterator[None]:
-    if not bars:
-        yield
-        return
-    from tqdm.contrib.logging import logging_redirect_tqdm
-
-    with logging_redirect_tqdm():
-        yield
 
 
 @contextmanager
