@@ -14,7 +14,7 @@ def cache() -> None:
 
 
 @command(cache, example="cache info shards/")
-@click.argument("path", type=click.Path())
+@click.argument("path", help="Folder or URL of the cache.")
 def info(path: str) -> None:
     """Manifest, shards present and missing, bytes, statistics a layer."""
     from routesae.console.terminal import table
@@ -28,7 +28,7 @@ def info(path: str) -> None:
 
 
 @command(cache, WATCH, BLOCKS, example="cache verify shards/ --digest")
-@click.argument("path", type=click.Path())
+@click.argument("path", help="Folder or URL of the cache.")
 @click.option("--digest", is_flag=True, help="Print one digest of what the cache holds, however it was written.")
 def verify(path: str, digest: bool = False) -> None:
     """Check sizes, indexes and checksums of every shard; exit code 1 and a line for each that is bad."""
@@ -51,7 +51,7 @@ def verify(path: str, digest: bool = False) -> None:
 
 
 @command(cache, WATCH, example="cache repair shards/")
-@click.argument("path", type=click.Path())
+@click.argument("path", help="Folder or URL of the cache.")
 def repair(path: str) -> None:
     """Remove the shards that `cache verify` finds bad, and nothing else; harvest then writes those again."""
     from routesae.console.options import watching
@@ -68,8 +68,8 @@ def repair(path: str) -> None:
 
 
 @command(cache, WATCH, BLOCKS, example="cache merge node0/shards node1/shards shards/")
-@click.argument("sources", nargs=-1, required=True, type=click.Path())
-@click.argument("target", type=click.Path())
+@click.argument("sources", nargs=-1, required=True, help="Caches to take shards from.")
+@click.argument("target", help="Folder or URL of the cache to make.")
 @click.option("--link", is_flag=True, help="Make hard links instead of copies where both are on one file system.")
 def merge(sources: tuple[str, ...], target: str, link: bool = False) -> None:
     """Make TARGET one cache of parts that were harvested apart; every checksum is compared.
@@ -80,8 +80,8 @@ def merge(sources: tuple[str, ...], target: str, link: bool = False) -> None:
 
 
 @command(cache, WATCH, BLOCKS, example="cache copy shards/ s3://bucket/shards")
-@click.argument("source", type=click.Path())
-@click.argument("target", type=click.Path())
+@click.argument("source", help="Folder or URL to copy from.")
+@click.argument("target", help="Folder or URL of the cache to make.")
 def copy(source: str, target: str) -> None:
     """Copy a cache from a folder or URL to another; what arrived is read again and every checksum compared.
 

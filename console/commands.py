@@ -63,6 +63,7 @@ class SettingsCommand(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The options in the groups of their settings."""
         options = [*self.generated.values(), *((LAST, option) for option in super().get_params(ctx))]
+        options = [(group, option) for group, option in options if isinstance(option, click.Option)]
         names = [*FIRST, *(group for group, _ in options if group != LAST), LAST]
         for name in dict.fromkeys(names):
             rows = [option.get_help_record(ctx) for group, option in options if group == name]
@@ -102,15 +103,16 @@ def make_option(of: type[Settings], field: str, info: FieldInfo, shown: Shown) -
 
     kind, several = kind_of(info)
     if shown.positional:
-        return click.Argument([field], nargs=-1 if several else 1, required=info.is_required())
+        return click.Argument([field], help=str(info.description))
     flag, text = flag_of(of, field), str(info.description)
     choices = "|".join(shown.choices)
     if len(choices) > LONGEST_CHOICES:
-        text += f" {choices.replace('|', ', ')}."
+        text = f"{text[:-1]}: {', '.join(shown.choices)}."
         choices = ""
     if shown.only_for:
         text = f"{shown.only_for}: {text}"
-    if (default := shown.unset if info.default in (None, ()) else default_text(info.default, several)) is not None:
+    default = shown.unset if info.default in (None, ()) else default_text(info.default, several)
+    if default is not None and not info.is_required():
         text += f"  [default: {default}]"
     if kind is bool:
         flags = flag if info.default is False else f"{flag}/--no-{flag[2:]}"
@@ -128,6 +130,8 @@ def default_text(value: Any, several: bool) -> str | None:
         return ", ".join(map(str, value)) or None
     if isinstance(value, bool) or value == "":
         return None
+    if isinstance(value, float):
+        return f"{value:g}"
     if isinstance(value, int):
         for factor, suffix in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
             if value >= 10_000 and value % factor == 0:

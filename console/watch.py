@@ -17,6 +17,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from routesae import __version__
+from routesae.machine.files import write_json
 from routesae.machine.settings import RUN, Settings, setting
 from routesae.reporting import FailedRun, Progress, Report, Stopped, WrongInput
 
@@ -49,9 +50,6 @@ class Watch(Settings):
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM, where no stage has work to bring home first. Not an Exception, so that no library swallows it."""
-
-
-# --------------------------------------------------------------------------------------------------- log lines
 
 
 class ToStderr(logging.StreamHandler[Any]):
@@ -91,9 +89,6 @@ def configure_logging(watch: Watch) -> None:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-# ---------------------------------------------------------------------------------------------------- progress
 
 
 class Pacer:
@@ -165,9 +160,6 @@ class Bars:
             self._bar = None
 
 
-# --------------------------------------------------------------------------------------------------- status file
-
-
 class Status:
     """The status file of one run, written whole at most every STATUS_SECONDS and at the end.
 
@@ -206,10 +198,8 @@ class Status:
         if self._broken or not self.path.parent.is_dir():
             return
         content = {**self._head, "updated": _now(), "state": state, "message": message, **self._progress}
-        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
         try:
-            partial.write_text(json.dumps(content, indent=2) + "\n")
-            partial.replace(self.path)
+            write_json(self.path, content)
         except OSError as error:
             self._broken = True
             log.warning("%s is no longer written: %s", self.path, error)
@@ -230,9 +220,6 @@ def status_beside(folder: str | Path, worker: int | None = None) -> Path | None:
     """The same for a cache: shards.status.json beside shards/, because zarr warns of files in its groups."""
     inside = status_in(folder, worker)
     return inside and inside.parent.absolute().with_name(f"{inside.parent.absolute().name}.{inside.name}")
-
-
-# ------------------------------------------------------------------------------------------------------ together
 
 
 @contextmanager

@@ -184,7 +184,7 @@ def test_command_line_imports_no_room_when_it_is_imported() -> None:
     assert {Path("cli.py"), Path("console/terminal.py")} < set(COMMAND_LINE)
     for file in COMMAND_LINE:
         imported = {name for name in imports(import_time_tree(file)) if name.startswith("routesae")}
-        own = ("__version__", "reporting.", "console.", "machine.settings.")
+        own = ("__version__", "reporting.", "console.", "machine.settings.", "machine.files.")
         assert [name for name in imported if not name.removeprefix("routesae.").startswith(own)] == []
 
 

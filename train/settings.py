@@ -22,6 +22,7 @@ from routesae.machine.settings import (
     by_field,
     described,
     flagged,
+    not_one_of,
     read_toml,
     setting,
 )
@@ -103,8 +104,7 @@ class RunSettings(Settings):
     routed: str | None = setting(
         None,
         VARIANT,
-        "the variant its layers share.",
-        choices=variants(),
+        "the one-layer variant that its layers share.",
         metavar="NAME",
         only_for="routesae",
         unset="topk",
@@ -144,6 +144,11 @@ class RunSettings(Settings):
     )
 
     def check(self) -> None:
+        if self.routed is not None:
+            from routesae.train.saes import SINGLE_LAYER
+
+            if self.routed not in SINGLE_LAYER:
+                raise WrongInput(f"--routed {not_one_of(self.routed, SINGLE_LAYER)}")
         for name, (_, shown) in described(RunSettings).items():
             if shown.only_for and getattr(self, name) is not None and not applies(name, self.sae, self.routed):
                 why = _why(shown.only_for)
@@ -196,7 +201,7 @@ class TrainSettings(Settings):
         None, OPTIMISER, "Passes over the training tokens.", ge=1, instead_of="tokens", unset="1"
     )
     tokens: int | None = setting(
-        None, OPTIMISER, "Training tokens in all, over as many passes as it takes, instead of --epochs.", ge=1
+        None, OPTIMISER, "Training tokens in all, over as many passes as that takes, instead of --epochs.", ge=1
     )
     dead_after_tokens: int | None = setting(
         None,

@@ -27,9 +27,20 @@ from routesae.analyze.report.settings import ReportSettings
 from routesae.analyze.scores.settings import AnalyzeSettings
 from routesae.harvest.cache.storage import is_url
 from routesae.harvest.settings import HarvestSettings
-from routesae.machine.settings import LM_DTYPE, MODEL, RUN, Settings, by_field, described, read_toml, setting, unknown
+from routesae.machine.settings import (
+    DICTIONARY,
+    LM_DTYPE,
+    MODEL,
+    RUN,
+    Settings,
+    by_field,
+    described,
+    read_toml,
+    setting,
+    unknown,
+)
 from routesae.reporting import WrongInput
-from routesae.train.settings import TrainSettings, settings_of_table
+from routesae.train.settings import TrainSettings, settings_of_table, variants
 
 VARIANTS = ("vanilla", "gated", "topk", "jumprelu", "routesae", "crosscoder")
 STAGES: dict[str, type[Settings]] = {
@@ -116,6 +127,14 @@ class AblationSettings(Settings):
 
     training: TrainSettings
     out: str = setting("ablation", RUN, "Folder of SAEs, table and plot.", metavar="PATH")
+    sae: tuple[str, ...] = setting(
+        (),
+        DICTIONARY,
+        "Variants.",
+        choices=variants(),
+        metavar="NAME",
+        unset=f"without --config {', '.join(VARIANTS)}",
+    )
     score_tokens: int | None = setting(None, RUN, "Held-out tokens to score on.", ge=1, unset="all")
     model: str | None = setting(None, MODEL, "Where the LM is now.", unset="where the cache says")
     lm_dtype: str = LM_DTYPE
@@ -128,7 +147,7 @@ class AblationSettings(Settings):
         """The flags that are not the ablation's own are train's."""
         own = {name: value for name, value in flags.items() if name in described(cls)}
         training = {name: value for name, value in flags.items() if name not in own}
-        if "config" not in training:
-            training = {"sae": VARIANTS, **training}
+        if "sae" in own or "config" not in training:
+            training["sae"] = own.get("sae", VARIANTS)
         training |= {"resume": True, "out": str(Path(own.get("out", "ablation")) / "saes")}
         return cls(**own, training=TrainSettings.from_flags(training))

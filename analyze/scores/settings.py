@@ -21,7 +21,7 @@ class AnalyzeSettings(Settings):
     metrics: tuple[str, ...] = setting(
         CACHE_METRICS,
         SCORING,
-        f"What to compute; {', '.join(LM_METRICS)} need the LM.",
+        f"Metric, of which {', '.join(LM_METRICS)} need the LM.",
         choices=METRICS,
         flag="metric",
         metavar="NAME",

@@ -25,7 +25,7 @@ class ConvertSettings(Settings):
     routing: str | None = setting(
         None,
         VARIANT,
-        "How tokens are routed.",
+        "one layer a token, or all weighted.",
         choices=("hard", "soft"),
         only_for="routesae",
         unset="from the file name, else hard",
@@ -33,7 +33,7 @@ class ConvertSettings(Settings):
     aggregate: str | None = setting(
         None,
         VARIANT,
-        "What the router sees.",
+        "what of the layers the router sees.",
         choices=("sum", "mean"),
         only_for="routesae",
         unset="from the file name, else sum",
