@@ -40,7 +40,10 @@ class HarvestSettings(Settings):
     data: str = setting(
         "Skylion007/openwebtext",
         MODEL,
-        "A .txt, .jsonl, .jsonl.gz, .jsonl.zst or .parquet file, a folder of them, a hub dataset id, or demo.",
+        "A .txt, .parquet or .jsonl file (also .gz, .zst), a folder of them, a hub dataset id, or demo.",
+    )
+    data_config: str | None = setting(
+        None, MODEL, "Configuration of a hub dataset that has several.", metavar="NAME", unset="its default"
     )
     split: str = setting("train", MODEL, "Split of a hub dataset.")
     text_field: str = setting("text", MODEL, "Field or column that holds a document's text.")

@@ -37,8 +37,9 @@ TRAIN = """cache sae latents expansion k layer sparsity pre-act-loss prefixes ro
     normalize batch-tokens epochs tokens dead-after-tokens anneal-k-from sparsity-warmup recipe lr clip precision
     max-memory log-every-steps checkpoint-every log seed verify device shard cpu-offload out config"""
 OPTIONS = {
-    "harvest": f"""model data split text-field min-chars tokens context layers dtype overflow skip-positions
-        keep-special shard-tokens batch-sequences seed device lm-dtype worker workers out {RUN} {BLOCKS}""",
+    "harvest": f"""model data data-config split text-field min-chars tokens context layers dtype overflow
+        skip-positions keep-special shard-tokens batch-sequences seed device lm-dtype worker workers out
+        {RUN} {BLOCKS}""",
     "train": f"{TRAIN} name overwrite resume {RUN} {BLOCKS}",
     "ablation": f"{TRAIN} score-tokens model lm-dtype plot contexts threshold {RUN} {BLOCKS}",
     "analyze": f"metric tokens infer-k theta batch-sequences lm-dtype json {SAES} {RUN} {BLOCKS}",

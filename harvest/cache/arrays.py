@@ -16,6 +16,7 @@ every byte is hashed once. Padding and index are in neither.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import struct
@@ -37,6 +38,7 @@ ChunkHashes = npt.NDArray[np.uint64]
 
 CHUNK_ROWS = 256
 CHECKSUM_DIFFERS = "checksum differs from the one recorded"
+NO_FSYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF)  # what file systems say that lack it for folders
 _MOST_CHUNKS = 1 << 20  # of an array: an index of 16 MB, for 268 million rows
 _INDEX_ENTRY = struct.Struct("<QQ")
 
@@ -185,10 +187,13 @@ def write_group(folder: Path, attributes: Mapping[str, Any]) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Have a file's bytes, or a folder's names, reach the disk."""
+    """Have a file's bytes, or a folder's names, reach the disk. Not every file system has the second."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_FSYNC or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 

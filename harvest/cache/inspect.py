@@ -27,7 +27,7 @@ def describe(path: str) -> Description:
         "model": f"{manifest.model}, {manifest.model_layers} layers, run in {manifest.lm_dtype}",
         "layers": f"{', '.join(map(str, manifest.layers))}; width {manifest.width}, {manifest.dtype}",
         "corpus": f"{manifest.corpus}, fingerprint {manifest.corpus_fingerprint}",
-        "documents": f"{manifest.documents:,} used, {manifest.documents_short:,} too short, "
+        "documents": f"{manifest.documents:,} used, {manifest.documents_short:,} empty or too short, "
         f"{manifest.documents_malformed:,} malformed",
         "tokens": f"{manifest.rows:,} rows of {manifest.context}; the last {held_out:,} rows held out",
         "kept": f"{manifest.kept_tokens:,} tokens; {manifest.rows * manifest.context - manifest.kept_tokens:,} "

@@ -36,6 +36,7 @@ SETTINGS = {
     "overflow": "overflow",
     "seed": "seed",
     "corpus": "data",
+    "data_config": "data_config",
     "split": "split",
     "text_field": "text_field",
     "min_chars": "min_chars",
@@ -86,6 +87,7 @@ class Manifest(_Stored):
     overflow: Overflow
     seed: int = Field(ge=0, le=1 << 128)
     corpus: str
+    data_config: str | None = None
     split: str
     text_field: str
     min_chars: Count

@@ -33,6 +33,7 @@ def write_tokens(folder: Path, settings: HarvestSettings, tokenizer: Any, report
         settings.data,
         text_field=settings.text_field,
         split=settings.split,
+        config=settings.data_config,
         min_chars=settings.min_chars,
         seed=settings.seed,
         counts=counts,
@@ -56,7 +57,11 @@ def write_tokens(folder: Path, settings: HarvestSettings, tokenizer: Any, report
             report(Progress("tokenise", rows * settings.context, settings.tokens, "tokens", facts))
         counts.check_malformed()
         if counts.documents == 0:
-            short = f"; {counts.short} were shorter than --min-chars {settings.min_chars}" if counts.short else ""
+            short = (
+                f"; {counts.short} were empty or shorter than --min-chars {settings.min_chars}"
+                if counts.short
+                else ""
+            )
             raise WrongInput(f"corpus {settings.data} has no document to use{short}")
         if rows == 0:
             raise WrongInput(

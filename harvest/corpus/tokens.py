@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -20,6 +21,8 @@ import xxhash
 
 from routesae.harvest.cache.manifest import Ids
 from routesae.harvest.corpus.texts import Document
+
+log = logging.getLogger(__name__)
 
 DOCUMENTS_A_CALL = 256  # enough for the tokenizer's threads
 # A tokenizer takes 50 to 100 bytes a character: a line of 50 MB at once would take 5 GB.
@@ -63,16 +66,27 @@ def framing(tokenizer: Any) -> Framing:
 def tokenize(documents: Iterable[Document], tokenizer: Any, framing: Framing) -> Iterator[Ids]:
     """The token ids of each document, framing included, in order."""
     before, after = np.array(framing.before, np.int32), np.array(framing.after, np.int32)
+    special, literal = set(framing.special_ids) - {tokenizer.unk_token_id}, 0
     parts = [before]
-    for call in _calls(documents):
-        # verbose=False: rows are cut to the context below, so "longer than the maximum" would mislead.
-        texts = [text for text, _ in call]
-        ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        for piece_ids, (_, is_last) in zip(ids, call, strict=True):
-            parts.append(np.array(piece_ids, np.int32))
-            if is_last:
-                yield np.concatenate([*parts, after])
-                parts = [before]
+    try:
+        for call in _calls(documents):
+            # verbose=False: rows are cut to the context below, so "longer than the maximum" would mislead.
+            options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+            # split_special_tokens: a literal <s> in a text is text. Not every tokenizer obeys, hence the count.
+            ids = tokenizer([text for text, _ in call], split_special_tokens=True, **options)["input_ids"]
+            for piece_ids, (_, is_last) in zip(ids, call, strict=True):
+                literal += not special.isdisjoint(piece_ids)
+                parts.append(np.array(piece_ids, np.int32))
+                if is_last:
+                    yield np.concatenate([*parts, after])
+                    parts = [before]
+    finally:
+        if literal:
+            log.warning(
+                "%d texts spell special tokens such as <s>, and this tokenizer takes them for the tokens: their "
+                "positions are special",
+                literal,
+            )
 
 
 def _calls(documents: Iterable[Document]) -> Iterator[list[tuple[str, bool]]]:

@@ -213,6 +213,7 @@ OTHER_SETTINGS = [
     ({"min_chars": 50}, "min_chars is 100, not 50"),
     ({"text_field": "body"}, "text_field is text, not body"),
     ({"split": "test"}, "split is train, not test"),
+    ({"data_config": "en"}, "data_config is None, not en"),
     ({"lm_dtype": "bfloat16"}, "lm_dtype is float32, not bfloat16"),
     ({"data": "elsewhere.jsonl"}, "not elsewhere.jsonl"),
 ]
@@ -322,7 +323,7 @@ def test_an_empty_folder_and_a_deep_new_one_are_taken(tiny_settings: Settings, t
     ("lines", "message"),
     [
         ([], "has no document to use"),
-        (["short"] * 3, "has no document to use; 3 were shorter than --min-chars 100"),
+        (["short"] * 3, "has no document to use; 3 were empty or shorter than --min-chars 100"),
         (["model " * 20], "too small for one row of 64 tokens.*--context"),
     ],
 )

@@ -30,6 +30,7 @@ import xxhash
 from routesae.harvest.cache.arrays import CHUNK_ROWS, Array, BadArray, array_hash, data_name
 from routesae.harvest.cache.storage import Stored, checked
 from routesae.harvest.cache.store.blocks import IN_FLIGHT, PIECE_BYTES, Block, blocks
+from routesae.harvest.cache.store.disk import map_file
 from routesae.machine.files import LARGEST_BYTES
 from routesae.reporting import FailedRun, WrongInput
 
@@ -285,13 +286,11 @@ class BucketArray:
         if (size := self._shape[0] * self._row_bytes) == 0:
             return np.empty(self._shape, self._dtype)
 
-        def opened(path: Path) -> Array:
-            return np.memmap(path, self._dtype, "r", shape=self._shape)
-
         def right(path: Path) -> bool:
-            return array_hash(opened(path)) == self._content
+            return array_hash(map_file(path, self._dtype, self._shape)) == self._content
 
-        return opened(blocks().whole(self.block(0, self._shape[0]).key, size, self._ranges, right))
+        path = blocks().whole(self.block(0, self._shape[0]).key, size, self._ranges, right)
+        return map_file(path, self._dtype, self._shape)
 
     def open(self) -> BucketRows:
         chunk_bytes = CHUNK_ROWS * self._row_bytes

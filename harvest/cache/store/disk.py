@@ -6,6 +6,7 @@ process's memory, and meets a file that was cut as a short read, where a mapping
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat
@@ -20,6 +21,8 @@ import numpy.typing as npt
 from routesae.harvest.cache.arrays import Array, BadArray, data_file
 from routesae.harvest.cache.storage import Stored, checked
 from routesae.machine.files import LARGEST_BYTES, BadFile, leads_out_of, read_bytes
+
+NO_MMAP = (errno.ENODEV, errno.ENOSYS, errno.ENOTSUP, errno.EACCES, errno.EINVAL)
 
 
 class OpenFile:
@@ -40,6 +43,18 @@ class OpenFile:
             if read == 0:
                 raise BadArray(f"ends before byte {offset + len(view):,}, which is still of its rows")
             view, offset = view[read:], offset + read
+
+
+def map_file(path: Path, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> Array:
+    """An array at the beginning of a file, memory-mapped; in memory where the file system has no mappings."""
+    if prod(shape) == 0:
+        return np.empty(shape, dtype)
+    try:
+        return np.memmap(path, dtype, "r", shape=shape)
+    except OSError as error:
+        if error.errno not in NO_MMAP:
+            raise
+        return np.fromfile(path, dtype, prod(shape)).reshape(shape)
 
 
 class DiskRows:
@@ -69,9 +84,7 @@ class DiskArray:
         self._dtype = np.dtype(dtype).newbyteorder("<")
 
     def read(self) -> Array:
-        if self._shape[0] == 0:
-            return np.empty(self._shape, self._dtype)
-        return np.memmap(self._path, self._dtype, "r", shape=self._shape)
+        return map_file(self._path, self._dtype, self._shape)
 
     mapped = read
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import stat
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +18,7 @@ import pytest
 import xxhash
 import zarr
 
+from routesae.harvest.cache import arrays
 from routesae.harvest.cache.arrays import (
     ArrayWriter,
     BadArray,
@@ -281,3 +285,46 @@ def test_chunk_hashes_are_xxh3_of_each_256_rows(shape: tuple[int, ...], dtype: s
 
 def test_no_rows_have_no_chunks() -> None:
     assert chunk_hashes(np.empty((0, 5), np.float16)).tolist() == []
+
+
+@pytest.mark.parametrize("error", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF])
+def test_a_file_system_without_fsync_of_folders_takes_a_cache(
+    error: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    synced = []
+
+    def refused(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(error, os.strerror(error))
+        synced.append(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refused)
+    arrays.fsync_tree(tmp_path)
+    assert len(synced) == 1
+
+
+def test_an_fsync_that_fails_otherwise_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", full)
+    for path in (tmp_path, tmp_path / "file"):
+        with pytest.raises(OSError, match="Input/output"):
+            arrays.fsync(path)
+
+
+@pytest.mark.parametrize("error", [errno.ENODEV, errno.ENOSYS, errno.EINVAL])
+def test_a_file_system_without_mappings_is_read_into_memory(
+    error: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    array = example((600, 7), "<f2")
+    write_array(tmp_path / "a", array)
+
+    def refused(*args: Any, **options: Any) -> None:
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(np, "memmap", refused)
+    assert np.array_equal(opened(tmp_path / "a", (600, 7), "<f2").read(), array)

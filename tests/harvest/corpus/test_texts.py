@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -206,12 +207,13 @@ def test_nul_bytes_between_lines_are_a_malformed_line(tmp_path: Path) -> None:
     assert [bad.split(": ")[0] for bad in counts.malformed] == [f"{tmp_path / 'a.jsonl'}:201"]
 
 
-def test_parquet_nulls_are_malformed_and_named_by_row(tmp_path: Path) -> None:
-    path = tmp_path / "a.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["x"] * 150 + [None] + ["x"] * 1500}), path)
-    texts, counts = read(path)
-    assert len(texts) == 1650
-    assert [bad.split(": ")[0] for bad in counts.malformed] == [f"{path}:151"]
+def test_nulls_are_counted_and_stop_nothing_in_any_format(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"text": [None] * 1500 + ["x"] * 150}), tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": null}\n{"text": NaN}\n' * 750 + lines(["x"] * 150))
+    for name in ("a.parquet", "a.jsonl"):
+        texts, counts = read(tmp_path / name)
+        assert texts == ["x"] * 150
+        assert (counts.entries, counts.short, counts.malformed) == (1650, 1500, [])
 
 
 def test_another_text_field_is_read_and_a_missing_one_named(tmp_path: Path) -> None:
@@ -234,7 +236,7 @@ def test_a_missing_corpus_is_wrong_input(name: str) -> None:
 def test_a_folder_without_a_corpus_and_a_file_of_another_kind_are_wrong_input(tmp_path: Path) -> None:
     (tmp_path / "a.zip").write_bytes(b"x")
     for path in (tmp_path, tmp_path / "a.zip"):
-        with pytest.raises(WrongInput, match=r"\.jsonl\.zst") as error:
+        with pytest.raises(WrongInput, match=r"\.jsonl, .* or one of these three with \.gz or \.zst") as error:
             read(path)
         assert str(path) in str(error.value)
 
@@ -294,7 +296,7 @@ def test_a_hub_dataset_is_streamed_from_the_split_asked_for(monkeypatch: pytest.
     assert next(documents) == (TEXTS[0], "owner/name:1")
     assert len(taken) == 1  # no document is fetched before it is wanted
     assert [document.text for document in documents] == TEXTS[1:] + TEXTS * 10
-    assert [bad.split(": ")[0] for bad in counts.malformed] == ["owner/name:13"]
+    assert (counts.short, counts.malformed) == (1, [])
 
 
 def test_a_dataset_defined_by_a_script_is_read_from_its_parquet_branch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,3 +348,181 @@ def test_a_dataset_without_the_text_field_names_its_fields(monkeypatch: pytest.M
     hub(monkeypatch, lambda *args, **kwargs: [{"title": "t", "body": "b"}] * 2000)
     with pytest.raises(WrongInput, match="no field 'text'; --text-field is one of title, body"):
         read("owner/name")
+
+
+def test_a_dataset_may_begin_with_a_null(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub(monkeypatch, lambda *args, **kwargs: [{"id": 1, "text": None}, {"id": 2, "text": "x"}])
+    texts, counts = read("owner/name")
+    assert (texts, counts.short, counts.malformed) == (["x"], 1, [])
+
+
+def test_a_dataset_of_several_configurations_is_read_by_name_and_without_one_they_are_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def load(dataset_id: str, name: str | None = None, **options: Any) -> list[dict[str, str]]:
+        if name is None:
+            raise ValueError(
+                "Config name is missing.\nPlease pick one among the available configs: ['en', 'de']\nExample:"
+            )
+        return [{"text": name}]
+
+    hub(monkeypatch, load)
+    assert read("owner/name", config="de")[0] == ["de"]
+    with pytest.raises(WrongInput, match=r"\['en', 'de'\]\. Give one with --data-config$"):
+        read("owner/name")
+
+
+def test_whatever_the_hub_s_client_raises_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import httpx
+    from datasets.exceptions import DatasetGenerationError
+
+    for error in (
+        httpx.ReadTimeout("timed out"),
+        type("ClientPayloadError", (Exception,), {})("not enough data"),  # as aiohttp has them
+        DatasetGenerationError("An error occurred while generating the dataset"),
+        KeyError("features"),
+        EOFError("Compressed file ended before the end-of-stream marker was reached"),
+    ):
+
+        def rows(error: Exception = error) -> Iterator[dict[str, str]]:
+            yield {"text": "first"}
+            raise error
+
+        hub(monkeypatch, lambda *args, rows=rows, **kwargs: rows())
+        with pytest.raises(
+            WrongInput, match="dataset 'owner/name', split 'train' cannot be read from the hub"
+        ) as told:
+            read("owner/name")
+        assert "\n" not in str(told.value)
+
+
+# ------------------------------------------------------------------------------------------------- every file counts
+
+
+def test_links_to_folders_are_followed_once_and_one_that_leads_nowhere_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    (tmp_path / "corpus" / "a.jsonl").write_bytes(lines(TEXTS[:5]))
+    (tmp_path / "elsewhere" / "deep" / "b.jsonl").write_bytes(lines(TEXTS[5:]))
+    (tmp_path / "corpus" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "corpus" / "again").symlink_to(tmp_path / "elsewhere" / "deep")
+    (tmp_path / "elsewhere" / "round").symlink_to(tmp_path / "corpus")
+    (tmp_path / "corpus" / "gone.jsonl").symlink_to(tmp_path / "nowhere.jsonl")
+    assert sorted(read(tmp_path / "corpus")[0]) == sorted(TEXTS)
+    (record,) = caplog.records
+    assert "files read: 2; passed over: 1 (" in record.getMessage()
+    assert "gone.jsonl (a link that leads nowhere)" in record.getMessage()
+
+
+def test_names_that_begin_with_a_dot_are_passed_over_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    corpus = tmp_path / ".cache"  # what the user named is read, whatever its name
+    for name in (".git", ".ipynb_checkpoints", "__MACOSX"):
+        (corpus / name).mkdir(parents=True)
+    (corpus / "a.jsonl").write_bytes(lines(TEXTS))
+    for name in (".git/a.txt", ".ipynb_checkpoints/a-checkpoint.jsonl", "__MACOSX/._a.jsonl", "._a.jsonl"):
+        (corpus / name).write_bytes(b"\0\5\x16\7")
+    assert read(corpus)[0] == TEXTS
+    (record,) = caplog.records
+    assert "files read: 1; passed over: 4 (" in record.getMessage()
+    assert f"{corpus / '.git'}/" in record.getMessage()
+
+
+def test_json_with_a_document_a_line_is_read_and_other_json_is_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    put = {
+        "c4-train.00000-of-00001.json.gz": gzip.compress(lines(TEXTS[:4])),
+        "b.JSON": b'\n{"text": null}\n' + lines(TEXTS[4:8]),
+        "c.json.zst": pyarrow.compress(lines(TEXTS[8:10]), codec="zstd", asbytes=True),
+        "d.ndjson": lines(TEXTS[10:]),
+        "dataset_infos.json": b'{"default": {"splits": {}}}',
+        "list.json": b'[{"text": "x"}]',
+        "indented.json": b'{\n  "text": "x"\n}\n',
+        "empty.json": b"",
+    }
+    for name, data in put.items():
+        (tmp_path / name).write_bytes(data)
+    texts, counts = read(tmp_path)
+    assert sorted(texts) == sorted(TEXTS)
+    assert (counts.entries, counts.short) == (13, 1)
+    (record,) = caplog.records
+    assert "files read: 4; passed over: 4 (" in record.getMessage()
+    assert "dataset_infos.json" in record.getMessage()
+    assert read(tmp_path / "b.JSON")[0] == TEXTS[4:8]
+
+
+@pytest.mark.parametrize("name", ["LICENSE.txt", "readme.txt", "THIRD_PARTY_NOTICES.txt", "LICENCE-de.txt"])
+def test_a_licence_is_no_document_beside_other_formats_and_one_among_txt_files(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("Permission is hereby granted")
+    (tmp_path / "LICENSE").write_text("Permission is hereby granted")
+    (tmp_path / "unnoticed.txt").write_text("a document")
+    assert sorted(read(tmp_path)[0]) == ["Permission is hereby granted", "a document"]
+    put_jsonl(tmp_path)
+    assert sorted(read(tmp_path)[0]) == sorted([*TEXTS, "a document"])
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be"])
+def test_a_byte_order_mark_is_no_part_of_a_text(encoding: str, tmp_path: Path) -> None:
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    (tmp_path / "a.txt").write_bytes((mark + TEXTS[0]).encode(encoding))
+    assert read(tmp_path / "a.txt")[0] == [TEXTS[0]]
+
+
+def test_a_zstd_frame_with_a_window_too_long_names_the_command(tmp_path: Path) -> None:
+    """A frame's header alone: magic, a window of 2 GB, no size; then an empty last block."""
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(bytes.fromhex("28b52ffd 00 a8 010000"))
+    with pytest.raises(
+        FailedRun, match=rf"a\.jsonl\.zst cannot be read.*; decompress it first: zstd -d --long=31 {path}$"
+    ):
+        read(path)
+
+
+def test_what_cannot_be_read_of_a_parquet_file_is_one_line_with_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "part-00017.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["x" * 200] * 100}), path)
+    whole = path.read_bytes()
+    thrift = whole[:-60] + b"\xff" * 20 + whole[-40:]
+    for data in (thrift, whole[:-4] + b"PARE", encrypted(tmp_path, plaintext_footer=False)):
+        path.write_bytes(data)
+        with pytest.raises(WrongInput, match=r"part-00017\.parquet is not a Parquet file that can be read") as told:
+            read(tmp_path)
+        assert "\n" not in str(told.value)
+    path.write_bytes(encrypted(tmp_path, plaintext_footer=True))
+    with pytest.raises(FailedRun, match=r"part-00017\.parquet cannot be read to its end: .*decrypt"):
+        read(tmp_path)
+
+
+def encrypted(folder: Path, *, plaintext_footer: bool) -> bytes:
+    import base64
+
+    from pyarrow.parquet import encryption
+
+    class Keys(encryption.KmsClient):
+        def wrap_key(self, key: bytes, name: str) -> bytes:
+            return base64.b64encode(key)
+
+    made = encryption.CryptoFactory(lambda config: Keys())
+    how = encryption.EncryptionConfiguration(
+        footer_key="f", column_keys={"c": ["text"]}, plaintext_footer=plaintext_footer
+    )
+    properties = made.file_encryption_properties(encryption.KmsConnectionConfig(), how)
+    table, path = pyarrow.table({"text": ["x" * 200] * 100}), folder / "made.bin"
+    with pyarrow.parquet.ParquetWriter(path, table.schema, encryption_properties=properties) as writer:
+        writer.write_table(table)
+    data = path.read_bytes()
+    path.unlink()
+    return data
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read anything")
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz"])
+def test_a_file_that_may_not_be_read_is_one_line(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"x")
+    (tmp_path / name).chmod(0)
+    with pytest.raises(FailedRun, match=f"{name} cannot be read to its end: .*make it readable"):
+        read(tmp_path)

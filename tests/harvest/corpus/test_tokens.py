@@ -189,6 +189,8 @@ def test_a_long_document_is_tokenised_in_pieces_that_do_not_show(
     calls: list[int] = []
 
     class Noting:
+        unk_token_id = None
+
         def __call__(self, texts: list[str], **options: Any) -> Any:
             calls.append(sum(map(len, texts)))
             return tokenizer(texts, **options)
@@ -215,3 +217,38 @@ def test_long_documents_come_few_at_a_time(tiny_model: Path, monkeypatch: pytest
     stream = tokenize(books(), tokenizer, framing(tokenizer))
     next(stream)
     assert len(read) == 2
+
+
+@pytest.mark.parametrize(
+    "text", ["the <s> router", "</s>", "<s></s>the layer </s>", "layer<s>", "no special token at all"]
+)
+def test_a_special_token_that_is_spelt_in_a_text_is_text(
+    text: str, tiny_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = load(tiny_model)
+    frame = framing(tokenizer)
+    (ids,) = tokenize([Document(text, "here")], tokenizer, frame)
+    assert ids[-1] == EOS
+    assert not {BOS, EOS} & set(ids[:-1].tolist())
+    assert tokenizer.decode(ids[:-1]) == text
+    assert caplog.records == []
+    plain = "the router layer token " * 5
+    (ids,) = tokenize([Document(plain, "here")], tokenizer, frame)
+    assert ids[:-1].tolist() == tokenizer(plain, add_special_tokens=False)["input_ids"]
+
+
+def test_a_tokenizer_that_takes_it_for_the_token_all_the_same_is_counted_and_said(
+    tiny_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = load(tiny_model)
+
+    class Deaf:
+        unk_token_id = None
+
+        def __call__(self, texts: list[str], **options: Any) -> Any:
+            return tokenizer(texts, **{**options, "split_special_tokens": False})
+
+    texts = ["the <s> router", "a layer", "</s></s>"]
+    assert len(list(tokenize([Document(text, "") for text in texts], Deaf(), framing(tokenizer)))) == 3
+    (record,) = caplog.records
+    assert record.getMessage().startswith("2 texts spell special tokens such as <s>")
