@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from routesae.analyze.contexts.collect import Collector, Wanted
-from routesae.analyze.contexts.table import choose, context_batches, kept_by_rule
+from routesae.analyze.contexts.collect import Collector
+from routesae.analyze.contexts.settings import ContextSettings
+from routesae.analyze.contexts.table import context_batches
 from routesae.analyze.contexts.windows import Vocabulary
 from routesae.analyze.inputs.lm import lm_of_cache, load_tokenizer_of
 from routesae.harvest.cache.reader import Cache
@@ -83,22 +84,20 @@ def run_sae(sae: SAE, cache: Cache, shards: int) -> list[list[Stored]]:
 
 def vectorised(subject: Subject, threshold: float, top: int | None) -> Chosen:
     """The pass as `routesae contexts` makes it, up to the tables that are written."""
-    rule: dict[str, Any] = {"threshold": threshold, "per_class": PER_CLASS, "max_classes": MAX_CLASSES}
-    wanted = Wanted(**rule, top=top, sample=SAMPLE, window=WINDOW, seed=0)
+    rule: dict[str, Any] = {"per_class": PER_CLASS, "max_classes": MAX_CLASSES, "min_contexts": MIN_CONTEXTS}
+    settings = ContextSettings(threshold=threshold, top=top, samples=SAMPLE // 3, window=WINDOW, **rule)
     sae: Any = Replay(subject)
-    collector = Collector(sae, subject.cache, subject.vocabulary, wanted)
+    collector = Collector(sae, subject.cache, subject.vocabulary, settings)
     for number, batches in enumerate(subject.shards):
         for batch in batches:
             nothing = torch.zeros(1, len(batch.position_N), 1)
             collector.take(Batch(nothing, nothing, nothing), batch.position_N)
         collector.end_shard(subject.cache.manifest.shard_range(number))
     collected = collector.result()
-    kept_F = kept_by_rule(collected, max_classes=MAX_CLASSES, min_contexts=MIN_CONTEXTS)
-    chosen = choose(collected, kept_F)
-    for _ in context_batches(chosen, subject.cache, subject.vocabulary, subject.recipe.layers):
+    for _ in context_batches(collected, subject.cache, subject.vocabulary):
         pass
     found: Chosen = defaultdict(list)
-    strongest = chosen.kept.of.where(chosen.kind_M == 0)
+    strongest = collected.contexts.of.where(collected.contexts.kind_M == 0)
     columns = (strongest.latent_M.tolist(), strongest.value_M.tolist(), strongest.position_M.tolist())
     for latent, value, position in zip(*columns, strict=True):
         found[latent].append((value, position))

@@ -436,22 +436,6 @@ def test_a_tokenizer_without_its_model_is_enough(
     assert run(hostile_cache, copied("topk"), model=str(alone))[0].contexts > 0
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"threshold": -1.0}, "--threshold -1.0 is not a number of 0 or more"),
-        ({"threshold": float("nan")}, "--threshold nan is not"),
-        ({"top": 0}, "--top 0 is below 1"),
-        ({"per_class": 0}, "--per-class 0 is below 1"),
-        ({"window": 0}, "--window 0 is below 1"),
-        ({"seed": -1}, "--seed -1 is below 0"),
-    ],
-)
-def test_impossible_settings_are_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(WrongInput, match=re.escape(message)):
-        ContextSettings(**changes)
-
-
 def test_missing_and_damaged_files_are_named(hostile_cache: Cache, copied: Callable[[str], Path]) -> None:
     folder = copied("topk")
     with pytest.raises(WrongInput, match=r"has no contexts.parquet; make it with routesae contexts"):

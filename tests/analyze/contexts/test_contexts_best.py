@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from routesae.analyze.contexts import best as contexts_best
-from routesae.analyze.contexts.best import Activations, Best
+from routesae.analyze.contexts.best import NO_WINDOW, Activations, Best
 
 LATENTS, CPU = 5, torch.device("cpu")
 Row = tuple[int, int, int, int, float]  # latent, position, layer, class, value
@@ -26,11 +26,13 @@ def rows(count: int, seed: int) -> list[Row]:
 
 def activations(rows: list[Row]) -> Activations:
     *integers, values = zip(*rows, strict=True)
-    return Activations(*(torch.tensor(column) for column in integers), torch.tensor(values))
+    value_M = torch.tensor(values)
+    window_M = torch.full((len(rows),), NO_WINDOW)
+    return Activations(*(torch.tensor(column) for column in integers), value_M, value_M, window_M)
 
 
 def held(best: Best) -> list[Row]:
-    return list(zip(*(column.tolist() for column in best.merge().of), strict=True))
+    return list(zip(*(column.tolist() for column in best.merge()[:5]), strict=True))
 
 
 @pytest.mark.parametrize("batch", [1, 7, 600])
@@ -40,10 +42,9 @@ def test_what_is_held_is_what_sorting_everything_keeps(
 ) -> None:
     monkeypatch.setattr(contexts_best, "PENDING", 20)
     everything = rows(600, seed=1)
-    best = Best(latents=LATENTS, each=2, max_classes=max_classes, device=CPU)
+    best = Best(latents=LATENTS, each=2, max_classes=max_classes, window=4, device=CPU)
     for start in range(0, len(everything), batch):
-        found = activations(everything[start : start + batch])
-        best.add(found, found.value_M)
+        best.add(activations(everything[start : start + batch]))
     expected: list[Row] = []
     for latent in range(LATENTS):
         classes = sorted({row[3] for row in everything if row[0] == latent})
@@ -57,8 +58,7 @@ def test_what_is_held_is_what_sorting_everything_keeps(
 
 def test_a_latent_of_too_many_classes_takes_no_room() -> None:
     """Else memory would grow with the vocabulary."""
-    best = Best(latents=LATENTS, each=2, max_classes=6, device=CPU)
-    found = activations([(0, at, 0, at, 1.0) for at in range(90)] + [(1, 3, 0, 3, 1.0)])
-    best.add(found, found.value_M)
+    best = Best(latents=LATENTS, each=2, max_classes=6, window=4, device=CPU)
+    best.add(activations([(0, at, 0, at, 1.0) for at in range(90)] + [(1, 3, 0, 3, 1.0)]))
     assert held(best) == [(1, 3, 0, 3, 1.0)]
     assert best.overfull_F.tolist() == [True, False, False, False, False]
