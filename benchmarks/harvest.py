@@ -74,7 +74,7 @@ def main() -> None:
         lm_dtype = pick_lm_dtype(settings.lm_dtype, device, bfloat16_units=has_bfloat16_units())
         with Claims(Path(settings.out)) as claims:
             config = lm.load_config(settings.model)
-            cache = open_or_begin(Output(settings.out), settings, config, lm_dtype, claims, silent)
+            cache = open_or_begin(Output(settings.out), settings, config, lm_dtype, claims, silent, lambda *_: 0)
         print(f"{device}, {lm_dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}")
         if args.only != "writer":
             beside_the_lm(cache, settings, device, args.rounds)

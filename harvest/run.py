@@ -8,6 +8,8 @@ Any number of harvesters share a folder: one tokenises, and then each takes shar
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from typing import Any
 
 from routesae.harvest.cache.claims import Claims
 from routesae.harvest.cache.reader import Cache
@@ -16,6 +18,7 @@ from routesae.harvest.filling.begin import open_or_begin, require_disk
 from routesae.harvest.filling.output import Output, StagedCache
 from routesae.harvest.filling.shards import harvest_shards, refuse_other_weights
 from routesae.harvest.lm import model as lm
+from routesae.harvest.lm import probe
 from routesae.harvest.settings import HarvestSettings, share_of
 from routesae.machine.device import has_bfloat16_units, pick_device, pick_lm_dtype
 from routesae.machine.faults import disk_faults
@@ -42,9 +45,16 @@ def harvest(settings: HarvestSettings, report: Report = silent) -> Cache:
         ending_at_once("stopped before a shard was begun; run the same command again to go on"),
     )
     config = lm.load_config(settings.model)
+    loaded: list[lm.LanguageModel] = []
+
+    def prove(tokenizer: Any, layers: Sequence[int]) -> int | None:
+        revision = getattr(config, "_commit_hash", None)
+        loaded.append(lm.load_lm(settings.model, revision, device=device, lm_dtype=lm_dtype))
+        return probe.prove(loaded[0], settings.model, tokenizer, layers, settings.context)
+
     with early, disk_faults(folder, lambda: _kept(output)), Claims(folder) as claims:
         is_resumed = output.is_begun()
-        open_or_begin(output, settings, config, lm_dtype, claims, report)
+        open_or_begin(output, settings, config, lm_dtype, claims, report, prove)
         remove_partial_shards(folder, claims.is_live)
         cache = output.opened()
         if isinstance(cache, StagedCache):
@@ -54,7 +64,8 @@ def harvest(settings: HarvestSettings, report: Report = silent) -> Cache:
                 count = cache.manifest.shard_count
                 log.info("%d of %d shards are there already", count - missing, count)
                 require_disk(output, cache.manifest, missing)
-            model = lm.load_lm(settings.model, cache.manifest.revision, device=device, lm_dtype=lm_dtype)
+            revision = cache.manifest.revision
+            model = loaded.pop() if loaded else lm.load_lm(settings.model, revision, device=device, lm_dtype=lm_dtype)
             weights = lm.weights_hash(model)
             refuse_other_weights(cache, weights, settings)
             harvest_shards(cache, lm.cut_after(model, cache.manifest.layers[-1]), weights, claims, settings, report)

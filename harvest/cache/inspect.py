@@ -23,8 +23,11 @@ def describe(path: str) -> Description:
     if missing:
         present += f"; missing {', '.join(map(str, missing[:8]))}{' …' if len(missing) > 8 else ''}"
     held_out = manifest.rows - manifest.train_rows
+    offset = manifest.hidden_states_offset
+    place = "none of the hidden_states" if offset is None else f"hidden_states[ℓ{f'{offset:+d}' if offset else ''}]"
     facts = {
         "model": f"{manifest.model}, {manifest.model_layers} layers, run in {manifest.lm_dtype}",
+        "layer ℓ": f"the output of decoder block ℓ; {place} of transformers",
         "layers": f"{', '.join(map(str, manifest.layers))}; width {manifest.width}, {manifest.dtype}",
         "corpus": f"{manifest.corpus}, fingerprint {manifest.corpus_fingerprint}",
         "documents": f"{manifest.documents:,} used, {manifest.documents_short:,} empty or too short, "

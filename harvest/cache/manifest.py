@@ -71,6 +71,8 @@ class Manifest(_Stored):
     """Decoder blocks of the whole model."""
     layers: tuple[int, ...] = Field(strict=False, min_length=1)
     """Harvested layers, ascending; layer ℓ is the output of the ℓ-th decoder block, from 1."""
+    hidden_states_offset: int | None = Field(default=0, ge=-1, le=1)
+    """Layer ℓ is hidden_states[ℓ + this] of transformers, as measured; None if it is none of them."""
     width: int = Field(ge=1, le=1 << 24)
     """D, numbers a hidden state."""
     context: int = Field(ge=1, le=1 << 24)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from typing import Any
@@ -31,16 +32,24 @@ from routesae.reporting import Progress, Report, WrongInput, human_bytes
 
 log = logging.getLogger(__name__)
 
+Prove = Callable[[Any, Sequence[int]], int | None]  # of a tokenizer and layers (routesae.harvest.lm.probe.prove)
 DISK_RESERVE = 1.01  # indexes, metadata and the file system's own rounding
 POLL_SECONDS = 0.5  # between looks at what another harvester does
 
 
 def open_or_begin(
-    output: Output, settings: HarvestSettings, config: Any, lm_dtype: str, claims: Claims, report: Report
+    output: Output,
+    settings: HarvestSettings,
+    config: Any,
+    lm_dtype: str,
+    claims: Claims,
+    report: Report,
+    prove: Prove,
 ) -> Cache:
     """The cache in `output.folder`, begun here or by another harvester if it is new.
 
-    Raises WrongInput if it was begun with other settings, or the corpus cannot be used.
+    prove: tries the LM out before a cache is begun.
+    Raises WrongInput if it was begun with other settings, or the model or corpus cannot be used.
     """
     path, is_waiting = output.folder, False
     # The manifest's fields that the settings decide: a new cache is begun with them, an old one compared with them.
@@ -73,7 +82,7 @@ def open_or_begin(
             continue
         try:
             if not output.is_begun() and not output.fetch_tokens():
-                _begin(output, fields, settings, config, claim, report)
+                _begin(output, fields, settings, config, claim, report, prove)
         except OSError:
             if claim.held() or not path.exists():
                 raise
@@ -94,13 +103,16 @@ def open_or_begin(
 
 
 def _begin(
-    output: Output, fields: dict[str, Any], settings: HarvestSettings, config: Any, claim: Lock, report: Report
+    output: Output,
+    fields: dict[str, Any],
+    settings: HarvestSettings,
+    config: Any,
+    claim: Lock,
+    report: Report,
+    prove: Prove,
 ) -> None:
     """Tokenise and pack the corpus, and make a cache of it and the manifest."""
     width, layers = int(config.get_text_config().hidden_size), fields["layers"]
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and settings.context > positions:
-        raise WrongInput(f"--context {settings.context} is more than the {positions} positions {settings.model} has")
     a_token = token_bytes(len(layers), width, settings.dtype)
     log.info(
         f"{len(layers)} layers ({layers[0]} to {layers[-1]}) x {width} x {settings.dtype}: {human_bytes(a_token)} a "
@@ -108,6 +120,7 @@ def _begin(
     )
     revision = getattr(config, "_commit_hash", None)
     tokenizer = lm.load_tokenizer(settings.model, revision)
+    offset = prove(tokenizer, layers)
     for left in output.folder.glob(STAGED_TOKENS):  # of harvesters that died: the claim is ours
         shutil.rmtree(left, ignore_errors=True)
     prepared = partial_folder(output.folder, TOKENS)
@@ -119,6 +132,7 @@ def _begin(
             tokenizer_hash=tokenizer_hash(tokenizer),
             model_layers=lm.model_layers(config),
             width=width,
+            hidden_states_offset=offset,
             versions={"routesae": __version__, **{p: version(p) for p in ("torch", "transformers")}},
         )
         require_disk(output, manifest, manifest.shard_count)

@@ -102,8 +102,20 @@ def load_lm(model: str, revision: str | None = None, *, device: torch.device, lm
     from transformers import AutoModelForCausalLM
 
     with _explained(model):
-        loaded = AutoModelForCausalLM.from_pretrained(
-            source(model), dtype=LM_DTYPES[lm_dtype], revision=revision or "main", trust_remote_code=False
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            source(model),
+            dtype=LM_DTYPES[lm_dtype],
+            revision=revision or "main",
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # they are refused here, by name
+            output_loading_info=True,
+        )
+    missing, reshaped = sorted(report["missing_keys"]), sorted(map(str, report["mismatched_keys"]))
+    if missing or reshaped:
+        more = f" and {len(missing + reshaped) - 1} more" if len(missing + reshaped) > 1 else ""
+        what = f"lack {missing[0]}" if missing else f"have another shape than its configuration: {reshaped[0]}"
+        raise WrongInput(
+            f"the weights of {model} {what}{more}; random numbers would stand there. Fetch or save the model again"
         )
     if getattr(loaded, "_supports_sdpa", False):  # transformers' own choice as well, but a setting can change that
         loaded.set_attn_implementation("sdpa")
@@ -163,6 +175,8 @@ def _explained(model: str) -> Iterator[None]:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # "Loading weights" flickers by; downloads keep their bars
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # what it warns of, weights that are missing, is refused here
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
@@ -173,3 +187,5 @@ def _explained(model: str) -> Iterator[None]:
             f"model {model!r} cannot be loaded: {reason.rstrip('.')}. For a gated model accept its licence on the "
             "hub and log in with `hf auth login`; or give a local folder, a .gguf file, or demo"
         ) from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)

@@ -33,7 +33,8 @@ class _Stop(Exception):
 def block_hidden(output: Any) -> Tensor:
     """The hidden state [B, T, D] in what a decoder block returns: the tensor, or the first of a tuple or list."""
     hidden = output[0] if isinstance(output, (tuple, list)) else output
-    assert isinstance(hidden, Tensor)
+    if not isinstance(hidden, Tensor):
+        raise TypeError(f"a decoder block returns {type(hidden).__name__}, not a tensor")
     return hidden
 
 
