@@ -35,6 +35,19 @@ log = logging.getLogger(__name__)
 
 CONFIG, METRICS_FILE = "cfg.json", "metrics.jsonl"
 
+# A file of each layout of other tools that SAELens reads → SAELens' name of its loader.
+LAYOUTS = {
+    "params.npz": "gemma_2",
+    "hyperparams.json": "llama_scope",
+    "sae.safetensors": "sparsify",
+    "ae.pt": "dictionary_learning_1",
+}
+
+
+def other_layout(folder: Path) -> str | None:
+    """SAELens' name of the loader that reads `folder`, or None if the folder is in none of LAYOUTS."""
+    return next((loader for name, loader in LAYOUTS.items() if (folder / name).is_file()), None)
+
 
 def save_sae(folder: Path, sae: SAE, source: Mapping[str, Any]) -> None:
     """Write `sae` into the existing folder. source: what it was trained from, kept under metadata.routesae."""
@@ -123,6 +136,7 @@ def _describe(folder: Path) -> tuple[Recipe, LensConfig | None]:
         first = error.errors()[0]
         field, value = ".".join(map(str, first["loc"])), repr(first["input"])[:80]
         reason = first["msg"].removeprefix("Value error, ")
+        reason += "" if "metadata" in config else f"; routesae convert {folder} reads what older SAELens wrote"
         raise WrongInput(f"{folder / CONFIG}: {f'{field} {value}: ' if field else ''}{reason}") from error
     except WrongInput as error:
         raise WrongInput(f"{folder / CONFIG}: {error}") from error
@@ -147,6 +161,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """cfg.json of the SAE in `folder`. Raises WrongInput if it is missing or not JSON."""
     if folder.is_file():
         raise WrongInput(f"{folder} is a file, but an SAE is a folder; routesae convert makes one of a checkpoint")
+    if other_layout(folder):
+        raise WrongInput(f"{folder} is in the layout of another tool; routesae convert {folder} makes an SAE of it")
     try:
         config = read_json(folder / CONFIG)
     except FileNotFoundError:

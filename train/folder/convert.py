@@ -1,4 +1,6 @@
-"""A checkpoint of the published RouteSAE code (swei2001/RouteSAEs) in; an SAE folder of ours out.
+"""SAE folders made of what others wrote: a checkpoint of the published RouteSAE code, or a layout that SAELens reads.
+
+The published code (swei2001/RouteSAEs) saves the state dict of
 
     encoder.weight [F, D], decoder.weight [D, F], pre_bias [D], latent_bias [F]   Vanilla, TopK, MLSAE, Random
     … with threshold [F]                                                          JumpReLU
@@ -6,8 +8,7 @@
     router.weight [L, D] and sae.… as a TopK                                      RouteSAE
     encoder.i.weight [F, D], decoder.i.weight [D, F] a layer, latent_bias [F]     Crosscoder
 
-What the tensors do not tell comes from the options, or from a file's name that is still the one the published code
-gave it: L12_VL0.01_…, L12_GL…, L12_JL…, L12_K64_…, sum_hard_K64_…, Cross_CL…, ML_K64_…, RDM_K64_….
+What the tensors do not tell comes from the options, or from a file name that the published code gave (TITLES).
 The file is read with torch.load(weights_only=True): tensors come out of it, and no code in it runs.
 
 Dimension letters: L layers, D width, F latents.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import pickle
 import re
 import shutil
 import warnings
@@ -33,7 +35,8 @@ from routesae.harvest.settings import parse_layers
 from routesae.reporting import WrongInput
 from routesae.train.folder.checkpoint import CONFIG, commit_folder, save_sae
 from routesae.train.folder.settings import ConvertSettings
-from routesae.train.saes import PENALISED, SINGLE_LAYER, Recipe, build
+from routesae.train.folder.strangers import is_strange, read_strange
+from routesae.train.saes import PENALISED, SAE, SINGLE_LAYER, Recipe, build
 from routesae.train.saes.crosscoder import CROSSCODER
 from routesae.train.saes.routesae import ROUTER
 from routesae.train.saes.single import WEIGHTS
@@ -49,17 +52,21 @@ KEYS: dict[frozenset[str], tuple[str, ...]] = {
     frozenset((*DICTIONARY, *GATES)) - {"latent_bias"}: ("gated",),
     frozenset(("router.weight", *(f"sae.{key}" for key in DICTIONARY))): ("routesae",),
 }
-# Ours, in SAELens' words, of each tensor [F] or [D] of theirs.
-VECTORS = {
-    "pre_bias": "b_dec",
-    "latent_bias": "b_enc",
-    "threshold": "threshold",
-    "gate_bias": "b_gate",
-    "mag_bias": "b_mag",
-    "r_mag": "r_mag",
+# The published code's name of each tensor [F] or [D] → SAELens' name.
+VECTORS = {"pre_bias": "b_dec", "latent_bias": "b_enc", "threshold": "threshold"}
+VECTORS |= {"gate_bias": "b_gate", "mag_bias": "b_mag", "r_mag": "r_mag"}
+# How the published code names its files.
+TITLES = {
+    r"L(?P<layer>\d+)_VL[\d.e+-]+": "vanilla",
+    r"L(?P<layer>\d+)_GL[\d.e+-]+": "gated",
+    r"L(?P<layer>\d+)_JL[\d.e+-]+": "jumprelu",
+    r"L(?P<layer>\d+)_K(?P<k>\d+)": "topk",
+    r"(?P<aggregate>sum|mean)_(?P<routing>hard|soft)_K(?P<k>\d+)": "routesae",
+    r"ML_K(?P<k>\d+)": "mlsae",
+    r"RDM_K(?P<k>\d+)": "random",
+    r"Cross_CL[\d.e+-]*": "crosscoder",
 }
-LAYERED = {"VL": "vanilla", "GL": "gated", "JL": "jumprelu", "K": "topk"}
-EVERY_LAYER = {"ML": "mlsae", "RDM": "random"}
+DEFAULTS = {"routing": "hard", "aggregate": "sum"}
 DEEPEST = 10_000  # blocks of an LM; a list of layers beyond is a slip of the finger
 
 
@@ -74,99 +81,106 @@ class Converted:
 def convert(settings: ConvertSettings) -> Converted:
     """Write the SAE in `settings.file` as a folder of ours, whole or not at all.
 
-    Raises WrongInput where the file is no such state dict or does not say enough.
+    Raises WrongInput if the file is not such an SAE or does not say enough.
     """
     folder = Path(settings.out) / settings.folder_name
     if folder.exists() and not (folder / CONFIG).is_file():
         raise WrongInput(f"{folder} exists and is not an SAE, so it is not overwritten; give another --name")
     if folder.exists() and not settings.overwrite:
         raise WrongInput(f"{folder} exists; give another --name, or --overwrite")
-    file = Path(settings.file)
-    state = read_state(file)
-    title = read_title(file.stem)
-    sae_name = _variant(state, settings, title)
-    bare = {key.removeprefix("sae."): tensor for key, tensor in state.items()}
-    _require_shapes(file, sae_name, bare)
-    recipe = _recipe(settings, title, sae_name, bare)
-    with torch.device("meta"):
-        sae = build(recipe)
-    sae.load_files(_files(sae_name, bare))
-    with file.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    source = {
-        "model": settings.model,
-        "converted": {"file": file.name, "sha256": digest},
-        "versions": {"routesae": __version__, "torch": torch.__version__},
-    }
-    writing = folder.with_name(f".{folder.name}.converting")  # not train's: that may hold a run to go on with
+    sae, origin = read_strange(settings) if is_strange(settings.file) else _read_published(settings)
+    versions = {"routesae": __version__, "torch": torch.__version__}
+    writing = folder.with_name(f".{folder.name}.converting")  # not train's, which may hold a run to resume
     shutil.rmtree(writing, ignore_errors=True)
     writing.mkdir(parents=True)
     try:
-        save_sae(writing, sae, source)
+        save_sae(writing, sae, {**origin, "versions": versions})
         commit_folder(writing, folder)
     finally:
         shutil.rmtree(writing, ignore_errors=True)
-    return Converted(folder, recipe)
+    return Converted(folder, sae.recipe)
+
+
+def _read_published(settings: ConvertSettings) -> tuple[SAE, dict[str, Any]]:
+    """A checkpoint of the published code, and where it comes from."""
+    file = Path(settings.file)
+    state, title = read_state(file), read_title(file.stem)
+    variant = _variant(state, settings, title)
+    bare = {key.removeprefix("sae."): tensor for key, tensor in state.items()}
+    _require_shapes(file, variant, bare)
+    with torch.device("meta"):
+        sae = build(_recipe(settings, title, variant, bare))
+    sae.load_files(_files(variant, bare))
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    return sae, {"model": settings.model, "converted": {"file": file.name, "sha256": digest}}
 
 
 def read_state(file: Path) -> dict[str, Tensor]:
     """The tensors of a state dict, float32. Raises WrongInput for any other file; nothing in it is run."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch, on how the pickle was written
+            warnings.simplefilter("ignore")  # torch's, on how the pickle was written
             state = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise WrongInput(f"{file} does not exist") from None
-    except Exception as error:  # a damaged or hostile pickle may raise anything
+    except (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, pickle.UnpicklingError) as error:
         raise WrongInput(
             f"{file} is not a state dict of tensors, or was cut ({type(error).__name__}); "
-            "only what torch.save(model.state_dict()) wrote is read"
+            "give what torch.save(model.state_dict()) wrote"
         ) from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise WrongInput(f"{file} holds other things than tensors by name; give what model.state_dict() was saved to")
     for key, tensor in state.items():
-        whole = tensor.layout == torch.strided and tensor.is_floating_point()
+        is_plain = tensor.layout == torch.strided and tensor.is_floating_point()
         # A tensor of stride 0 can claim any size at no cost, until it is copied.
-        if not whole or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
-            raise WrongInput(f"{file}: {key} is no ordinary tensor of floats")
+        if not is_plain or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+            raise WrongInput(f"{file}: {key} is not an ordinary tensor of floats")
         if not bool(tensor.isfinite().all()):
-            raise WrongInput(f"{file}: {key} holds NaN or infinite values; the training that wrote it diverged")
+            raise WrongInput(f"{file}: {key} holds NaN or infinite values; the training that made it diverged")
     return {str(key): tensor.float() for key, tensor in state.items()}
 
 
 def read_title(stem: str) -> dict[str, Any]:
-    """What a file name says that the published code gave: sae, and layer, k, routing or aggregate. {} for others."""
-    if found := re.match(r"L(\d+)_(VL|GL|JL|K)([\d.e+-]+)(?:_|$)", stem):
-        named: dict[str, Any] = {"sae": LAYERED[found[2]], "layer": int(found[1])}
-        return named | ({"k": int(found[3])} if found[2] == "K" and found[3].isdecimal() else {})
-    if found := re.match(r"(sum|mean)_(hard|soft)_K(\d+)(?:_|$)", stem):
-        return {"sae": "routesae", "aggregate": found[1], "routing": found[2], "k": int(found[3])}
-    if found := re.match(r"(ML|RDM)_K(\d+)(?:_|$)", stem):
-        return {"sae": EVERY_LAYER[found[1]], "k": int(found[2])}
-    return {"sae": "crosscoder"} if stem.startswith("Cross_CL") else {}
+    """What a file name of the published code says: sae, and layer, k, routing or aggregate. {} for other names."""
+    for pattern, sae in TITLES.items():
+        if found := re.match(rf"{pattern}(?:_|$)", stem):
+            return {"sae": sae, **{name: int(x) if x.isdecimal() else x for name, x in found.groupdict().items()}}
+    return {}
 
 
 def _variant(state: Mapping[str, Tensor], settings: ConvertSettings, title: Mapping[str, Any]) -> str:
-    """The variant that has these keys; where several have, the one that option or file name say."""
+    """The variant that has these keys; if several have, the one that --sae or the file name says."""
     possible = KEYS.get(frozenset(state), ())
     layers = sum(key.startswith("encoder.") for key in state)
-    if not possible and set(state) == _crosscoder_keys(layers) and layers:
+    parts = {f"{part}.{at}.weight" for part in ("encoder", "decoder") for at in range(layers)}
+    if not possible and layers and set(state) == {"latent_bias", *parts}:
         possible = ("crosscoder",)
     if not possible:
         shown = ", ".join(sorted(state)[:8]) or "none"
-        raise WrongInput(f"{settings.file}: its keys ({shown}) are those of no SAE of the published RouteSAE code")
+        raise WrongInput(f"{settings.file}: no SAE of the published RouteSAE code has these keys ({shown})")
     if settings.sae is not None and settings.sae not in possible:
         raise WrongInput(f"--sae {settings.sae}: the keys of {settings.file} are those of {' or '.join(possible)}")
-    wanted = settings.sae or title.get("sae")
-    if wanted in possible:
-        return str(wanted)
+    named = settings.sae or title.get("sae")
+    if named in possible:
+        return str(named)
     if len(possible) > 1:
-        raise WrongInput(f"{settings.file} may be {' or '.join(possible)}, which have the same keys; say with --sae")
+        raise WrongInput(f"{settings.file} may be {' or '.join(possible)}, which have the same keys; give --sae")
     return possible[0]
 
 
-def _crosscoder_keys(layers: int) -> set[str]:
-    return {"latent_bias"} | {f"{part}.{at}.weight" for part in ("encoder", "decoder") for at in range(layers)}
+def _require_shapes(file: Path, variant: str, bare: Mapping[str, Tensor]) -> None:
+    f, d = _sizes(bare)
+    for key, tensor in sorted(bare.items(), key=lambda item: "coder." not in item[0]):  # what f and d are read from
+        shape: tuple[int, ...] = (f,)
+        if key == "router.weight":
+            shape = (len(tensor) if tensor.ndim else 0, d)
+        elif "coder." in key:
+            shape = (f, d) if key.startswith("encoder") else (d, f)
+        elif key == "pre_bias":
+            shape = (d,)
+        if tuple(tensor.shape) != shape or 0 in shape:
+            raise WrongInput(f"{file}: {key} is {list(tensor.shape)}, not the shape of a {variant} with {f} latents")
 
 
 def _sizes(bare: Mapping[str, Tensor]) -> tuple[int, int]:
@@ -175,83 +189,72 @@ def _sizes(bare: Mapping[str, Tensor]) -> tuple[int, int]:
     return (first.shape[0], first.shape[1]) if first.ndim == 2 else (0, 0)
 
 
-def _require_shapes(file: Path, sae_name: str, bare: Mapping[str, Tensor]) -> None:
-    f, d = _sizes(bare)
-    for key, tensor in sorted(bare.items(), key=lambda item: "coder." not in item[0]):  # what f and d are read from
-        shape: tuple[int, ...] = (f,)
-        if key == "router.weight":
-            shape = (len(tensor) if tensor.ndim else 0, d)
-        elif key.startswith(("encoder", "decoder")):
-            shape = (f, d) if key.startswith("encoder") else (d, f)
-        elif key == "pre_bias":
-            shape = (d,)
-        if tuple(tensor.shape) != shape or 0 in shape:
-            raise WrongInput(f"{file}: {key} is {list(tensor.shape)}, no shape of a {sae_name} with {f} latents")
-
-
-def _recipe(settings: ConvertSettings, title: Mapping[str, Any], sae_name: str, bare: Mapping[str, Tensor]) -> Recipe:
-    """Raises WrongInput where k or the layers are not known, or an option is not for this variant."""
-    for option in ("routing", "aggregate"):
-        if getattr(settings, option) is not None and sae_name != "routesae":
-            raise WrongInput(f"--{option} {getattr(settings, option)}: only routesae has a router, not {sae_name}")
+def _recipe(settings: ConvertSettings, title: Mapping[str, Any], variant: str, bare: Mapping[str, Tensor]) -> Recipe:
+    """Raises WrongInput if k or the layers are not known, or an option is not for this variant."""
     k = settings.k if settings.k is not None else title.get("k")
-    if k is None and sae_name not in PENALISED:
+    if k is None and variant not in PENALISED:
         raise WrongInput(f"{settings.file} does not say how many latents are active a token; give --k")
     routed: dict[str, Any] = {}
-    for option, default in (("routing", "hard"), ("aggregate", "sum")) if sae_name == "routesae" else ():
-        routed[option] = getattr(settings, option) or title.get(option)
-        if routed[option] is None:
+    for option, default in DEFAULTS.items():
+        value = getattr(settings, option)
+        if value is not None and variant != "routesae":
+            raise WrongInput(f"--{option} {value}: only routesae has a router, not {variant}")
+        if variant == "routesae" and (value or title.get(option)) is None:
             log.warning("%s does not say its %s: taken to be %s", settings.file, option, default)
-            routed[option] = default
+        routed[option] = value or title.get(option) or default
     f, d = _sizes(bare)
     return Recipe(
-        sae=sae_name,
-        layers=_layers(settings, title, sae_name, bare),
+        sae=variant,
+        layers=_layers(settings, title, variant, bare),
         width=d,
         latents=f,
-        k=1 if k is None else k,  # of a penalised variant only what training aimed at, which nothing tells
-        sparsity=0.0 if sae_name in PENALISED else None,
+        k=1 if k is None else k,  # a penalised variant's is only what training aimed at, which nothing tells
+        sparsity=0.0 if variant in PENALISED else None,
+        normalize=settings.normalize,
         published=True,
         **routed,
     )
 
 
 def _layers(
-    settings: ConvertSettings, title: Mapping[str, Any], sae_name: str, bare: Mapping[str, Tensor]
+    settings: ConvertSettings, title: Mapping[str, Any], variant: str, bare: Mapping[str, Tensor]
 ) -> tuple[int, ...]:
-    if sae_name in SINGLE_LAYER:
+    if variant in SINGLE_LAYER:
         if settings.layers is not None:
-            raise WrongInput(f"--layers {settings.layers}: a {sae_name} reads one layer; give --layer")
+            raise WrongInput(f"--layers {settings.layers}: a {variant} reads one layer; give --layer")
         layer = settings.layer if settings.layer is not None else title.get("layer")
         if layer is None:
             raise WrongInput(f"{settings.file} does not say which layer it reads; give --layer")
         return (int(layer),)
     if settings.layer is not None:
-        raise WrongInput(f"--layer {settings.layer}: a {sae_name} reads several layers; give --layers")
-    given = parse_layers(settings.layers, DEEPEST) if settings.layers is not None else None
-    if sae_name in EVERY_LAYER.values():
-        if given is None:
+        raise WrongInput(f"--layer {settings.layer}: a {variant} reads several layers; give --layers")
+    layers = parse_layers(settings.layers, DEEPEST) if settings.layers is not None else None
+    if variant in ("mlsae", "random"):
+        if layers is None:
             raise WrongInput(f"{settings.file} does not say which layers it reads; give --layers, such as 3-11")
-        return given
-    count = len(bare["router.weight"]) if sae_name == "routesae" else sum(key.startswith("encoder.") for key in bare)
-    depth = 2 * (count - 1)
-    layers = given if given is not None else parse_layers(None, depth)
+        return layers
+    count = len(bare["router.weight"]) if variant == "routesae" else sum(key.startswith("encoder.") for key in bare)
+    if layers is None:
+        depth = 2 * (count - 1)
+        layers = parse_layers(None, depth)
+        if len(layers) == count:
+            shown = f"{layers[0]}-{layers[-1]}"
+            log.warning(
+                "%s: taken to read layers %s, n//4 to 3n//4 of an LM of %d blocks", settings.file, shown, depth
+            )
     if len(layers) != count:
-        asked = f"--layers {settings.layers} are {len(layers)}, but it" if given is not None else "it"
-        raise WrongInput(f"{settings.file}: {asked} reads {count} layers; give as many with --layers")
-    if given is None:
-        shown = f"{layers[0]}-{layers[-1]}"
-        log.warning("%s: taken to read layers %s, n//4 to 3n//4 of an LM of %d blocks", settings.file, shown, depth)
+        given = f"--layers {settings.layers} are {len(layers)}, but it" if settings.layers is not None else "it"
+        raise WrongInput(f"{settings.file}: {given} reads {count} layers; give as many with --layers")
     return layers
 
 
-def _files(sae_name: str, bare: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """What routesae.train.saes load their weights from."""
-    if sae_name == "crosscoder":
-        layers = sum(key.startswith("encoder.") for key in bare)
-        W_dec_LDF = torch.stack([bare[f"decoder.{at}.weight"] for at in range(layers)])
+def _files(variant: str, bare: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The files that our SAE of this variant loads its weights from."""
+    if variant == "crosscoder":
+        layers = range(sum(key.startswith("encoder.") for key in bare))
+        W_dec_LDF = torch.stack([bare[f"decoder.{at}.weight"] for at in layers])
         tensors = {
-            "W_enc": torch.stack([bare[f"encoder.{at}.weight"].T for at in range(layers)]),
+            "W_enc": torch.stack([bare[f"encoder.{at}.weight"].T for at in layers]),
             "W_dec": W_dec_LDF.permute(2, 0, 1),
             "b_enc": bare["latent_bias"],
             "b_dec": torch.zeros(W_dec_LDF.shape[:2]),
@@ -259,8 +262,8 @@ def _files(sae_name: str, bare: Mapping[str, Tensor]) -> dict[str, dict[str, Ten
         return {CROSSCODER: tensors}
     weights = {ours: bare[theirs] for theirs, ours in VECTORS.items() if theirs in bare}
     weights |= {"W_enc": bare["encoder.weight"].T, "W_dec": bare["decoder.weight"].T}
-    if sae_name == "jumprelu" and (negative := int((bare["threshold"] < 0).sum())):
+    if variant == "jumprelu" and (negative := int((bare["threshold"] < 0).sum())):
         # The published code then lets negative pre-activations through; here a latent is never below 0.
         log.warning("%d of %d thresholds are below 0 and act as 0", negative, len(bare["threshold"]))
     files = {WEIGHTS: weights}
-    return {**files, ROUTER: {"router": bare["router.weight"]}} if sae_name == "routesae" else files
+    return {**files, ROUTER: {"router": bare["router.weight"]}} if variant == "routesae" else files

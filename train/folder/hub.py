@@ -22,7 +22,7 @@ import torch
 
 from routesae.reporting import FailedRun, WrongInput
 from routesae.train.folder.checkpoint import CONFIG, METRICS_FILE, load_sae, read_config
-from routesae.train.saes import SINGLE_LAYER, Recipe
+from routesae.train.saes import SAES, Recipe
 from routesae.train.saes.crosscoder import CROSSCODER
 from routesae.train.saes.routesae import ROUTER
 from routesae.train.saes.single import WEIGHTS
@@ -77,7 +77,7 @@ def fetch_sae(reference: str) -> Path:
 
     log.info("fetching %s from the hub", reference)
     _quieten()
-    with _hub_errors(f"{reference} is not a folder here, and the hub does not give it"):
+    with hub_errors(f"{reference} is not a folder here, and the hub does not give it"):
         snapshot = snapshot_download(
             wanted.repo, revision=wanted.revision, allow_patterns=[wanted.path(name) for name in FILES]
         )
@@ -106,7 +106,7 @@ def push_sae(folder: Path, repo: str, *, private: bool = False, message: str | N
     _quieten()
     added = [CommitOperationAdd(target.path(name), folder / name) for name in names]
     added.append(CommitOperationAdd(target.path(CARD), card.encode()))
-    with _hub_errors(f"the hub does not take {folder} as {repo}"):
+    with hub_errors(f"the hub does not take {folder} as {repo}"):
         api = HfApi(library_name="routesae")
         url = api.create_repo(target.repo, private=private or None, exist_ok=True)
         api.create_commit(target.repo, added, commit_message=message or f"{folder.name}, by routesae push")
@@ -123,20 +123,22 @@ def _quieten() -> None:
 
 
 @contextmanager
-def _hub_errors(what: str) -> Iterator[None]:
+def hub_errors(what: str, remedy: str = REMEDY) -> Iterator[None]:
     """Turn huggingface_hub's errors into one line: WrongInput if the hub refuses, FailedRun if it cannot answer."""
     from huggingface_hub.errors import HfHubHTTPError
 
     transport: type[Exception] = HfHubHTTPError.__bases__[0]  # httpx' or httpx2's, by huggingface_hub's version
     try:
         yield
+    except WrongInput:
+        raise
     except (transport, OSError, ValueError) as error:  # ValueError: a name or a commit that the hub finds malformed
         answer = error if isinstance(error, HfHubHTTPError) else error.__cause__
         if isinstance(answer, HfHubHTTPError):
             status = answer.response.status_code
-            line = f"{what}: {_reason(answer)} ({status}); {REMEDY}"
+            line = f"{what}: {_reason(answer)} ({status}); {remedy}"
             raise (FailedRun(line) if status >= 500 or status == 429 else WrongInput(line)) from error
-        line = f"{what} ({_first_line(error)}); {REMEDY}"
+        line = f"{what} ({_first_line(error)}); {remedy}"
         raise (WrongInput(line) if isinstance(error, ValueError) else FailedRun(line)) from error
 
 
@@ -186,8 +188,7 @@ def model_card(recipe: Recipe, config: Mapping[str, Any], repo: str) -> str:
     from routesae.train.folder.checkpoint import load_sae
 {fetch}
     sae = load_sae(fetch_sae("{repo}"), torch.device("cpu"))""")
-    if recipe.sae in SINGLE_LAYER or recipe.sae == "routesae":
-        what = "The SAE that its layers share" if recipe.sae == "routesae" else "It"
+    if what := SAES[recipe.sae].lens_opens:
         parts.append(f"{what} opens in SAELens as it is:")
         parts.append(f'{fetch}    from sae_lens import SAE\n\n    sae = SAE.load_from_disk(fetch_sae("{repo}"))')
     else:

@@ -95,6 +95,11 @@ class LensConfig(BaseModel):
         return ours
 
 
+def hook_of(layer: int) -> str:
+    """TransformerLens' name of a layer; 0 is the embedding."""
+    return f"blocks.{layer - 1}.hook_resid_post" if layer else "blocks.0.hook_resid_pre"
+
+
 def _layer_of(hook: str | None) -> int:
     for pattern, offset in HOOKS:
         if hook is not None and (found := pattern.fullmatch(hook)):
@@ -110,7 +115,7 @@ def lens_config(sae: SAE, source: Mapping[str, Any]) -> dict[str, Any]:
         "sae_lens_version": SAE_LENS_VERSION,
         "sae_lens_training_version": SAE_LENS_VERSION,
         "model_name": source.get("model"),
-        "hook_name": None if layer is None else f"blocks.{layer - 1}.hook_resid_post",
+        "hook_name": None if layer is None else hook_of(layer),
         "context_size": source.get("context"),
         "dataset_path": source.get("corpus"),
         "routesae": {"recipe": asdict(recipe), "source": dict(source)},

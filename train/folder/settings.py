@@ -13,7 +13,9 @@ CONVERTED = ("vanilla", "topk", "mlsae", "random", "jumprelu", "gated", "routesa
 class ConvertSettings(Settings):
     """Settings of one conversion. Raises WrongInput where a value is impossible."""
 
-    file: str = setting(..., MODEL, "The .pt to convert.", positional=True)
+    file: str = setting(
+        ..., MODEL, "A .pt of the published code, a folder of another tool, or lens:RELEASE/ID.", positional=True
+    )
     sae: str | None = setting(
         None, DICTIONARY, "Variant.", choices=CONVERTED, metavar="NAME", unset="from the keys and the file name"
     )
@@ -38,6 +40,12 @@ class ConvertSettings(Settings):
         only_for="routesae",
         unset="from the file name, else sum",
     )
+    normalize: str = setting(
+        "token",
+        DICTIONARY,
+        "What a .pt was trained on: states normalised per token, or raw ones (none).",
+        choices=("token", "none"),
+    )
     model: str | None = setting(None, MODEL, "Hub id of the LM it was trained on, kept in its cfg.json.")
     out: str = OUT
     name: str | None = setting(None, RUN, "Folder of the SAE under --out.", unset="the file's name")
@@ -52,7 +60,11 @@ class ConvertSettings(Settings):
     @property
     def folder_name(self) -> str:
         """The folder's name under `out`."""
-        return self.name if self.name is not None else Path(self.file).stem
+        file = Path(self.file)
+        default = file.name if file.is_dir() else file.stem
+        if self.file.startswith("lens:"):
+            default = self.file.partition("/")[2].replace("/", "_")
+        return default if self.name is None else self.name
 
 
 class PushSettings(Settings):

@@ -396,3 +396,32 @@ def test_no_sae_anywhere_says_how_to_get_one(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "absent"):
         with pytest.raises(WrongInput, match=f"no SAE under {folder}; train one"):
             find_saes(folder)
+
+
+# ------------------------------------------------------------------------------------- folders of earlier versions
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in GOLDEN.glob("*/")))
+def test_folders_written_by_the_code_of_an_earlier_version_give_the_numbers_they_gave(name: str) -> None:
+    """Written at commit 3d371df, with what they gave there: routesae hard and soft, mlsae and crosscoder too."""
+    expected = {
+        key.partition(".")[2]: torch.from_numpy(x) for key, x in EXPECTED.items() if key.startswith(f"{name}.")
+    }
+    sae = load_sae(GOLDEN / name, CPU)
+    hidden_LND = torch.from_numpy(EXPECTED["hidden_LND"])[[(2, 3).index(layer) for layer in sae.recipe.layers]]
+    hidden = hidden_LND[0] if sae.one_layer else hidden_LND.transpose(0, 1)
+    latents = sae.encode(hidden)
+    torch.testing.assert_close(latents.dense(), expected["latents_NF"])
+    if name == "soft":
+        torch.testing.assert_close(sae(hidden).x_ND, expected["x_ND"])
+        torch.testing.assert_close(sae(hidden).reconstruction_ND, expected["normalised_reconstruction_ND"])
+    else:
+        in_expected_order = (
+            sae.decode(latents).movedim(-2, 0) if name in ("crosscoder", "mlsae") else sae.decode(latents)
+        )
+        torch.testing.assert_close(in_expected_order, expected["reconstruction"])
+
+
+EXPECTED = load_file(GOLDEN / "expected.safetensors")

@@ -206,6 +206,18 @@ def test_mlsae_and_random_are_the_published_topk_on_every_layer(title: str, name
     close(sae(Normalised(x_NLD.transpose(0, 1))).reconstruction_ND.view(3, N, D), reconstruction_NLD.transpose(0, 1))
 
 
+def test_a_checkpoint_of_raw_inputs_is_converted_with_normalize_none(tmp_path: Path) -> None:
+    """Its keys are those of one trained on normalised inputs, so the option says it."""
+    theirs = seeded(TopK)
+    raw_ND = torch.randn(N, D, generator=torch.Generator().manual_seed(7)) * 3 + 1
+    f_NF, reconstruction_ND = theirs(raw_ND)
+    file = saved(theirs, tmp_path / SINGLE["topk"][1])
+    sae = converted(file, normalize="none")
+    close(sae.encode(raw_ND).dense(), f_NF.relu())
+    close(sae.decode(sae.encode(raw_ND)), reconstruction_ND)
+    assert (converted(file, name="other").encode(raw_ND).dense() - f_NF).abs().max() > 0.1
+
+
 def test_negative_thresholds_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     theirs = seeded(JumpReLU)
     theirs.threshold[:3] = -0.5
@@ -331,24 +343,24 @@ def state_of(**changes: Any) -> dict[str, Any]:
     [
         ([torch.zeros(3)], "holds other things than tensors"),
         ({"model": {"encoder.weight": torch.zeros(3)}, "epoch": 3}, "holds other things than tensors"),
-        ({}, "those of no SAE"),
+        ({}, "no SAE of the published RouteSAE code has these keys"),
         (torch.zeros(3), "holds other things than tensors"),
-        ({"fc.weight": torch.zeros(3, 3)}, "its keys (fc.weight) are those of no SAE"),
-        (state_of(pre_bias=None), "those of no SAE"),
-        (state_of(extra=torch.zeros(3)), "those of no SAE"),
+        ({"fc.weight": torch.zeros(3, 3)}, "no SAE of the published RouteSAE code has these keys (fc.weight)"),
+        (state_of(pre_bias=None), "no SAE of the published RouteSAE code has these keys"),
+        (state_of(extra=torch.zeros(3)), "no SAE of the published RouteSAE code has these keys"),
         (state_of(latent_bias=torch.zeros(F + 1)), f"latent_bias is [{F + 1}]"),
         (state_of(decoder__weight=torch.zeros(F, D)), f"decoder.weight is [{F}, {D}]"),
         (state_of(encoder__weight=torch.zeros(F)), "encoder.weight is"),
         (state_of(pre_bias=torch.full((D,), torch.nan)), "pre_bias holds NaN"),
-        (state_of(pre_bias=torch.zeros(D, dtype=torch.int64)), "no ordinary tensor of floats"),
-        (state_of(pre_bias=torch.zeros(()).expand(10**12)), "no ordinary tensor of floats"),
+        (state_of(pre_bias=torch.zeros(D, dtype=torch.int64)), "not an ordinary tensor of floats"),
+        (state_of(pre_bias=torch.zeros(()).expand(10**12)), "not an ordinary tensor of floats"),
         (
             {
                 "latent_bias": torch.zeros(F),
                 "encoder.0.weight": torch.zeros(F, D),
                 "decoder.1.weight": torch.zeros(D, F),
             },
-            "those of no SAE",
+            "no SAE of the published RouteSAE code has these keys",
         ),
     ],
 )
