@@ -194,10 +194,10 @@ def interpret(settings: InterpretSettings, dry_run: bool = False) -> None:
     from routesae.console.options import watching
 
     if dry_run:
-        expected = estimate(settings)
-        for name, prompt in expected.prompts.items():
+        prompts, cost = estimate(settings)
+        for name, prompt in prompts.items():
             click.echo(f"---- {name}\n{prompt}")
-        click.echo(f"---- {expected}")
+        click.echo(f"---- {cost}")
         return
     with watching(settings) as report:
         summaries = run(settings, report)

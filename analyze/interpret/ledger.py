@@ -53,7 +53,7 @@ class Ledger:
 
 
 @contextmanager
-def open_ledger(path: Path, identity: Mapping[str, Any], *, overwrite: bool = False) -> Iterator[Ledger]:
+def open_ledger(path: Path, identity: Mapping[str, Any], overwrite: bool = False) -> Iterator[Ledger]:
     """The ledger at `path`, made if it is missing.
 
     Raises WrongInput if the file has another identity, is damaged, or is a symbolic link.

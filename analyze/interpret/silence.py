@@ -1,6 +1,4 @@
-"""The last rows of a cache and some latents in; texts there on which each of the latents is silent, out.
-
-Whether it is silent is not guessed: the SAE runs over those rows.
+"""Where in the last rows of a cache latents are active, so that texts are found on which one of them is silent.
 
 Dimension letters: N tokens, F latents, W latents asked about, R rows: a token's reading of a layer,
 P positions of the cache's last rows.
@@ -8,10 +6,8 @@ P positions of the cache's last rows.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Collection, Sequence
 from contextlib import closing
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +15,6 @@ import numpy.typing as npt
 import torch
 
 from routesae.analyze.contexts.file import ContextsFile
-from routesae.analyze.interpret.examples import place_of, text_of
 from routesae.harvest.cache.reader import Cache
 from routesae.machine.device import pick_device
 from routesae.reporting import WrongInput
@@ -29,49 +24,33 @@ from routesae.train.loading.batches import Selection, cut_plans, load
 from routesae.train.saes.normalise import Hidden
 from routesae.train.saes.routers import places_of
 
-POOL_TOKENS, POOL_TEXTS = 16_384, 2_000  # enough for ten texts of any latent that is not active nearly everywhere
+POOL_TOKENS = 16_384  # enough for ten texts of any latent that is not active nearly everywhere
 BATCH_TOKENS = 512  # all F latents of so many exist at once
 
 
-class Pool:
-    """Texts in the cache's last rows, of any latent's contexts, and where each of `latents` is active there.
+class Silence:
+    """What the SAE says of `latents` in the last rows of the cache that `contexts` are of.
 
-    Raises WrongInput where the cache is another than the contexts are of.
+    Raises WrongInput if the cache is another one.
     """
 
-    def __init__(
-        self, folder: Path, contexts: ContextsFile, latents: Collection[int], *, cache: str | None, device: str
-    ):
+    def __init__(self, contexts: ContextsFile, latents: Collection[int], path: str | None, device: str):
         facts = contexts.facts
-        path = cache or facts["cache"]["path"]
-        opened = Cache(path)
-        if opened.manifest.tokens_hash != facts["cache"]["tokens_hash"]:
-            raise WrongInput(f"--cache {path} is not the one the contexts in {folder} are of; give that one")
-        self.context = opened.manifest.context
-        self.first_row = max(0, opened.manifest.rows - POOL_TOKENS // self.context)
-        self.index = {latent: w for w, latent in enumerate(latents)}
-        # An SAE from the hub has its contexts in a folder of their own.
-        weights = folder if (folder / CONFIG).exists() else Path(facts["sae"]["folder"])
-        self.active_WP = active_positions(weights, opened, self.first_row, list(latents), device)
-        self.texts: dict[tuple[int, int, int], str] = {}  # by row, first position, length
-        for latent in contexts.latents():
-            for context in chain(latent.chosen, *latent.samples.values()):
-                if context.row >= self.first_row:
-                    self.texts.setdefault(place_of(context), text_of(context))
-            if len(self.texts) >= POOL_TEXTS:
-                break
+        cache = Cache(path or facts["cache"]["path"])
+        if cache.manifest.tokens_hash != facts["cache"]["tokens_hash"]:
+            raise WrongInput(f"--cache {path} is not the one the contexts in {contexts.folder} are of; give that one")
+        self.context = cache.manifest.context
+        self.first_row = max(0, cache.manifest.rows - POOL_TOKENS // self.context)
+        # The contexts of an SAE from the hub are in a folder of their own.
+        weights = contexts.folder if (contexts.folder / CONFIG).exists() else Path(facts["sae"]["folder"])
+        active_WP = active_positions(weights, cache, self.first_row, list(latents), device)
+        self.active = dict(zip(latents, active_WP, strict=True))
 
-    def silent(self, latent: int, count: int, rng: random.Random) -> list[tuple[tuple[int, int, int], str]]:
-        """Up to `count` texts with their places on no token of which `latent` is active."""
-        active_P = self.active_WP[self.index[latent]]
-        places = list(self.texts)
-        rng.shuffle(places)
-        found: list[tuple[tuple[int, int, int], str]] = []
-        for row, first, length in places:
-            base = (row - self.first_row) * self.context + first
-            if len(found) < count and not active_P[base : base + length].any():
-                found.append(((row, first, length), self.texts[row, first, length]))
-        return found
+    def holds(self, latent: int, place: tuple[int, int, int]) -> bool:
+        """Whether the latent is silent on a window (row, first position, length), which is in the last rows."""
+        row, first, length = place
+        at = (row - self.first_row) * self.context + first
+        return row >= self.first_row and not self.active[latent][at : at + length].any()
 
 
 def active_positions(

@@ -16,10 +16,10 @@ from routesae.analyze.interpret.answers import (
     parse_explanation,
     parse_predictions,
 )
-from routesae.analyze.interpret.examples import held_out, place_of
 from routesae.analyze.interpret.ledger import open_ledger, read_lines
 from routesae.analyze.interpret.prices import Budget, Price, Used, price_of
 from routesae.analyze.interpret.replies import read_answer, seconds_to_wait
+from routesae.analyze.interpret.scoring import held_out, place_of
 from routesae.analyze.interpret.settings import ChatSettings, InterpretSettings
 from routesae.reporting import WrongInput
 
