@@ -28,7 +28,7 @@ class EveryLayer(TopK):
     def read(self, x: NormalisedLayers, *, training: bool) -> Reading:
         return Reading(torch.cat(list(x)), x.frame())
 
-    def _shaped(self, hidden: Tensor, lead: tuple[int, ...]) -> Tensor:
+    def shaped(self, hidden: Tensor, lead: tuple[int, ...]) -> Tensor:
         return hidden.view(len(self.recipe.layers), *lead, self.recipe.width).movedim(0, -2)
 
 
