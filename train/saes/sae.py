@@ -159,6 +159,7 @@ class SAE(nn.Module, ABC):
         self.recipe = recipe
         self.k = recipe.k  # the trainer lowers it to recipe.k step by step if k is annealed
         self.chunk_rows: int | None = None  # tokens encoded at a time; None for what is fastest
+        self.turns, self.turn = 1, 0  # optimiser steps a batch, and which of them comes now
         self.scale = 1.0  # s of "dataset" normalisation, set by `initialise`
 
     def forward(self, hidden: Hidden | Tensor) -> Forward:
@@ -307,7 +308,7 @@ class SAE(nn.Module, ABC):
     def normalise_decoder(self, step: int, *, last: bool = False) -> None:
         """After optimiser step `step`, counted from 1: the decoder's rows back to unit norm.
 
-        The published code does so at every tenth step only, and after the last.
+        The published code does so at every tenth step of an epoch only, and after the last.
         """
         if self.recipe.published and (step - 1) % PUBLISHED_DECODER_STEPS and not last:
             return
