@@ -33,11 +33,11 @@ STOP_POLL_SECONDS = 0.1
 class Question(NamedTuple):
     """One request. key: names it in the ledger. line: what else the ledger keeps of it.
 
-    prompts: makes the prompt, and then shorter ones for servers that do not take it. form, parse: what answers it.
+    prompts: the prompt, and then shorter ones for servers that do not take it. form, parse: what answers it.
     """
 
     key: Mapping[str, Any]
-    prompts: Callable[[], Iterator[str]]
+    prompts: Iterator[str]
     form: type[BaseModel]
     parse: Callable[[str], BaseModel]
     line: Mapping[str, Any] = {}

@@ -12,12 +12,12 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 from urllib.request import getproxies
 
-from routesae.analyze.interpret.prices import NOTHING, Budget, Used
+from routesae.analyze.interpret.prices import Budget, Used
 from routesae.analyze.interpret.replies import (
     MODERATED,
     QUOTA,
@@ -65,67 +65,58 @@ class Chat:
             self.limits = ("max_completion_tokens", "max_tokens")
         self.key = _pattern_of(key or "")
 
-    async def ask(self, prompts: Callable[[], Iterator[str]], form: Mapping[str, Any]) -> Answer | None:
-        """The answer to the first of `prompts`, or to the first that is not too long for the server.
+    async def ask(self, prompts: Iterator[str], form: Mapping[str, Any]) -> Answer | None:
+        """The answer to the first of `prompts` that is not too long for the server, without what it refuses.
 
         form: JSON schema of the answer, with a title. Returns None if the run stops before there is an answer. Raises
         FailedRun if no further request makes sense: a bad key, no quota, no such model.
         """
         import openai
 
-        written = len(next(prompts()).encode()) + len(json.dumps(form))  # no tokenizer makes more tokens than bytes
-        most = Used(written + OVERHEAD_TOKENS, self.settings.max_output_tokens)
-        if self.stopping or not await self.budget.reserve(most):
-            return None
-        used = NOTHING
-        try:
-            answer = await self._ask(prompts(), form, most)
-            used = Used(answer.input_tokens, answer.output_tokens)
-            self.has_answered = True
-            return answer
-        except Stopping:
-            return None
-        except openai.APIStatusError as error:
-            return None if self.stopping else self._refused(error)
-        except openai.APIConnectionError as error:
-            if not re.search("Connect|Proxy|SSL", type(error.__cause__).__name__):
-                used = most  # a request that got no answer may be charged
-            return None if self.stopping else self._unconnected(error)
-        finally:
-            self.budget.settle(most, used)
-
-    async def _ask(self, prompts: Iterator[str], form: Mapping[str, Any], most: Used) -> Answer:
-        """Ask without what the server refuses. Raises APIStatusError if it refuses everything."""
-        import openai
-
-        left_out = self.left_out
-        too_long: openai.APIStatusError | None = None
-        for halved, prompt in enumerate(prompts):
-            while True:
+        prompt, halved, left_out = next(prompts), 0, self.left_out
+        while True:
+            written = len(prompt.encode()) + len(json.dumps(form))  # no tokenizer makes more tokens than bytes
+            most, used = Used(written + OVERHEAD_TOKENS, self.settings.max_output_tokens), Used()
+            if self.stopping or not await self.budget.reserve(most):
+                return None
+            try:
                 body = self._body(prompt, form, left_out)
-                try:
-                    raw = await self.client.chat.completions.with_raw_response.create(**body)
-                except openai.APIStatusError as error:
-                    said = error.response.text
-                    if error.status_code not in REQUEST_REFUSED or MODERATED.search(said):
-                        raise
-                    if TOO_LONG.search(said):
-                        too_long = error
-                        break
-                    named = [name for name in ("temperature", self.limits[0]) if name in said]
-                    name = next((name for name in named if name not in left_out), "response_format")
-                    if name in left_out:
-                        raise
-                    left_out |= {name}
+                raw = await self.client.chat.completions.with_raw_response.create(**body)
+                answer = read_answer(raw.text, most)
+                assert answer is not None  # after_response has seen to it
+                used = Used(answer.input_tokens, answer.output_tokens)
+                break
+            except Stopping:
+                return None
+            except openai.APIStatusError as error:
+                refused = self._refused_parameter(error, left_out)
+                is_too_long = error.status_code in REQUEST_REFUSED and TOO_LONG.search(error.response.text)
+                if is_too_long and (shorter := next(prompts, "")):
+                    prompt, halved = shorter, halved + 1
+                elif refused and not is_too_long:
+                    left_out |= {refused}
                 else:
-                    for name in left_out - self.left_out:
-                        instead = f"gets {self.limits[1]}" if name == self.limits[0] else "goes without it"
-                        log.warning("%s refuses %s and %s from here on", self.settings.endpoint(), name, instead)
-                    self.left_out |= left_out
-                    answer = read_answer(raw.text, most)
-                    return answer._replace(structured="response_format" not in left_out, halved=halved)
-        assert too_long is not None  # there is at least one prompt
-        raise too_long
+                    return None if self.stopping else self._refused(error)
+            except openai.APIConnectionError as error:
+                if not re.search("Connect|Proxy|SSL", type(error.__cause__).__name__):
+                    used = most  # a request that got no answer may be charged
+                return None if self.stopping else self._unconnected(error)
+            finally:
+                self.budget.settle(most, used)
+        for name in left_out - self.left_out:
+            instead = f"gets {self.limits[1]}" if name == self.limits[0] else "goes without it"
+            log.warning("%s refuses %s and %s from here on", self.settings.endpoint(), name, instead)
+        self.left_out |= left_out
+        self.has_answered = True
+        return answer._replace(structured="response_format" not in left_out, halved=halved)
+
+    def _refused_parameter(self, error: APIStatusError, left_out: frozenset[str]) -> str | None:
+        """What the server may take the request without: the parameter it names, or else the schema."""
+        body = error.response.text
+        if error.status_code not in REQUEST_REFUSED or MODERATED.search(body):
+            return None
+        named = [name for name in ("temperature", self.limits[0]) if name in body] + ["response_format"]
+        return next((name for name in named if name not in left_out), None)
 
     def _body(self, prompt: str, form: Mapping[str, Any], left_out: frozenset[str]) -> dict[str, Any]:
         settings = self.settings

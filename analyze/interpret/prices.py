@@ -14,7 +14,6 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from routesae.analyze.interpret.answers import first_problem
 from routesae.reporting import WrongInput
 
-PACKAGED = "prices.toml"
 MILLION = 1_000_000
 SNAPSHOT = re.compile(r"-\d{4}-\d{2}-\d{2}$")  # gpt-4o-2024-08-06 costs what gpt-4o costs
 
@@ -22,11 +21,8 @@ SNAPSHOT = re.compile(r"-\d{4}-\d{2}-\d{2}$")  # gpt-4o-2024-08-06 costs what gp
 class Used(NamedTuple):
     """Tokens of prompts and of answers."""
 
-    input: int
-    output: int
-
-
-NOTHING = Used(0, 0)
+    input: int = 0
+    output: int = 0
 
 
 class Price(BaseModel, frozen=True, strict=True, extra="forbid"):
@@ -39,19 +35,17 @@ class Price(BaseModel, frozen=True, strict=True, extra="forbid"):
         return (self.input * used.input + self.output * used.output) / MILLION
 
 
-_TABLE = TypeAdapter(dict[str, Price])
-
-
 def price_of(model: str, prices_file: str | None) -> Price | None:
     """What `model` costs by the user's table, or else by the packaged one; None if neither names it.
 
     Raises WrongInput for a table that cannot be read.
     """
-    packaged = files("routesae.analyze.interpret").joinpath(PACKAGED).read_text(encoding="utf-8")
-    prices = _TABLE.validate_python(tomllib.loads(packaged))
+    table = TypeAdapter(dict[str, Price])
+    packaged = files("routesae.analyze.interpret").joinpath("prices.toml").read_text(encoding="utf-8")
+    prices = table.validate_python(tomllib.loads(packaged))
     if prices_file is not None:
         try:
-            prices |= _TABLE.validate_python(tomllib.loads(Path(prices_file).read_text(encoding="utf-8")))
+            prices |= table.validate_python(tomllib.loads(Path(prices_file).read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
             reason = first_problem(error) if isinstance(error, ValidationError) else error
             raise WrongInput(
@@ -71,17 +65,15 @@ class Budget:
         self._reserved: list[float] = []  # dollars that each request under way costs at most
         self._settled = asyncio.Event()
 
-    def charge(self, used: Used) -> None:
-        self.spent += self.price.dollars(used) if self.price is not None else 0.0
+    def dollars(self, used: Used) -> float:
+        return 0.0 if self.price is None else self.price.dollars(used)
 
     async def reserve(self, most: Used) -> bool:
         """Whether a request of at most so many tokens may start. Waits while that depends on those under way."""
-        if self.price is None or self.max_dollars is None:
-            return True
-        dollars = self.price.dollars(most)
-        while self.spent + sum(self._reserved) + dollars > self.max_dollars:
-            if self.exhausted or not self._reserved:
-                self.exhausted = True
+        dollars = self.dollars(most)
+        while self.max_dollars is not None and self.spent + sum(self._reserved) + dollars > self.max_dollars:
+            self.exhausted = self.exhausted or not self._reserved
+            if self.exhausted:
                 self._settled.set()  # the others that wait need not either
                 return False
             self._settled.clear()
@@ -91,7 +83,6 @@ class Budget:
 
     def settle(self, most: Used, used: Used) -> None:
         """Charge what the request that `most` was reserved for has used."""
-        self.charge(used)
-        if self.price is not None and self.max_dollars is not None:
-            self._reserved.remove(self.price.dollars(most))
-            self._settled.set()
+        self.spent += self.dollars(used)
+        self._reserved.remove(self.dollars(most))
+        self._settled.set()

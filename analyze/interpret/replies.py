@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, Field
+from pydantic import AliasPath, BaseModel, Field
 
 from routesae.analyze.interpret.prices import Used
 
@@ -31,9 +31,9 @@ class Answer(NamedTuple):
     """What one question got, in the end.
 
     text: what the model, or a server that moderates, wrote; None if no answer came. problem: why the text cannot be
-    used, or why there is none; None if the model ended in order. input_tokens, output_tokens: as the server counted
-    them, or the most they can be if it did not. structured: whether JSON of a schema was asked for. halved: how often
-    the examples in the prompt were halved until the server took it.
+    used, or why there is none. input_tokens, output_tokens: as the server counted them, or the most they can be if it
+    did not. structured: whether JSON of a schema was asked for. halved: how often the examples in the prompt were
+    halved until the server took it.
     """
 
     text: str | None
@@ -45,76 +45,35 @@ class Answer(NamedTuple):
     halved: int = 0
 
 
-class _Message(BaseModel):
-    content: Any = None
-    reasoning_content: Any = None
-    reasoning: Any = None
-    refusal: Any = None
-
-
-class _Choice(BaseModel):
-    message: _Message
-    finish_reason: Any = None
-
-
 class _Completion(BaseModel):
-    choices: list[_Choice] = Field(min_length=1)
+    message: dict[str, Any] = Field(validation_alias=AliasPath("choices", 0, "message"))
+    finish: Any = Field(None, validation_alias=AliasPath("choices", 0, "finish_reason"))
+    input_tokens: Any = Field(None, validation_alias=AliasPath("usage", "prompt_tokens"))
+    output_tokens: Any = Field(None, validation_alias=AliasPath("usage", "completion_tokens"))
     model: Any = None
-    usage: Any = None
-
-    @property
-    def text(self) -> str:
-        """What the model wrote: its content, or its reasoning if only that may hold the answer."""
-        message = self.choices[0].message
-        content = _text_of(message.content)
-        return content if "{" in content else _text_of(message.reasoning_content or message.reasoning) or content
-
-    def tokens(self, name: str, otherwise: int) -> int:
-        count = self.usage.get(name) if isinstance(self.usage, dict) else None
-        return count if type(count) is int and count >= 0 else otherwise
 
 
-def completion_of(body: str) -> _Completion | None:
-    """The chat completion in a response's body. None if its first choice holds nothing and cost nothing."""
+def read_answer(body: str, most: Used) -> Answer | None:
+    """The answer in a response's body, or None if its first choice holds nothing and cost nothing.
+
+    most: what was used at most, if the server does not count.
+    """
     try:
         completion = _Completion.model_validate(json.loads(body))
     except (ValueError, RecursionError):
         return None
-    first = completion.choices[0]
-    if first.finish_reason == "error":
+    message = completion.message
+    content, refusal = _text_of(message.get("content")), _text_of(message.get("refusal"))
+    reasoning = _text_of(message.get("reasoning_content")) or _text_of(message.get("reasoning"))
+    text = refusal or (content if "{" in content else reasoning or content)
+    counts = [n if type(n) is int and n >= 0 else None for n in (completion.input_tokens, completion.output_tokens)]
+    problems = {"content_filter": "a content filter cut it", "length": CUT_SHORT}
+    problem = "the model refused" if refusal else problems.get(str(completion.finish))
+    if completion.finish == "error" or not (text.strip() or problem or counts[1]):
         return None
-    ended = first.finish_reason in ("length", "content_filter") or completion.tokens("completion_tokens", 0) > 0
-    return completion if ended or completion.text.strip() or first.message.refusal else None
-
-
-def status_to_act_on(status: int, body: str) -> int:
-    """The status by which the client decides as the body says: 503 to ask again, 413 where no wait helps."""
-    if 200 <= status < 300:
-        return status if completion_of(body) is not None else 503
-    too_long = {429: REQUEST_TOO_LARGE, 500: TOO_LONG}.get(status)
-    return 413 if too_long is not None and too_long.search(body) else status
-
-
-def read_answer(body: str, most: Used) -> Answer:
-    """The answer in a body that `completion_of` takes. most: tokens at most, where the server does not count."""
-    completion = completion_of(body)
-    assert completion is not None
-    first, text, problem = completion.choices[0], completion.text, None
-    if isinstance(first.message.refusal, str) and first.message.refusal:
-        text, problem = first.message.refusal, "the model refused"
-    elif first.finish_reason == "content_filter":
-        problem = "a content filter cut it"
-    elif first.finish_reason == "length":
-        problem = CUT_SHORT
-    elif not text.strip():
-        problem = "the answer is empty"
-    return Answer(
-        text,
-        problem,
-        completion.tokens("prompt_tokens", most.input),
-        completion.tokens("completion_tokens", most.output),
-        completion.model if isinstance(completion.model, str) else None,
-    )
+    used = [most[i] if count is None else count for i, count in enumerate(counts)]
+    problem = problem or (None if text.strip() else "the answer is empty")
+    return Answer(text, problem, used[0], used[1], completion.model if isinstance(completion.model, str) else None)
 
 
 def _text_of(content: Any) -> str:
@@ -125,12 +84,20 @@ def _text_of(content: Any) -> str:
     return text if isinstance(text, str) else ""
 
 
+def status_to_act_on(status: int, body: str) -> int:
+    """The status by which the client decides as the body says: 503 to ask again, 413 if no wait helps."""
+    if 200 <= status < 300:
+        return 503 if read_answer(body, Used()) is None else status
+    too_long = {429: REQUEST_TOO_LARGE, 500: TOO_LONG}.get(status)
+    return 413 if too_long is not None and too_long.search(body) else status
+
+
 def complaint_of(body: str) -> str:
     """What a server says went wrong, on one line: the message of its error, or the body if that has none."""
     try:
         said = json.loads(body)
     except (ValueError, RecursionError):
-        said = None
+        said = body
     said = said[0] if isinstance(said, list) and said else said
     error = said.get("error", said) if isinstance(said, dict) else said
     message = error.get("message") if isinstance(error, dict) else error

@@ -16,7 +16,6 @@ import logging
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -57,7 +56,7 @@ def interpret(settings: InterpretSettings, report: Report = silent) -> list[dict
         subjects = [Subject(stack, contexts, template, settings) for contexts in _contexts(settings)]
         for subject in subjects:
             for ledger in (subject.ledger, *subject.scores.values()):
-                budget.charge(used(ledger.lines))
+                budget.spent += budget.dollars(used(ledger.lines))
 
         async def ask_all(stop: StopRequest) -> list[dict[str, Any]]:
             summaries = []
@@ -148,7 +147,7 @@ class Subject:
 
     def questions(self, latents: Sequence[int]) -> Iterator[Question]:
         for latent in self.contexts.latents(latents) if latents else ():
-            prompts = partial(shorter_and_shorter, self.template, latent.chosen[: self.settings.examples])
+            prompts = shorter_and_shorter(self.template, latent.chosen[: self.settings.examples])
             yield Question({"latent": latent.latent}, prompts, Explanation, parse_explanation)
 
     def last_lines(self) -> dict[int, Line]:

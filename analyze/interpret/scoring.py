@@ -81,7 +81,7 @@ def scoring_questions(
             )
             question = Question(
                 key=dict(zip(KEY, (*keys[latent], number), strict=True)),
-                prompts=partial(iter, (prompt,)),
+                prompts=iter((prompt,)),
                 form=Predictions,
                 parse=partial(parse_predictions, count=len(batch)),
                 line={

@@ -117,6 +117,7 @@ def test_counts_that_are_no_counts_stand_for_the_most_they_can_be() -> None:
     usage = {"prompt_tokens": -5, "completion_tokens": True}
     body = {"choices": [{"message": {"content": "x"}}], "usage": usage}
     answer = read_answer(json.dumps(body), Used(70, 5))
+    assert answer is not None
     assert (answer.text, answer.problem, answer.input_tokens, answer.output_tokens) == ("x", None, 70, 5)
 
 
