@@ -33,10 +33,10 @@ def info(path: str) -> None:
 def verify(path: str, digest: bool = False) -> None:
     """Check sizes, indexes and checksums of every shard; exit code 1 and a line for each that is bad."""
     from routesae.console.options import watching
-    from routesae.harvest.cache.verify import verify as run
+    from routesae.harvest.cache.verify import examine
 
     with watching() as report:
-        result = run(path, report)
+        result = examine(path, report)
     for problem in result.problems:
         click.echo(problem)
     if digest:

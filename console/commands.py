@@ -21,10 +21,8 @@ if TYPE_CHECKING:
 FIRST = ("Model and corpus", "What is kept", "The dictionary", "This variant only", "Optimiser")  # groups of --help
 LAST = "The run"
 WATCH = "routesae.console.watch:Watch"
-BLOCKS = "routesae.harvest.cache.settings:BlockOptions"
-JSON, CONFIG, PIPELINE, DRY_RUN = (
-    f"routesae.console.options:{name}" for name in ("JsonFile", "ConfigFile", "PipelineFile", "DryRun")
-)
+BLOCKS, JSON, CONFIG = (f"routesae.console.options:{name}" for name in ("BlockOptions", "JsonFile", "ConfigFile"))
+PIPELINE, DRY_RUN = (f"routesae.console.options:{name}" for name in ("PipelineFile", "DryRun"))
 LONGEST_CHOICES = 28  # characters; longer lists of choices stand in the help text
 
 

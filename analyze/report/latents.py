@@ -2,8 +2,9 @@
 
 The page reads a list of all latents when it opens, and pieces of PIECE latents with their contexts as they are looked
 at. A context is [kind, activation, layer, row, position, document, at, words, active, activations]: kind is an index
-into contexts.file.KINDS, words are indices into the piece's list of texts, active are the indices of the tokens on
-which the latent is active and activations its values there.
+into contexts.file.KINDS, words are indices into the piece's list of texts, active are the indices of the words on
+which the latent is active and activations its values there. A word is a token or, where a character takes several,
+all tokens of the character, with their strongest activation.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import gzip
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+import regex
 
 from routesae.analyze.contexts.file import KINDS, SAMPLES, Context, LatentContexts
 from routesae.analyze.report.lens import LogitLens, decoder_of, nearest, unit_rows
@@ -23,7 +26,7 @@ from routesae.reporting import Progress, Report
 from routesae.train.saes import SAE
 
 PIECE = 128  # latents: some 100 kB, read in the time of a key press
-CLASSES_LISTED = 12  # token classes of a latent that the list shows and searches
+WORDS_LISTED = 12  # of a latent, which the list shows and searches
 COMPRESSION = 6
 
 
@@ -47,7 +50,7 @@ def latent_list(run: Run) -> dict[str, Any]:
         "kept": [int(summary.kept) for summary in summaries],
         "layer": [only_layer if summary.active else None for summary in summaries],
         "words": [""] * len(summaries),
-        "score": [lines.get(summary.latent, {}).get("score") for summary in summaries],
+        "score": [_number(lines.get(summary.latent, {}).get("score")) for summary in summaries],
         "explained": {
             str(latent): [
                 line.get("outcome"),
@@ -76,17 +79,17 @@ def latent_pieces(
     ahead = next(streamed, None)
     for first in range(0, latents, PIECE):
         after = min(first + PIECE, latents)
-        words: dict[str, int] = {}
+        texts: dict[str, int] = {}
         shown: dict[str, list[Any]] = {}
         while ahead is not None and ahead.latent < after:
             _list_words(listed, ahead, several_layers=len(run.recipe.layers) > 1)
             picked = [*ahead.chosen[:contexts]]
             picked += [context for kind in SAMPLES for context in ahead.samples[kind][: max(1, contexts // 4)]]
-            shown[str(ahead.latent)] = [_packed_context(context, words) for context in picked]
+            shown[str(ahead.latent)] = [_packed_context(context, texts) for context in picked]
             ahead = next(streamed, None)
         cosine_nK, near_nK = nearest(unit_FC, first, after)
         piece = {
-            "words": list(words),
+            "words": list(texts),
             "contexts": shown,
             "near": near_nK.tolist(),
             "cosine": [[round(value, 3) for value in values] for values in cosine_nK.tolist()],
@@ -99,17 +102,47 @@ def latent_pieces(
 
 
 def _list_words(listed: dict[str, Any], latent: LatentContexts, *, several_layers: bool) -> None:
-    """List a latent's token classes, one a line, and the layer it is read from most."""
+    """List the words a latent is active on, one a line, and the layer it is read from most."""
     sampled = [context for kind in SAMPLES for context in latent.samples[kind]]
-    classes = dict.fromkeys(context.token_class for context in (*latent.chosen, *sampled))
-    listed["words"][latent.latent] = "\n".join(name.replace("\n", "↵") for name in list(classes)[:CLASSES_LISTED])
+    classes = dict.fromkeys(marked_word(context).lower() for context in (*latent.chosen, *sampled))
+    whole = [word for word in classes if "\ufffd" not in word] or list(classes)  # of some a row has a half only
+    listed["words"][latent.latent] = "\n".join(word.replace("\n", "↵") for word in whole[:WORDS_LISTED])
     layers = Counter(context.layer for context in sampled or latent.chosen)
     if several_layers and layers:
         listed["layer"][latent.latent] = layers.most_common(1)[0][0]
 
 
-def _packed_context(context: Context, words: dict[str, int]) -> list[Any]:
-    active = [at for at, activation in enumerate(context.activations) if activation > 0]
+def words_of(tokens: Sequence[str]) -> list[range]:
+    """Divide tokens into words, at the ends of characters: ranges of one token, or of all that share characters.
+
+    A character is what a reader takes for one, a grapheme cluster (Unicode UAX 29) such as नि or が. Where several
+    tokens make one, the last of them has its text and the others have none.
+    """
+    if all(tokens) and all(token.isascii() for token in tokens):
+        return [range(at, at + 1) for at in range(len(tokens))]
+    ends = {character.end() for character in regex.finditer(r"\X", "".join(tokens))}
+    words, first, begin, end = [], 0, 0, 0
+    for at, token in enumerate(tokens):
+        end += len(token)
+        if end > begin and end in ends:
+            words.append(range(first, at + 1))
+            first, begin = at + 1, end
+    if first < len(tokens):
+        words.append(range(words.pop().start if words else 0, len(tokens)))
+    return words
+
+
+def marked_word(context: Context) -> str:
+    """The text, without blanks around it, of the word that a context is about."""
+    (word,) = (word for word in words_of(context.tokens) if context.at in word)
+    text = "".join(context.tokens[word.start : word.stop])
+    return text.strip() or text
+
+
+def _packed_context(context: Context, texts: dict[str, int]) -> list[Any]:
+    words = words_of(context.tokens)
+    peaks = [max(context.activations[word.start : word.stop]) for word in words]
+    active = [at for at, peak in enumerate(peaks) if peak > 0]
     return [
         KINDS.index(context.kind),
         _number(context.activation),
@@ -117,13 +150,13 @@ def _packed_context(context: Context, words: dict[str, int]) -> list[Any]:
         context.row,
         context.position,
         context.document,
-        context.at,
-        [words.setdefault(token, len(words)) for token in context.tokens],
+        next(at for at, word in enumerate(words) if context.at in word),
+        [texts.setdefault("".join(context.tokens[word.start : word.stop]), len(texts)) for word in words],
         active,
-        [_number(context.activations[at]) for at in active],
+        [_number(peaks[at]) for at in active],
     ]
 
 
-def _number(value: float) -> float | None:
-    """The value to four digits, or None for NaN and infinity, which JSON lacks."""
-    return float(f"{value:.4g}") if math.isfinite(value) else None
+def _number(value: object) -> float | None:
+    """The value to four digits, or None for anything but a finite number; JSON has no NaN."""
+    return float(f"{value:.4g}") if isinstance(value, int | float) and math.isfinite(value) else None

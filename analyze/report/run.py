@@ -30,7 +30,7 @@ from routesae.analyze.report.settings import ReportSettings
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.cache.storage import is_url
 from routesae.machine.device import pick_device
-from routesae.reporting import Report, WrongInput, silent
+from routesae.reporting import Report, WrongInput, silent, visible
 
 if TYPE_CHECKING:
     from routesae.analyze.contexts.windows import Vocabulary
@@ -184,7 +184,7 @@ def _facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
         tokens = (run.source.get("cache") or {}).get("kept_tokens")
         for name in ("model", "corpus"):
             if run.source.get(name):
-                values[name][str(run.source[name])] = None
+                values[name][visible(str(run.source[name]))] = None
         if tokens is not None:
             values["tokens"][f"{tokens:,}"] = None
     return [(name, ", ".join(of_runs)) for name, of_runs in values.items() if of_runs]

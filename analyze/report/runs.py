@@ -17,7 +17,7 @@ from routesae.analyze.interpret.run import SUMMARY, read_interpretations
 from routesae.analyze.interpret.settings import MODES
 from routesae.analyze.scores.metrics import HIGHER, METRICS, NEITHER
 from routesae.analyze.scores.run import described
-from routesae.reporting import WrongInput
+from routesae.reporting import WrongInput, visible
 from routesae.train.folder.checkpoint import METRICS_FILE, load_sae, read_config, read_recipe
 from routesae.train.saes import SAE, Recipe
 
@@ -94,7 +94,7 @@ def _read_run(name: str, folder: Path, beside: Path, scored: Mapping[str, Mappin
         summary = json.loads((beside / SUMMARY).read_bytes())  # `described` has read it already: it is whole
         known |= {mode: (summary.get(mode) or {}).get("balanced_accuracy") for mode in MODES}
     return Run(
-        name=name,
+        name=visible(name),
         folder=folder,
         recipe=read_recipe(folder),
         source=source,

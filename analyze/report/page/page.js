@@ -4,7 +4,12 @@
 const KINDS = ["Strongest", "Sample: strongest third", "Sample: middle third", "Sample: weakest third"];
 const OVERSCAN = 8; // rows drawn above and below those in sight
 const PIECES_HELD = 32;
-const UNSEEN = /[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Default_Ignorable_Code_Point}]/gu;
+// What nobody would see. Joiners in emoji and in scripts that are written with them, and emoji selectors, are text.
+const JOINED = ["Extended_Pictographic", "Emoji_Modifier", "M", "Script=Arab", "Script=Syrc", "Script=Mong", "Script=Deva",
+  "Script=Beng", "Script=Guru", "Script=Gujr", "Script=Orya", "Script=Taml", "Script=Telu", "Script=Knda", "Script=Mlym",
+  "Script=Sinh"].map((property) => `\\p{${property}}`).join("");
+const UNSEEN = new RegExp(`(?!(?<=[${JOINED}\\uFE0F])[\\u200C\\u200D](?=[${JOINED}])|(?<=\\p{Emoji})\\uFE0F)`
+  + "[\\p{Cc}\\p{Cf}\\p{Cs}\\p{Zl}\\p{Zp}\\p{Default_Ignorable_Code_Point}]", "gu");
 const $ = (id) => document.getElementById(id);
 
 function make(tag, className, ...children) {
@@ -16,17 +21,17 @@ function make(tag, className, ...children) {
 
 // Appends text with what nobody would see made visible: line breaks, zero-width and direction characters.
 function spell(parent, text) {
-  let told = 0;
+  let done = 0;
   for (const found of text.matchAll(UNSEEN)) {
-    parent.append(text.slice(told, found.index));
-    told = found.index + found[0].length;
+    parent.append(text.slice(done, found.index));
+    done = found.index + found[0].length;
     const code = found[0].codePointAt(0);
     const name = "U+" + code.toString(16).toUpperCase().padStart(4, "0");
     const mark = make("span", "invisible", { 9: "⇥", 10: "↵", 13: "␍" }[code] ?? name);
     mark.title = name;
     parent.append(mark);
   }
-  parent.append(text.slice(told));
+  parent.append(text.slice(done));
   return parent;
 }
 
@@ -80,8 +85,7 @@ async function listOf(number) {
     run.number = number;
     run.density = run.active.map((count) => count / run.readings);
     run.latent = run.active.map((_, latent) => latent);
-    run.found = run.words.map((words, latent) => "\n" + words.toLowerCase() + "\n\n"
-      + (run.explained[latent]?.[2] ?? "").toLowerCase());
+    run.found = run.words.map((words, latent) => folded("\n" + words + "\n\n" + (run.explained[latent]?.[2] ?? "")));
     lists.set(number, run);
   }
   return lists.get(number);
@@ -91,8 +95,11 @@ async function listOf(number) {
 
 let shared, run, order = [], at = 0, opened = null, ascending = false, drawn = "", rowHeight = 44;
 
-function wanted(query) {
-  const text = query.trim().toLowerCase();
+// Text as it is searched: the same letters may be written whole or as letter and mark.
+const folded = (text) => text.normalize().toLowerCase();
+
+function matching(query) {
+  const text = folded(query.trim());
   if (!text) return run.latent.slice();
   const whole = text.match(/^["“”'](.+)["“”']$/);
   const part = whole ? "\n" + whole[1] + "\n" : text;
@@ -102,7 +109,7 @@ function wanted(query) {
 
 function arrange(keep) {
   const key = $("sort").value, values = run[key], sign = ascending ? 1 : -1;
-  order = wanted($("search").value).sort((a, b) => {
+  order = matching($("search").value).sort((a, b) => {
     const x = values[a], y = values[b];
     if (x == null || y == null) return x == null && y == null ? a - b : x == null ? 1 : -1;
     return sign * (x - y) || a - b;

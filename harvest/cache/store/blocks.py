@@ -18,12 +18,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from routesae.harvest.cache.settings import BlockOptions
 from routesae.harvest.cache.store.disk import OpenFile
 from routesae.reporting import FailedRun, WrongInput, human_bytes
 
@@ -34,21 +34,50 @@ if TYPE_CHECKING:
 
 IN_FLIGHT = 64  # requests at a time: at 50 ms each and 0.3 to 1 MB a block, 400 MB/s and more
 PIECE_BYTES = 8 << 20  # of a large object, read or written at a time
+DEFAULT_BYTES = 10_000_000_000
 _LOCK = "lock"
 _PARTIAL = ".partial"
 
 
-options = BlockOptions()  # of this process; the command line puts its own here
+def default_folder() -> Path:
+    """Below the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "routesae"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSettings:
+    """--cache-dir and --cache-bytes: where this process may keep what it reads from object stores, and how much."""
+
+    folder: Path = field(default_factory=default_folder)
+    limit: int = DEFAULT_BYTES
+    """Bytes."""
+
+    def __post_init__(self) -> None:
+        if self.limit < 1:
+            raise WrongInput(f"--cache-bytes {self.limit} keeps nothing; the default is {DEFAULT_BYTES:,}")
+
+
+_chosen: BlockSettings | None = None
+
+
+def choose(settings: BlockSettings) -> None:
+    """Have all caches of this process keep their blocks so. Not before, the defaults hold."""
+    global _chosen
+    _chosen = settings
+
+
+def chosen() -> BlockSettings:
+    return _chosen or BlockSettings()
 
 
 def blocks() -> BlockCache:
-    """The cache of blocks of this process, made when it is first needed."""
-    return _blocks_with(options)
+    """The one of this process, made when it is first needed."""
+    return _blocks_with(chosen())
 
 
 @lru_cache(maxsize=1)
-def _blocks_with(options: BlockOptions) -> BlockCache:
-    return BlockCache(options.folder / "blocks", options.cache_bytes)
+def _blocks_with(settings: BlockSettings) -> BlockCache:
+    return BlockCache(settings.folder / "blocks", settings.limit)
 
 
 class Block(NamedTuple):

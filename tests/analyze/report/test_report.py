@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import importlib.util
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import regex
 import torch
 from click.testing import CliRunner
 
@@ -23,7 +25,7 @@ from routesae.analyze.contexts.run import contexts
 from routesae.analyze.contexts.settings import ContextSettings
 from routesae.analyze.contexts.windows import Vocabulary
 from routesae.analyze.report import run as report_run
-from routesae.analyze.report.latents import PIECE, packed
+from routesae.analyze.report.latents import PIECE, WORDS_LISTED, packed, words_of
 from routesae.analyze.report.lens import NEAREST, TOKENS, LogitLens, decoder_of, nearest, unit_rows
 from routesae.analyze.report.plots import draw_plots
 from routesae.analyze.report.routes import routes_by_class
@@ -254,6 +256,60 @@ def test_packed_text_cannot_end_the_element_it_stands_in() -> None:
     data = packed(hostile)
     assert re.fullmatch(r"[A-Za-z0-9+/]+=*", data)
     assert json.loads(gzip.decompress(base64.b64decode(data))) == hostile
+
+
+# ----------------------------------------------------------------------------------------- characters of many tokens
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [
+        (("the", " cat"), ["the", " cat"]),
+        (("", "", "न", "", "", "ि", " ", "", "न"), ["नि", " ", "न"]),  # Hindi: a letter and its vowel sign
+        (("", "แ", "", "ม", "", "่"), ["แ", "ม่"]),
+        (("か", "", "\u3099", "", "日"), ["か\u3099", "日"]),
+        (("👩", "", "\u200d", "", "👧", "!"), ["👩\u200d👧", "!"]),
+        (("🇮", "🇳", "🇹", "🇭"), ["🇮🇳", "🇹🇭"]),
+        (("", "日", "\ufffd"), ["日", "\ufffd"]),  # the window cut a character
+        (("a", "", ""), ["a"]),  # tokens that complete nothing go with what stands before them
+        (("", ""), [""]),
+    ],
+)
+def test_tokens_that_share_a_character_are_one_word(tokens: tuple[str, ...], words: list[str]) -> None:
+    found = words_of(tokens)
+    assert ["".join(tokens[word.start : word.stop]) for word in found] == words
+    assert [at for word in found for at in word] == list(range(len(tokens)))
+
+
+def test_marks_and_the_list_hold_whole_characters(scripts_page: Path) -> None:
+    found = blocks(scripts_page)
+    several = 0
+    for latent, shown in found["piece-0-0"]["contexts"].items():
+        for _, activation, *_, at, words, active, values in shown:
+            texts = [found["piece-0-0"]["words"][word] for word in words]
+            assert [c for text in texts for c in regex.findall(r"\X", text)] == regex.findall(r"\X", "".join(texts))
+            assert texts[at] != ""
+            assert values[active.index(at)] >= activation
+            several += not texts[at].isascii()
+        listed = found["list-0"]["words"][int(latent)].split("\n")
+        marked = {found["piece-0-0"]["words"][context[7][context[6]]].strip().lower() for context in shown}
+        whole = {word for word in marked if word and "\ufffd" not in word}  # rows end within a character
+        assert len(listed) == WORDS_LISTED or whole <= set(listed)
+        assert not whole or "\ufffd" not in "".join(listed)
+    assert several > 30
+
+
+def test_names_that_would_act_where_they_are_shown_are_spelled_out(saes: Path, tmp_path: Path) -> None:
+    name = "x\u202ey\x1b[31m" + os.fsdecode(b"\xff")  # turned round, coloured, and not UTF-8
+    shutil.copytree(saes / "topk", tmp_path / "saes" / name)
+    config = json.loads((tmp_path / "saes" / name / "cfg.json").read_text())
+    config["metadata"]["routesae"]["source"]["corpus"] = "\u2066corpus"
+    (tmp_path / "saes" / name / "cfg.json").write_text(json.dumps(config))
+    page = tmp_path / "report.html"
+    write_report(ReportSettings(out=str(tmp_path / "saes"), html=str(page), device="cpu"))
+    assert blocks(page)["shared"]["runs"][0]["name"] == "x<U+202E>y<U+001B>[31m<U+DCFF>"
+    assert "&lt;U+2066&gt;corpus" in page.read_text()
+    assert not re.search("[\x1b\u202e\u2066]", page.read_text())
 
 
 # ----------------------------------------------------------------------------------------- wrong input

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -65,10 +66,11 @@ def contexts_of(latents: range) -> pa.RecordBatch:
                     "row": latent,
                     "position": 5,
                     "document": None,
-                    "at": 1,
+                    "at": 1 if latent != HOSTILE_LATENT else rank,
                     "token_ids": list(range(len(tokens))),
                     "tokens": tokens,
-                    "activations": [0.0, strongest, strongest / 4] + [0.0] * (len(tokens) - 3),
+                    "activations": [0.0 if len(tokens) == 3 else 1.0, strongest, strongest / 4]
+                    + [0.0] * (len(tokens) - 3),
                 }
             )
     return pa.RecordBatch.from_pylist(rows, context_schema())
@@ -331,6 +333,20 @@ def test_characters_nobody_would_see_are_made_visible_and_turn_nothing_round(pag
     assert set(marks) >= {"U+202E", "U+202C", "U+200B", "U+2060", "U+FEFF", "U+000A", "U+0009", "U+0007", "U+FFF9"}
     assert "مرحبا" in text
     assert page.eval_on_selector("#detail .context p", "text => getComputedStyle(text).unicodeBidi") == "plaintext"
+
+
+@pytest.mark.parametrize("word", ["山", "\u304c", "नदी"[:1], "दी", "ม่", "👩\u200d👧", "❤\ufe0f", "🇮🇳"])
+def test_characters_of_several_tokens_are_found_marked_and_shown_whole(
+    browser: Browser, scripts_page: Path, word: str
+) -> None:
+    """Whether a letter and its mark are written as one (が) or as two."""
+    for page in opened(browser, scripts_page):
+        page.fill("#search", f'"{unicodedata.normalize("NFD", word)}"')
+        page.click(".latent")
+        shown(page)
+        marks = page.locator(".context .at").all_text_contents()
+        assert word in [mark.strip() for mark in marks]
+        assert "" not in marks
 
 
 # ----------------------------------------------------------------------------------------- the rest of the page
