@@ -11,6 +11,8 @@ is scored by KLDiv on it. "refused" is one line with exit code 2; anything else 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 import json
 import logging
 import os
@@ -87,7 +89,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "nemotron": {"num_key_value_heads": 4},
     "ernie4_5_moe": {"moe_k": 2},
     "xlstm": {"embedding_dim": 32, "hidden_size": 32, "num_blocks": 4, "num_heads": 2, "head_dim": 32},
-    "bamba": {**_MAMBA, "attn_layer_indices": [1], "layer_types": None},
+    "bamba": {**_MAMBA, "attn_layer_indices": [1]},
     "codegen": {"rotary_dim": 8},
     "gptj": {"rotary_dim": 8},
     "llama4_text": {"pad_token_id": None},
@@ -180,6 +182,21 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:160]
 
 
+def forked(model_type: str) -> tuple[str, list[str]]:
+    """What becomes of an architecture in a process of its own, and the modules that were imported there."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, answer = Path(name, "work"), Path(name, "answer")
+        folder.mkdir()
+        if (pid := os.fork()) == 0:
+            signal.alarm(SECONDS)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            answer.write_text("\n".join([tried(folder, model_type), *sys.modules]))
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        outcome, *modules = answer.read_text().splitlines() if answer.exists() else [f"FAILED: ended with {status}"]
+        return outcome, modules
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("architectures", nargs="*", help="transformers' model types; all if none is named")
@@ -188,17 +205,11 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     outcomes: dict[str, str] = {}
+    for module in forked("llama")[1]:  # what every fork would else import for itself
+        with contextlib.suppress(Exception):
+            importlib.import_module(module)
     for model_type in args.architectures or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            if (pid := os.fork()) == 0:
-                signal.alarm(SECONDS)
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-                (folder / "outcome").write_text(tried(folder, model_type))
-                os._exit(0)
-            status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-            said = folder / "outcome"
-            outcomes[model_type] = said.read_text() if said.exists() else f"FAILED: ended with {status}"
+        outcomes[model_type] = forked(model_type)[0]
         kind, _, detail = outcomes[model_type].partition(": ")
         if not args.failed_only or kind == "FAILED":
             print(f"| {model_type} | {kind} | {detail.replace('|', '/')} |", flush=True)

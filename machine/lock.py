@@ -31,7 +31,6 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 from pydantic import BaseModel
 
@@ -64,14 +63,6 @@ class Owner(BaseModel, frozen=True):
         return f"process {self.pid} on {host}" if self.pid else "an unknown process"
 
 
-class Holder(NamedTuple):
-    """Who has a lock."""
-
-    owner: Owner
-    is_alive: bool
-    """True if that is known; False if another machine's owner may have died in the last DEAD_AFTER_SECONDS."""
-
-
 class Lock:
     """The lock whose file is `path`. One object takes it once at a time; two objects exclude each other."""
 
@@ -82,7 +73,7 @@ class Lock:
         self._heart = threading.Thread()
         self._stamp: tuple[int, int] | None = None  # inode and mtime of another's file, as last seen
         self._stamp_since = 0.0
-        self._was_renewed = False
+        self.is_surely_held = False  # after look(); False if another machine's owner may have died just now
 
     def take(self) -> bool:
         """Take the lock; return False if another has it. Raises OSError if the folder takes no file."""
@@ -113,8 +104,8 @@ class Lock:
         _held.discard(self)
         os.close(file)
 
-    def look(self) -> Holder | None:
-        """Return who has the lock, this object too, or None if it is free. A dead owner's file is deleted."""
+    def look(self) -> Owner | None:
+        """Return who has the lock, this object too, or None if it is free. Deletes a dead owner's file."""
         try:
             try:
                 file = os.open(self.path, os.O_RDWR | _OPEN)
@@ -128,16 +119,17 @@ class Lock:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 took_flock = True
             except BlockingIOError:
-                return Holder(owner, is_alive=True)
+                self.is_surely_held = True
+                return owner
             except OSError:  # no locks here
                 pass
             if not (took_flock and owner.locked and owner.kernel == _kernel()):
                 stamp, now = (status.st_ino, status.st_mtime_ns), time.monotonic()
                 if stamp != self._stamp:
-                    self._was_renewed = self._stamp is not None
+                    self.is_surely_held = self._stamp is not None  # its owner renewed it while this one watched
                     self._stamp, self._stamp_since = stamp, now
                 if now - self._stamp_since < DEAD_AFTER_SECONDS:
-                    return Holder(owner, is_alive=self._was_renewed)
+                    return owner
             with suppress(OSError):
                 # Whoever has the flock of the file that is in place, and nobody else, may delete it.
                 if os.path.samestat(os.lstat(self.path), status):
@@ -206,18 +198,13 @@ def hold(path: Path, what: str) -> Iterator[Lock]:
     """
     lock, is_waiting = Lock(path), False
     while not lock.take():
-        if (holder := lock.look()) is None:
+        if (owner := lock.look()) is None:
             continue
-        if holder.is_alive:
-            since = holder.owner.since and f" since {holder.owner.since:%Y-%m-%d %H:%M:%S} UTC"
-            raise WrongInput(f"{what} is in use by {holder.owner}{since or ''}; wait for it to end, or stop it")
+        if lock.is_surely_held:
+            since = owner.since and f" since {owner.since:%Y-%m-%d %H:%M:%S} UTC"
+            raise WrongInput(f"{what} is in use by {owner}{since or ''}; wait for it to end, or stop it")
         if not is_waiting:
-            log.info(
-                "%s was in use by %s; waiting up to %.0f s to see if it is alive",
-                what,
-                holder.owner,
-                DEAD_AFTER_SECONDS,
-            )
+            log.info("%s was in use by %s; waiting to see if that is alive", what, owner)
         is_waiting = True
         time.sleep(POLL_SECONDS)
     try:

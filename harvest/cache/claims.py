@@ -35,8 +35,7 @@ class Claims:
 
     def owner(self, name: str) -> Owner | None:
         """Return who has claimed `name`, or None if it is free."""
-        holder = self._lock(name).look()
-        return holder and holder.owner
+        return self._lock(name).look()
 
     def sweep(self, is_done: Callable[[str], bool]) -> None:
         """Delete the claims on what is done: those that killed owners left."""

@@ -3,32 +3,38 @@
 The LM fills one shard buffer while a thread writes the other. A shard is a pure function of its rows, so it does not
 matter which harvester writes it. Each takes what nobody has claimed, its own share first, and stays until all shards
 are there: the others take over what one that dies leaves.
+
+The number of rows a forward pass takes is part of the rounding of what a shard holds. So a shard is filled with one
+number throughout, its record says which, and a resumed run takes the number that its last shards had.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 
 from routesae.harvest.cache.claims import Claims
 from routesae.harvest.cache.manifest import shard_name
 from routesae.harvest.cache.reader import Cache
-from routesae.harvest.filling.batching import Batching
 from routesae.harvest.filling.buffer import ShardBuffer
 from routesae.harvest.lm.model import LanguageModel
 from routesae.harvest.settings import HarvestSettings, Share, share_of
 from routesae.machine.lock import Lock
 from routesae.machine.memory import keep_freed_memory
-from routesae.machine.stop import StopRequest, stop_code, stop_requests
-from routesae.reporting import Progress, Report, Stopped, WrongInput, human_bytes
+from routesae.machine.stop import stop_code, stop_requests
+from routesae.reporting import FailedRun, Progress, Report, Stopped, WrongInput, human_bytes
 
 log = logging.getLogger(__name__)
 
 STOP_WITHIN_SECONDS = 20.0  # then a shard not filled yet is dropped; SLURM kills 30 s after its SIGTERM
+# Rows a forward pass, at first. On two cores 8 took less time a token than 4, and 16 no less than 8
+# (benchmarks/harvest.py).
+START_SEQUENCES = {"cuda": 64, "cpu": 8}
 POLL_SECONDS = 0.5  # between looks at shards that other harvesters work on
 
 
@@ -54,17 +60,21 @@ def harvest_shards(
     keep_freed_memory()
     work = Work(cache, claims, share_of(settings), report)
     with stop_requests() as stop, ThreadPoolExecutor(1, thread_name_prefix="shard-writer") as writer:
-        deadline = Deadline(stop)
+        deadline: float | None = None
 
         def step(rows: int) -> None:
+            nonlocal deadline
             work.report(rows)
-            deadline.check()
+            if stop() and deadline is None:
+                deadline = time.monotonic() + STOP_WITHIN_SECONDS
+                log.info("stopping after this shard, or in %.0f s; once more to stop at once", STOP_WITHIN_SECONDS)
+            elif deadline is not None and time.monotonic() > deadline:
+                raise _OutOfTime
 
-        writing: Future[None] | None = None
+        writing = writer.submit(lambda: None)  # at most one shard is being written while one is filled
         for item in work.claimed():
             if item is None:
-                if writing is not None:
-                    writing.result()
+                writing.result()
                 work.wait()
             else:
                 index, claim = item
@@ -73,14 +83,12 @@ def harvest_shards(
                     buffer = batching.fill(model, cache, index, step)
                 except _OutOfTime:
                     break
-                if writing is not None:  # at most one shard is being written while one is filled
-                    writing.result()
+                writing.result()
                 writing = writer.submit(_write, buffer, cache, claim, weights, batching.sequences)
                 del buffer
             if stop():
                 break
-        if writing is not None:
-            writing.result()
+        writing.result()
         work.finish()
         request, missing = stop(), len(cache.missing())
     if request and missing:
@@ -113,22 +121,51 @@ class _OutOfTime(Exception):
     """The shard being filled is dropped."""
 
 
-class Deadline:
-    """Gives a harvest that is asked to stop STOP_WITHIN_SECONDS to fill its current shard."""
+class Batching:
+    """`sequences` rows a forward pass, halved if the device's memory runs out, unless they were asked for."""
 
-    def __init__(self, stop: StopRequest):
-        self._stop = stop
-        self._ends: float | None = None
+    def __init__(self, asked: int | None, cache: Cache, device: torch.device):
+        self._is_asked = asked is not None
+        recorded = [shard.record.batch_sequences for shard in cache.shards()] if asked is None else []
+        self.sequences = asked or min(recorded, default=START_SEQUENCES[device.type])
 
-    def check(self) -> None:
-        """Called between batches. Raises _OutOfTime."""
-        if self._stop() is None:
-            return
-        if self._ends is None:
-            self._ends = time.monotonic() + STOP_WITHIN_SECONDS
-            log.info("stopping after this shard, or in %.0f s; once more to stop at once", STOP_WITHIN_SECONDS)
-        elif time.monotonic() > self._ends:
-            raise _OutOfTime
+    def fill(self, model: LanguageModel, cache: Cache, index: int, step: Callable[[int], None]) -> ShardBuffer:
+        """The buffer of shard `index`, filled by batches of `self.sequences` rows.
+
+        `step` gets the number of rows of each batch, and minus those of a buffer that is begun again. Raises
+        FailedRun if no number of rows fits, or the one asked for does not.
+        """
+        first, after = cache.manifest.shard_range(index)
+        token_ids_sT = np.array(cache.tokens()[first:after])
+        done = 0
+
+        def stepped(rows: int) -> None:
+            nonlocal done
+            done += rows
+            step(rows)
+
+        def filled() -> ShardBuffer:
+            buffer = ShardBuffer(token_ids_sT, cache.manifest, index, model.device)
+            buffer.fill(model, self.sequences, stepped)
+            return buffer
+
+        while True:
+            try:
+                return filled()
+            except torch.OutOfMemoryError as full:
+                if self._is_asked or self.sequences == 1:
+                    sizes = "--batch-sequences, or none," if self._is_asked else "--shard-tokens or --context"
+                    raise FailedRun(
+                        f"two shards and a forward pass of {self.sequences} rows do not fit in the device's memory "
+                        f"({str(full).splitlines()[0].rstrip('.')}); give a smaller {sizes} or --device cpu"
+                    ) from full
+            # Out here the failure's traceback no longer holds the tensors.
+            if model.device.type == "cuda":
+                torch.cuda.empty_cache()
+            step(-done)
+            done = 0
+            log.info("%d rows a batch do not fit in the device's memory: %d now", self.sequences, self.sequences // 2)
+            self.sequences //= 2
 
 
 class Work:

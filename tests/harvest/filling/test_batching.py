@@ -13,7 +13,7 @@ from torch import Tensor
 
 from routesae.harvest import run
 from routesae.harvest.cache.reader import Cache
-from routesae.harvest.filling import batching, buffer
+from routesae.harvest.filling import buffer, shards
 from routesae.harvest.lm.model import LanguageModel
 from routesae.harvest.lm.passes import run_until
 from routesae.harvest.run import harvest
@@ -90,7 +90,7 @@ def test_a_resumed_run_takes_the_number_that_its_last_shards_had(
     assert contents(harvest(settings)) == before
     assert set(tried) == {4}
     shutil.rmtree(tmp_path / "shards" / "shard-00000")
-    monkeypatch.setitem(batching.START_SEQUENCES, "cpu", 16)
+    monkeypatch.setitem(shards.START_SEQUENCES, "cpu", 16)
     assert sizes(harvest(settings)) == [4, 4, 4]
 
 
