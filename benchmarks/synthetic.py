@@ -25,9 +25,8 @@ from routesae.harvest.cache.manifest import (
     ShardRecord,
     layer_name,
 )
-from routesae.harvest.cache.quantise import encoded
+from routesae.harvest.cache.quantise import encoded, row_statistics
 from routesae.harvest.cache.reader import Cache
-from routesae.harvest.cache.statistics import row_statistics
 from routesae.harvest.cache.writer import begin_cache, write_shard
 
 CONTEXT = 256

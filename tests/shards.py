@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from routesae.harvest.cache.manifest import STATISTICS, LayerStatistics, layer_name
-from routesae.harvest.cache.statistics import PIECE_ROWS, row_statistics
+from routesae.harvest.cache.quantise import row_statistics
 
 Array = np.ndarray[Any, Any]
 NO_STATISTICS = LayerStatistics(mean=0.0, mean_square=0.0, max_abs=0.0, clipped=0)
@@ -17,9 +17,8 @@ NO_STATISTICS = LayerStatistics(mean=0.0, mean_square=0.0, max_abs=0.0, clipped=
 
 def stored_statistics(hidden_nD: Array) -> tuple[Array, Array]:
     """mean_n and std_n, float32, of a whole layer of a shard."""
-    pieces = [torch.from_numpy(hidden_nD[at : at + PIECE_ROWS]) for at in range(0, len(hidden_nD), PIECE_ROWS)]
-    mean_n, std_n = (torch.cat(each).numpy() for each in zip(*map(row_statistics, pieces), strict=True))
-    return mean_n, std_n
+    mean_n, std_n = row_statistics(torch.from_numpy(hidden_nD))
+    return mean_n.numpy(), std_n.numpy()
 
 
 def float_shard(

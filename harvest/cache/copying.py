@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from routesae.harvest.cache import arrays
 from routesae.harvest.cache.claims import Claims
 from routesae.harvest.cache.manifest import Manifest, shard_arrays, shard_name
-from routesae.harvest.cache.reader import Cache, Shard, damaged
+from routesae.harvest.cache.reader import Cache, Shard, damaged, open_storage
 from routesae.harvest.cache.storage import chunk_hashes, is_url
-from routesae.harvest.cache.store import open_storage
 from routesae.harvest.cache.store.bucket import BucketFolder
 from routesae.harvest.cache.store.disk import DiskFolder
 from routesae.harvest.cache.verify import hash_shard, verify_root
@@ -146,10 +145,17 @@ def _copy_to_store(source: Cache, wanted: list[Shard], target: BucketFolder, rep
             if is_url(shard.path):
                 copy_shard(shard, scratch)
                 shard = Shard(DiskFolder(scratch) / shard_name(shard.record.index), shard.manifest, shard.record)
+            elif problems := hash_shard(shard)[0]:
+                raise damaged(shard.path, arrays.BadArray(problems[0]))
             _send_shard(shard, target)
-            if shard.storage.folder().parent == scratch:
-                shutil.rmtree(shard.storage.folder())
+            shutil.rmtree(scratch / shard_name(shard.record.index), ignore_errors=True)
             report(Progress("copy", done, len(wanted), "shards", {}))
+
+
+def _send_shard(shard: Shard, target: BucketFolder) -> None:
+    arrived = Shard(target / shard_name(shard.record.index), shard.manifest, shard.record)
+    names = shard_arrays(shard.manifest)
+    send(shard.storage.folder(), target / shard_name(shard.record.index), names, lambda: hash_shard(arrived)[0])
 
 
 def begin_in_store(source: Cache, target: BucketFolder) -> None:
@@ -158,22 +164,13 @@ def begin_in_store(source: Cache, target: BucketFolder) -> None:
     require_unused(target)
     if problems := verify_root(source)[0]:
         raise WrongInput(f"{source.path}: {problems[0]}")
-    send_arrays(source.folder, target, ROOT_ARRAYS)
-    shape = (source.manifest.rows, source.manifest.context)
-    if arrays.hash_of(chunk_hashes((target / TOKENS).array(shape, "<i4"))) != source.manifest.tokens_hash:
-        raise FailedRun(f"{target}/{TOKENS} is not what was sent; the same command sends it again")
-    target.put("zarr.json", (source.folder / "zarr.json").read_bytes())
+    shape, recorded = (source.manifest.rows, source.manifest.context), source.manifest.tokens_hash
 
+    def wrong() -> list[str]:
+        arrived = arrays.hash_of(chunk_hashes((target / TOKENS).array(shape, "<i4")))
+        return [] if arrived == recorded else [f"{TOKENS}: {arrays.CHECKSUM_DIFFERS}"]
 
-def _send_shard(shard: Shard, target: BucketFolder) -> None:
-    """Put a shard on this disk into the store, and its zarr.json once the rest of it is right there."""
-    folder, there = shard.storage.folder(), target / shard_name(shard.record.index)
-    if problems := hash_shard(shard)[0]:
-        raise damaged(shard.path, arrays.BadArray(problems[0]))
-    send_arrays(folder, there, shard_arrays(shard.manifest))
-    if problems := hash_shard(Shard(there, shard.manifest, shard.record))[0]:
-        raise FailedRun(f"{there}: {problems[0]} after it was sent; the same command sends it again")
-    there.put("zarr.json", (folder / "zarr.json").read_bytes())
+    send(source.folder, target, ROOT_ARRAYS, wrong)
 
 
 def require_unused(target: BucketFolder) -> None:
@@ -182,20 +179,23 @@ def require_unused(target: BucketFolder) -> None:
         raise WrongInput(f"{target} holds {strange[0]} and is not a routesae cache; give a new place")
 
 
-def send_arrays(folder: Path, target: BucketFolder, names: Sequence[str]) -> None:
-    """Send the arrays `names` below a group's folder; without its zarr.json the group does not exist there yet.
+def send(folder: Path, target: BucketFolder, names: Sequence[str], wrong: Callable[[], list[str]] = list) -> None:
+    """Send the arrays `names` below a group's folder, then its zarr.json, without which it does not exist there.
 
-    Raises FailedRun where an object has not the size of its file afterwards.
+    wrong: what is wrong with the arrays that arrived. Raises FailedRun where something is, or a size differs.
     """
     files = [file for name in names for file in _files(name)]
     for file in files:
         target.upload(folder / file, file)
     arrived = target.sizes()
-    for file in files:
-        if arrived.get(file) != (size := (folder / file).stat().st_size):
-            raise FailedRun(
-                f"{target}/{file} has not the {size:,} bytes that were sent; the same command sends it again"
-            )
+    cut = [
+        f"{file}: not the bytes that were sent"
+        for file in files
+        if arrived.get(file) != (folder / file).stat().st_size
+    ]
+    if problems := cut or wrong():
+        raise FailedRun(f"{target}: {problems[0]} after it was sent; the same command sends it again")
+    target.put("zarr.json", (folder / "zarr.json").read_bytes())
 
 
 def _files(array: str) -> tuple[str, str]:

@@ -29,20 +29,10 @@ CHUNK_HASHES = "chunk_hashes"
 Overflow = Literal["error", "clip"]
 OVERFLOWS = get_args(Overflow)
 MOST_SHARDS = 100_000  # their names have five digits; 6.5 billion tokens at the default size
-# The manifest's fields that are settings of harvest under another or the same name: a resumed run must agree on them.
-SETTINGS = {
-    "context": "context",
-    "dtype": "dtype",
-    "overflow": "overflow",
-    "seed": "seed",
-    "corpus": "data",
-    "data_config": "data_config",
-    "split": "split",
-    "text_field": "text_field",
-    "min_chars": "min_chars",
-    "tokens_asked": "tokens",
-    "keep_special": "keep_special",
-    "skip_positions": "skip_positions",
+# The manifest's fields that are settings of harvest, and which: a resumed run must agree on them.
+SAME = ("context", "dtype", "overflow", "seed", "data_config", "split", "text_field", "min_chars")
+SETTINGS = {"corpus": "data", "tokens_asked": "tokens"} | {
+    name: name for name in (*SAME, "keep_special", "skip_positions")
 }
 
 Count = Annotated[int, Field(ge=0, le=1 << 60)]

@@ -1,4 +1,9 @@
-"""Half the bytes: a shard's float16 layer in; int8 numbers, what they stand for and what was lost, out; and back.
+"""A row's mean and standard deviation, and layers in half the bytes: float16 into int8 and back.
+
+    mean = Σ_d h_d / D        std = √(Σ_d (h_d − mean)² / (D − 1))        in float32, of the values as stored
+
+That is what a trainer needs to normalise a row without reading it first (routesae.train.saes.normalise adds its
+epsilon). And of a shard's float16 layer, with --dtype int8:
 
     ĥ_nd = m_d + s_d · (t_n · q_nd)          q_nd = round((h_nd − m_d) / (s_d · t_n)), a whole number of ±127
     t_n = max_d |h_nd − m_d| / s_d / 127     `token_scale`: a row's own range
@@ -23,8 +28,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from routesae.harvest.cache.statistics import row_statistics
 
 LARGEST = 127
 INFINITE_FROM = 65_520  # what float16 rounds to infinity
@@ -59,6 +62,16 @@ class Encoding(NamedTuple):
     mean_n: Tensor
     std_n: Tensor
     lost: Lost
+
+
+def row_statistics(hidden_mD: Tensor) -> tuple[Tensor, Tensor]:
+    """mean_m and std_m, float32, of rows of any float dtype; std unbiased and without an epsilon."""
+    x_mD = hidden_mD.float()
+    mean_m = x_mD.mean(dim=1)
+    # Through the norm of what is centred already: torch.var_mean is several times slower on a CPU.
+    centred_mD = x_mD.sub_(mean_m[:, None]) if x_mD is not hidden_mD else x_mD - mean_m[:, None]
+    norm_m = torch.linalg.vector_norm(centred_mD, dim=1)
+    return mean_m, norm_m / max(1, x_mD.shape[1] - 1) ** 0.5
 
 
 def piece_rows(width: int, device: torch.device) -> int:

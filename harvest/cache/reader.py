@@ -53,10 +53,19 @@ from routesae.harvest.cache.manifest import (
     row_arrays,
     shard_name,
 )
-from routesae.harvest.cache.storage import Storage, StoredArray, chunk_hashes
-from routesae.harvest.cache.store import open_storage
+from routesae.harvest.cache.storage import Storage, StoredArray, chunk_hashes, is_url
+from routesae.harvest.cache.store.disk import DiskFolder
 from routesae.machine.files import parse_json
 from routesae.reporting import WrongInput
+
+
+def open_storage(path: Path | str) -> Storage:
+    """The folder or URL `path`. Raises WrongInput for a URL that cannot be used."""
+    if not is_url(path):
+        return DiskFolder(Path(path))
+    from routesae.harvest.cache.store.bucket import BucketFolder
+
+    return BucketFolder.at(str(path))
 
 
 class Shard:
@@ -208,7 +217,7 @@ class Cache:
     def tokens(self) -> Ids:
         """int32 [S, T], memory-mapped."""
         with self._naming("tokens"):
-            return self.root_array("tokens").mapped()
+            return self.root_array("tokens").read()
 
     def document_starts(self) -> npt.NDArray[np.int64]:
         """int64 [documents]: flat positions in tokens at which documents begin, ascending."""

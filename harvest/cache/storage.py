@@ -43,10 +43,7 @@ class StoredArray(Protocol):
     """An array. Its metadata, size and index are checked before the first read: every read may raise BadArray."""
 
     def read(self) -> Array:
-        """The whole array: memory-mapped from a disk, in memory out of an object store."""
-
-    def mapped(self) -> Array:
-        """The whole array, memory-mapped: out of an object store from a local copy that is kept, with `content`."""
+        """The whole array, memory-mapped; out of an object store from a local copy, which is kept for a while."""
 
     def pieces(self) -> Iterator[Array]:
         """All rows in order, in pieces of whole chunks."""

@@ -17,6 +17,7 @@ import hashlib
 import json
 import logging
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,14 +79,10 @@ def examine(path: str, report: Report = silent) -> Verified:
     cache = Cache(path)
     problems, root = verify_root(cache)
     shards = []
-    for index in range(cache.manifest.shard_count):
+    for index, shard_problems, hashes in _verified(cache, "verify", report):
+        problems += shard_problems
         if cache.has_shard(index):
-            shard_problems, hashes = verify_shard(cache, index)
-            problems += shard_problems
             shards.append((index, {name: of for name, of in hashes.items() if name != CHUNK_HASHES}))
-        else:
-            problems.append(f"{shard_name(index)}: missing")
-        report(Progress("verify", index + 1, cache.manifest.shard_count, "shards", {}))
     manifest = cache.manifest.to_dict()
     content = {"manifest": {name: manifest[name] for name in CONTENT}, "root": root, "shards": shards}
     return Verified(problems, hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest())
@@ -102,31 +99,37 @@ def repair(path: str, report: Report = silent) -> Repaired:
     if problems := verify_root(cache)[0]:
         raise FailedRun(f"{path}: {'; '.join(problems)}. It cannot be repaired; harvest it again, into a new folder")
     removed = []
-    for index in range(cache.manifest.shard_count):
-        name = shard_name(index)
-        if cache.has_shard(index) and (shard_problems := verify_shard(cache, index)[0]):
+    for index, shard_problems, _ in _verified(cache, "repair", report):
+        if shard_problems and cache.has_shard(index):
             problems += shard_problems
             for problem in shard_problems:
                 log.warning("%s", problem)
             # Out of the cache at once, then deleted; of a link, the link alone.
+            name = shard_name(index)
             aside = (cache.folder / name).rename(cache.folder / f".{name}.damaged")
             fsync(cache.folder)
             _delete(aside)
             removed.append(name)
-        report(Progress("repair", index + 1, cache.manifest.shard_count, "shards", {}))
     return Repaired(problems, removed, len(cache.missing()))
 
 
 def require_intact(cache: Cache, report: Report = silent) -> None:
     """Raises WrongInput naming the first thing whose checksum differs. Reads all of the cache."""
     problems = verify_root(cache)[0]
-    for index in range(cache.manifest.shard_count):
-        if problems := problems or verify_shard(cache, index)[0]:
+    for _, shard_problems, _ in _verified(cache, "verify", report):
+        if problems := problems or shard_problems:
             raise WrongInput(
                 f"{cache.path}: {problems[0]}; `routesae cache repair` removes bad shards, and the same routesae "
                 "harvest then writes those again"
             )
-        report(Progress("verify", index + 1, cache.manifest.shard_count, "shards", {}))
+
+
+def _verified(cache: Cache, stage: str, report: Report) -> Iterator[tuple[int, list[str], Hashes]]:
+    """Every shard's index, problems and hashes."""
+    for index in range(cache.manifest.shard_count):
+        missing = [f"{shard_name(index)}: missing"], Hashes()
+        yield index, *(verify_shard(cache, index) if cache.has_shard(index) else missing)
+        report(Progress(stage, index + 1, cache.manifest.shard_count, "shards", {}))
 
 
 def _delete(path: Path) -> None:

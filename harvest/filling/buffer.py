@@ -20,14 +20,39 @@ from torch import Tensor
 
 from routesae.harvest.cache import arrays
 from routesae.harvest.cache.manifest import Ids, LayerStatistics, Manifest, ShardRecord, layer_name, shard_order
-from routesae.harvest.cache.quantise import Encoding, encoded
+from routesae.harvest.cache.quantise import Encoding, encoded, row_statistics
 from routesae.harvest.cache.reader import Cache
-from routesae.harvest.cache.statistics import PIECE_ROWS, Extremes, row_statistics
 from routesae.harvest.cache.writer import write_shard
 from routesae.harvest.lm.model import LanguageModel
 from routesae.harvest.lm.passes import capturing, run_until
 from routesae.machine.device import CACHE_DTYPES
 from routesae.reporting import FailedRun
+
+PIECE_ROWS = 1024  # to measure at a time: fewer cost more calls, more leave the cores' caches
+
+
+class Extremes:
+    """The largest magnitude of a layer, and how many values exceed a limit, before any cast.
+
+    Both stay on the device, so that no batch waits for them.
+    """
+
+    def __init__(self, device: torch.device):
+        self._extremes = torch.zeros(2, device=device)
+        self._over = torch.zeros((), dtype=torch.int64, device=device)
+
+    def add(self, x_mD: Tensor, limit: float | None) -> None:
+        """limit: count the values beyond it, which takes one more pass; None: do not count."""
+        if x_mD.numel() == 0:
+            return
+        if limit is not None:
+            self._over += (x_mD.abs() > limit).sum()
+        low, high = torch.aminmax(x_mD)  # NaN comes through
+        self._extremes = torch.maximum(self._extremes, torch.stack([-low, high]).float())
+
+    def finish(self) -> tuple[float, int]:
+        """Returns max_abs, which is NaN or infinite where a value was, and the number of values beyond the limit."""
+        return float(self._extremes.max()), int(self._over)
 
 
 class ShardBuffer:

@@ -20,7 +20,7 @@ from pathlib import Path
 import xxhash
 
 from routesae.harvest.cache.claims import Claims
-from routesae.harvest.cache.copying import begin_copy, begin_in_store, require_same_cache, require_unused, send_arrays
+from routesae.harvest.cache.copying import begin_copy, begin_in_store, require_same_cache, require_unused, send
 from routesae.harvest.cache.manifest import shard_arrays, shard_name
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.cache.storage import is_url
@@ -105,9 +105,7 @@ class StagedCache(Cache):
         """Send a shard that is committed here, unless the store has it, and delete it here."""
         staged = self.folder / shard_name(index)
         if not self.remote.has_shard(index):
-            there = self.store / staged.name
-            send_arrays(staged, there, shard_arrays(self.manifest))
-            there.put("zarr.json", (staged / "zarr.json").read_bytes())
+            send(staged, self.store / staged.name, shard_arrays(self.manifest))
             log.info("%s is in %s", staged.name, self.remote.path)
         shutil.rmtree(staged)
 

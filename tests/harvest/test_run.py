@@ -21,9 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from routesae.harvest.cache.manifest import Manifest, layer_name
-from routesae.harvest.cache.quantise import encoded
+from routesae.harvest.cache.quantise import encoded, row_statistics
 from routesae.harvest.cache.reader import Cache
-from routesae.harvest.cache.statistics import row_statistics
 from routesae.harvest.cache.verify import verify
 from routesae.harvest.filling.buffer import ShardBuffer
 from routesae.harvest.lm.model import LanguageModel

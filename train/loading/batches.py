@@ -15,9 +15,8 @@ import mmap
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from itertools import islice
 from typing import NamedTuple
 
@@ -271,32 +270,23 @@ def _staged(selection: Selection, plans: Iterator[Plan], batch_tokens: int, *, p
         except BaseException as failure:  # handed to the trainer's thread, which raises it
             ready.put(failure)
 
-    def stop() -> None:
-        stopped.set()
-        free.put(None)  # wakes a thread that waits for a staging buffer
-
-    with _running(fill, stop):
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            staging, n = item
-            yield Batch(*(values[:, :n] for values in staging))
-            free.put(staging)
-
-
-@contextmanager
-def _running(fill: Callable[[], None], stop: Callable[[], None]) -> Iterator[None]:
     thread = threading.Thread(target=fill, name="batch-loader", daemon=True)
 
     def end() -> None:
-        stop()
+        stopped.set()
+        free.put(None)  # wakes a thread that waits for a staging buffer
         thread.join()
 
     # Of a loader that nobody closes: at exit, while threads can still be joined.
     atexit.register(end)
     thread.start()
     try:
-        yield
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            staging, n = item
+            yield Batch(*(values[:, :n] for values in staging))
+            free.put(staging)
     finally:
         end()
         atexit.unregister(end)

@@ -24,7 +24,10 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from routesae.harvest.cache.store.disk import OpenFile
+import numpy.typing as npt
+
+from routesae.harvest.cache.arrays import Array
+from routesae.harvest.cache.store.disk import OpenFile, map_file
 from routesae.reporting import FailedRun, WrongInput, human_bytes
 
 if TYPE_CHECKING:
@@ -51,10 +54,6 @@ class BlockSettings:
     folder: Path = field(default_factory=default_folder)
     limit: int = DEFAULT_BYTES
     """Bytes."""
-
-    def __post_init__(self) -> None:
-        if self.limit < 1:
-            raise WrongInput(f"--cache-bytes {self.limit} keeps nothing; the default is {DEFAULT_BYTES:,}")
 
 
 _chosen: BlockSettings | None = None
@@ -85,7 +84,7 @@ class Block(NamedTuple):
 
     key: str
     size: int
-    read: Callable[[], Data]
+    read: Callable[[], Iterable[Data]]
 
 
 class BlockCache:
@@ -95,21 +94,26 @@ class BlockCache:
         self.limit = limit
         self.folder, self._held = _unused_folder(folder)
         self._lock = threading.Condition()
-        self._whole_lock = threading.Lock()  # so that one thread makes a whole file
         self._kept: OrderedDict[str, int] = OrderedDict()  # bytes, the longest unused first
-        self.bytes = 0  # of those, and of those being written
         self._writing = 0  # how many are
-        self._pinned: set[str] = set()
         self._pending: dict[str, tuple[Future[OpenFile], int]] = {}  # blocks on their way, and their bytes
-        self._pending_bytes = 0
         self._pool = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="block-fetch")
-        self._find()
+        left = [
+            path for path in self.folder.glob("??/*") if not path.name.endswith(_PARTIAL)
+        ]  # by an earlier process
+        for path in sorted(left, key=lambda path: path.stat().st_mtime_ns):
+            self._kept[path.name] = path.stat().st_size
+        for path in self.folder.glob(f"??/*{_PARTIAL}"):
+            path.unlink()
+        self.bytes = sum(self._kept.values())  # of those, and of those being written
+        with self._lock:
+            self._make_room(0)
 
     def announce(self, block: Block) -> None:
         """Begin to fetch a block that will be asked for soon, unless half of the limit is under way already."""
         with self._lock:
             known = block.key in self._kept or block.key in self._pending
-            if not known and self._pending_bytes + block.size <= self.limit // 2:
+            if not known and sum(size for _, size in self._pending.values()) + block.size <= self.limit // 2:
                 self._begin(block)
 
     def open(self, block: Block) -> OpenFile:
@@ -126,40 +130,16 @@ class BlockCache:
     def drop(self, key: str) -> None:
         """Let go of a block, which is then fetched anew where it is asked for."""
         with self._lock:
-            if key in self._kept and key not in self._pinned:
+            if key in self._kept:
                 with suppress(OSError):
                     self._path(key).unlink()
                 self._forget(key)
 
-    def whole(self, key: str, size: int, pieces: Callable[[], Iterable[Data]], right: Callable[[Path], bool]) -> Path:
-        """A file of `size` bytes, made of pieces, that stays as long as this process runs.
-
-        right: compares the file that an earlier process left with a checksum.
-        """
-        with self._whole_lock:
-            if key not in self._pinned:
-                with self._lock:
-                    kept = self._open(key, size)
-                if kept is None or not right(self._path(key)):
-                    self.drop(key)
-                    self._write(key, size, pieces())
-                self._pinned.add(key)
-        return self._path(key)
-
-    def _find(self) -> None:
-        """Take over what an earlier process left, the oldest first."""
-        blocks = []
-        for path in self.folder.glob("??/*"):
-            if path.name.endswith(_PARTIAL):
-                path.unlink()
-            else:
-                status = path.stat()
-                blocks.append((status.st_mtime_ns, path.name, status.st_size))
-        for _, key, size in sorted(blocks):
-            self._kept[key] = size
-            self.bytes += size
-        with self._lock:
-            self._make_room(0)
+    def mapped(self, block: Block, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> Array:
+        """An array that is a whole block; it stays readable when the block has made room for others."""
+        opened = self.open(block)
+        with open(opened.descriptor, "rb", closefd=False) as file:
+            return map_file(file, dtype, shape)
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / key
@@ -169,7 +149,7 @@ class BlockCache:
         if key not in self._kept:
             return None
         try:
-            opened = OpenFile(os.open(self._path(key), os.O_RDONLY))
+            opened = OpenFile(self._path(key))
         except FileNotFoundError:  # deleted by hand
             opened = None
         if opened is None or os.fstat(opened.descriptor).st_size != size:
@@ -180,27 +160,20 @@ class BlockCache:
 
     def _begin(self, block: Block) -> Future[OpenFile]:
         """Under the lock."""
-        self._pending_bytes += block.size
         future = self._pool.submit(self._fetch, block)
         self._pending[block.key] = future, block.size
         return future
 
     def _fetch(self, block: Block) -> OpenFile:
         try:
-            return self._write(block.key, block.size, [block.read()])
+            return self._write(block.key, block.size, block.read())
         except FailedRun:
             with self._lock:  # else a process that ends would wait for them all
-                for key, (future, _) in list(self._pending.items()):
-                    if future.cancel():
-                        self._end(key)
+                self._pending = {key: one for key, one in self._pending.items() if not one[0].cancel()}
             raise
         finally:
             with self._lock:
-                self._end(block.key)
-
-    def _end(self, key: str) -> None:
-        """Under the lock."""
-        self._pending_bytes -= self._pending.pop(key)[1]
+                del self._pending[block.key]
 
     def _write(self, key: str, size: int, pieces: Iterable[Data]) -> OpenFile:
         path = self._path(key)
@@ -211,7 +184,7 @@ class BlockCache:
             self._writing += 1
         try:
             path.parent.mkdir(exist_ok=True)
-            opened = OpenFile(os.open(partial, os.O_CREAT | os.O_TRUNC | os.O_RDWR, 0o644))
+            opened = OpenFile(partial, os.O_CREAT | os.O_TRUNC | os.O_RDWR)
             with open(opened.descriptor, "wb", closefd=False) as file:
                 for piece in pieces:
                     file.write(piece)
@@ -238,7 +211,7 @@ class BlockCache:
     def _make_room(self, size: int) -> None:
         """Under the lock: let go of blocks until `size` more fit, waiting for what is just being written."""
         while self.bytes + size > self.limit:
-            key = next((key for key in self._kept if key not in self._pinned), None)
+            key = next(iter(self._kept), None)
             if key is not None:
                 with suppress(OSError):
                     self._path(key).unlink()
@@ -259,7 +232,7 @@ def _unused_folder(folder: Path) -> tuple[Path, OpenFile]:
         for number in count():
             unused = folder / str(number)
             unused.mkdir(parents=True, exist_ok=True)
-            lock = OpenFile(os.open(unused / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+            lock = OpenFile(unused / _LOCK, os.O_CREAT | os.O_RDWR)
             with suppress(BlockingIOError):
                 fcntl.flock(lock.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return unused, lock

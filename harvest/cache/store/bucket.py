@@ -30,7 +30,6 @@ import xxhash
 from routesae.harvest.cache.arrays import CHUNK_ROWS, Array, BadArray, array_hash, data_name
 from routesae.harvest.cache.storage import Stored, checked
 from routesae.harvest.cache.store.blocks import IN_FLIGHT, PIECE_BYTES, Block, blocks
-from routesae.harvest.cache.store.disk import map_file
 from routesae.machine.files import LARGEST_BYTES
 from routesae.reporting import FailedRun, WrongInput
 
@@ -88,7 +87,9 @@ class BucketFolder:
 
     def _store(self) -> Any:
         parts = urlsplit(self.path)
-        return _bucket(f"{parts.scheme}://{parts.netloc}", _environment())
+        # Another endpoint or account is another store.
+        names = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AWS_ACCESS_KEY_ID")
+        return _bucket(f"{parts.scheme}://{parts.netloc}", tuple(os.environ.get(name, "") for name in names))
 
     def _key(self, name: str) -> str:
         return f"{urlsplit(self.path).path}/{name}".strip("/")
@@ -115,16 +116,9 @@ class BucketFolder:
     def size(self) -> int:
         return sum(self.sizes().values())
 
-    def stat(self, name: str) -> Stored:
-        import obstore
-
-        with self._asking(name):
-            meta = obstore.head(self._store(), self._key(name))
-        return Stored(meta["size"], meta["e_tag"])
-
     def exists(self, name: str) -> bool:
         try:
-            self.stat(name)
+            self.tail(name, 1)
         except FileNotFoundError:
             return False
         return True
@@ -158,9 +152,12 @@ class BucketFolder:
             data = obstore.get(self._store(), self._key(name), options=options).bytes()
         return _whole(data, after - first)
 
-    def ranges(self, name: str, stored: Stored, end: int, step: int) -> Iterator[Data]:
-        """The first `end` bytes of an object in order, `step` at a time, a few read ahead."""
-        bounds = [(first, min(first + step, end)) for first in range(0, end, step)]
+    def ranges(self, name: str, stored: Stored, first: int, after: int, step: int) -> Iterator[Data]:
+        """Bytes first … after-1 of an object in order, `step` at a time, a few read ahead."""
+        bounds = [(start, min(start + step, after)) for start in range(first, after, step)]
+        if len(bounds) == 1:
+            yield self.range(name, *bounds[0], stored)
+            return
         with ThreadPoolExecutor(4, thread_name_prefix="object-pieces") as pool:
             waiting = [pool.submit(self.range, name, *one, stored) for one in bounds[:6]]
             for following in [*bounds[6:], *[None] * min(6, len(bounds))]:
@@ -169,10 +166,10 @@ class BucketFolder:
                     waiting.append(pool.submit(self.range, name, *following, stored))
 
     def fetch(self, name: str, target: Path, *, link: bool = False) -> None:
-        stored = self.stat(name)
+        stored, _ = self.tail(name, 1)
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("xb") as file:
-            for piece in self.ranges(name, stored, stored.size, PIECE_BYTES):
+            for piece in self.ranges(name, stored, 0, stored.size, PIECE_BYTES):
                 file.write(piece)
 
     def shard_names(self) -> set[str]:
@@ -254,15 +251,20 @@ class BucketFolder:
 
 
 class BucketArray:
-    """An array that the first read checks, by two requests; every read is of the version that was right then."""
+    """An array that the first read checks, by two requests; every read is of the version that was right then.
+
+    What is read, unless in pieces, goes through blocks of whole chunks that stay on this disk for a while (.blocks).
+    """
 
     def __init__(self, folder: BucketFolder, shape: tuple[int, ...], dtype: npt.DTypeLike, content: str):
         self._folder, self._shape, self._content = folder, shape, content
         self._name = data_name(len(shape))
-        self._lock = threading.Lock()
-        self._stored: Stored | None = None
         self._dtype = np.dtype(dtype).newbyteorder("<")
         self._row_bytes = prod(shape[1:]) * self._dtype.itemsize
+        self._chunk_bytes = CHUNK_ROWS * self._row_bytes
+        self._block_rows = CHUNK_ROWS * max(1, FETCHED_BYTES // self._chunk_bytes)
+        self._lock = threading.Lock()
+        self._stored: Stored | None = None
 
     def _checked(self) -> Stored:
         with self._lock:
@@ -270,66 +272,62 @@ class BucketArray:
                 self._stored = checked(self._folder, self._shape, self._dtype)
             return self._stored
 
-    def _ranges(self) -> Iterator[Data]:
-        chunk_bytes = CHUNK_ROWS * self._row_bytes
-        step = chunk_bytes * max(1, PIECE_BYTES // chunk_bytes)
-        return self._folder.ranges(self._name, self._checked(), self._shape[0] * self._row_bytes, step)
+    def _fetched(self, first: int, after: int) -> Iterator[Data]:
+        """The bytes of rows first … after-1, some megabytes of whole chunks at a time."""
+        step = self._chunk_bytes * max(1, PIECE_BYTES // self._chunk_bytes)
+        yield from self._folder.ranges(
+            self._name, self._checked(), first * self._row_bytes, after * self._row_bytes, step
+        )
 
     def pieces(self) -> Iterator[Array]:
-        for piece in self._ranges():
+        for piece in self._fetched(0, self._shape[0]):
             yield np.frombuffer(memoryview(piece), self._dtype).reshape(-1, *self._shape[1:])
 
     def read(self) -> Array:
-        return np.concatenate([np.empty((0, *self._shape[1:]), self._dtype), *self.pieces()])
-
-    def mapped(self) -> Array:
-        if (size := self._shape[0] * self._row_bytes) == 0:
-            return np.empty(self._shape, self._dtype)
-
-        def right(path: Path) -> bool:
-            return array_hash(map_file(path, self._dtype, self._shape)) == self._content
-
-        path = blocks().whole(self.block(0, self._shape[0]).key, size, self._ranges, right)
-        return map_file(path, self._dtype, self._shape)
+        block = self._block(0, self._shape[0])
+        values = blocks().mapped(block, self._dtype, self._shape)
+        if self._content and array_hash(values) != self._content:  # on the way, or on this disk
+            blocks().drop(block.key)
+            values = blocks().mapped(block, self._dtype, self._shape)
+        return values
 
     def open(self) -> BucketRows:
-        chunk_bytes = CHUNK_ROWS * self._row_bytes
-        return BucketRows(self, self._shape[0], CHUNK_ROWS * max(1, FETCHED_BYTES // chunk_bytes))
+        return BucketRows(self)
 
-    def block(self, first: int, after: int) -> Block:
+    def _block(self, first: int, after: int) -> Block:
         """Rows first … after-1, to be fetched when they are needed, under a name that is found again."""
-        begin, end = first * self._row_bytes, after * self._row_bytes
-        key = xxhash.xxh3_128_hexdigest(f"{self._folder} {self._content} {begin} {end}".encode())
-        return Block(key, end - begin, lambda: self._folder.range(self._name, begin, end, self._checked()))
+        content = f"{self._folder} {self._content or self._checked().etag} {first} {after} {self._row_bytes}"
+        key = xxhash.xxh3_128_hexdigest(content.encode())
+        return Block(key, (after - first) * self._row_bytes, lambda: self._fetched(first, after))
+
+    def blocks(self, first: int, after: int) -> Iterator[tuple[int, Block]]:
+        """The blocks that hold the rows, each with its first row."""
+        for begin in range(first // self._block_rows * self._block_rows, after, self._block_rows):
+            yield begin, self._block(begin, min(begin + self._block_rows, self._shape[0]))
 
 
 class BucketRows:
-    """The rows of an array, fetched in blocks of whole chunks that stay on this disk for a while (.blocks)."""
+    """The rows of an array, for many reads."""
 
-    def __init__(self, array: BucketArray, rows: int, block_rows: int):
-        self._array, self._rows, self._block_rows = array, rows, block_rows
-
-    def _blocks(self, first: int, after: int) -> Iterator[tuple[int, Block]]:
-        """The blocks that hold the rows, each with its first row."""
-        for begin in range(first // self._block_rows * self._block_rows, after, self._block_rows):
-            yield begin, self._array.block(begin, min(begin + self._block_rows, self._rows))
+    def __init__(self, array: BucketArray):
+        self._array = array
 
     def read(self, first: int, out_mW: npt.NDArray[np.generic]) -> None:
         row_bytes, after = out_mW[:1].nbytes, first + len(out_mW)
-        for begin, block in self._blocks(first, after):
+        for begin, block in self._array.blocks(first, after):
             try:
                 file = blocks().open(block)
             except WrongInput as refused:  # in the middle of a run it is not the command that is wrong
                 raise FailedRun(str(refused)) from refused
-            low, high = max(first, begin), min(after, begin + self._block_rows)
-            file.read_into((low - begin) * row_bytes, out_mW[low - first : high - first])
+            low, high = max(first, begin), min(after, begin + block.size // row_bytes)
+            file.read((low - begin) * row_bytes, out_mW[low - first : high - first])
 
     def advise(self, first: int, after: int) -> None:
-        for _, block in self._blocks(first, after):
+        for _, block in self._array.blocks(first, after):
             blocks().announce(block)
 
     def drop(self, first: int, after: int) -> bool:
-        for _, block in self._blocks(first, after):
+        for _, block in self._array.blocks(first, after):
             blocks().drop(block.key)
         return True
 
@@ -343,11 +341,6 @@ def _whole(data: T, length: int) -> T:
 def _reason(said: str) -> str:
     """The last clause of obstore's first line: without addresses, which may carry signatures."""
     return said.partition("\n")[0].rpartition(" - ")[2].strip()[:160]
-
-
-def _environment() -> tuple[str, ...]:
-    """What a store is set up by besides its URL: another endpoint is another store."""
-    return tuple(os.environ.get(name, "") for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AWS_ACCESS_KEY_ID"))
 
 
 @cache

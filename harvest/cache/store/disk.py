@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from math import prod
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
@@ -26,54 +27,44 @@ NO_MMAP = (errno.ENODEV, errno.ENOSYS, errno.ENOTSUP, errno.EACCES, errno.EINVAL
 
 
 class OpenFile:
-    """A file descriptor that is closed once nobody holds this object, whichever thread that was."""
+    """A file's rows, for several threads. It is closed once nobody holds this object, whichever thread that was."""
 
-    def __init__(self, descriptor: int):
-        self.descriptor = descriptor
+    def __init__(self, path: Path, flags: int = os.O_RDONLY, row_bytes: int = 1):
+        self.descriptor = os.open(path, flags | os.O_CLOEXEC, 0o644)
+        self._row_bytes = row_bytes
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:  # as the process ends `os` may be gone
-        close(self.descriptor)
+        if hasattr(self, "descriptor"):
+            close(self.descriptor)
 
-    def read_into(self, offset: int, out_mW: npt.NDArray[np.generic]) -> None:
-        """Fill out_mW from the byte `offset` on. Raises BadArray where the file ends before."""
+    def read(self, first: int, out_mW: npt.NDArray[np.generic]) -> None:
         assert out_mW.flags.c_contiguous  # a copy would be read into and thrown away
-        view = out_mW.reshape(-1).view(np.uint8).data
+        view, offset = out_mW.reshape(-1).view(np.uint8).data, first * self._row_bytes
         while view:  # a read may give less than it is asked for
             read = os.preadv(self.descriptor, [view], offset)
             if read == 0:
                 raise BadArray(f"ends before byte {offset + len(view):,}, which is still of its rows")
             view, offset = view[read:], offset + read
 
+    def advise(self, first: int, after: int) -> None:
+        if hasattr(os, "posix_fadvise"):
+            offset, length = first * self._row_bytes, (after - first) * self._row_bytes
+            os.posix_fadvise(self.descriptor, offset, length, os.POSIX_FADV_WILLNEED)
 
-def map_file(path: Path, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> Array:
+    def drop(self, first: int, after: int) -> bool:
+        return False
+
+
+def map_file(file: Path | IO[bytes], dtype: npt.DTypeLike, shape: tuple[int, ...]) -> Array:
     """An array at the beginning of a file, memory-mapped; in memory where the file system has no mappings."""
     if prod(shape) == 0:
         return np.empty(shape, dtype)
     try:
-        return np.memmap(path, dtype, "r", shape=shape)
+        return np.memmap(file, dtype, "r", shape=shape)
     except OSError as error:
         if error.errno not in NO_MMAP:
             raise
-        return np.fromfile(path, dtype, prod(shape)).reshape(shape)
-
-
-class DiskRows:
-    """The rows of one data file, held open."""
-
-    def __init__(self, path: Path, row_bytes: int):
-        self._file = OpenFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
-        self._row_bytes = row_bytes
-
-    def read(self, first: int, out_mW: npt.NDArray[np.generic]) -> None:
-        self._file.read_into(first * self._row_bytes, out_mW)
-
-    def advise(self, first: int, after: int) -> None:
-        if hasattr(os, "posix_fadvise"):
-            offset, length = first * self._row_bytes, (after - first) * self._row_bytes
-            os.posix_fadvise(self._file.descriptor, offset, length, os.POSIX_FADV_WILLNEED)
-
-    def drop(self, first: int, after: int) -> bool:
-        return False
+        return np.fromfile(file, dtype, prod(shape)).reshape(shape)
 
 
 class DiskArray:
@@ -86,13 +77,11 @@ class DiskArray:
     def read(self) -> Array:
         return map_file(self._path, self._dtype, self._shape)
 
-    mapped = read
-
     def pieces(self) -> Iterator[Array]:
         yield self.read()
 
-    def open(self) -> DiskRows:
-        return DiskRows(self._path, prod(self._shape[1:]) * self._dtype.itemsize)
+    def open(self) -> OpenFile:
+        return OpenFile(self._path, row_bytes=prod(self._shape[1:]) * self._dtype.itemsize)
 
 
 class DiskFolder:

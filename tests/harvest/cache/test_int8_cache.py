@@ -17,9 +17,8 @@ from routesae.harvest.cache import quantise
 from routesae.harvest.cache.copying import copy
 from routesae.harvest.cache.inspect import describe
 from routesae.harvest.cache.manifest import FORMAT_VERSION, FORMULA, layer_name, shard_name
-from routesae.harvest.cache.quantise import encoded
+from routesae.harvest.cache.quantise import encoded, row_statistics
 from routesae.harvest.cache.reader import Cache
-from routesae.harvest.cache.statistics import row_statistics
 from routesae.harvest.cache.verify import examine, verify
 from routesae.harvest.run import harvest
 from routesae.harvest.settings import HarvestSettings

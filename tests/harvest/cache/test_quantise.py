@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from routesae.harvest.cache import quantise
-from routesae.harvest.cache.quantise import LARGEST, Encoding, decode, encoded, piece_rows
-from routesae.harvest.cache.statistics import row_statistics
+from routesae.harvest.cache.quantise import LARGEST, Encoding, decode, encoded, piece_rows, row_statistics
 
 Doubles = npt.NDArray[np.float64]
 HALF_MAX = float(np.finfo(np.float16).max)

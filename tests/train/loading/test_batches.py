@@ -20,8 +20,8 @@ import torch
 
 from routesae.harvest.cache import arrays
 from routesae.harvest.cache.manifest import Manifest, ShardRecord
+from routesae.harvest.cache.quantise import row_statistics
 from routesae.harvest.cache.reader import Cache
-from routesae.harvest.cache.statistics import row_statistics
 from routesae.harvest.cache.writer import begin_cache, write_shard
 from routesae.reporting import FailedRun, WrongInput
 from routesae.tests.shards import NO_STATISTICS, float_shard
