@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from routesae.analyze.scores.replacement import Reconstruct, edits_by, require_spliceable, spliced_layers
+from routesae.analyze.scores.replacement import Reconstruct, edits, require_spliceable, spliced_layers
 from routesae.harvest.lm.passes import Edit
 from routesae.reporting import WrongInput
 from routesae.train.saes import SAE, Crosscoder, RouteSAE, SingleLayerSAE
@@ -104,7 +104,7 @@ class Clamp:
             by_layer = self._by_crosscoder(self.sae, {layer: hidden[layer][kept_BT] for layer in self.layers_read})
         else:
             by_layer = dict.fromkeys(spliced_layers(self.sae), self._by_dictionary)
-        return edits_by(self.sae, hidden, kept_BT, by_layer, place_BT)
+        return edits(self.sae, hidden, kept_BT, place_BT, reconstruct=by_layer)
 
     def _by_dictionary(self, hidden_mD: Tensor, scale_m1: Tensor) -> Tensor:
         dictionary = self.sae.shared if isinstance(self.sae, RouteSAE) else self.sae

@@ -1,4 +1,4 @@
-"""Contexts on disk, beside the SAE they are of: written by `routesae contexts`, for what explains or shows them.
+"""Read and write the contexts of an SAE, in the SAE's folder.
 
     contexts.parquet   a row a context, ordered by latent, kind and rank, with its tokens and their activations
     latents.parquet    a row a latent, all F of them
@@ -12,15 +12,14 @@ from __future__ import annotations
 import json
 import tempfile
 from bisect import bisect_left
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import xxhash
-
+from routesae.analyze.inputs.identity import file_hash
 from routesae.machine.files import parse_json
 from routesae.reporting import WrongInput
 
@@ -33,7 +32,6 @@ FACTS = b"routesae"
 CHOSEN, SAMPLES = "chosen", ("strong", "middle", "weak")
 KINDS = (CHOSEN, *SAMPLES)
 OPENING, CLOSING = "<ACTIVATED>", "</ACTIVATED>"  # the published code's marks
-_READ_ROWS = 4096
 MOST_VALUES = 1 << 26  # of a column in a row group, of which one is held in memory at a time
 
 
@@ -41,9 +39,9 @@ MOST_VALUES = 1 << 26  # of a column in a row group, of which one is held in mem
 class Context:
     """One activation and the text around it.
 
-    kind: "chosen", or the third of the sample it is of. layer: that it was read from; None where it was not one.
-    row, position: of the token in the cache's tokens. document: index into its document_starts; None in front of the
-    first. at: index of the token in the window. tokens: the window's text, exact when joined. activations: of the
+    kind: "chosen", or the third of the sample it is in. layer: that it was read from, or None if it was not one.
+    row, position: of the token in the cache's tokens. document: index into its document_starts, or None in front of
+    the first. at: index of the token in the window. tokens: the window's text, exact when joined. activations: of the
     latent on each of them.
     """
 
@@ -59,6 +57,11 @@ class Context:
     tokens: tuple[str, ...]
     activations: tuple[float, ...]
 
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any]) -> Context:
+        values = {field.name: row[field.name] for field in fields(cls)}
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
     @property
     def text(self) -> str:
         return "".join(self.tokens)
@@ -73,9 +76,9 @@ class Context:
 class LatentSummary:
     """One latent over the whole cache.
 
-    active: rows it is > 0 on (a token is one row, for mlsae and random one a layer). density: their share.
-    mean_activation: over those rows. token_classes: above the threshold; max_classes + 1 where there are more.
-    kept: whether the published rule keeps it.
+    active: readings it is > 0 on (a token is one, for mlsae and random one a layer). density: their share.
+    mean_activation: over them. token_classes: above the threshold, or max_classes + 1 if there are more. kept: by the
+    published rule.
     """
 
     latent: int
@@ -89,7 +92,7 @@ class LatentSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class LatentContexts:
-    """A latent's contexts, strongest first. chosen: () where the rule leaves the latent out.
+    """A latent's contexts, strongest first. chosen: empty if the rule leaves the latent out.
 
     samples: thirds of a uniform sample of its activations, under "strong", "middle" and "weak".
     """
@@ -103,9 +106,6 @@ class LatentContexts:
         return self.summary.latent
 
 
-# --------------------------------------------------------------------------------------------------- reading
-
-
 class ContextsFile:
     """What `routesae contexts` wrote into a folder: facts and summaries at hand, contexts read as they are asked for.
 
@@ -114,65 +114,72 @@ class ContextsFile:
 
     def __init__(self, folder: Path, facts: Mapping[str, Any], summaries: tuple[LatentSummary, ...]):
         self.folder, self.facts, self.summaries = folder, facts, summaries
-        self.fingerprint = _fingerprint(folder / CONTEXTS)
+        self.fingerprint = file_hash(folder / CONTEXTS)
 
-    def latents(self, wanted: Collection[int] | None = None) -> Iterator[LatentContexts]:
-        """Ascending, those that have a context; only `wanted` where given. Raises WrongInput where it is damaged."""
-        for latent, rows in groupby(self._rows(wanted), key=itemgetter("latent")):
+    def latents(self, selected: Collection[int] | None = None) -> Iterator[LatentContexts]:
+        """Those that have a context, ascending; only `selected` ones if given. Raises WrongInput on damage."""
+        for latent, rows in groupby(self._rows(selected), key=itemgetter("latent")):
             if not 0 <= latent < len(self.summaries):
                 raise damaged(self.folder / CONTEXTS, ValueError(f"there is no latent {latent}"))
-            contexts = [_context(row) for row in rows]
+            contexts = [Context.of_row(row) for row in rows]
             kinds = {kind: tuple(c for c in contexts if c.kind == kind) for kind in KINDS}
             yield LatentContexts(summary=self.summaries[latent], chosen=kinds.pop(CHOSEN), samples=kinds)
 
-    def _rows(self, wanted: Collection[int] | None) -> Iterator[dict[str, Any]]:
-        """In the order of the file, which is the latents'. A row group that holds none of `wanted` is not read."""
+    def _rows(self, selected: Collection[int] | None) -> Iterator[dict[str, Any]]:
+        """In the order of the file, which is the latents'. A row group without a selected latent is not read."""
         import pyarrow as pa
         import pyarrow.compute as pc
         import pyarrow.parquet as pq
 
-        ascending = None if wanted is None else sorted(set(wanted))
+        ascending = None if selected is None else sorted(set(selected))
+        column = context_schema().get_field_index("latent")
         try:
             with pq.ParquetFile(self.folder / CONTEXTS) as file:
                 for group in range(file.num_row_groups):
-                    if ascending is not None and not _has_any(file.metadata.row_group(group), ascending):
-                        continue
+                    bounds = file.metadata.row_group(group).column(column).statistics
+                    if ascending is not None and bounds is not None and bounds.has_min_max:
+                        at = bisect_left(ascending, bounds.min)
+                        if at == len(ascending) or ascending[at] > bounds.max:
+                            continue
                     rows = file.read_row_group(group)
-                    _require_values(rows)
+                    for name in rows.column_names:
+                        if name not in ("layer", "document") and rows[name].null_count:
+                            raise ValueError(f"{name} is missing in a row")
                     if ascending is not None:
                         rows = rows.filter(pc.is_in(rows["latent"], pa.array(ascending, pa.int32())))
-                    for batch in rows.to_batches(max_chunksize=_READ_ROWS):
+                    for batch in rows.to_batches(max_chunksize=4096):
                         yield from batch.to_pylist()
         except (pa.ArrowException, OSError, ValueError) as error:
             raise damaged(self.folder / CONTEXTS, error) from error
 
 
 def read_contexts(folder: Path) -> ContextsFile:
-    """The contexts in an SAE's folder. Raises WrongInput where there are none, or they are damaged."""
+    """The contexts in an SAE's folder. Raises WrongInput if there are none, or they are damaged."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     facts = read_facts(folder)
     if facts is None:
         raise WrongInput(f"{folder} has no {CONTEXTS}; make it with routesae contexts --sae {folder}")
+    path = folder / LATENTS
     try:
         _require_bounds(folder / CONTEXTS, context_schema())
-        _require_bounds(folder / LATENTS, None)
-        table = pq.read_table(folder / LATENTS)
+        _require_bounds(path, None)
+        table = pq.read_table(path)
         summaries = tuple(LatentSummary(**row) for row in table.to_pylist())
         if [summary.latent for summary in summaries] != list(range(len(summaries))):
             raise ValueError("its latents are not numbered from 0")
     except FileNotFoundError:
-        raise WrongInput(f"{folder / LATENTS} is missing; run routesae contexts again") from None
+        raise WrongInput(f"{path} is missing; run routesae contexts again") from None
     except (pa.ArrowException, OSError, TypeError, ValueError) as error:
-        raise damaged(folder / LATENTS, error) from error
+        raise damaged(path, error) from error
     if json.loads((table.schema.metadata or {}).get(FACTS, b"null")) != facts:
-        raise WrongInput(f"{folder / LATENTS} and {CONTEXTS} are of two runs; run routesae contexts again")
+        raise WrongInput(f"{path} and {CONTEXTS} are of two runs; run routesae contexts again")
     return ContextsFile(folder, facts, summaries)
 
 
 def read_facts(folder: Path) -> dict[str, Any] | None:
-    """What the contexts in `folder` came from; None where there are none. Raises WrongInput where it is damaged."""
+    """What the contexts in `folder` came from, or None if there are none. Raises WrongInput if they are damaged."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -181,16 +188,16 @@ def read_facts(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         facts: dict[str, Any] = parse_json((pq.read_metadata(path).metadata or {})[FACTS])
-        found = facts["format"]
+        version = facts["format"]
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise damaged(path, error) from error
-    if found != FORMAT:
-        raise WrongInput(f"{path} is of format {found}, not {FORMAT}, the one read here; run routesae contexts again")
+    if version != FORMAT:
+        raise WrongInput(f"{path} has format {version}, and only {FORMAT} is read; run routesae contexts again")
     return facts
 
 
 def _require_bounds(path: Path, schema: pa.Schema | None) -> None:
-    """Raises ValueError where a Parquet file has other columns, or claims more than is ever written.
+    """Raises ValueError if a Parquet file has other columns, or claims more than is ever written.
 
     A few bytes of it can stand for any number of rows.
     """
@@ -198,21 +205,11 @@ def _require_bounds(path: Path, schema: pa.Schema | None) -> None:
 
     with pq.ParquetFile(path) as file:
         if schema is not None and not file.schema_arrow.remove_metadata().equals(schema):
-            raise ValueError("its columns are others")
-        for index in range(file.num_row_groups):
-            group = file.metadata.row_group(index)
+            raise ValueError("its columns are not those of contexts")
+        for group in map(file.metadata.row_group, range(file.num_row_groups)):
             values = max(group.column(column).num_values for column in range(group.num_columns))
             if not 0 <= group.num_rows <= values <= MOST_VALUES:
-                raise ValueError(
-                    f"it claims {values:,} values at a time, more than the {MOST_VALUES:,} that are read"
-                )
-
-
-def _require_values(rows: pa.Table) -> None:
-    """Raises ValueError where a column that is always filled is not."""
-    for name in rows.column_names:
-        if name not in ("layer", "document") and rows[name].null_count:
-            raise ValueError(f"{name} is missing in a row")
+                raise ValueError(f"it claims {values:,} values at a time, and at most {MOST_VALUES:,} are read")
 
 
 def damaged(path: Path, why: Exception) -> WrongInput:
@@ -220,40 +217,12 @@ def damaged(path: Path, why: Exception) -> WrongInput:
     return WrongInput(f"{path} cannot be read ({reason}); run routesae contexts again")
 
 
-def _fingerprint(path: Path) -> str:
-    hasher = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            hasher.update(piece)
-    return hasher.hexdigest()
-
-
-def _has_any(group: Any, ascending: Sequence[int]) -> bool:
-    """Whether a row group, by its metadata, may hold one of the latents. A file without statistics is read whole."""
-    found = group.column(context_schema().get_field_index("latent")).statistics
-    if found is None or not found.has_min_max:
-        return True
-    at = bisect_left(ascending, found.min)
-    return at < len(ascending) and ascending[at] <= found.max
-
-
-_LISTS = ("token_ids", "tokens", "activations")
-
-
-def _context(row: Mapping[str, Any]) -> Context:
-    named = {field.name: row[field.name] for field in fields(Context)}
-    return Context(**{**named, **{name: tuple(named[name]) for name in _LISTS}})
-
-
-# --------------------------------------------------------------------------------------------------- writing
-
-
 def write_contexts(
     folder: Path, facts: Mapping[str, Any], summaries: pa.Table, contexts: Iterator[pa.RecordBatch]
 ) -> None:
-    """Write the three files, each whole or not at all. contexts: whole latents a batch, in the order of the file.
+    """Write the three files, each whole or not at all.
 
-    summaries: the columns of LatentSummary, a row a latent.
+    summaries: the columns of LatentSummary, a row a latent. contexts: whole latents a batch, in the file's order.
     """
     import pyarrow.parquet as pq
 
@@ -298,7 +267,7 @@ def _published(rows: list[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]
         by_class: dict[str, list[Any]] = {}
         by_kind: dict[str, list[Any]] = {kind: [] for kind in SAMPLES}
         for row in of_latent:
-            context = _context(row)
+            context = Context.of_row(row)
             entry = {"context": context.marked(), "activation": context.activation}
             entry |= {name: getattr(context, name) for name in ("layer", "row", "position", "document")}
             place = by_class.setdefault(context.token_class, []) if context.kind == CHOSEN else by_kind[context.kind]

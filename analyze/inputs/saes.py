@@ -20,21 +20,16 @@ from routesae.train.saes import SAE
 log = logging.getLogger(__name__)
 
 
-class SAEFolder(NamedTuple):
-    """Where an SAE is, and where files about it go: into the same folder, unless that is the hub's cache."""
-
-    folder: Path
-    beside: Path
-
-
 class OpenSAE(NamedTuple):
+    """An SAE, where it is, and where files about it go: beside it, unless that is the hub's cache."""
+
     folder: Path
     beside: Path
     sae: SAE
 
 
-def sae_folders(references: Sequence[str], out: Path) -> dict[str, SAEFolder]:
-    """The SAEs that `references` name, folders or of the hub, or all under `out`, by names that tell them apart.
+def sae_folders(references: Sequence[str], out: Path) -> dict[str, tuple[Path, Path]]:
+    """{name: (folder, beside)} of the SAEs that `references` name, folders or of the hub, or of all under `out`.
 
     Raises WrongInput if there is none.
     """
@@ -45,16 +40,15 @@ def sae_folders(references: Sequence[str], out: Path) -> dict[str, SAEFolder]:
         reference = fetched.get(folder, str(folder))
         if folder == Path(reference):
             alone = sum(other.name == folder.name for other in folders) == 1
-            places[folder.resolve().name if alone else str(folder)] = SAEFolder(folder, folder)
+            places[folder.resolve().name if alone else str(folder)] = (folder, folder)
         else:  # the hub's folder has the name of a commit
-            places[reference] = SAEFolder(folder, out / reference.replace("/", "--"))
+            places[reference] = (folder, out / reference.replace("/", "--"))
     return places
 
 
 def open_saes(references: Sequence[str], out: Path, cache: Cache, device: torch.device) -> dict[str, OpenSAE]:
     """Load the SAEs of `sae_folders`. Raises WrongInput if one cannot be loaded or was trained on another LM than the
-    cache's, or the cache has not all of its layers."""
-    of_cache = lm_of_cache(cache)
+    cache's, or the cache lacks a layer of it."""
     opened = {}
     for name, (folder, beside) in sae_folders(references, out).items():
         sae = load_sae(folder, device)
@@ -62,7 +56,7 @@ def open_saes(references: Sequence[str], out: Path, cache: Cache, device: torch.
             require_fit(sae, cache)
         except WrongInput as misfit:
             raise WrongInput(f"{folder}: {misfit}") from misfit
-        if warning := require_same_lm_as_cache(lm_of_sae(folder, sae.recipe), of_cache):
+        if warning := require_same_lm_as_cache(lm_of_sae(folder, sae.recipe), lm_of_cache(cache)):
             log.warning("%s: %s", folder, warning)
         opened[name] = OpenSAE(folder, beside, sae)
     return opened

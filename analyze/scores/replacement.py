@@ -13,7 +13,6 @@ Dimension letters: B rows, T context, L layers, m positions, D width.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,13 +24,6 @@ from routesae.train.saes.normalise import Hidden
 
 Reconstruct = Callable[[Tensor, Tensor], Tensor]
 """(hidden_mD, scale_m1) → what takes their place, in the LM's own scale."""
-
-
-class Site(NamedTuple):
-    """Where one layer is replaced: positions_BT, bool, and scale_BT, what the SAE's input there is multiplied by."""
-
-    positions_BT: Tensor
-    scale_BT: Tensor
 
 
 def require_spliceable(sae: SAE) -> None:
@@ -54,56 +46,43 @@ def spliced_layers(sae: SAE) -> tuple[int, ...]:
 
 
 def edits(
-    sae: SAE, hidden: Mapping[int, Tensor], kept_BT: Tensor, place_BT: Tensor | None = None, *, zero: bool = False
-) -> dict[int, Edit]:
-    """The splice of `sae` into one batch of rows: {layer: edit}.
-
-    hidden: the clean pass's {layer: hidden_BTD} of the SAE's layers. kept_BT: bool, the positions that training
-    used. place_BT: each token's id and position (routers.places_of), for a random router. zero: put zeros
-    where the reconstructions would be, which is what Recovered measures against.
-    """
-    if zero:
-        reconstruct: Mapping[int, Reconstruct] = dict.fromkeys(spliced_layers(sae), _zeros)
-    elif isinstance(sae, Crosscoder):
-        reconstruct = _by_crosscoder(sae, {layer: hidden[layer][kept_BT] for layer in sae.recipe.layers})
-    else:
-        reconstruct = dict.fromkeys(spliced_layers(sae), _by_dictionary(sae))
-    return edits_by(sae, hidden, kept_BT, reconstruct, place_BT)
-
-
-def edits_by(
     sae: SAE,
     hidden: Mapping[int, Tensor],
     kept_BT: Tensor,
-    reconstruct: Mapping[int, Reconstruct],
     place_BT: Tensor | None = None,
+    *,
+    reconstruct: Mapping[int, Reconstruct] | None = None,
+    zero: bool = False,
 ) -> dict[int, Edit]:
-    """The same splice with something else in the place of the reconstructions: {layer: what gives it}.
+    """The splice of `sae` into one batch of rows: {layer: edit}, without layers at which no position is replaced.
 
-    A layer at which no position is replaced has no edit. hidden is looked at where `sae` has a router, to route.
+    hidden: the clean pass's {layer: hidden_BTD} of the SAE's layers. kept_BT: bool, positions that may be replaced.
+    place_BT: each token's id and position (routers.places_of), for a random router. reconstruct: by layer, what gives
+    the replacements if not the SAE; hidden is then only read to route. zero: put zeros in their place, which is what
+    Recovered measures against.
     """
-    sites = _sites(sae, hidden, kept_BT, place_BT)
-    return {
-        layer: _replacing(site, reconstruct[layer]) for layer, site in sites.items() if bool(site.positions_BT.any())
-    }
+    layers = spliced_layers(sae)
+    if zero:
+        reconstruct = dict.fromkeys(layers, lambda hidden_mD, scale_m1: torch.zeros_like(hidden_mD))
+    elif reconstruct is None and isinstance(sae, Crosscoder):
+        reconstruct = _by_crosscoder(sae, {layer: hidden[layer][kept_BT] for layer in layers})
+    elif reconstruct is None:
+        reconstruct = dict.fromkeys(layers, _by_dictionary(sae))
+    # Of each layer the positions replaced, and what the SAE's input there is multiplied by.
+    sites = dict.fromkeys(layers, (kept_BT, torch.ones(kept_BT.shape, device=kept_BT.device)))
+    if isinstance(sae, RouteSAE):
+        hidden_LND = torch.stack([hidden[layer].flatten(0, 1) for layer in layers])
+        routes = sae.routes(Hidden(hidden_LND, place_N=None if place_BT is None else place_BT.flatten()))
+        at_BT, scale_BT = routes.at_N.view(kept_BT.shape), routes.scale_N.view(kept_BT.shape)
+        sites = {layer: (kept_BT & (at_BT == at), scale_BT) for at, layer in enumerate(layers)}
+    return {layer: _replacing(*site, reconstruct[layer]) for layer, site in sites.items() if bool(site[0].any())}
 
 
-def _sites(sae: SAE, hidden: Mapping[int, Tensor], kept_BT: Tensor, place_BT: Tensor | None) -> dict[int, Site]:
-    if not isinstance(sae, RouteSAE):
-        ones_BT = torch.ones(kept_BT.shape, device=kept_BT.device)
-        return dict.fromkeys(spliced_layers(sae), Site(kept_BT, ones_BT))
-    layers = sae.recipe.layers
-    hidden_LND = torch.stack([hidden[layer].flatten(0, 1) for layer in layers])
-    routes = sae.routes(Hidden(hidden_LND, place_N=None if place_BT is None else place_BT.flatten()))
-    at_BT, scale_BT = routes.at_N.view(kept_BT.shape), routes.scale_N.view(kept_BT.shape)
-    return {layer: Site(kept_BT & (at_BT == at), scale_BT) for at, layer in enumerate(layers)}
-
-
-def _replacing(site: Site, reconstruct: Reconstruct) -> Edit:
+def _replacing(positions_BT: Tensor, scale_BT: Tensor, reconstruct: Reconstruct) -> Edit:
     def edit(hidden_BTD: Tensor) -> Tensor:
         edited_BTD = hidden_BTD.clone()
-        new_mD = reconstruct(hidden_BTD[site.positions_BT], site.scale_BT[site.positions_BT][:, None])
-        edited_BTD[site.positions_BT] = new_mD.to(hidden_BTD.dtype)
+        new_mD = reconstruct(hidden_BTD[positions_BT], scale_BT[positions_BT][:, None])
+        edited_BTD[positions_BT] = new_mD.to(hidden_BTD.dtype)
         return edited_BTD
 
     return edit
@@ -126,7 +105,3 @@ def _by_crosscoder(sae: Crosscoder, clean: Mapping[int, Tensor]) -> dict[int, Re
         return lambda hidden_mD, scale_m1: new_mD
 
     return {layer: given(new_mLD[:, at]) for at, layer in enumerate(clean)}
-
-
-def _zeros(hidden_mD: Tensor, scale_m1: Tensor) -> Tensor:
-    return torch.zeros_like(hidden_mD)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from pydantic import Field
 
 from routesae.analyze.scores.metrics import CACHE_METRICS, LM_METRICS, METRICS
 from routesae.machine.settings import CACHE, DEVICE, LM_DTYPE, MODEL, OUT, RUN, SAES, SEED, Settings, setting
-
-if TYPE_CHECKING:
-    from routesae.analyze.scores.sparsity import Sparsity
 
 SCORING = "What is scored"
 
@@ -49,10 +46,3 @@ class AnalyzeSettings(Settings):
     model: str | None = setting(None, MODEL, "Where the LM is now.", unset="where the cache says")
     device: str = DEVICE
     lm_dtype: str = LM_DTYPE
-
-    def sparsities(self) -> list[Sparsity | None]:
-        """The sparsity of each row of an SAE; None is its own."""
-        from routesae.analyze.scores.sparsity import Sparsity
-
-        by_k = [Sparsity(k=k) for k in dict.fromkeys(self.infer_k)]
-        return [*by_k, *(Sparsity(theta=theta) for theta in dict.fromkeys(self.theta))] or [None]

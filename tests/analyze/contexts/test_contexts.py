@@ -474,7 +474,9 @@ def test_contexts_of_another_format_are_refused(hostile_cache: Cache, copied: Ca
         table = pq.read_table(folder / name)
         facts = {**json.loads(table.schema.metadata[FACTS]), "format": FORMAT + 1}
         pq.write_table(table.replace_schema_metadata({FACTS: json.dumps(facts)}), folder / name)
-    with pytest.raises(WrongInput, match=rf"is of format {FORMAT + 1}, not {FORMAT}, .* run routesae contexts again"):
+    with pytest.raises(
+        WrongInput, match=rf"has format {FORMAT + 1}, and only {FORMAT} is read; run routesae contexts again"
+    ):
         read_contexts(folder)
 
 

@@ -16,7 +16,7 @@ from routesae.analyze.scores import lm_scores
 from routesae.analyze.scores.intervals import draws, measure
 from routesae.analyze.scores.lm_scores import score_with_lm
 from routesae.analyze.scores.metrics import LM_METRICS, METRICS
-from routesae.analyze.scores.sparsity import Sparsity, at_sparsity
+from routesae.analyze.scores.sparsity import at_sparsity
 from routesae.harvest.cache.manifest import kept_positions
 from routesae.harvest.lm.model import LanguageModel, find_blocks, load_lm
 from routesae.reporting import Progress, WrongInput
@@ -472,7 +472,7 @@ def test_saes_of_one_layer_share_clean_and_zero_passes(llama: LanguageModel) -> 
 def test_views_of_one_routesae_share_clean_and_zero_passes(llama: LanguageModel) -> None:
     calls: list[int] = []
     sae = random_sae("routesae", (2, 3, 5))
-    views = {str(k): at_sparsity(sae, Sparsity(k=k)) for k in (4, 8, 16)}
+    views = {str(k): at_sparsity(sae, infer_k=k) for k in (4, 8, 16)}
     handle = llama.blocks[-1].mlp.register_forward_hook(lambda module, inputs, out: calls.append(1))
     together = scored(llama, ROWS, own=sae, **views)
     handle.remove()
@@ -481,14 +481,14 @@ def test_views_of_one_routesae_share_clean_and_zero_passes(llama: LanguageModel)
     assert len({scores["ce_zero"].sum() for scores in together.values()}) == 1
 
 
-@pytest.mark.parametrize("sparsity", [Sparsity(k=5), Sparsity(theta=0.8)], ids=str)
+@pytest.mark.parametrize("sparsity", [{"infer_k": 5}, {"theta": 0.8}], ids=str)
 @pytest.mark.parametrize("name", ["topk at layer 2", "jumprelu", "routesae, sum", "routesae, top2", "mlsae"])
 def test_views_score_as_the_naive_ones_of_their_equation(
-    llama: LanguageModel, name: str, sparsity: Sparsity, monkeypatch: pytest.MonkeyPatch
+    llama: LanguageModel, name: str, sparsity: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def naive_view(dictionary: SingleLayerSAE, x_D: Tensor) -> Tensor:
         z_F = dictionary.W_enc_FD @ (x_D - dictionary.b_dec_D) + dictionary.b_enc_F
-        floor = sparsity.theta if sparsity.k is None else float(z_F.sort(descending=True).values[sparsity.k])
+        floor = sparsity.get("theta") or float(z_F.sort(descending=True).values[sparsity["infer_k"]])
         return torch.where(z_F > floor, z_F.clamp(min=0), torch.zeros(()))
 
     variant, layers, changes = SPLICED[name]
@@ -497,7 +497,7 @@ def test_views_score_as_the_naive_ones_of_their_equation(
     monkeypatch.setattr(f"{__name__}.naive_latents", naive_view)
     expected = naive_scores(llama, sae, *rows_and_kept())
     assert abs(expected["KLDiv"] - own["KLDiv"]) > 10 * TOLERANCE
-    assert as_dict(scored(llama, sae=at_sparsity(sae, sparsity))["sae"]) == pytest.approx(expected, abs=TOLERANCE)
+    assert as_dict(scored(llama, sae=at_sparsity(sae, **sparsity))["sae"]) == pytest.approx(expected, abs=TOLERANCE)
 
 
 def test_sums_by_row_are_those_of_each_row_alone(llama: LanguageModel) -> None:
