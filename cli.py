@@ -53,19 +53,14 @@ def main(ctx: click.Context, quiet: bool, log_json: bool) -> None:
     configure_logging(ctx.obj)
 
 
-@command(
-    main,
-    "routesae.harvest.settings:HarvestSettings",
-    BLOCKS,
-    WATCH,
-    run="routesae.harvest.run:harvest",
-    example="harvest --model demo --data demo --tokens 200k --context 256",
-)
+@command(main, "harvest.settings:HarvestSettings", BLOCKS, WATCH, run="harvest.run:harvest")
 def harvest(settings: object, cache: Cache) -> None:
     """Run the LM once over a corpus and write shards.
 
     A shard holds the hidden states of the model's middle layers as fp16 Zarr arrays, one a layer. The same
     command goes on where a stopped one stood; given several times at once, they share the work.
+
+    Example: routesae harvest --model demo --data demo --tokens 200k --context 256
     """
     manifest = cache.manifest
     click.echo(
@@ -75,19 +70,14 @@ def harvest(settings: object, cache: Cache) -> None:
 
 
 @command(
-    main,
-    "routesae.train.settings:TrainSettings",
-    "routesae.train.settings:RunSettings",
-    CONFIG,
-    BLOCKS,
-    WATCH,
-    run="routesae.train.run:train",
-    example="train --cache shards/ --sae topk --sae jumprelu --layer 12 --k 32 --k 64",
+    main, "train.settings:TrainSettings", "train.settings:RunSettings", CONFIG, BLOCKS, WATCH, run="train.run:train"
 )
 def train(settings: object, results: list[TrainResult]) -> None:
     """Train SAEs on a cache, all in one pass. No LM is loaded.
 
     Flags marked ... may be given several times; every combination is trained.
+
+    Example: routesae train --cache shards/ --sae topk --sae jumprelu --layer 12 --k 32 --k 64
     """
     for result in results:
         if result.held_out is None:
@@ -100,94 +90,74 @@ def train(settings: object, results: list[TrainResult]) -> None:
 
 @command(
     main,
-    "routesae.analyze.pipeline.settings:AblationSettings",
-    "routesae.train.settings:TrainSettings",
-    "routesae.train.settings:RunSettings",
+    "analyze.pipeline.settings:AblationSettings",
+    "train.settings:TrainSettings",
+    "train.settings:RunSettings",
     CONFIG,
     BLOCKS,
     WATCH,
-    run="routesae.analyze.pipeline.ablation:ablation",
+    run="analyze.pipeline.ablation:ablation",
     hidden=("overwrite", "resume", "name"),
-    example="ablation --cache shards/ --layer 12 --k 32 --k 64 --epochs 2",
 )
 def ablation(settings: AblationSettings, rows: list[dict[str, Any]]) -> None:
     """Train the variants in one pass over a cache, score all, and compare: table, CSV, JSON and Pareto plot.
 
     The same command goes on with a stopped one. Features, the latents that the published rule keeps, and Score are
     columns where contexts, and interpret, have read the SAEs.
+
+    Example: routesae ablation --cache shards/ --layer 12 --k 32 --k 64 --epochs 2
     """
     click.echo(table(rows))
     click.echo(f"{settings.out}: ablation.csv, ablation.json" + (", pareto.png, pareto.svg" if settings.plot else ""))
 
 
-@command(
-    main,
-    "routesae.analyze.scores.settings:AnalyzeSettings",
-    JSON,
-    BLOCKS,
-    WATCH,
-    run="routesae.analyze.scores.run:analyze",
-    example="analyze --metric KLDiv --metric Recovered --tokens 20k --json scores.json",
-)
+@command(main, "analyze.scores.settings:AnalyzeSettings", JSON, BLOCKS, WATCH, run="analyze.scores.run:analyze")
 def analyze(settings: object, results: dict[str, Any]) -> None:
     """Score SAEs on the held-out rows of a cache.
 
     What follows ± is half of a 95 % confidence interval, by bootstrap over rows; --json has both its ends.
+
+    Example: routesae analyze --metric KLDiv --metric Recovered --tokens 20k --json scores.json
     """
     click.echo(table([shown(row) for row in results["saes"]]))
     click.echo(f"on {results['tokens_scored']:,} held-out tokens")
 
 
-@command(
-    main,
-    "routesae.analyze.clamp.settings:ClampSettings",
-    JSON,
-    WATCH,
-    run="routesae.analyze.clamp.run:clamp",
-    example="clamp --sae saes/topk --set 1234=30 --prompt 'My favourite place is'",
-)
+@command(main, "analyze.clamp.settings:ClampSettings", JSON, WATCH, run="analyze.clamp.run:clamp")
 def clamp(settings: object, results: dict[str, Any]) -> None:
     """Generate text with an SAE's latents changed, beside the text without.
 
     VALUE is in the SAE's own activation units, those of its normalised input. Changes may be several, one a latent,
     and hold at every token, of the prompt and generated, but special tokens and the first.
+
+    Example: routesae clamp --sae saes/topk --set 1234=30 --prompt 'My favourite place is'
     """
     for text in results["texts"]:
         click.echo(side_by_side(text))
 
 
-@command(
-    main,
-    "routesae.analyze.contexts.settings:ContextSettings",
-    BLOCKS,
-    WATCH,
-    run="routesae.analyze.contexts.run:contexts",
-    example="contexts --sae saes/topk --threshold 4",
-)
+@command(main, "analyze.contexts.settings:ContextSettings", BLOCKS, WATCH, run="analyze.contexts.run:contexts")
 def contexts(settings: object, results: list[ContextResult]) -> None:
     """Write the text that every latent is active on, from the cache and the tokenizer alone.
 
     Into the SAE's folder: contexts.json, in the shape of the published RouteSAE code, contexts.parquet and
     latents.parquet. The features counted are the latents that the published rule keeps.
+
+    Example: routesae contexts --sae saes/topk --threshold 4
     """
     click.echo(table([result.row() for result in results]))
     for result in results:
         click.echo(f"{result.folder}: contexts.json, contexts.parquet, latents.parquet")
 
 
-@command(
-    main,
-    "routesae.analyze.interpret.settings:InterpretSettings",
-    DRY_RUN,
-    BLOCKS,
-    WATCH,
-    example="interpret --sae saes/routesae_hard_16384_k64 --model gpt-4o --max-cost 2",
-)
+@command(main, "analyze.interpret.settings:InterpretSettings", DRY_RUN, BLOCKS, WATCH)
 def interpret(settings: InterpretSettings, dry_run: bool = False) -> None:
     """Have a chat model explain latents: category, monosemanticity from 1 to 5, explanation.
 
     Each answer is kept as it comes, and the same command goes on with a stopped one. The key is read from the
     environment and written nowhere.
+
+    Example: routesae interpret --sae saes/routesae_hard_16384_k64 --model gpt-4o --max-cost 2
     """
     from routesae.analyze.interpret.run import estimate, require_answers, row_of
     from routesae.analyze.interpret.run import interpret as run
@@ -205,35 +175,26 @@ def interpret(settings: InterpretSettings, dry_run: bool = False) -> None:
     require_answers(summaries)
 
 
-@command(
-    main,
-    "routesae.analyze.report.settings:ReportSettings",
-    BLOCKS,
-    WATCH,
-    run="routesae.analyze.report.run:write_report",
-    example="report --scores scores.json --model demo",
-)
+@command(main, "analyze.report.settings:ReportSettings", BLOCKS, WATCH, run="analyze.report.run:write_report")
 def report(settings: object, page: Page) -> None:
     """Write one HTML page of the SAEs: compared, their training, routing and densities, and every latent to look at.
 
     A browser opens it from disk; it needs no network. Latents can be looked at of the SAEs that `routesae contexts`
     has read, with their explanations where `routesae interpret` has written any.
+
+    Example: routesae report --scores scores.json --model demo
     """
     click.echo(f"{page.path}: {page.saes} SAEs, {page.latents:,} latents to look at, {human_bytes(page.bytes)}")
 
 
-@command(
-    main,
-    PIPELINE,
-    WATCH,
-    run="routesae.analyze.pipeline.run:run_pipeline",
-    example="run --config examples/pipeline.toml",
-)
+@command(main, PIPELINE, WATCH, run="analyze.pipeline.run:run_pipeline")
 def run(settings: PipelineSettings, result: PipelineResult) -> None:
     """Harvest, train, analyze, contexts, interpret and report in one go, as a TOML file says.
 
     A stage whose inputs have not changed and whose output is there is skipped; a stage without a table is not run.
     The same command goes on with a stopped one.
+
+    Example: routesae run --config examples/pipeline.toml
     """
     if result.scores is not None:
         click.echo(table([shown(row) for row in result.scores["saes"]]))
@@ -241,15 +202,13 @@ def run(settings: PipelineSettings, result: PipelineResult) -> None:
     click.echo(f"{settings.out}: {', '.join(sorted(file.name for file in settings.out.iterdir() if file.is_file()))}")
 
 
-@command(
-    main,
-    "routesae.train.folder.settings:ConvertSettings",
-    example="convert sum_hard_K64_1B_data_16384.pt --layers 4-12 --name llama",
-)
+@command(main, "train.folder.settings:ConvertSettings")
 def convert(settings: ConvertSettings) -> None:
     """Make an SAE folder of a checkpoint of the published RouteSAE code.
 
     FILE is a .pt that it saved. Tensors are read from it; no code in it runs.
+
+    Example: routesae convert sum_hard_K64_1B_data_16384.pt --layers 4-12 --name llama
     """
     from routesae.train.folder.convert import convert as run
 
@@ -259,15 +218,13 @@ def convert(settings: ConvertSettings) -> None:
     click.echo(f"{converted.folder}: {recipe.sae} of layer {layers}; {size}")
 
 
-@command(
-    main,
-    "routesae.train.folder.settings:PushSettings",
-    example="push saes/topk_layer12_16384_k64 user/topk --private",
-)
+@command(main, "train.folder.settings:PushSettings")
 def push(settings: PushSettings) -> None:
     """Upload an SAE folder to the Hugging Face hub, with a model card.
 
     REPO is user/name, or user/name/folder to keep several SAEs in one repository. Log in with `hf auth login`.
+
+    Example: routesae push saes/topk_layer12_16384_k64 user/topk --private
     """
     from routesae.train.folder.hub import push_sae
 

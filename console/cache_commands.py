@@ -13,10 +13,13 @@ def cache() -> None:
     """Look at a cache, or prove it whole."""
 
 
-@command(cache, example="cache info shards/")
+@command(cache)
 @click.argument("path", help="Folder or URL of the cache.")
 def info(path: str) -> None:
-    """Manifest, shards present and missing, bytes, statistics a layer."""
+    """Manifest, shards present and missing, bytes, statistics a layer.
+
+    Example: routesae cache info shards/
+    """
     from routesae.console.terminal import table
     from routesae.harvest.cache.inspect import describe
 
@@ -27,11 +30,14 @@ def info(path: str) -> None:
     click.echo(table(description.layers))
 
 
-@command(cache, WATCH, BLOCKS, example="cache verify shards/ --digest")
+@command(cache, WATCH, BLOCKS)
 @click.argument("path", help="Folder or URL of the cache.")
 @click.option("--digest", is_flag=True, help="Print one digest of what the cache holds, however it was written.")
 def verify(path: str, digest: bool = False) -> None:
-    """Check sizes, indexes and checksums of every shard; exit code 1 and a line for each that is bad."""
+    """Check sizes, indexes and checksums of every shard; exit code 1 and a line for each that is bad.
+
+    Example: routesae cache verify shards/ --digest
+    """
     from routesae.console.options import watching
     from routesae.harvest.cache.verify import examine
 
@@ -50,10 +56,13 @@ def verify(path: str, digest: bool = False) -> None:
         click.echo(f"{path}: every shard is whole")
 
 
-@command(cache, WATCH, example="cache repair shards/")
+@command(cache, WATCH)
 @click.argument("path", help="Folder or URL of the cache.")
 def repair(path: str) -> None:
-    """Remove the shards that `cache verify` finds bad, and nothing else; harvest then writes those again."""
+    """Remove the shards that `cache verify` finds bad, and nothing else; harvest then writes those again.
+
+    Example: routesae cache repair shards/
+    """
     from routesae.console.options import watching
     from routesae.harvest.cache.verify import repair as run
 
@@ -67,7 +76,7 @@ def repair(path: str) -> None:
         click.echo(f"{path}: every shard is whole")
 
 
-@command(cache, WATCH, BLOCKS, example="cache merge node0/shards node1/shards shards/")
+@command(cache, WATCH, BLOCKS)
 @click.argument("sources", nargs=-1, required=True, help="Caches to take shards from.")
 @click.argument("target", help="Folder or URL of the cache to make.")
 @click.option("--link", is_flag=True, help="Make hard links instead of copies where both are on one file system.")
@@ -75,17 +84,21 @@ def merge(sources: tuple[str, ...], target: str, link: bool = False) -> None:
     """Make TARGET one cache of parts that were harvested apart; every checksum is compared.
 
     The same command goes on where it was stopped, and further parts may come later.
+
+    Example: routesae cache merge node0/shards node1/shards shards/
     """
     _copy(sources, target, link=link)
 
 
-@command(cache, WATCH, BLOCKS, example="cache copy shards/ s3://bucket/shards")
+@command(cache, WATCH, BLOCKS)
 @click.argument("source", help="Folder or URL to copy from.")
 @click.argument("target", help="Folder or URL of the cache to make.")
 def copy(source: str, target: str) -> None:
     """Copy a cache from a folder or URL to another; what arrived is read again and every checksum compared.
 
     The same command goes on where it was stopped.
+
+    Example: routesae cache copy shards/ s3://bucket/shards
     """
     _copy((source,), target)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from collections.abc import Callable
 from functools import cached_property
@@ -20,16 +21,15 @@ if TYPE_CHECKING:
 
 FIRST = ("Model and corpus", "What is kept", "The dictionary", "This variant only", "Optimiser")  # groups of --help
 LAST = "The run"
-WATCH = "routesae.console.watch:Watch"
-BLOCKS, JSON, CONFIG = (f"routesae.console.options:{name}" for name in ("BlockOptions", "JsonFile", "ConfigFile"))
-PIPELINE, DRY_RUN = (f"routesae.console.options:{name}" for name in ("PipelineFile", "DryRun"))
+WATCH, BLOCKS, JSON = "console.watch:Watch", "console.options:BlockOptions", "console.options:JsonFile"
+CONFIG, PIPELINE, DRY_RUN = (f"console.options:{name}" for name in ("ConfigFile", "PipelineFile", "DryRun"))
 LONGEST_CHOICES = 28  # characters; longer lists of choices stand in the help text
 
 
 def imported(path: str) -> Any:
-    """What "module:name" names."""
+    """What "module:name", below routesae, names."""
     module, _, name = path.partition(":")
-    return getattr(importlib.import_module(module), name)
+    return getattr(importlib.import_module(f"routesae.{module}"), name)
 
 
 class SettingsCommand(click.Command):
@@ -140,16 +140,17 @@ def default_text(value: Any, several: bool) -> str | None:
 
 
 def command(
-    group: click.Group, *settings: str, run: str | None = None, example: str, hidden: tuple[str, ...] = ()
+    group: click.Group, *settings: str, run: str | None = None, hidden: tuple[str, ...] = ()
 ) -> Callable[[Callable[..., None]], SettingsCommand]:
-    """Make a function a command of the group.
+    """Make a function a command of the group. The last line of its docstring is an example of its use.
 
     settings: "module:Class" of each class whose fields are its options; hidden: fields that are not options here.
     run: "module:function" of the room.
     """
-    more: dict[str, Any] = {"settings": settings, "room": run, "hidden": hidden, "epilog": f"routesae {example}"}
 
     def decorate(function: Callable[..., None]) -> SettingsCommand:
+        text, _, example = inspect.cleandoc(str(function.__doc__)).partition("\n\nExample: ")
+        more: dict[str, Any] = {"settings": settings, "room": run, "hidden": hidden, "help": text, "epilog": example}
         made = click.command(cls=SettingsCommand, **more)(function)
         group.add_command(made)
         return made

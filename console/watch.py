@@ -186,7 +186,7 @@ class Status:
             if self._wrote_at is not None:
                 self.path.unlink(missing_ok=True)
         elif error is None:  # a run with nothing to do writes none, but corrects what an older run left
-            if self._wrote_at is not None or self.path.exists():
+            if self._wrote_at is not None or (self.path.is_file() and b'"finished"' not in self.path.read_bytes()):
                 self._write("finished", None)
         elif isinstance(error, Stopped | KeyboardInterrupt):
             self._write("stopped", str(error) or None)

@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from routesae.machine.settings import DEVICE, KEPT, LM_DTYPE, MODEL, RUN, SEED, Settings, setting
 from routesae.reporting import WrongInput
 
 
-@dataclass(frozen=True, kw_only=True)
-class Share:
-    """Which of how many workers a process is. Raises WrongInput where there is no such worker."""
+class Share(NamedTuple):
+    """Which of how many workers a process is."""
 
     worker: int = 0
     workers: int = 1
-
-    def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise WrongInput(f"--workers {self.workers} is below 1")
-        if not 0 <= self.worker < self.workers:
-            raise WrongInput(
-                f"--worker {self.worker} is not one of 0 to {self.workers - 1} (--workers {self.workers})"
-            )
 
     def __str__(self) -> str:
         return f"{self.worker} of 0-{self.workers - 1}"
@@ -48,7 +39,7 @@ class HarvestSettings(Settings):
     split: str = setting("train", MODEL, "Split of a hub dataset.")
     text_field: str = setting("text", MODEL, "Field or column that holds a document's text.")
     min_chars: int = setting(100, MODEL, "Skip documents shorter than this many characters.", ge=0)
-    tokens: int = setting(10000000, MODEL, "Tokens of the corpus to run the LM on.", ge=1)
+    tokens: int = setting(10_000_000, MODEL, "Tokens of the corpus to run the LM on.", ge=1)
     context: int = setting(512, MODEL, "Tokens in a row, that is, a sequence of the LM.", ge=2)
     layers: str | None = setting(
         None, KEPT, 'Layers to keep, such as "4-12" or "4,8,12".', metavar="LIST", unset="n//4 to 3n//4"
@@ -64,7 +55,7 @@ class HarvestSettings(Settings):
         1, KEPT, "Positions at the start of each row to leave out (the attention sink).", ge=0
     )
     keep_special: bool = setting(False, KEPT, "Keep the positions of special tokens too.")
-    shard_tokens: int = setting(65536, RUN, "Tokens in a shard; memory holds two shards.", ge=1)
+    shard_tokens: int = setting(65_536, RUN, "Tokens in a shard; memory holds two shards.", ge=1)
     batch_sequences: int | None = setting(
         None, RUN, "Rows in a forward pass.", ge=1, unset="8 on a CPU, what fits on CUDA"
     )
@@ -84,8 +75,8 @@ class HarvestSettings(Settings):
             raise WrongInput(f"--skip-positions {self.skip_positions} leaves nothing of --context {self.context}")
         if (self.worker is None) != (self.workers is None):
             raise WrongInput("--worker and --workers go together, such as --worker 0 --workers 8")
-        if self.worker is not None and self.workers is not None:
-            Share(worker=self.worker, workers=self.workers)
+        if self.worker is not None:
+            share_of(self)
         if self.tokens < self.context:
             raise WrongInput(f"--tokens {self.tokens} is less than one row of --context {self.context}")
 
@@ -110,15 +101,16 @@ def parse_layers(layers: str | None, depth: int) -> tuple[int, ...]:
 
 def share_of(settings: HarvestSettings) -> Share:
     """The share that --worker and --workers name, or torchrun's RANK and WORLD_SIZE, or else all of the work."""
-    if settings.worker is not None and settings.workers is not None:
-        return Share(worker=settings.worker, workers=settings.workers)
     rank, world = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
-    if rank is None or world is None:
-        return Share()
-    try:
-        return Share(worker=int(rank), workers=int(world))
-    except ValueError as error:
-        raise WrongInput(
-            f"RANK={rank} and WORLD_SIZE={world} of the environment name no worker ({error}); "
-            "unset them, or give --worker and --workers"
-        ) from None
+    share = Share(settings.worker or 0, settings.workers or 1)
+    if settings.worker is None and rank is not None and world is not None:
+        share = Share(*(int(number) if number.isdecimal() else -1 for number in (rank, world)))
+        if not 0 <= share.worker < share.workers:
+            raise WrongInput(
+                f"RANK={rank} and WORLD_SIZE={world} of the environment name no worker; unset them, or give --worker "
+                "and --workers"
+            )
+    if not 0 <= share.worker < share.workers:
+        limit = f"0 to {share.workers - 1} (--workers {share.workers})"
+        raise WrongInput(f"--worker {share.worker} is not one of {limit}")
+    return share

@@ -105,8 +105,8 @@ class Settings(BaseModel):
             raise WrongInput(_message(type(self), error.errors()[0])) from None
         for name, (_, shown) in described(type(self)).items():
             if shown.instead_of and getattr(self, name) is not None and getattr(self, shown.instead_of) is not None:
-                one, other = flagged(type(self), name, self), flagged(type(self), shown.instead_of, self)
-                raise WrongInput(f"{one} and {other} exclude each other; give one of them")
+                both = [f"{flag_of(type(self), one)} {getattr(self, one)}" for one in (name, shown.instead_of)]
+                raise WrongInput(f"{' and '.join(both)} exclude each other; give one of them")
         self.check()
 
     def check(self) -> None:
@@ -134,11 +134,10 @@ class Settings(BaseModel):
         choices = described(cls)[name][1].choices if name in described(cls) else ()
         if value is None or not several:
             return _read(value, kind, choices)
-        if isinstance(value, str):
-            value = value.split(",") if kind in (int, float) else [value]
-        if not isinstance(value, list | tuple):
-            value = [value]
-        return tuple(_read(item, kind, choices) for item in value)
+        if isinstance(value, str) and kind in (int, float):
+            value = value.split(",")
+        items = value if isinstance(value, list | tuple) else [value]
+        return tuple(_read(item, kind, choices) for item in items)
 
 
 def _read(value: Any, kind: Any, choices: Collection[str]) -> Any:
@@ -180,28 +179,16 @@ def kind_of(info: FieldInfo) -> tuple[Any, bool]:
     return (get_args(item)[0] if get_origin(item) is Annotated else item), True
 
 
-# ------------------------------------------------------------------------------------------------- how they are named
-
-
 def described(of: type[Settings]) -> dict[str, tuple[FieldInfo, Shown]]:
     """The settings of a class that users see, by field."""
-    extras = {name: info.json_schema_extra for name, info in of.model_fields.items()}
-    return {
-        name: (of.model_fields[name], extra["shown"])  # type: ignore[misc]
-        for name, extra in extras.items()
-        if isinstance(extra, dict)
-    }
+    fields = of.model_fields.items()
+    return {name: (info, info.json_schema_extra["shown"]) for name, info in fields if info.json_schema_extra}  # type: ignore
 
 
 def flag_of(of: type[Settings], name: str) -> str:
     """How users write a setting: --checkpoint-every, or FILE for an argument."""
     shown = described(of)[name][1] if name in described(of) else Shown(group="")
     return name.upper() if shown.positional else "--" + (shown.flag or name.replace("_", "-"))
-
-
-def flagged(of: type[Settings], name: str, settings: Settings) -> str:
-    """A setting with its value, for a message: --tokens 200000."""
-    return f"{flag_of(of, name)} {getattr(settings, name)}"
 
 
 def _message(of: type[Settings], error: Any) -> str:
@@ -230,9 +217,6 @@ def unknown(name: str, names: Collection[str]) -> str:
     meant = difflib.get_close_matches(name, names, n=1)
     remedy = f"did you mean {meant[0]!r}?" if meant else f"the settings are {', '.join(sorted(names))}"
     return f"unknown setting {name!r}; {remedy}"
-
-
-# --------------------------------------------------------------------------------------------------------- TOML files
 
 
 def read_toml(path: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from routesae.machine.settings import (
     Settings,
     by_field,
     described,
-    flagged,
+    flag_of,
     not_one_of,
     read_toml,
     setting,
@@ -43,7 +43,7 @@ def variants() -> tuple[str, ...]:
 class RunSettings(Settings):
     """Settings of one SAE. Raises WrongInput where a value is impossible.
 
-    only_for names a trait of the variant ("one layer", "penalised") or a variant; see `applies`.
+    only_for names a trait of the variant ("one layer", "penalised") or a variant; see `reason_against`.
     """
 
     sae: str = setting("routesae", DICTIONARY, "Variant.", choices=variants(), metavar="NAME", swept=True)
@@ -149,46 +149,35 @@ class RunSettings(Settings):
 
             if self.routed not in SINGLE_LAYER:
                 raise WrongInput(f"--routed {not_one_of(self.routed, SINGLE_LAYER)}")
-        for name, (_, shown) in described(RunSettings).items():
-            if shown.only_for and getattr(self, name) is not None and not applies(name, self.sae, self.routed):
-                why = _why(shown.only_for)
-                raise WrongInput(f"{flagged(RunSettings, name, self)} is not for {self.sae}: {why}")
+        for name, value in self:
+            if value is not None and (why := reason_against(name, self.sae, self.routed)):
+                raise WrongInput(f"{flag_of(RunSettings, name)} {value} is not for {self.sae}: {why}")
         if self.routing == "soft" and self.router not in (None, "published", "frozen"):
             raise WrongInput(f"--router {self.router} chooses one layer a token; with --routing soft use published")
         if self.balance and (self.routing == "soft" or self.router in ("frozen", "random")):
             how = "soft routing" if self.routing == "soft" else f"--router {self.router}"
             raise WrongInput(f"--balance {self.balance} has nothing to spread with {how}; leave it out")
-        if self.recipe == "published" and self.sparsity is None and applies("sparsity", self.sae, self.routed):
+        penalised = not reason_against("sparsity", self.sae, self.routed)
+        if self.recipe == "published" and self.sparsity is None and penalised:
             raise WrongInput(f"--recipe published needs --sparsity for {self.sae}, the published code's --lamda")
         if self.name is not None and (Path(self.name).name != self.name or self.name.startswith(".")):
             raise WrongInput(f"--name {self.name!r} must be a plain folder name, not a path and not hidden")
 
 
-def applies(name: str, sae: str, routed: str | None) -> bool:
-    """Whether the setting means anything to this variant, or to the one it routes: their classes say so."""
+def reason_against(name: str, sae: str, routed: str | None) -> str | None:
+    """Why a setting means nothing to this variant or the one it routes, as their classes say; None if it does."""
     from routesae.train.saes import PENALISED, SINGLE_LAYER
 
     inner = (routed or "topk") if sae == "routesae" else sae
     match described(RunSettings)[name][1].only_for:
         case None:
-            return True
+            return None
         case "one layer":
-            return sae in SINGLE_LAYER
+            return None if sae in SINGLE_LAYER else f"it reads every layer, not one as {', '.join(SINGLE_LAYER)} do"
         case "penalised":
-            return inner in PENALISED
+            return None if inner in PENALISED else f"only {', '.join(PENALISED)} have a penalty"
         case variant:
-            return variant in (sae, inner)
-
-
-def _why(only_for: str) -> str:
-    """Why a setting that is only for this trait or variant is not for another."""
-    from routesae.train.saes import PENALISED, SINGLE_LAYER
-
-    if only_for == "one layer":
-        return f"it reads every layer, and --layer is for {', '.join(SINGLE_LAYER)}"
-    if only_for == "penalised":
-        return f"only {', '.join(PENALISED)} have a penalty"
-    return f"it is a setting of {only_for}"
+            return None if variant in (sae, inner) else f"it is a setting of {variant}"
 
 
 class TrainSettings(Settings):
@@ -238,6 +227,7 @@ class TrainSettings(Settings):
 
     @classmethod
     def from_flags(cls, flags: dict[str, Any]) -> TrainSettings:
+        """Settings from flags, over those of the TOML file that --config names."""
         return settings_of({name: flags[name] for name in flags if name != "config"}, flags.get("config"))
 
     def check(self) -> None:
@@ -247,62 +237,47 @@ class TrainSettings(Settings):
             raise WrongInput("--resume goes on with what --overwrite would delete; give one of them")
 
 
-def settings_of(flags: Mapping[str, Any], config: str | None = None) -> TrainSettings:
+def settings_of(
+    flags: Mapping[str, Any], config: str | None = None, table: Mapping[str, Any] | None = None
+) -> TrainSettings:
     """Settings from flags by field name, over those of a TOML file, over the defaults.
 
     Values of swept settings may be sequences: one run is made for every combination. In the file, every table [[run]]
     is a run, and the file's other names hold for all of them. What is not for a run's variant is left out of that
-    run, unless it is for none or stands in the run's own table.
+    run, unless it is for none or stands in the run's own table. table: what the file `config` holds, if it is read.
     Raises WrongInput for an unknown name, naming it.
     """
-    return settings_of_table(read_toml(config) if config is not None else {}, flags, str(config))
-
-
-def settings_of_table(table: Mapping[str, Any], flags: Mapping[str, Any], where: str) -> TrainSettings:
-    """The same from what a file says. where: what messages call it."""
-    rest = {key: value for key, value in table.items() if key != "run"}
-    tables = table.get("run", [{}])
+    table = dict(read_toml(config) if table is None and config is not None else table or {})
+    tables = table.pop("run", [{}])
     if not isinstance(tables, list) or not all(isinstance(one, dict) for one in tables):
-        raise WrongInput(f"{where}: run is not a list of tables; write [[run]] above each")
-    shared = by_field(rest, where, RunSettings, TrainSettings)
+        raise WrongInput(f"{config}: run is not a list of tables; write [[run]] above each")
+    shared = by_field(table, str(config), RunSettings, TrainSettings)
     flags = by_field(flags, "flags", RunSettings, TrainSettings)
-    of_pass = {
-        name: value for name, value in overridden(shared, flags).items() if name not in RunSettings.model_fields
-    }
-    common = {name: value for name, value in shared.items() if name in RunSettings.model_fields}
-    from_flags = {name: value for name, value in flags.items() if name in RunSettings.model_fields}
-    combined: list[tuple[dict[str, Any], set[str]]] = []
+    runs: list[tuple[dict[str, Any], set[str]]] = []
     for one in tables:
-        own = by_field(one, f"{where}, [[run]]", RunSettings)
-        held_in_common = ({*from_flags, *common} - set(own)) | set(from_flags)
-        combined += [(run, held_in_common) for run in _combinations(overridden(common, own, from_flags))]
-    return TrainSettings(runs=tuple(RunSettings(**run) for run in _applicable(combined)), **of_pass)
+        own = by_field(one, f"{config}, [[run]]", RunSettings)
+        run = {
+            name: value for name, value in overridden(shared, own, flags).items() if name in RunSettings.model_fields
+        }
+        swept = {
+            name: run[name] for name, (_, shown) in described(RunSettings).items() if shown.swept and name in run
+        }
+        axes = [value if isinstance(value, list | tuple) else [value] for value in swept.values()]
+        common = {name for name in run if name in flags or name not in own}
+        runs += [({**run, **dict(zip(swept, values, strict=True))}, common) for values in product(*axes)]
+    of_pass = {name: v for name, v in overridden(shared, flags).items() if name not in RunSettings.model_fields}
+    return TrainSettings(runs=tuple(RunSettings(**run) for run in _applicable(runs)), **of_pass)
 
 
 def overridden(*layers: Mapping[str, Any]) -> dict[str, Any]:
     """Values of which the later win, also over the other of two alternatives: --tokens over an earlier `epochs`."""
-    pairs = [
-        (name, shown.instead_of)
-        for of in (RunSettings, TrainSettings)
-        for name, (_, shown) in described(of).items()
-        if shown.instead_of
-    ]
+    fields = {**described(RunSettings), **described(TrainSettings)}
+    pairs = [(name, shown.instead_of) for name, (_, shown) in fields.items() if shown.instead_of]
     values: dict[str, Any] = {}
     for layer in layers:
-        for one, other in pairs:
-            if one in layer or other in layer:
-                values = {name: value for name, value in values.items() if name not in (one, other)}
-        values |= layer
+        gone = {name for pair in pairs if any(one in layer for one in pair) for name in pair}
+        values = {name: value for name, value in values.items() if name not in gone} | dict(layer)
     return values
-
-
-def _combinations(run: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A run for every combination of the swept settings' values."""
-    axes = {}
-    for name, (_, shown) in described(RunSettings).items():
-        if shown.swept and name in run:
-            axes[name] = run[name] if isinstance(run[name], list | tuple) else [run[name]]
-    return [{**run, **dict(zip(axes, values, strict=True))} for values in product(*axes.values())]
 
 
 def _applicable(runs: Sequence[tuple[dict[str, Any], set[str]]]) -> list[dict[str, Any]]:
@@ -312,7 +287,7 @@ def _applicable(runs: Sequence[tuple[dict[str, Any], set[str]]]) -> list[dict[st
     """
 
     def fits(name: str, run: Mapping[str, Any]) -> bool:
-        return applies(name, run.get("sae", "routesae"), run.get("routed"))
+        return reason_against(name, run.get("sae", "routesae"), run.get("routed")) is None
 
     kept: list[dict[str, Any]] = []
     for run, common in runs:

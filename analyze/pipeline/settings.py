@@ -40,7 +40,7 @@ from routesae.machine.settings import (
     unknown,
 )
 from routesae.reporting import WrongInput
-from routesae.train.settings import TrainSettings, settings_of_table, variants
+from routesae.train.settings import TrainSettings, settings_of, variants
 
 VARIANTS = ("vanilla", "gated", "topk", "jumprelu", "routesae", "crosscoder")
 STAGES: dict[str, type[Settings]] = {
@@ -92,19 +92,17 @@ def read_pipeline(config: str) -> PipelineSettings:
     if not table.keys() & STAGES.keys():
         raise WrongInput(f"{config} has no stage to run; give it tables of {', '.join(STAGES)}")
     if is_url(table.get("cache")):
-        raise WrongInput(
-            f"{config}: a pipeline's cache is a folder; `routesae cache copy {table['cache']}` makes one"
-        )
-    out = table.get("out", "run")
-    places = {
-        "cache": table.get("cache", str(Path(out, "shards"))),
-        "saes": table.get("saes", str(Path(out, "saes"))),
+        copy = f"routesae cache copy {table['cache']}"
+        raise WrongInput(f"{config}: a pipeline's cache is a folder; `{copy}` makes one")
+    out = Path(table.get("out", "run"))
+    cache, saes = Path(table.get("cache", out / "shards")), Path(table.get("saes", out / "saes"))
+    stages: dict[str, Any] = {
+        name: _stage(name, table[name], config, cache, saes) for name in STAGES if name in table
     }
-    stages: dict[str, Any] = {name: _stage(name, table[name], config, places) for name in STAGES if name in table}
-    return PipelineSettings(out=Path(out), cache=Path(places["cache"]), saes=Path(places["saes"]), **stages)
+    return PipelineSettings(out=out, cache=cache, saes=saes, **stages)
 
 
-def _stage(name: str, table: Mapping[str, Any], config: str, places: Mapping[str, str]) -> Settings:
+def _stage(name: str, table: Mapping[str, Any], config: str, cache: Path, saes: Path) -> Settings:
     """The settings of one stage, from its table and the places that all stages share."""
     where, of = f"{config}, [{name}]", STAGES[name]
     for key in table:
@@ -112,10 +110,10 @@ def _stage(name: str, table: Mapping[str, Any], config: str, places: Mapping[str
             raise WrongInput(
                 f"{where}: {key} does not belong there: the pipeline sets it, from out, cache and saes at the top"
             )
+    shared = {"out": cache} if name == "harvest" else {"cache": cache, "out": saes}
     if name == "train":
-        return settings_of_table(table, {"cache": places["cache"], "out": places["saes"]}, where)
+        return settings_of(shared, where, table)
     fields = by_field(table, where, of)
-    shared = {"out": places["cache"]} if name == "harvest" else {"cache": places["cache"], "out": places["saes"]}
     try:
         return of(**fields, **shared)
     except WrongInput as error:

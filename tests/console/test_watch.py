@@ -238,6 +238,9 @@ def test_a_run_with_nothing_to_do_corrects_an_older_status_and_makes_none(tmp_pa
         pass
     found = status(tmp_path / "status.json")
     assert found["state"] == "finished"
+    with watched(Watch(quiet=True), "train", tmp_path / "status.json"):
+        pass
+    assert status(tmp_path / "status.json") == found
 
 
 def test_a_status_that_cannot_be_written_does_not_end_the_run(
