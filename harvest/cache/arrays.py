@@ -40,7 +40,6 @@ CHUNK_ROWS = 256
 CHECKSUM_DIFFERS = "checksum differs from the one recorded"
 NO_FSYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF)  # what file systems say that lack it for folders
 _MOST_CHUNKS = 1 << 20  # of an array: an index of 16 MB, for 268 million rows
-_INDEX_ENTRY = struct.Struct("<QQ")
 
 
 class BadArray(Exception):
@@ -55,14 +54,17 @@ def padded_rows(rows: int, chunk_rows: int) -> int:
 def file_bytes(shape: tuple[int, ...], dtype: npt.DTypeLike, chunk_rows: int = CHUNK_ROWS) -> int:
     """Size in bytes of the one data file of an array."""
     rows = padded_rows(shape[0], chunk_rows)
-    return rows * prod(shape[1:]) * np.dtype(dtype).itemsize + _index_bytes(rows // chunk_rows)
+    return rows * prod(shape[1:]) * np.dtype(dtype).itemsize + index_bytes(shape[0], chunk_rows)
 
 
-def _index_bytes(chunks: int) -> int:
-    return _INDEX_ENTRY.size * chunks + 4  # and the checksum
+def index_bytes(rows: int, chunk_rows: int) -> int:
+    """Size of the index, checksum included. Raises BadArray where there are more chunks than are read."""
+    if (chunks := padded_rows(rows, chunk_rows) // chunk_rows) > _MOST_CHUNKS:
+        raise BadArray(f"{chunks:,} chunks, more than the {_MOST_CHUNKS:,} that are read")
+    return 16 * chunks + 4
 
 
-def _index(shape: tuple[int, ...], dtype: npt.DTypeLike, chunk_rows: int) -> bytes:
+def index_of(shape: tuple[int, ...], dtype: npt.DTypeLike, chunk_rows: int) -> bytes:
     chunk_bytes = chunk_rows * prod(shape[1:]) * np.dtype(dtype).itemsize
     chunks = padded_rows(shape[0], chunk_rows) // chunk_rows
     entries = np.empty((chunks, 2), "<u8")
@@ -141,7 +143,7 @@ class ArrayWriter:
             shape = (self.rows, *self.row_shape)
             padding = padded_rows(self.rows, self.chunk_rows) - self.rows
             fill = np.full((padding, *self.row_shape), np.nan if self.dtype.kind == "f" else 0, self.dtype)
-            self._write(memoryview(fill.tobytes() + _index(shape, self.dtype, self.chunk_rows)))
+            self._write(memoryview(fill.tobytes() + index_of(shape, self.dtype, self.chunk_rows)))
         write_metadata(self.folder, array_metadata(shape, self.dtype, self.chunk_rows), self.attributes)
 
 
@@ -217,20 +219,6 @@ def fsync_tree(folder: Path) -> None:
         for name in files:
             fsync(Path(path, name))
         fsync(Path(path))
-
-
-def index_size(shape: tuple[int, ...], chunk_rows: int) -> int:
-    """Bytes of the index at the end of the data. Raises BadArray where there are more chunks than are read."""
-    chunks = padded_rows(shape[0], chunk_rows) // chunk_rows
-    if chunks > _MOST_CHUNKS:
-        raise BadArray(f"{chunks:,} chunks, more than the {_MOST_CHUNKS:,} that are read")
-    return _index_bytes(chunks)
-
-
-def check_index(index: bytes, shape: tuple[int, ...], dtype: npt.DTypeLike, chunk_rows: int) -> None:
-    """Raises BadArray where an array's index is not the one that belongs there."""
-    if index != _index(shape, dtype, chunk_rows):
-        raise BadArray("chunk index altered")
 
 
 def chunk_rows_of(metadata: Any, shape: tuple[int, ...], dtype: npt.DTypeLike) -> int:

@@ -8,7 +8,6 @@ Dimension letters: S rows of tokens, T context, s rows of a shard, n kept positi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Annotated, Any, Final, Literal, Self, get_args
 
 import numpy as np
@@ -245,12 +244,7 @@ def shard_arrays(manifest: Manifest) -> tuple[str, ...]:
 
 def hashed_arrays(manifest: Manifest) -> tuple[str, ...]:
     """The columns of chunk_hashes: the arrays that have a row for each kept position and are read by rows."""
-    return _hashed_arrays(manifest.layers, manifest.dtype)
-
-
-@lru_cache
-def _hashed_arrays(layers: tuple[int, ...], dtype: str) -> tuple[str, ...]:
-    return (*map(layer_name, layers), *row_arrays(dtype))
+    return (*map(layer_name, manifest.layers), *row_arrays(manifest.dtype))
 
 
 def row_arrays(dtype: str) -> tuple[str, ...]:

@@ -33,8 +33,6 @@ Dimension letters: S rows of tokens, T context, s rows of a shard, n kept positi
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -75,33 +73,21 @@ class Shard:
     """
 
     def __init__(self, storage: Storage, manifest: Manifest, record: ShardRecord):
-        self.storage = storage
-        self.manifest = manifest
-        self.record = record
+        self.storage, self.path = storage, storage.path
+        self.manifest, self.record = manifest, record
         self._arrays: dict[str, StoredArray] = {}
-
-    @property
-    def path(self) -> Path | str:
-        return self.storage.path
 
     def form(self, name: str) -> tuple[tuple[int, ...], str]:
         """Shape and dtype of array `name`."""
-        n, layers = self.record.kept, len(self.manifest.layers)
-        if name == "token_ids":
-            return (self.record.rows[1] - self.record.rows[0], self.manifest.context), "<i4"
-        if name == "order":
-            return (n,), "<i4"
-        if name == CHUNK_HASHES:
-            return (-(-n // arrays.CHUNK_ROWS), len(hashed_arrays(self.manifest))), "<u8"
-        if name in row_arrays(self.manifest.dtype):
-            return (n, layers), "<f4"
-        if name in CHANNEL_ARRAYS:
-            return (layers, self.manifest.width), "<f4"
-        return (n, self.manifest.width), DTYPES[self.manifest.dtype]
-
-    def row_bytes(self, name: str) -> int:
-        shape, dtype = self.form(name)
-        return prod(shape[1:]) * np.dtype(dtype).itemsize
+        n, layers, width = self.record.kept, len(self.manifest.layers), self.manifest.width
+        forms: dict[str, tuple[tuple[int, ...], str]] = {
+            "token_ids": ((self.record.rows[1] - self.record.rows[0], self.manifest.context), "<i4"),
+            "order": ((n,), "<i4"),
+            CHUNK_HASHES: ((-(-n // arrays.CHUNK_ROWS), len(hashed_arrays(self.manifest))), "<u8"),
+            **dict.fromkeys(row_arrays(self.manifest.dtype), ((n, layers), "<f4")),
+            **dict.fromkeys(CHANNEL_ARRAYS, ((layers, width), "<f4")),
+        }
+        return forms.get(name, ((n, width), DTYPES[self.manifest.dtype]))
 
     def array(self, name: str) -> StoredArray:
         """Array `name`, checked (size, index, metadata) once, by this or by its first read. Raises BadArray."""
@@ -134,13 +120,14 @@ class Shard:
 
 
 class Cache:
-    """A cache opened for reading, from a folder or a URL. Shards are looked at when they are asked for.
+    """A cache opened for reading. Shards are looked at when they are asked for.
 
-    Raises WrongInput where `path` is not a cache.
+    path: a folder or a URL. Raises WrongInput where it is not a cache.
     """
 
     def __init__(self, path: Storage | Path | str):
         self.storage = open_storage(path) if isinstance(path, str | Path) else path
+        self.path = self.storage.path
         try:
             self.manifest = Manifest.from_dict(_group_attributes(self.storage.read("zarr.json")))
         except (FileNotFoundError, arrays.BadArray):
@@ -150,18 +137,13 @@ class Cache:
             ) from None
 
     @property
-    def path(self) -> Path | str:
-        """A path or a URL, as it was opened."""
-        return self.storage.path
-
-    @property
     def folder(self) -> Path:
         """Raises WrongInput where the cache is in an object store."""
         return self.storage.folder()
 
     @property
     def address(self) -> str:
-        """Where it is, from wherever one looks: an absolute path or a URL."""
+        """An absolute path or a URL."""
         return self.storage.address
 
     def has_shard(self, index: int) -> bool:
@@ -216,13 +198,11 @@ class Cache:
 
     def tokens(self) -> Ids:
         """int32 [S, T], memory-mapped."""
-        with self._naming("tokens"):
-            return self.root_array("tokens").read()
+        return self._read("tokens")
 
     def document_starts(self) -> npt.NDArray[np.int64]:
         """int64 [documents]: flat positions in tokens at which documents begin, ascending."""
-        with self._naming("document_starts"):
-            return self.root_array("document_starts").read()
+        return self._read("document_starts")
 
     def root_array(self, name: str) -> StoredArray:
         """tokens or document_starts. Raises BadArray."""
@@ -231,10 +211,9 @@ class Cache:
             return (self.storage / name).array((manifest.rows, manifest.context), "<i4", manifest.tokens_hash)
         return (self.storage / name).array((manifest.documents,), "<i8")
 
-    @contextmanager
-    def _naming(self, name: str) -> Iterator[None]:
+    def _read(self, name: str) -> arrays.Array:
         try:
-            yield
+            return self.root_array(name).read()
         except arrays.BadArray as bad:
             raise WrongInput(
                 f"{self.path}/{name} is damaged: {bad}. The cache cannot be repaired without it; harvest it again, "

@@ -120,10 +120,11 @@ def checked(folder: Storage, shape: tuple[int, ...], dtype: npt.DTypeLike) -> St
         raise BadArray(f"zarr.json unreadable: {bad!r}") from None
     chunk_rows = arrays.chunk_rows_of(metadata, shape, dtype)
     try:
-        stored, index = folder.tail(arrays.data_name(len(shape)), arrays.index_size(shape, chunk_rows))
+        stored, index = folder.tail(arrays.data_name(len(shape)), arrays.index_bytes(shape[0], chunk_rows))
     except FileNotFoundError:
         raise BadArray("data file missing") from None
     if stored.size != (expected := arrays.file_bytes(shape, dtype, chunk_rows)):
         raise BadArray(f"{stored.size:,} bytes where {expected:,} belong")
-    arrays.check_index(index, shape, dtype, chunk_rows)
+    if index != arrays.index_of(shape, dtype, chunk_rows):
+        raise BadArray("chunk index altered")
     return stored

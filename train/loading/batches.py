@@ -210,10 +210,7 @@ def _memory(shape: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> Tensor:
 
 
 def read_into(reader: RowReader, reads: Sequence[Read], batch: Batch) -> None:
-    """Copy what `reads` names into the batch, in which they are neighbours.
-
-    Raises FailedRun where a file is gone, cut or altered.
-    """
+    """Copy what `reads` names into the batch, in which they are neighbours. Raises as RowReader.read."""
     if not reads:
         return
     first, after = reads[0].at, reads[-1].at + reads[-1].span.wanted
