@@ -13,13 +13,9 @@ import stat
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from routesae.reporting import WrongInput
 
 LARGEST_BYTES = 1 << 21  # parsed, this takes up to 30 times as much memory
-DEEPEST = 64  # levels of lists and objects; the files that routesae writes have fewer than ten
-_NESTED = {dict, list}
 
 
 class BadFile(ValueError):
@@ -49,41 +45,27 @@ def read_json(path: Path | str, largest: int = LARGEST_BYTES) -> Any:
 def parse_json(data: bytes) -> Any:
     """Parse JSON that has no repeated key, no NaN or infinity and no absurd nesting. Raises BadFile otherwise."""
     try:
-        value = orjson.loads(data)
-    except orjson.JSONDecodeError as error:
+        return json.loads(data, object_pairs_hook=_table, parse_float=_finite, parse_constant=_finite)
+    except RecursionError:
+        raise BadFile("nested too deep") from None
+    except BadFile:
+        raise
+    except ValueError as error:
         raise BadFile(f"not JSON: {error}") from None
-    # A repeated key is in `value` once, so the text has more colons than `value` has keys. Only then, or if a string
-    # holds a colon, is it parsed again slowly: a cache has thousands of records.
-    if _keys(value) != data.count(b":"):
-        json.loads(data, object_pairs_hook=_without_repeats)
-    return value
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     merged = dict(pairs)
     if len(merged) != len(pairs):
         names = [name for name, _ in pairs]
-        repeated = next(name for name in names if names.count(name) > 1)
-        raise BadFile(f"the key {repeated[:40]!r} stands twice")
+        raise BadFile(f"the key {next(name for name in names if names.count(name) > 1)[:40]!r} stands twice")
     return merged
 
 
-def _keys(value: Any) -> int:
-    """Count the keys of all objects in `value`. Raises BadFile if they are nested too deep."""
-    keys = 0
-    level: list[Any] = [value] if type(value) in _NESTED else []
-    for _ in range(DEEPEST):
-        inside: list[Any] = []
-        for outer in level:
-            values = outer
-            if type(outer) is dict:
-                keys += len(outer)
-                values = outer.values()
-            inside += [one for one in values if type(one) in _NESTED]
-        if not inside:
-            return keys
-        level = inside
-    raise BadFile(f"nested more than {DEEPEST} deep")
+def _finite(number: str) -> float:
+    if not math.isfinite(value := float(number)):
+        raise ValueError(f"{number[:20]} is not a finite number")
+    return value
 
 
 def write_json(path: Path | str, value: Any) -> None:

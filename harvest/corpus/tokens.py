@@ -51,16 +51,29 @@ class Row(NamedTuple):
 
 
 def framing(tokenizer: Any) -> Framing:
-    """What `tokenizer` puts around a document, read off what it does to a short text."""
+    """What `tokenizer` puts around a document, read off what it does to one of its own tokens."""
     special = set(tokenizer.all_special_ids)
     special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    framed = tokenizer("a", add_special_tokens=True)["input_ids"]
-    at = next((i for i in range(len(framed)) if framed[i : i + len(bare)] == bare), 0)
-    before, after = tuple(framed[:at]), tuple(framed[at + len(bare) :])
+    before, after = tuple[int, ...](), tuple[int, ...]()
+    for token in sorted(tokenizer.get_vocab().values()):
+        text = tokenizer.decode([token])
+        bare = _ids(tokenizer, text, add_special_tokens=False)
+        if bare and special.isdisjoint(bare):
+            framed = _ids(tokenizer, text, add_special_tokens=True)
+            at = next((i for i in range(len(framed)) if framed[i : i + len(bare)] == bare), 0)
+            before, after = tuple(framed[:at]), tuple(framed[at + len(bare) :])
+            break
     if not before and not after and tokenizer.eos_token_id is not None:
         after = (tokenizer.eos_token_id,)
     return Framing(before, after, tuple(sorted(special)))
+
+
+def _ids(tokenizer: Any, text: str, *, add_special_tokens: bool) -> list[int]:
+    """The ids of a text; none if the tokenizer has no token for a part of it."""
+    try:
+        return list(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+    except Exception:  # the tokenizers library raises nothing narrower
+        return []
 
 
 def tokenize(documents: Iterable[Document], tokenizer: Any, framing: Framing) -> Iterator[Ids]:
@@ -168,6 +181,6 @@ def tokenizer_hash(tokenizer: Any) -> str:
     facts = [
         sorted(tokenizer.get_vocab().items()),
         sorted(tokenizer.all_special_ids),
-        tokenizer(probe)["input_ids"],
+        _ids(tokenizer, probe, add_special_tokens=True),
     ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

@@ -117,6 +117,29 @@ def test_framing_counts_added_special_tokens_and_not_added_plain_ones(tiny_model
     assert framing(tokenizer).special_ids == (BOS, EOS, before)
 
 
+@pytest.mark.parametrize("unknown", [None, "<unk>"])
+@pytest.mark.parametrize(
+    ("template", "before", "after"),
+    [(None, (), (1,)), ("<s> $A", (0,), ()), ("<s> $A </s>", (0,), (1,)), ("$A </s>", (), (1,))],
+)
+def test_framing_of_a_vocabulary_without_our_letters_is_found_too(
+    template: str | None, before: tuple[int, ...], after: tuple[int, ...], unknown: str | None
+) -> None:
+    """DNA: with `unknown` None this tokenizer raises for every other letter."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<s>": 0, "</s>": 1, "<unk>": 2, "A": 3, "C": 4, "G": 5, "T": 6}
+    model = models.WordLevel(vocabulary, unk_token=unknown) if unknown else models.WordLevel(vocabulary)
+    letters = Tokenizer(model)
+    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer: Any = PreTrainedTokenizerFast(tokenizer_object=letters, bos_token="<s>", eos_token="</s>")
+    if template is not None:
+        tokenizer = with_template(tokenizer, template)
+    assert framing(tokenizer)[:2] == (before, after)
+    assert len(tokenizer_hash(tokenizer)) == 64
+
+
 @pytest.mark.parametrize("template", [None, "<s> $A", "<s> $A </s>"])
 def test_tokenize_gives_every_document_what_the_tokenizer_gives_it_alone(
     template: str | None, tiny_model: Path
