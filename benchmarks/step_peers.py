@@ -73,12 +73,12 @@ class Gate:
 
     weight: Callable[[], Tensor]
     bias_F: Tensor
-    b_dec_C: Tensor | None = None
+    b_dec_D: Tensor | None = None
     threshold_F: Tensor | None = None
 
     @torch.no_grad()
     def above(self, batch: Rows) -> Tensor:
-        x_NC = batch.flat if self.b_dec_C is None else batch.flat - self.b_dec_C
+        x_NC = batch.flat if self.b_dec_D is None else batch.flat - self.b_dec_D
         z_NF = F.linear(x_NC, self.weight(), self.bias_F)
         return z_NF if self.threshold_F is None else z_NF - self.threshold_F
 
@@ -142,15 +142,15 @@ def ours(
 
     parts: Any = trainee.sae
     gates: dict[str, Callable[[], Gate]] = {
-        "vanilla": lambda: Gate(weight=lambda: parts.W_enc_FD, bias_F=parts.b_enc_F, b_dec_C=parts.b_dec_D),
-        "gated": lambda: Gate(weight=lambda: parts.W_enc_FD, bias_F=parts.b_gate_F, b_dec_C=parts.b_dec_D),
+        "vanilla": lambda: Gate(weight=lambda: parts.W_enc_FD, bias_F=parts.b_enc_F, b_dec_D=parts.b_dec_D),
+        "gated": lambda: Gate(weight=lambda: parts.W_enc_FD, bias_F=parts.b_gate_F, b_dec_D=parts.b_dec_D),
         "jumprelu": lambda: Gate(
             weight=lambda: parts.W_enc_FD,
             bias_F=parts.b_enc_F,
-            b_dec_C=parts.b_dec_D,
+            b_dec_D=parts.b_dec_D,
             threshold_F=parts.threshold_F,
         ),
-        "crosscoder": lambda: Gate(weight=lambda: parts.W_enc_FC, bias_F=parts.b_enc_F),
+        "crosscoder": lambda: Gate(weight=lambda: parts.W_enc_FD, bias_F=parts.b_enc_F),
     }
     name = "routesae, published recipe" if recipe_of_published else "routesae"
     return Contender(name, step, gates[task.variant]() if task.variant in gates else None)
@@ -263,7 +263,7 @@ def sae_lens(task: Task, sparse: bool = False) -> Contender:
     gate = None
     if bias is not None:
         threshold_F = sae.threshold if task.variant == "jumprelu" else None
-        gate = Gate(weight=lambda: sae.W_enc.T, bias_F=getattr(sae, bias), b_dec_C=sae.b_dec, threshold_F=threshold_F)
+        gate = Gate(weight=lambda: sae.W_enc.T, bias_F=getattr(sae, bias), b_dec_D=sae.b_dec, threshold_F=threshold_F)
     return Contender("sae_lens, sparse" if sparse else "sae_lens", step, gate)
 
 
@@ -294,8 +294,8 @@ def dictionary_learning(task: Task, april: bool = False) -> Contender:
 
     ae = trainer.ae
     gates: dict[str, Callable[[], Gate]] = {
-        "vanilla": lambda: Gate(weight=lambda: ae.encoder.weight, bias_F=ae.encoder.bias, b_dec_C=ae.bias),
-        "gated": lambda: Gate(weight=lambda: ae.encoder.weight, bias_F=ae.gate_bias, b_dec_C=ae.decoder_bias),
+        "vanilla": lambda: Gate(weight=lambda: ae.encoder.weight, bias_F=ae.encoder.bias, b_dec_D=ae.bias),
+        "gated": lambda: Gate(weight=lambda: ae.encoder.weight, bias_F=ae.gate_bias, b_dec_D=ae.decoder_bias),
         "jumprelu": lambda: Gate(weight=lambda: ae.W_enc.T, bias_F=ae.b_enc, threshold_F=ae.threshold),
     }
     name = "dictionary_learning, april" if april else "dictionary_learning"
@@ -321,7 +321,7 @@ def published_code(task: Task, normalising: bool = False) -> Contender:
         gate = Gate(
             weight=lambda: model.encoder.weight,
             bias_F=model.bias_F,
-            b_dec_C=model.pre_bias_D,
+            b_dec_D=model.pre_bias_D,
             threshold_F=threshold_F,
         )
     elif task.variant == "crosscoder":

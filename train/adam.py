@@ -1,4 +1,4 @@
-"""Adam (1412.6980): gradients in, parameters one step further; a learning rate of its own for each parameter.
+"""Adam (1412.6980), with a learning rate of its own for each parameter.
 
     m ← β₁m + (1−β₁)g,   v ← β₂v + (1−β₂)g²,   θ ← θ − lr·m̂/(√v̂ + ε)     m̂, v̂: m, v over 1−βᵗ
 
@@ -18,17 +18,17 @@ from routesae.train.ranks.distributed import local_rows
 
 BETAS = (0.9, 0.999)
 EPSILON = 6.25e-10  # 2406.04093, appendix A.2: rarely active latents have tiny gradients
+PUBLISHED_EPSILON = 1e-8  # PyTorch's default, which the published RouteSAE code keeps
 
 
 class Adam:
-    """Moments and step counts of `parameters`. factors: each one's learning rate in units of the run's.
+    """Moments and step counts of `parameters`. factors: each one's learning rate in units of the run's. epsilon: ε.
 
     Of parameters that are divided among ranks (routesae.train.ranks.sharding) each rank holds and steps its own rows.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], factors: Sequence[float]):
-        self.parameters = list(parameters)
-        self.factors = list(factors)
+    def __init__(self, parameters: Sequence[nn.Parameter], factors: Sequence[float], epsilon: float = EPSILON):
+        self.parameters, self.factors, self.epsilon = list(parameters), list(factors), epsilon
         self.steps = [torch.zeros((), device=p.device) for p in self.parameters]
         self.means = [torch.zeros_like(p, requires_grad=False) for p in self.parameters]
         self.squares = [torch.zeros_like(p, requires_grad=False) for p in self.parameters]
@@ -51,7 +51,7 @@ class Adam:
                 beta2=BETAS[1],
                 lr=lr * factor,
                 weight_decay=0.0,
-                eps=EPSILON,
+                eps=self.epsilon,
                 maximize=False,
             )
 

@@ -131,6 +131,7 @@ def pace_of(selection: Selection, settings: TrainSettings, device: torch.device)
     log.info("training on %s%s in %s%s", device, threads, str(precision).removeprefix("torch."), proposes)
     return Pace(
         total_steps=total_steps,
+        epoch_steps=-(-len(selection) // settings.batch_tokens),
         dead_after_tokens=settings.dead_after_tokens or min(DEAD_AFTER_TOKENS, max(1, run_tokens // 4)),
         sparsity_warmup=settings.sparsity_warmup,
         precision=precision,

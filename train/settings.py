@@ -128,7 +128,9 @@ class RunSettings(Settings):
     recipe: str = setting(
         "routesae",
         OPTIMISER,
-        "Objective; published is that of the published RouteSAE code.",
+        "Objective, schedules and Adam's epsilon. published trains as the published RouteSAE code does, except that a "
+        "jumprelu's thresholds below 0 act as 0, a topk's latents are never below 0, and random draws its layer from "
+        "those harvested.",
         choices=("routesae", "published"),
     )
     lr: float = setting(0.0005, OPTIMISER, "Peak learning rate of Adam.", gt=0)

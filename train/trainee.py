@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from routesae.reporting import FailedRun
-from routesae.train.adam import Adam
+from routesae.train.adam import EPSILON, PUBLISHED_EPSILON, Adam
 from routesae.train.jobs import Job
 from routesae.train.log import StepLog
+from routesae.train.losses import Objective
 from routesae.train.ranks.distributed import ALONE, Ranks, batch_sum, is_divided, local_rows, whole
 from routesae.train.ranks.sharding import copy_whole, shard
 from routesae.train.saes import SAE, build
@@ -33,6 +34,7 @@ class Pace:
     """What all SAEs of a pass share. precision: autocast's; float32 turns autocast off."""
 
     total_steps: int
+    epoch_steps: int
     dead_after_tokens: int
     sparsity_warmup: float
     precision: torch.dtype
@@ -67,7 +69,8 @@ class Trainee:
     def adam(self) -> Adam:
         """Made when first needed, since dividing the parameters replaces them."""
         factors = self.sae.rate_factors()
-        return Adam(self.trained, [factors.get(parameter, 1.0) for parameter in self.trained])
+        epsilon = PUBLISHED_EPSILON if self.sae.recipe.published else EPSILON
+        return Adam(self.trained, [factors.get(parameter, 1.0) for parameter in self.trained], epsilon)
 
     def step(self, step: int, hidden: Hidden, tokens: int) -> None:
         """Take step `step`, counted from 1, on this rank's rows of a batch of `tokens`."""
@@ -79,23 +82,31 @@ class Trainee:
         sae, settings, pace, done = self.sae, self.job.settings, self.pace, step - 1
         torch.manual_seed((pace.seed << 32) + step)  # what training draws is then the same after a resume
         sae.k = annealed_k(done, pace.total_steps, pace.sparsity_warmup, settings.anneal_k_from, sae.recipe.k)
-        lr = settings.lr * lr_factor(done, pace.total_steps)
+        published = sae.recipe.published
+        lr = settings.lr * lr_factor(done, pace.total_steps, published=published)
+        warmth = 1.0 if published else sparsity_factor(done, pace.total_steps, pace.sparsity_warmup)
         dead_F = self.idle_tokens_F >= pace.dead_after_tokens
-        with torch.autocast(self.device.type, pace.precision, enabled=pace.precision != torch.float32):
-            out = sae(hidden)
-            objective = sae.loss(out, dead_F, sparsity_factor(done, pace.total_steps, pace.sparsity_warmup))
-        self.adam.zero_grad()
-        objective.total.backward()  # type: ignore[no-untyped-call]
-        if not self.divided:  # else the backward pass has summed them
-            self.ranks.sum_gradients(self.trained)
-        sae.project_gradient()
-        if self.clip:
-            torch.nn.utils.clip_grad_norm_(self.trained, self.clip / sae.recipe.width)
-        self.adam.step(lr)
-        sae.normalise_decoder(step, last=step == pace.total_steps)
-        counts_F = batch_sum(out.latents.active_counts)
+        counts_F = torch.zeros_like(self.idle_tokens_F)
+        objectives = []
+        for sae.turn in range(sae.turns):
+            with torch.autocast(self.device.type, pace.precision, enabled=pace.precision != torch.float32):
+                out = sae(hidden)
+                objective = sae.loss(out, dead_F, warmth)
+            self.adam.zero_grad()
+            objective.total.backward()  # type: ignore[no-untyped-call]
+            if not self.divided:  # else the backward pass has summed them
+                self.ranks.sum_gradients(self.trained)
+            sae.project_gradient()
+            if self.clip:
+                torch.nn.utils.clip_grad_norm_(self.trained, self.clip / sae.recipe.width)
+            self.adam.step(lr)
+            counts_F += out.latents.active_counts
+            objectives.append(objective)
+        sae.normalise_decoder(done % pace.epoch_steps + 1, last=step == pace.total_steps)
+        counts_F = batch_sum(counts_F)
         self.idle_tokens_F = torch.where(counts_F > 0, 0, self.idle_tokens_F + tokens)
-        self.log.add(out, objective, counts_F, tokens, lr, step)
+        mean = Objective(*(torch.stack(parts).detach().mean() for parts in zip(*objectives, strict=True)))
+        self.log.add(out, mean, counts_F if sae.turns == 1 else counts_F / sae.turns, tokens, lr, step)
 
     @torch.no_grad()
     def whole_sae(self) -> SAE:

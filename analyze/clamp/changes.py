@@ -123,7 +123,7 @@ class Clamp:
         assert frame is not None
         moved_mLD, plain_mLD = (
             part_mC.view(-1, len(clean), sae.recipe.width)
-            for part_mC in (self._moved(out.latents, sae.W_dec_FC), out.reconstruction_ND)
+            for part_mC in (self._moved(out.latents, sae.W_dec_FD), out.reconstruction_ND)
         )
         if self.error_term:
             new_mLD = hidden_LmD.transpose(0, 1).float() + frame.moved(moved_mLD)

@@ -103,8 +103,8 @@ def naive_scores(sae: SAE, hidden_LND: Doubles) -> Naive:
             x_ND = normalised_LND[at_N, np.arange(len(at_N))] * w_NL.max(1)[:, None]
         shares_L = np.array([(at_N == at).mean() for at in range(len(recipe.layers))])
     if recipe.sae == "crosscoder":
-        W_dec, b_dec = weights["W_dec_FC"], weights["b_dec_C"]
-        f_NF = np.maximum(x_ND @ weights["W_enc_FC"].T + weights["b_enc_F"], 0)
+        W_dec, b_dec = weights["W_dec_FD"], weights["b_dec_D"]
+        f_NF = np.maximum(x_ND @ weights["W_enc_FD"].T + weights["b_enc_F"], 0)
     else:
         W_dec, b_dec = weights["W_dec_FD"], weights["b_dec_D"]
         z_NF = (x_ND - b_dec) @ weights["W_enc_FD"].T + weights.get("b_enc_F", 0.0)

@@ -76,6 +76,7 @@ def fitted(
     total_steps, _ = planned(selection, chosen)
     pace = Pace(
         total_steps=total_steps,
+        epoch_steps=total_steps,
         dead_after_tokens=chosen.dead_after_tokens,
         sparsity_warmup=chosen.sparsity_warmup,
         precision=torch.float32,

@@ -40,7 +40,7 @@ class BatchTopK(SingleLayerSAE):
 
     def autoencode(self, x_ND: Tensor, weights_N: Tensor | None = None) -> Forward:
         if not self.training:
-            latents = self.encode_rows(x_ND)
+            latents = self.latents_of(x_ND)
             return Forward(x_ND, self.decode_rows(latents), latents)
         pairs, f_M = encode_batchtopk(x_ND, self.encoder(), self.k)
         self._learn_threshold(f_M)
@@ -55,7 +55,7 @@ class BatchTopK(SingleLayerSAE):
         self.threshold += torch.where(least < torch.inf, rate * (least - self.threshold), 0)
 
     @torch.no_grad()
-    def encode_rows(self, x_ND: Tensor) -> Latents:
+    def latents_of(self, x_ND: Tensor) -> Latents:
         return threshold_latents(x_ND, self.encoder(), self.threshold)
 
     def files(self) -> dict[str, dict[str, Tensor]]:

@@ -22,10 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from routesae.train.losses import mean_over_rows, norm_mse
-from routesae.train.saes.penalty import PenaltyWeight
-from routesae.train.saes.sae import Forward, Recipe
-from routesae.train.saes.single import SingleLayerSAE
-from routesae.train.saes.starts import least_active
+from routesae.train.saes.penalty import SteeredSAE
+from routesae.train.saes.sae import Forward
 from routesae.train.sparse.kernels import encode_above
 from routesae.train.sparse.pairs import AllPairs, Latents
 from routesae.train.sparse.search import Encoder
@@ -57,18 +55,14 @@ def _where_positive(of_P: Tensor, values_P: Tensor) -> Tensor:
     return kept_P
 
 
-class Gated(SingleLayerSAE):
+class Gated(SteeredSAE):
     architecture = "gated"
-    penalised = True
     other_sparsity = False  # its gate and its magnitude are two numbers, not one z
+    start_bias = "b_gate_F"
     tensors: ClassVar = {"b_gate": "b_gate_F", "b_mag": "b_mag_F", "r_mag": "r_mag_F"}
     b_gate_F: nn.Parameter
     b_mag_F: nn.Parameter
     r_mag_F: nn.Parameter
-
-    def __init__(self, recipe: Recipe, generator: torch.Generator | None = None):
-        super().__init__(recipe, generator)
-        self.penalty = PenaltyWeight(recipe)
 
     def autoencode(self, x_ND: Tensor, weights_N: Tensor | None = None) -> Forward:
         pairs, shared_P = encode_above(x_ND, self.encoder(), -self.b_gate_F.detach())
@@ -86,23 +80,12 @@ class Gated(SingleLayerSAE):
         penalty = mean_over_rows(pairs.by_token(gate_P), weights_N)
         return out._replace(penalty=penalty, auxiliary=norm_mse(x_ND, by_gate_ND, weights_N))
 
-    @torch.no_grad()
-    def start_from(self, x_ND: Tensor) -> None:
-        super().start_from(x_ND)
-        self.penalty.start(x_ND)
-        if not self.recipe.published:
-            self.b_gate_F.copy_(-least_active(x_ND - self.b_dec_D, self.W_enc_FD, self.k))
-
     def encoder(self) -> Encoder:
         # The two paths have biases of their own.
         return Encoder(self.W_enc_FD, None, self.b_dec_D, self.chunk_rows, self.proposal)
 
-    def penalty_weight(self, sparsity_factor: float) -> Tensor | float:
-        weight: Tensor | float = self.penalty(sparsity_factor)
-        return weight
-
     @torch.no_grad()
-    def encode_rows(self, x_ND: Tensor) -> Latents:
+    def latents_of(self, x_ND: Tensor) -> Latents:
         shared_NF = F.linear(x_ND - self.b_dec_D, self.W_enc_FD)
         magnitude_NF = (self.r_mag_F.exp() * shared_NF + self.b_mag_F).relu_()
         return Latents(magnitude_NF.mul_(shared_NF + self.b_gate_F > 0), AllPairs())

@@ -85,7 +85,7 @@ class JumpReLU(SingleLayerSAE):
             self.threshold_F.copy_(least_active(x_ND - self.b_dec_D, self.W_enc_FD, self.k))
 
     @torch.no_grad()
-    def encode_rows(self, x_ND: Tensor) -> Latents:
+    def latents_of(self, x_ND: Tensor) -> Latents:
         return threshold_latents(x_ND, self.encoder(), self.threshold_F)
 
 

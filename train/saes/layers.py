@@ -3,8 +3,8 @@
     mlsae    every token at every layer, L·N rows a batch (2409.04185)
     random   every token at one layer, another at every batch: the control of the RouteSAE paper (2503.08200)
 
-Both score and splice as what they are, a dictionary for each of their layers. The published RouteSAE code takes an
-optimiser step a layer for its MLSAE; here the layers of a batch make one step.
+Both score and splice as what they are, a dictionary for each of their layers. An mlsae takes one optimiser step a
+batch, over all its layers; with --recipe published it takes one a layer.
 
 Dimension letters: L layers, N tokens, D width.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from routesae.train.saes.normalise import NormalisedLayers
-from routesae.train.saes.sae import Reading
+from routesae.train.saes.sae import Reading, Recipe
 from routesae.train.saes.topk import TopK
 
 
@@ -28,11 +28,18 @@ class EveryLayer(TopK):
     def read(self, x: NormalisedLayers, *, training: bool) -> Reading:
         return Reading(torch.cat(list(x)), x.frame())
 
-    def _shaped(self, hidden: Tensor, lead: tuple[int, ...]) -> Tensor:
+    def shaped(self, hidden: Tensor, lead: tuple[int, ...]) -> Tensor:
         return hidden.view(len(self.recipe.layers), *lead, self.recipe.width).movedim(0, -2)
 
 
 class MLSAE(EveryLayer):
+    def __init__(self, recipe: Recipe, generator: torch.Generator | None = None):
+        super().__init__(recipe, generator)
+        self.turns = len(recipe.layers) if recipe.published else 1
+
+    def read(self, x: NormalisedLayers, *, training: bool) -> Reading:
+        return Reading(x[self.turn], None) if training and self.turns > 1 else super().read(x, training=training)
+
     def normalise_decoder(self, step: int, *, last: bool = False) -> None:
         super().normalise_decoder(step, last=True)  # after every step, also in the published code
 

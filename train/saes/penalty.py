@@ -1,26 +1,29 @@
-"""λ, the weight of a sparsity penalty: given with --sparsity and warmed up, or steered until k latents are active.
+"""λ, the weight of a sparsity penalty: fixed by --sparsity and warmed up, or steered until k latents are active.
 
     log λ ← log λ + 1/20·clip(log(L0/k), −1, 1)   at every training batch
 
 A λ that works on one LM, layer and width is of no use on the next, while "about k active latents" means the same
-everywhere; so steering is the default of the variants whose papers sweep λ (vanilla, gated, crosscoder).
+everywhere. So steering is the default of the variants whose papers sweep λ (vanilla, gated, crosscoder).
 
-It starts at λ = 2σ/‖x‖², σ = ‖x‖/√C the size of a pre-activation at the start (W_enc's rows have unit norm): an
-active latent f lowers NormMSE by up to f²/‖x‖², which is then worth its penalty from f = 2σ on. At three times as
-much latents die, at seven times most; at a fifth L0 first rises severalfold, and errors are larger at the end
-(benchmarks/RESULTS.md). C: how many numbers an input has. A crosscoder's latent, as long in each of the L layers,
-costs √L times as much.
+Steering starts at λ = 2σ/‖x‖², where σ = ‖x‖/√C is the size of a pre-activation at the start (W_enc's rows have unit
+norm) and C is how many numbers an input has. An active latent f lowers NormMSE by up to f²/‖x‖², which is worth its
+penalty from f = 2σ on. At three times as much latents die, at seven times most of them; at a fifth L0 first rises
+severalfold, and the error ends larger (benchmarks/RESULTS.md). A crosscoder's latent, as long in each of its L
+layers, costs √L times as much.
 """
 
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from routesae.train.ranks.distributed import batch_mean
 from routesae.train.saes.sae import Recipe
+from routesae.train.saes.single import SingleLayerSAE
+from routesae.train.saes.starts import least_active
 
 RATE = 0.05
 START = 2.0
@@ -28,29 +31,54 @@ _TINY = 1e-6  # keeps inputs that are all zero out of 1/0
 
 
 class PenaltyWeight(nn.Module):
-    """λ as a module, so that a steered one is checkpointed with the weights."""
+    """λ as a module, so that a steered one is checkpointed with the weights. layers: of a crosscoder."""
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: Recipe, layers: int = 1):
         super().__init__()
         self.fixed = recipe.sparsity
-        layers = len(recipe.layers) if recipe.sae == "crosscoder" else 1
         self.cost = math.sqrt(layers)  # what f = 1 adds to the penalty
-        numbers = layers * recipe.width
-        self.register_buffer("steered", torch.tensor(START / (numbers * self.cost)))  # for inputs of norm √C
+        # For inputs of norm √C, until `start` sees some.
+        self.register_buffer("steered", torch.tensor(START / (layers * recipe.width * self.cost)))
         self.steered: Tensor
 
     @torch.no_grad()
     def start(self, x_NC: Tensor) -> None:
-        """λ for inputs like x_NC, a sample of the normalised ones."""
+        """Set λ for inputs like x_NC, a sample of the normalised ones."""
         size = torch.linalg.vector_norm(x_NC, dim=1).mean().clamp(min=_TINY)
         self.steered.copy_(START / (size * math.sqrt(x_NC.shape[1]) * self.cost))
 
     @torch.no_grad()
     def steer(self, l0: Tensor, k: int) -> None:
-        """l0: the mean number of active latents over the tokens of a training batch."""
+        """Move λ after a training batch with l0 active latents a token on average."""
         if self.fixed is None:
             ratio = (batch_mean(l0) / k).clamp(min=1e-3)
             self.steered *= torch.exp(RATE * ratio.log().clamp(-1, 1))
 
     def forward(self, sparsity_factor: float) -> Tensor | float:
         return self.steered.clone() if self.fixed is None else self.fixed * sparsity_factor
+
+
+class SteeredSAE(SingleLayerSAE):
+    """A dictionary whose forward pass gives a penalty that this λ weighs.
+
+    start_bias: the bias that is set so that k latents are active at the start, on a sample of the data.
+    """
+
+    penalised = True
+    start_bias: ClassVar[str] = "b_enc_F"
+
+    def __init__(self, recipe: Recipe, generator: torch.Generator | None = None):
+        super().__init__(recipe, generator)
+        self.penalty = PenaltyWeight(recipe, self.W_enc_FD.shape[1] // recipe.width)
+
+    @torch.no_grad()
+    def start_from(self, x_ND: Tensor) -> None:
+        super().start_from(x_ND)
+        self.penalty.start(x_ND)
+        if not self.recipe.published:
+            bias_F = getattr(self, self.start_bias)
+            bias_F.copy_(-least_active(x_ND - self.b_dec_D, self.W_enc_FD, self.k))
+
+    def penalty_weight(self, sparsity_factor: float) -> Tensor | float:
+        weight: Tensor | float = self.penalty(sparsity_factor)
+        return weight

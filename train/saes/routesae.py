@@ -60,22 +60,15 @@ class RouteSAE(SAE):
         if read.scale_R is not None:
             scale_R1 = read.scale_R[:, None]
             x_RD, frame = x_RD * scale_R1, frame._replace(scale=scale_R1.detach())
-        return Reading(x_RD, frame, read.weights_R, w_NL, read.at_R)
+        balance = self.recipe.balance if training else 0.0
+        auxiliary = balance * balance_loss(w_NL, read.at_R) if balance else None
+        return Reading(x_RD, frame, read.weights_R, w_NL, auxiliary)
 
     def autoencode(self, x_RC: Tensor, weights_R: Tensor | None = None) -> Forward:
         self.shared.k, self.shared.chunk_rows, self.shared.proposal = self.k, self.chunk_rows, self.proposal
         return self.shared.autoencode(x_RC, weights_R)
 
-    def routed(self, out: Forward, reading: Reading) -> Forward:
-        out = out._replace(routing_NL=reading.routing_NL)
-        if not (self.training and self.recipe.balance):
-            return out
-        assert reading.routing_NL is not None
-        assert reading.at_R is not None
-        balance = self.recipe.balance * balance_loss(reading.routing_NL, reading.at_R)
-        return out._replace(auxiliary=balance if out.auxiliary is None else out.auxiliary + balance)
-
-    def encode_rows(self, x_RC: Tensor) -> Latents:
+    def latents_of(self, x_RC: Tensor) -> Latents:
         return self.shared.encode_rows(x_RC)
 
     def decode_rows(self, latents: Latents) -> Tensor:
@@ -91,7 +84,7 @@ class RouteSAE(SAE):
 
     def at_sparsity(self, chosen: Callable[[Tensor, Encoder], Latents]) -> SAE:
         view = super().at_sparsity(chosen)
-        view._modules = {"shared": self.shared.at_sparsity(chosen)}
+        view._modules = {"shared": self.shared.at_sparsity(chosen)}  # what splicing encodes with
         return view
 
     def loss(self, out: Forward, dead_F: Tensor, sparsity_factor: float = 1.0) -> Objective:
@@ -104,7 +97,7 @@ class RouteSAE(SAE):
     @torch.no_grad()
     def routing(self, hidden: Hidden | Tensor) -> Tensor:
         """w_NL in use, the router's softmax over the layers."""
-        return self._weights(self._normalised(hidden)[0], training=False)
+        return self._weights(self.normalised(hidden), training=False)
 
     def _weights(self, x: NormalisedLayers, *, training: bool) -> Tensor:
         if self.recipe.router == "random":

@@ -96,27 +96,27 @@ class Recipe:
 
 
 class Reading(NamedTuple):
-    """What an SAE reads of N tokens: R rows x_RC of the normalised input, and how they go back to the LM's units.
+    """What an SAE reads of N tokens: R rows x_RC of the normalised input.
 
-    weights_R: each row's weight in every mean of the objective, summing to 1; None where all count alike.
-    routing_NL: the router's softmax over the layers, and at_R the layer of each row, an index; None without a router.
+    frame: how rows go back to the LM's units; None if they cannot. weights_R: the rows' weights in every mean of the
+    objective, summing to 1; None if all count alike. routing_NL: the router's softmax over the layers, and auxiliary,
+    the router's own term of the objective; None without a router.
     """
 
     x_RC: Tensor
     frame: Frame | None
     weights_R: Tensor | None = None
     routing_NL: Tensor | None = None
-    at_R: Tensor | None = None
+    auxiliary: Tensor | None = None
 
 
 class Forward(NamedTuple):
-    """One pass over N tokens, in the units of the objective: the SAE's own, normalised input.
+    """One pass over N tokens, in the units of the objective: those of the SAE's own, normalised input.
 
-    x_ND: that input, which is the target too; for routesae routed and scaled, for a crosscoder the layers in a row
-    [N, L·D], for mlsae every layer's rows [L·N, D]. reconstruction_ND: of x_ND; the one in the LM's units is
-    `sae.decode(latents)`. penalty: what λ weighs; None where the variant has none. auxiliary: further terms of the
-    objective. weights_N: each row's weight in the mean, summing to 1; None where all count alike. routing_NL: the
-    router's softmax over the layers; None where there is no router.
+    x_ND: that input, which is also the target; a routesae's is routed and scaled, a crosscoder's has the layers in a
+    row [N, L·D], an mlsae's has every layer's rows [L·N, D]. reconstruction_ND: of x_ND; `sae.decode(latents)` gives
+    the one in the LM's units. penalty: what λ weighs, or None. auxiliary: further terms of the objective, or None.
+    weights_N and routing_NL: as in Reading.
     """
 
     x_ND: Tensor
@@ -131,113 +131,115 @@ class Forward(NamedTuple):
 class SAE(nn.Module, ABC):
     """A sparse autoencoder over the hidden states of `recipe.layers`.
 
-    It takes them in the LM's units and of any float dtype, gives them back so, and normalises them itself:
+    It takes hidden states in the LM's units, of any float dtype, and normalises them itself:
 
-        latents = sae.encode(hidden)                     hidden [..., D], of an SAE over several layers [..., L, D]
-        hidden = sae.decode(latents)                     the reconstruction, of the same shape; routesae: [..., D]
-        out = sae(hidden)                                what training and scores need, see Forward
+        latents = sae.encode(hidden)       hidden [..., D]; of an SAE over several layers [..., L, D]
+        hidden = sae.decode(latents)       the reconstruction in the LM's units: of the same shape, of a routesae
+                                           [..., D], each token's at its own layer
+        out = sae(hidden)                  what training and scores need, see Forward
 
     `Hidden` is taken too: [L, N, D] with what is known of it. A new variant is a file with a subclass and a line in
-    routesae.train.saes.SAES; these say what it is:
+    routesae.train.saes.SAES. Its class says what it is:
 
     one_layer: whether it reads one layer, chosen with --layer, or all that were harvested.
     penalised: whether a penalty makes it sparse, weighted by --sparsity.
-    other_sparsity: whether --infer-k and --theta can take the place of its activation (`at_sparsity`).
-    lens_opens: what of it SAELens opens, as the subject of a sentence; None: nothing.
+    other_sparsity: whether --infer-k and --theta can replace its activation (`at_sparsity`).
+    lens_opens: what of it SAELens opens, as the subject of a sentence; None for nothing.
     """
 
     one_layer: ClassVar[bool] = False
     penalised: ClassVar[bool] = False
     other_sparsity: bool = True
     lens_opens: ClassVar[str | None] = None
-    proposal: torch.dtype | None = None  # of the encoder's product; None: what is fastest (sparse/search.py)
-    chosen: Callable[[Tensor, Encoder], Latents] | None = None  # the latents in use, of a view (`at_sparsity`)
+    proposal: torch.dtype | None = None  # precision of the encoder's product; None for the fastest (sparse/search.py)
+    chosen: Callable[[Tensor, Encoder], Latents] | None = None  # replaces the activation, see `at_sparsity`
 
     def __init__(self, recipe: Recipe):
         super().__init__()
         self.recipe = recipe
-        self.k = recipe.k  # the trainer lowers it to recipe.k step by step where k is annealed
-        self.chunk_rows: int | None = None  # tokens encoded at a time; None: what is fastest
-        self.scale = 1.0  # s of "dataset" normalisation, found by `initialise`
-
-    # ------------------------------------------------------------------------------------------- raw hidden states
+        self.k = recipe.k  # the trainer lowers it to recipe.k step by step if k is annealed
+        self.chunk_rows: int | None = None  # tokens encoded at a time; None for what is fastest
+        self.turns, self.turn = 1, 0  # optimiser steps a batch, and which of them comes now
+        self.scale = 1.0  # s of "dataset" normalisation, set by `initialise`
 
     def forward(self, hidden: Hidden | Tensor) -> Forward:
-        """Reconstruct, with gradients where they are enabled. What a variant learns from a batch beside gradients
+        """Reconstruct, with gradients if they are enabled. What a variant learns from a batch other than by gradients
         (a threshold, λ) it learns here, in training mode only."""
-        x, lead = self._normalised(hidden)
-        reading = self.read(x, training=self.training)
+        reading = self._read(hidden, training=self.training)
         if self.chosen is None:
             out = self.autoencode(reading.x_RC, reading.weights_R)
         else:
-            latents = self.chosen(reading.x_RC, self.encoder())
+            latents = self.encode_rows(reading.x_RC)
             out = Forward(reading.x_RC, self.decode_rows(latents).flatten(1), latents)
-        out.latents.frame = None if reading.frame is None else reading.frame._replace(lead=lead)
-        return self.routed(out, reading)
+        out.latents.frame = reading.frame
+        terms = [term for term in (out.auxiliary, reading.auxiliary) if term is not None]
+        return out._replace(routing_NL=reading.routing_NL, auxiliary=sum(terms[1:], terms[0]) if terms else None)
 
     @torch.no_grad()
     def encode(self, hidden: Hidden | Tensor) -> Latents:
-        """The latents of hidden states [..., D] or [..., L, D], one row for each in order (mlsae, random: for each
-        layer, one after another), as the SAE is used after training."""
-        x, lead = self._normalised(hidden)
-        reading = self.read(x, training=False)
-        latents = self.latents_of(reading.x_RC)
-        latents.frame = None if reading.frame is None else reading.frame._replace(lead=lead)
+        """Return the latents of hidden states, as used after training: a row a token, in order; an mlsae or random
+        has a row for each token of the first layer, then of the next."""
+        reading = self._read(hidden, training=False)
+        latents = self.encode_rows(reading.x_RC)
+        latents.frame = reading.frame
         return latents
 
     @torch.no_grad()
     def decode(self, latents: Latents) -> Tensor:
-        """The reconstruction in the LM's units of what `encode` or a pass gave, in the shape of its hidden states;
-        of a routesae [..., D], each token's at its own layer. Raises WrongInput for soft routing, which has no way
-        back."""
-        if latents.frame is None:
-            raise WrongInput("soft routing mixes all layers, which cannot be taken back; train with --routing hard")
-        hidden = latents.frame.undo(self.decode_rows(latents))
-        return hidden if latents.frame.lead is None else self._shaped(hidden, latents.frame.lead)
+        """Return the reconstruction, in the LM's units, of the hidden states that these latents were encoded from.
 
-    def _shaped(self, hidden: Tensor, lead: tuple[int, ...]) -> Tensor:
+        Raises WrongInput for soft routing.
+        """
+        if latents.frame is None:
+            raise WrongInput("soft routing mixes all layers, which cannot be undone; train with --routing hard")
+        hidden = latents.frame.undo(self.decode_rows(latents))
+        return hidden if latents.frame.lead is None else self.shaped(hidden, latents.frame.lead)
+
+    def shaped(self, hidden: Tensor, lead: tuple[int, ...]) -> Tensor:
+        """Rows in the shape of the hidden states that were read; lead: their leading dimensions."""
         return hidden.view(*lead, self.recipe.width)
 
-    def _normalised(self, hidden: Hidden | Tensor) -> tuple[NormalisedLayers, tuple[int, ...]]:
-        """x, and the leading dimensions of the hidden states. Raises WrongInput where they are of another shape."""
+    def normalised(self, hidden: Hidden | Tensor) -> NormalisedLayers:
+        """Raises WrongInput if the hidden states have another shape."""
         recipe = self.recipe
-        if not isinstance(hidden, Tensor):
-            lead: tuple[int, ...] = (hidden.hidden_LND.shape[1],)
-        else:
+        if isinstance(hidden, Tensor):
             ending = (recipe.width,) if self.one_layer else (len(recipe.layers), recipe.width)
             if hidden.shape[-len(ending) :] != ending:
-                expected = ", ".join(map(str, ending))
-                raise WrongInput(
-                    f"hidden states are {list(hidden.shape)}, but a {recipe.sae} reads [..., {expected}]"
-                )
-            lead = tuple(hidden.shape[: -len(ending)])
+                shape = f"[..., {', '.join(map(str, ending))}]"
+                raise WrongInput(f"hidden states are {list(hidden.shape)}, but this {recipe.sae} reads {shape}")
             hidden = Hidden(hidden.reshape(-1, len(recipe.layers), recipe.width).transpose(0, 1))
-        return hidden.normalised(recipe.normalize, self.scale, recipe.layers), lead
+        return hidden.normalised(recipe.normalize, self.scale, recipe.layers)
+
+    def _read(self, hidden: Hidden | Tensor, *, training: bool) -> Reading:
+        reading = self.read(self.normalised(hidden), training=training)
+        if reading.frame is None:
+            return reading
+        lead = hidden.shape[: -1 if self.one_layer else -2] if isinstance(hidden, Tensor) else (hidden.tokens,)
+        return reading._replace(frame=reading.frame._replace(lead=tuple(lead)))
 
     def initialise(self, hidden: Hidden) -> None:
         """Set what starts from the data, given a sample of it."""
         if self.recipe.normalize == "dataset":
             self.scale = dataset_scale(hidden.of(self.recipe.layers))
-        self.centre(self._normalised(hidden)[0])
+        self.centre(self.normalised(hidden))
 
     def fold(self) -> None:
-        """Take the scale of "dataset" normalisation into the weights: the same SAE, of hidden states as they are."""
+        """Put the scale of "dataset" normalisation into the weights: the same SAE, which reads h as it is."""
         if self.recipe.normalize == "dataset":
             self.fold_scale(self.scale)
             self.scale, self.recipe = 1.0, replace(self.recipe, normalize="none")
 
     def at_sparsity(self, chosen: Callable[[Tensor, Encoder], Latents]) -> SAE:
-        """A view for use, not for training, with the same weights, whose latents are chosen(x_RC, encoder)."""
+        """A view for use, not for training, that shares the weights and whose latents are chosen(x_RC, encoder)."""
         assert self.other_sparsity
         view = copy(self)
         view.chosen = chosen
         return view.eval()
 
-    def latents_of(self, x_RC: Tensor) -> Latents:
-        """The latents in use of rows that are normalised; no gradient."""
-        return self.encode_rows(x_RC) if self.chosen is None else self.chosen(x_RC, self.encoder())
-
-    # -------------------------------------------------------------------------------------------- what a variant says
+    @torch.no_grad()
+    def encode_rows(self, x_RC: Tensor) -> Latents:
+        """The latents in use of normalised rows."""
+        return self.latents_of(x_RC) if self.chosen is None else self.chosen(x_RC, self.encoder())
 
     @abstractmethod
     def read(self, x: NormalisedLayers, *, training: bool) -> Reading:
@@ -245,11 +247,11 @@ class SAE(nn.Module, ABC):
 
     @abstractmethod
     def autoencode(self, x_RC: Tensor, weights_R: Tensor | None = None) -> Forward:
-        """Reconstruct rows that are normalised. weights_R: each row's in every mean of the objective."""
+        """Reconstruct normalised rows. weights_R: as in Reading."""
 
     @abstractmethod
-    def encode_rows(self, x_RC: Tensor) -> Latents:
-        """Its own latents in use of rows that are normalised; no gradient."""
+    def latents_of(self, x_RC: Tensor) -> Latents:
+        """The latents in use of normalised rows, by the variant's own activation; without gradients."""
 
     @abstractmethod
     def decode_rows(self, latents: Latents) -> Tensor:
@@ -257,11 +259,7 @@ class SAE(nn.Module, ABC):
 
     @abstractmethod
     def encoder(self) -> Encoder:
-        """z, of which its latents are a function."""
-
-    def routed(self, out: Forward, reading: Reading) -> Forward:
-        """What a router adds to a pass."""
-        return out
+        """The encoder of z, of which the latents are a function."""
 
     @abstractmethod
     def loss(self, out: Forward, dead_F: Tensor, sparsity_factor: float = 1.0) -> Objective:
@@ -272,7 +270,7 @@ class SAE(nn.Module, ABC):
 
     @abstractmethod
     def centre(self, x: NormalisedLayers) -> None:
-        """Set what starts from the data, given a sample of it that is normalised."""
+        """Set what starts from the data, given a normalised sample of it."""
 
     @abstractmethod
     def decoders(self) -> list[nn.Parameter]:
@@ -288,10 +286,10 @@ class SAE(nn.Module, ABC):
 
     @abstractmethod
     def load_files(self, files: dict[str, dict[str, Tensor]]) -> None:
-        """The inverse. Raises WrongInput naming a tensor that is missing or of another shape."""
+        """The inverse of `files`. Raises WrongInput naming a tensor that is missing or of another shape."""
 
     def rate_factors(self) -> dict[nn.Parameter, float]:
-        """Parameters whose learning rate is another than the run's, and by which factor."""
+        """The factor on the run's learning rate of each parameter that has another."""
         return {}
 
     @torch.no_grad()
@@ -310,12 +308,12 @@ class SAE(nn.Module, ABC):
     def normalise_decoder(self, step: int, *, last: bool = False) -> None:
         """After optimiser step `step`, counted from 1: the decoder's rows back to unit norm.
 
-        The published code does so at every tenth step only, and after the last.
+        The published code does so at every tenth step of an epoch only, and after the last.
         """
         if self.recipe.published and (step - 1) % PUBLISHED_DECODER_STEPS and not last:
             return
         for W_dec_FD in map(local_rows, self.decoders()):
-            W_dec_FD.div_(torch.linalg.vector_norm(W_dec_FD, dim=1, keepdim=True))
+            to_unit_rows(W_dec_FD)
 
     def __call__(self, hidden: Hidden | Tensor) -> Forward:
         out: Forward = super().__call__(hidden)
@@ -324,3 +322,9 @@ class SAE(nn.Module, ABC):
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+
+def to_unit_rows(W_dec: Tensor) -> None:
+    """Divide the last dimension's rows by their norms, in place; a row of zeros stays one."""
+    norms = torch.linalg.vector_norm(W_dec, dim=-1, keepdim=True)
+    W_dec.div_(norms.masked_fill_(norms == 0, 1))

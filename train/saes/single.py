@@ -1,11 +1,11 @@
-"""What the variants over one layer have in common: a dictionary, its start, its place on disk.
+"""A dictionary: what the variants over one layer have in common, and a crosscoder too.
 
-    x̂ = W_decᵀ f + b_dec;   loss = NormMSE(x, x̂) + λ·penalty + auxiliary terms + 1/32 · AuxK where the variant has it
+    x̂ = W_decᵀ f + b_dec;   loss = NormMSE(x, x̂) + λ·penalty + auxiliary terms + 1/32 · AuxK if the variant has it
 
-A subclass says how x becomes f, and what is penalised. A RouteSAE, mlsae and random use the same classes over
-inputs taken elsewhere.
+A subclass says how x becomes f and what is penalised. A RouteSAE, mlsae and random use the same classes over rows
+taken from several layers.
 
-Dimension letters: L layers (here 1), N tokens, D width, F latents.
+Dimension letters: N tokens, D width (a crosscoder's is that of all its layers), F latents, R rows.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ WEIGHTS = "sae_weights.safetensors"
 
 
 class SingleLayerSAE(SAE):
-    """W_enc_FD and W_dec_FD hold one latent a row; on disk W_enc is [D, F], as SAELens has it.
+    """W_enc_FD and W_dec_FD hold one latent a row; on disk W_enc is [D, F], as in SAELens.
 
     architecture: SAELens' name for what is on disk. tensors: SAELens' name of each further parameter of shape [F].
     has_auxk: whether AuxK revives its dead latents.
@@ -43,24 +43,32 @@ class SingleLayerSAE(SAE):
 
     def __init__(self, recipe: Recipe, generator: torch.Generator | None = None):
         super().__init__(recipe)
-        if recipe.published:  # a linear layer's initial weights, before its columns are scaled to unit norm
-            W_enc_FD = (torch.rand(recipe.latents, recipe.width, generator=generator) * 2 - 1) * recipe.width**-0.5
+        self.W_enc_FD, self.W_dec_FD = map(nn.Parameter, self.first_weights(generator))
+        self.b_dec_D = nn.Parameter(torch.zeros(self.W_dec_FD.shape[1]))
+        for attribute in self.tensors.values():
+            self.register_parameter(attribute, nn.Parameter(torch.zeros(recipe.latents)))
+
+    def first_weights(self, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """W_enc_FD, and W_dec_FD: encoderᵀ with unit rows."""
+        latents, width = self.recipe.latents, self.recipe.width
+        if self.recipe.published:  # a linear layer's initial weights
+            W_enc_FD = (torch.rand(latents, width, generator=generator) * 2 - 1) * width**-0.5
         else:
-            W_enc_FD = torch.randn(recipe.latents, recipe.width, generator=generator)
+            W_enc_FD = torch.randn(latents, width, generator=generator)
             W_enc_FD /= W_enc_FD.norm(dim=1, keepdim=True)
-        self.W_enc_FD = nn.Parameter(W_enc_FD)
-        self.W_dec_FD = nn.Parameter(W_enc_FD / W_enc_FD.norm(dim=1, keepdim=True))  # encoderᵀ at the start
-        self.b_dec_D = nn.Parameter(torch.zeros(recipe.width))
-        for name in self.tensors.values():
-            self.register_parameter(name, nn.Parameter(torch.zeros(recipe.latents)))
+        return W_enc_FD, W_enc_FD / W_enc_FD.norm(dim=1, keepdim=True)
+
+    def read(self, x: NormalisedLayers, *, training: bool) -> Reading:
+        return Reading(x[0], x.frame())
 
     @torch.no_grad()
     def encode_at(self, hidden_RD: Tensor, scale_R1: Tensor | None = None) -> Latents:
-        """The latents of hidden states of any one layer, as they are; of an SAE that a router shares, with its
-        normalised input multiplied by scale_R1. `decode` takes them back too."""
+        """The latents of hidden states of any one layer, in the LM's units, for splicing; `decode` takes them back.
+
+        scale_R1: what a router multiplies the normalised input by.
+        """
         x = Hidden(hidden_RD[None]).normalised(self.recipe.normalize, self.scale, self.recipe.layers)
-        x_RD = x[0] if scale_R1 is None else x[0] * scale_R1
-        latents = self.latents_of(x_RD)
+        latents = self.encode_rows(x[0] if scale_R1 is None else x[0] * scale_R1)
         latents.frame = x.frame()._replace(scale=scale_R1)
         return latents
 
@@ -68,15 +76,12 @@ class SingleLayerSAE(SAE):
     def decode_rows(self, latents: Latents) -> Tensor:
         return latents.pairs.decode(latents.values_P, self.W_dec_FD, self.b_dec_D)
 
+    def encoder(self) -> Encoder:
+        return Encoder(self.W_enc_FD, self.b_enc_F, self.b_dec_D, self.chunk_rows, self.proposal)
+
     def penalty_weight(self, sparsity_factor: float) -> Tensor | float:
         """λ now; sparsity_factor, 0 to 1, warms it up."""
         raise AssertionError(f"{self.recipe.sae} has no penalty")
-
-    def read(self, x: NormalisedLayers, *, training: bool) -> Reading:
-        return Reading(x[0], x.frame())
-
-    def encoder(self) -> Encoder:
-        return Encoder(self.W_enc_FD, self.b_enc_F, self.b_dec_D, self.chunk_rows, self.proposal)
 
     def loss(self, out: Forward, dead_F: Tensor, sparsity_factor: float = 1.0) -> Objective:
         error = loss = norm_mse(out.x_ND, out.reconstruction_ND, out.weights_N)
@@ -85,8 +90,8 @@ class SingleLayerSAE(SAE):
         if out.auxiliary is not None:
             loss = loss + out.auxiliary
         if self.has_auxk and not self.recipe.published:
-            given = (out.x_ND, out.reconstruction_ND, self.encoder(), self.W_dec_FD, dead_F)
-            loss = loss + AUXK_WEIGHT * auxk(*given, out.weights_N)
+            revival = auxk(out.x_ND, out.reconstruction_ND, self.encoder(), self.W_dec_FD, dead_F, out.weights_N)
+            loss = loss + AUXK_WEIGHT * revival
         return Objective(loss, error)
 
     def centre(self, x: NormalisedLayers) -> None:
@@ -94,7 +99,7 @@ class SingleLayerSAE(SAE):
 
     @torch.no_grad()
     def start_from(self, x_ND: Tensor) -> None:
-        """b_dec to the geometric median of a sample of normalised inputs; the published code leaves it at zero."""
+        """Set b_dec to the geometric median of a normalised sample; the published code leaves it at zero."""
         if not self.recipe.published:
             self.b_dec_D.copy_(geometric_median(x_ND))
 
@@ -104,7 +109,7 @@ class SingleLayerSAE(SAE):
         if self.recipe.published:
             return {}
         factor = math.sqrt(self.recipe.width)
-        return {getattr(self, own): factor for name, own in self.tensors.items() if name != "r_mag"}
+        return {getattr(self, attribute): factor for name, attribute in self.tensors.items() if name != "r_mag"}
 
     def decoders(self) -> list[nn.Parameter]:
         return [self.W_dec_FD]
@@ -116,12 +121,12 @@ class SingleLayerSAE(SAE):
         self.b_dec_D.div_(scale)
 
     def lens_config(self) -> dict[str, Any]:
-        """What SAELens' configuration of this architecture has beside what all have."""
+        """The fields that SAELens' configuration has for this architecture alone."""
         return {}
 
     def files(self) -> dict[str, dict[str, Tensor]]:
-        named = {name: getattr(self, own) for name, own in self.tensors.items()}
-        tensors = {"W_enc": self.W_enc_FD.T, "W_dec": self.W_dec_FD, "b_dec": self.b_dec_D, **named}
+        further = {name: getattr(self, attribute) for name, attribute in self.tensors.items()}
+        tensors = {"W_enc": self.W_enc_FD.T, "W_dec": self.W_dec_FD, "b_dec": self.b_dec_D, **further}
         return {WEIGHTS: {name: tensor.detach() for name, tensor in tensors.items()}}
 
     def load_files(self, files: dict[str, dict[str, Tensor]]) -> None:
@@ -131,12 +136,12 @@ class SingleLayerSAE(SAE):
         self.W_enc_FD = nn.Parameter(tensors["W_enc"].T.contiguous())
         self.W_dec_FD = nn.Parameter(tensors["W_dec"])
         self.b_dec_D = nn.Parameter(tensors["b_dec"])
-        for name, own in self.tensors.items():
-            setattr(self, own, nn.Parameter(tensors[name]))
+        for name, attribute in self.tensors.items():
+            setattr(self, attribute, nn.Parameter(tensors[name]))
 
 
 def checked(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], file: str) -> dict[str, Tensor]:
-    """The tensors named in `shapes`, float32. Raises WrongInput where one is missing or of another shape."""
+    """The tensors named in `shapes`, float32. Raises WrongInput if one is missing or has another shape."""
     if missing := sorted(set(shapes) - set(tensors)):
         raise WrongInput(f"{file} holds no {', '.join(missing)}; train the SAE again or copy it whole")
     for name, shape in shapes.items():

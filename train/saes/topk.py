@@ -35,7 +35,7 @@ class TopK(SingleLayerSAE):
         return Forward(x_ND, reconstruction_ND, Latents(f_M, pairs), weights_N=weights_N)
 
     @torch.no_grad()
-    def encode_rows(self, x_ND: Tensor) -> Latents:
+    def latents_of(self, x_ND: Tensor) -> Latents:
         return topk_latents(x_ND, self.encoder(), self.k)
 
     def lens_config(self) -> dict[str, Any]:

@@ -17,21 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from routesae.train.losses import mean_over_rows
-from routesae.train.saes.penalty import PenaltyWeight
-from routesae.train.saes.sae import Forward, Recipe
-from routesae.train.saes.single import SingleLayerSAE
-from routesae.train.saes.starts import least_active
+from routesae.train.saes.penalty import SteeredSAE
+from routesae.train.saes.sae import Forward
 from routesae.train.sparse.kernels import encode_above, threshold_latents
 from routesae.train.sparse.pairs import Latents
 
 
-class Vanilla(SingleLayerSAE):
+class Vanilla(SteeredSAE):
     architecture = "standard"
-    penalised = True
-
-    def __init__(self, recipe: Recipe, generator: torch.Generator | None = None):
-        super().__init__(recipe, generator)
-        self.penalty = PenaltyWeight(recipe)
 
     def autoencode(self, x_ND: Tensor, weights_N: Tensor | None = None) -> Forward:
         pairs, z_P = encode_above(x_ND, self.encoder(), torch.zeros_like(self.b_enc_F))
@@ -42,25 +35,19 @@ class Vanilla(SingleLayerSAE):
         if self.recipe.published:
             penalty_N = pairs.by_token(f_P) / self.recipe.latents
         else:
-            penalty_N = pairs.by_token(f_P, self.W_dec_FD.norm(dim=1))
+            penalty_N = pairs.by_token(f_P, self.decoder_norms())
         reconstruction_ND = pairs.decode(f_P, self.W_dec_FD, self.b_dec_D)
         penalty = mean_over_rows(penalty_N, weights_N)
         return Forward(x_ND, reconstruction_ND, latents, penalty, weights_N=weights_N)
 
     @torch.no_grad()
-    def start_from(self, x_ND: Tensor) -> None:
-        super().start_from(x_ND)
-        self.penalty.start(x_ND)
-        if not self.recipe.published:
-            self.b_enc_F.copy_(-least_active(x_ND - self.b_dec_D, self.W_enc_FD, self.k))
-
-    def penalty_weight(self, sparsity_factor: float) -> Tensor | float:
-        weight: Tensor | float = self.penalty(sparsity_factor)
-        return weight
-
-    @torch.no_grad()
-    def encode_rows(self, x_ND: Tensor) -> Latents:
+    def latents_of(self, x_ND: Tensor) -> Latents:
         return threshold_latents(x_ND, self.encoder(), torch.zeros_like(self.b_enc_F))
+
+    def decoder_norms(self) -> Tensor:
+        """‖d_i‖, [F]."""
+        norms_F: Tensor = self.W_dec_FD.norm(dim=1)
+        return norms_F
 
     def decoders(self) -> list[nn.Parameter]:
         return [self.W_dec_FD] if self.recipe.published else []

@@ -82,7 +82,7 @@ def random_sae(name: str, *, layers: tuple[int, ...] = (1, 2, 3), **changes: Any
     with torch.no_grad():
         if isinstance(sae, Crosscoder):
             sae.b_enc_F.normal_(0, 0.3, generator=generator)
-            sae.b_dec_C.normal_(0, 0.3, generator=generator)
+            sae.b_dec_D.normal_(0, 0.3, generator=generator)
             return sae.requires_grad_(False).eval()
         dictionary = sae.shared if isinstance(sae, RouteSAE) else sae
         assert isinstance(dictionary, SingleLayerSAE)
@@ -131,12 +131,12 @@ def crosscoder_by_hand(sae: Crosscoder, hidden: Mapping[int, Tensor], error_term
     mean = {layer: hidden[layer].mean() for layer in layers}
     std = {layer: hidden[layer].std() + 1e-6 for layer in layers}
     x_C = torch.cat([(hidden[layer] - mean[layer]) / std[layer] for layer in layers])
-    f_F = (sae.W_enc_FC @ x_C + sae.b_enc_F).relu()
+    f_F = (sae.W_enc_FD @ x_C + sae.b_enc_F).relu()
     new = {}
     for at, layer in enumerate(layers):
         columns = slice(at * WIDTH, (at + 1) * WIDTH)
         plain_D, moved_D = (
-            (f @ sae.W_dec_FC[:, columns] + sae.b_dec_C[columns]) * std[layer] + mean[layer]
+            (f @ sae.W_dec_FD[:, columns] + sae.b_dec_D[columns]) * std[layer] + mean[layer]
             for f in (f_F, changed_by_hand(f_F))
         )
         new[layer] = moved_D + (hidden[layer] - plain_D if error_term else 0)

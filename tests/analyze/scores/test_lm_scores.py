@@ -77,7 +77,7 @@ def random_sae(name: str, layers: tuple[int, ...], *, seed: int = 0, **changes: 
     with torch.no_grad():
         if isinstance(sae, Crosscoder):
             sae.b_enc_F.normal_(0, 0.3, generator=generator)
-            sae.b_dec_C.normal_(0, 0.3, generator=generator)
+            sae.b_dec_D.normal_(0, 0.3, generator=generator)
             return sae.requires_grad_(False).eval()
         dictionary = dictionary_of(sae)
         for own in dictionary.tensors.values():
@@ -152,12 +152,12 @@ def naive_reconstruction(sae: SAE, hidden_D: Tensor, scale: float) -> Tensor:
 def naive_crosscoded(sae: Crosscoder, hidden: Sequence[Tensor], layer: int, position: int) -> Tensor:
     """One token's reconstruction at one layer, from what all layers were in the clean pass."""
     layers = sae.recipe.layers
-    W_enc_FLD, W_dec_FLD = (W_FC.view(-1, len(layers), WIDTH) for W_FC in (sae.W_enc_FC, sae.W_dec_FC))
+    W_enc_FLD, W_dec_FLD = (W_FC.view(-1, len(layers), WIDTH) for W_FC in (sae.W_enc_FD, sae.W_dec_FD))
     z_F = sae.b_enc_F.clone()
     for at, read in enumerate(layers):
         z_F += W_enc_FLD[:, at] @ naive_normalised(sae, hidden[read - 1][position])[0]
     at = layers.index(layer)
-    x_D = W_dec_FLD[:, at].T @ z_F.clamp(min=0) + sae.b_dec_C.view(-1, WIDTH)[at]
+    x_D = W_dec_FLD[:, at].T @ z_F.clamp(min=0) + sae.b_dec_D.view(-1, WIDTH)[at]
     _, std, mean = naive_normalised(sae, hidden[layer - 1][position])
     return x_D * std + mean
 

@@ -46,7 +46,7 @@ def random_x(sae: SAE) -> Tensor:
 def pre_activations(sae: SAE, input_ND: Tensor) -> Tensor:
     """z by the equation."""
     if isinstance(sae, Crosscoder):
-        return input_ND @ sae.W_enc_FC.T + sae.b_enc_F
+        return input_ND @ sae.W_enc_FD.T + sae.b_enc_F
     dictionary = sae.shared if isinstance(sae, RouteSAE) else sae
     assert isinstance(dictionary, SingleLayerSAE)
     return (input_ND - dictionary.b_dec_D) @ dictionary.W_enc_FD.T + dictionary.b_enc_F
@@ -65,7 +65,7 @@ def test_a_view_has_the_latents_of_the_equation(name: str, sparsity: dict[str, A
         expected_NF = torch.where(z_NF > sparsity["theta"], z_NF, 0)
     torch.testing.assert_close(out.latents.dense(), expected_NF, atol=1e-5, rtol=1e-5)
     W_dec, b_dec = (
-        (sae.W_dec_FC, sae.b_dec_C)
+        (sae.W_dec_FD, sae.b_dec_D)
         if isinstance(sae, Crosscoder)
         else ((d := getattr(sae, "shared", sae)).W_dec_FD, d.b_dec_D)
     )

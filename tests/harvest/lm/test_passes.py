@@ -140,7 +140,7 @@ def random_sae(name: str, layers: tuple[int, ...], *, seed: int = 0, **changes: 
     with torch.no_grad():
         if isinstance(sae, Crosscoder):
             sae.b_enc_F.normal_(0, 0.3, generator=generator)
-            sae.b_dec_C.normal_(0, 0.3, generator=generator)
+            sae.b_dec_D.normal_(0, 0.3, generator=generator)
             return sae.requires_grad_(False).eval()
         dictionary = sae.shared if isinstance(sae, RouteSAE) else sae
         assert isinstance(dictionary, SingleLayerSAE)

@@ -71,12 +71,12 @@ def crosscoded_by_hand(
     for n in range(N):
         z_F = W["b_enc_F"]
         for layer, own in enumerate(blocks):
-            z_F = z_F + W["W_enc_FC"][:, own] @ x_LND[layer, n]
+            z_F = z_F + W["W_enc_FD"][:, own] @ x_LND[layer, n]
         f_F = z_F.clamp(min=0)
-        rows = [f_F @ W["W_dec_FC"][:, own] + W["b_dec_C"][own] for own in blocks]
+        rows = [f_F @ W["W_dec_FD"][:, own] + W["b_dec_D"][own] for own in blocks]
         errors = sum(((x_LND[layer, n] - rows[layer]) ** 2).sum() for layer in range(L))
         loss = loss + errors / sum((x_LND[layer, n] ** 2).sum() for layer in range(L)) / N
-        norms_F = sum((W["W_dec_FC"][:, own] ** 2).sum(1).sqrt() for own in blocks)
+        norms_F = sum((W["W_dec_FD"][:, own] ** 2).sum(1).sqrt() for own in blocks)
         penalty = f_F.mean() if sae.recipe.published else (f_F * norms_F).sum()
         loss = loss + sae.recipe.sparsity * penalty / N
         latents.append(f_F.detach())
@@ -122,14 +122,14 @@ def test_the_crosscoder_starts_with_unit_rows_and_its_transpose_and_from_the_lay
     recipe = Recipe(sae="crosscoder", layers=(4, 6, 9), width=D, latents=LATENTS, k=K)
     sae, x_LND = build(recipe, torch.Generator().manual_seed(0)), normalised()
     assert isinstance(sae, Crosscoder)
-    torch.testing.assert_close(sae.W_enc_FC.norm(dim=1), torch.ones(LATENTS))
-    assert torch.equal(sae.W_enc_FC, sae.W_dec_FC)
+    torch.testing.assert_close(sae.W_enc_FD.norm(dim=1), torch.ones(LATENTS))
+    assert torch.equal(sae.W_enc_FD, sae.W_dec_FD)
     sae.initialise(Normalised(x_LND))
     for layer in range(L):
         own = slice(layer * D, (layer + 1) * D)
-        torch.testing.assert_close(sae.b_dec_C[own].detach(), geometric_median(x_LND[layer]))
+        torch.testing.assert_close(sae.b_dec_D[own].detach(), geometric_median(x_LND[layer]))
     # f starts as that of x − b_d, lowered alike for all latents until k are active a token
-    z_NF = (x_LND.transpose(0, 1).flatten(1) - sae.b_dec_C) @ sae.W_enc_FC.T
+    z_NF = (x_LND.transpose(0, 1).flatten(1) - sae.b_dec_D) @ sae.W_enc_FD.T
     f_NF = sae(Normalised(x_LND)).latents.dense()
     assert K * N <= f_NF.count_nonzero() <= K * N + 1  # the next lies at zero, or above it by rounding
     least = torch.topk(z_NF.flatten(), K * N + 1).values[-1]
@@ -141,21 +141,21 @@ def test_the_published_crosscoder_has_no_decoder_bias_and_unit_rows_a_layer_afte
     assert isinstance(sae, Crosscoder)
     assert isinstance(free, Crosscoder)
     sae.initialise(Normalised(normalised()))
-    assert sae.b_dec_C.count_nonzero() == 0
-    assert not sae.b_dec_C.requires_grad
-    assert free.b_dec_C.requires_grad
-    before_FC = free.W_dec_FC.detach().clone()
+    assert sae.b_dec_D.count_nonzero() == 0
+    assert not sae.b_dec_D.requires_grad
+    assert free.b_dec_D.requires_grad
+    before_FC = free.W_dec_FD.detach().clone()
     done = []
     for step in range(1, 15):
         with torch.no_grad():
-            sae.W_dec_FC.mul_(1.5)
+            sae.W_dec_FD.mul_(1.5)
         sae.normalise_decoder(step, last=step == 14)
         free.normalise_decoder(step, last=step == 14)
-        norms_FL = sae.W_dec_FC.view(LATENTS, L, D).norm(dim=2)
+        norms_FL = sae.W_dec_FD.view(LATENTS, L, D).norm(dim=2)
         if torch.allclose(norms_FL, torch.ones(LATENTS, L), atol=1e-5):
             done.append(step)
     assert done == [1, 11, 14]
-    assert torch.equal(free.W_dec_FC, before_FC)
+    assert torch.equal(free.W_dec_FD, before_FC)
 
 
 def test_training_steers_the_crosscoders_lambda_towards_k_active_latents() -> None:
@@ -266,7 +266,7 @@ def test_published_mlsae_is_renormalised_after_every_step_and_random_after_every
 def test_the_published_crosscoder_starts_with_unit_decoder_rows_a_layer_along_linear_encoders() -> None:
     recipe = Recipe(sae="crosscoder", layers=(4, 6, 9), width=D, latents=LATENTS, k=K, published=True, sparsity=0.1)
     sae = build(recipe, torch.Generator().manual_seed(0))
-    W_enc_FLD, W_dec_FLD = (W_FC.detach().view(LATENTS, L, D) for W_FC in (sae.W_enc_FC, sae.W_dec_FC))
+    W_enc_FLD, W_dec_FLD = (W_FC.detach().view(LATENTS, L, D) for W_FC in (sae.W_enc_FD, sae.W_dec_FD))
     torch.testing.assert_close(W_dec_FLD.norm(dim=2), torch.ones(LATENTS, L))
     torch.testing.assert_close(W_dec_FLD * W_enc_FLD.norm(dim=2, keepdim=True), W_enc_FLD)
     assert W_enc_FLD.abs().max() <= D**-0.5

@@ -68,7 +68,7 @@ def make(case: dict[str, Any], x_LND: Tensor) -> SAE:
     if isinstance(sae, RouteSAE):
         sae.router_LD.mul_(5)
     inner, x_ND = dictionary(sae), sae(Normalised(x_LND)).x_ND
-    z_NF = x_ND @ inner.W_enc_FC.T if isinstance(inner, Crosscoder) else (x_ND - inner.b_dec_D) @ inner.W_enc_FD.T
+    z_NF = x_ND @ inner.W_enc_FD.T if isinstance(inner, Crosscoder) else (x_ND - inner.b_dec_D) @ inner.W_enc_FD.T
     least = torch.topk(z_NF.flatten(), z_NF.numel() // 50).values[-1]
     if hasattr(inner, "threshold_F"):
         inner.threshold_F.add_(least - inner.threshold_F.min() + 0.25)
