@@ -70,8 +70,9 @@ def places(sae: SAE, hidden: Mapping[int, Tensor], kept_BT: Tensor) -> dict[int,
     """{layer: (mask_BT of what is replaced there, scale_BT of the SAE's input)}."""
     layers, one_BT = sae.recipe.layers, torch.ones_like(kept_BT, dtype=torch.float32)
     if isinstance(sae, RouteSAE):
-        at_N, scale_N = sae.routes(Hidden(torch.stack([hidden[layer].flatten(0, 1) for layer in layers])))
-        at_BT, scale_BT = at_N.view(kept_BT.shape), scale_N.view(kept_BT.shape)
+        _, at_N, scale_N, _ = sae.routes(Hidden(torch.stack([hidden[layer].flatten(0, 1) for layer in layers])))
+        at_BT = at_N.view(kept_BT.shape)
+        scale_BT = one_BT if scale_N is None else scale_N.view(kept_BT.shape)
         return {layer: (kept_BT & (at_BT == at), scale_BT) for at, layer in enumerate(layers)}
     if isinstance(sae, Crosscoder):
         return dict.fromkeys(layers, (kept_BT, one_BT))

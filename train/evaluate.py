@@ -20,8 +20,7 @@ from routesae.reporting import Progress, Report, WrongInput, silent
 from routesae.train.loading.batches import Selection, cut_plans, load
 from routesae.train.losses import squared_error_shares
 from routesae.train.saes import SAE, Forward, Recipe
-from routesae.train.saes.normalise import Hidden
-from routesae.train.saes.routers import places_of
+from routesae.train.saes.normalise import Hidden, places_of
 
 BATCH_TOKENS = 4096
 

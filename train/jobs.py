@@ -21,7 +21,7 @@ from routesae.reporting import WrongInput
 from routesae.train.folder.checkpoint import CONFIG, read_config
 from routesae.train.saes import SINGLE_LAYER, Recipe, build
 from routesae.train.saes.matryoshka import default_prefixes
-from routesae.train.saes.routers import CONTROLS
+from routesae.train.saes.sae import CONTROLS
 from routesae.train.settings import RunSettings, TrainSettings
 from routesae.train.state import drop_checkpoints, load_checkpoint, newest_step, partial_folder, require_same
 

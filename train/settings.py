@@ -128,7 +128,7 @@ class RunSettings(Settings):
     recipe: str = setting(
         "routesae",
         OPTIMISER,
-        "Objective, schedules and Adam's epsilon. published trains as the published RouteSAE code does, except that a "
+        "Objective, schedules and Adam's epsilon. published trains as the published RouteSAE code, but a "
         "jumprelu's thresholds below 0 act as 0, a topk's latents are never below 0, and random draws its layer from "
         "those harvested.",
         choices=("routesae", "published"),

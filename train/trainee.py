@@ -12,15 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from routesae.reporting import FailedRun
-from routesae.train.adam import EPSILON, PUBLISHED_EPSILON, Adam
 from routesae.train.jobs import Job
 from routesae.train.log import StepLog
 from routesae.train.losses import Objective
+from routesae.train.optimiser import EPSILON, PUBLISHED_EPSILON, Adam, annealed_k, lr_factor, sparsity_factor
 from routesae.train.ranks.distributed import ALONE, Ranks, batch_sum, is_divided, local_rows, whole
 from routesae.train.ranks.sharding import copy_whole, shard
 from routesae.train.saes import SAE, build
 from routesae.train.saes.normalise import Hidden
-from routesae.train.schedule import annealed_k, lr_factor, sparsity_factor
 from routesae.train.state import load_checkpoint, save_checkpoint
 
 # SAELens and dictionary_learning clip the gradient of ‖x − x̂‖², D times NormMSE's, at 1. That clips every step, so
@@ -88,7 +87,8 @@ class Trainee:
         dead_F = self.idle_tokens_F >= pace.dead_after_tokens
         counts_F = torch.zeros_like(self.idle_tokens_F)
         objectives = []
-        for sae.turn in range(sae.turns):
+        for turn in range(sae.turns):
+            sae.turn = turn
             with torch.autocast(self.device.type, pace.precision, enabled=pace.precision != torch.float32):
                 out = sae(hidden)
                 objective = sae.loss(out, dead_F, warmth)

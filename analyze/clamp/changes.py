@@ -96,7 +96,7 @@ class Clamp:
     def edits(self, hidden: Mapping[int, Tensor], kept_BT: Tensor, place_BT: Tensor | None = None) -> dict[int, Edit]:
         """{layer: edit} for one pass. hidden: {layer: hidden_BTD} of `layers_read`, from a pass without edits.
 
-        kept_BT: bool, the positions to be replaced. place_BT: each token's id and position (routers.places_of).
+        kept_BT: bool, the positions to be replaced. place_BT: each token's id and position (normalise.places_of).
         """
         if not bool(kept_BT.any()):
             return {}

@@ -32,7 +32,7 @@ from routesae.analyze.clamp.changes import Clamp
 from routesae.harvest.lm.model import LanguageModel
 from routesae.harvest.lm.passes import capturing, editing, logits
 from routesae.reporting import WrongInput
-from routesae.train.saes.routers import places_of
+from routesae.train.saes.normalise import places_of
 
 Pick = Callable[[int, Tensor], Tensor]
 """(step, log_p_BV on the LM's device) → the next token ids_B."""

@@ -32,8 +32,7 @@ from routesae.harvest.cache.reader import Cache, Shard, damaged
 from routesae.reporting import Progress, Report, WrongInput, silent
 from routesae.train.loading.batches import BLOCK_ROWS, Batch, Block, Plan, Selection, cut_plans, load
 from routesae.train.saes import SAE
-from routesae.train.saes.normalise import Hidden
-from routesae.train.saes.routers import places_of
+from routesae.train.saes.normalise import Hidden, places_of
 
 
 class Collected(NamedTuple):

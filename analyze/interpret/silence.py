@@ -21,8 +21,7 @@ from routesae.reporting import WrongInput
 from routesae.train.evaluate import require_fit
 from routesae.train.folder.checkpoint import CONFIG, load_sae
 from routesae.train.loading.batches import Selection, cut_plans, load
-from routesae.train.saes.normalise import Hidden
-from routesae.train.saes.routers import places_of
+from routesae.train.saes.normalise import Hidden, places_of
 
 POOL_TOKENS = 16_384  # enough for ten texts of any latent that is not active nearly everywhere
 BATCH_TOKENS = 512  # all F latents of so many exist at once

@@ -21,8 +21,7 @@ from routesae.reporting import Progress, Report, WrongInput, silent
 from routesae.train.evaluate import BATCH_TOKENS, require_fit
 from routesae.train.loading.batches import Selection, cut_plans, load
 from routesae.train.saes import SAE
-from routesae.train.saes.normalise import Hidden
-from routesae.train.saes.routers import places_of
+from routesae.train.saes.normalise import Hidden, places_of
 from routesae.train.saes.routesae import RouteSAE
 
 CLASSES = 40
@@ -75,4 +74,4 @@ def _routed(sae: RouteSAE, hidden: Hidden) -> Tensor:
     """routed_NL, the share of each layer in each token; they sum to 1."""
     if sae.recipe.routing == "soft":
         return sae.routing(hidden)
-    return torch.nn.functional.one_hot(sae.routes(hidden).at_N, len(sae.recipe.layers))
+    return torch.nn.functional.one_hot(sae.routes(hidden).at_R, len(sae.recipe.layers))

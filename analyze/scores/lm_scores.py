@@ -26,7 +26,7 @@ from routesae.harvest.lm.model import LanguageModel
 from routesae.harvest.lm.passes import clean_pass, logits, spliced_pass
 from routesae.reporting import Progress, Report, silent
 from routesae.train.saes import SAE, RouteSAE
-from routesae.train.saes.routers import places_of
+from routesae.train.saes.normalise import places_of
 
 CHUNK_POSITIONS = 256  # positions whose logits exist at a time: 50 MB each pass at SmolLM2's 49,152 tokens
 PASSES_HELD = 8  # passes whose final states, [B, T, D] each, are held at a time and compared with the same logits

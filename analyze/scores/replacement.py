@@ -57,8 +57,8 @@ def edits(
     """The splice of `sae` into one batch of rows: {layer: edit}, without layers at which no position is replaced.
 
     hidden: the clean pass's {layer: hidden_BTD} of the SAE's layers. kept_BT: bool, positions that may be replaced.
-    place_BT: each token's id and position (routers.places_of), for a random router. reconstruct: by layer, what gives
-    the replacements if not the SAE; hidden is then only read to route. zero: put zeros in their place, which is what
+    place_BT: each token's id and position (`places_of`), for a random router. reconstruct: by layer, what gives the
+    replacements if not the SAE; hidden is then only read to route. zero: put zeros in their place, which is what
     Recovered measures against.
     """
     layers = spliced_layers(sae)
@@ -69,11 +69,13 @@ def edits(
     elif reconstruct is None:
         reconstruct = dict.fromkeys(layers, _by_dictionary(sae))
     # Of each layer the positions replaced, and what the SAE's input there is multiplied by.
-    sites = dict.fromkeys(layers, (kept_BT, torch.ones(kept_BT.shape, device=kept_BT.device)))
+    ones_BT = torch.ones(kept_BT.shape, device=kept_BT.device)
+    sites = dict.fromkeys(layers, (kept_BT, ones_BT))
     if isinstance(sae, RouteSAE):
         hidden_LND = torch.stack([hidden[layer].flatten(0, 1) for layer in layers])
         routes = sae.routes(Hidden(hidden_LND, place_N=None if place_BT is None else place_BT.flatten()))
-        at_BT, scale_BT = routes.at_N.view(kept_BT.shape), routes.scale_N.view(kept_BT.shape)
+        at_BT = routes.at_R.view(kept_BT.shape)
+        scale_BT = ones_BT if routes.scale_R is None else routes.scale_R.view(kept_BT.shape)
         sites = {layer: (kept_BT & (at_BT == at), scale_BT) for at, layer in enumerate(layers)}
     return {layer: _replacing(*site, reconstruct[layer]) for layer, site in sites.items() if bool(site[0].any())}
 

@@ -28,9 +28,10 @@ from routesae.harvest.settings import HarvestSettings
 from routesae.reporting import FailedRun, Progress, Stopped, WrongInput
 from routesae.train.folder.checkpoint import load_sae, read_recipe
 from routesae.train.loading.batches import Selection, epoch_plans, load
+from routesae.train.optimiser import lr_factor
 from routesae.train.run import TrainResult, train
 from routesae.train.saes import SAES, Recipe, build
-from routesae.train.schedule import lr_factor
+from routesae.train.saes.normalise import Hidden
 from routesae.train.settings import RunSettings, TrainSettings
 from routesae.train.state import checkpoint_file, drop_checkpoints, load_checkpoint, save_checkpoint
 
@@ -638,14 +639,13 @@ def test_an_sae_trained_on_rescaled_states_is_saved_as_the_same_function_of_raw_
     tiny_cache: Cache, run: Pass, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setattr("routesae.train.run.drop_checkpoints", lambda folder, but=None: None)
-    own = {field: getattr(RUNS[name], field) for field in RunSettings.__dataclass_fields__}
-    (result,) = run([], tmp_path, runs=(RunSettings(**{**own, "normalize": "dataset"}),))
+    (result,) = run([], tmp_path, runs=(RUNS[name].replace(normalize="dataset"),))
     recipe = read_recipe(result.folder)
     assert recipe.normalize == "none"
     trained = build(Recipe(**{**recipe.__dict__, "normalize": "dataset"})).eval()
     tensors, _ = load_checkpoint(result.folder, STEPS)
     trained.load_state_dict({key[4:]: tensor for key, tensor in tensors.items() if key.startswith("sae.")})
-    scale = float(tensors["scale"])
+    scale = trained.scale = float(tensors["scale"])
     held_out = Selection(tiny_cache, tiny_cache.manifest.train_rows, tiny_cache.manifest.rows, recipe.layers)
     plans = epoch_plans(held_out, seed=0, epoch=0, batch_tokens=len(held_out))
     (h_LND,) = (batch.hidden_LND.float().clone() for batch in load(held_out, plans, len(held_out), CPU))
@@ -655,7 +655,7 @@ def test_an_sae_trained_on_rescaled_states_is_saved_as_the_same_function_of_raw_
     assert scale != pytest.approx(1, rel=0.05)
     saved = load_sae(result.folder, CPU)
     with torch.no_grad():
-        raw, rescaled = saved(h_LND), trained(scale * h_LND)
+        raw, rescaled = saved(Hidden(h_LND)), trained(Hidden(h_LND))
     torch.testing.assert_close(raw.reconstruction_ND * scale, rescaled.reconstruction_ND, rtol=1e-3, atol=1e-3)
     # NormMSE is the mean of each row's share; a crosscoder's layers count together.
     naive = []

@@ -26,9 +26,10 @@ from routesae.train.jobs import Job
 from routesae.train.loading.batches import Batch, Batches, Selection, load
 from routesae.train.log import StepLog
 from routesae.train.losses import Objective
+from routesae.train.optimiser import lr_factor
 from routesae.train.run import INITIAL_SAMPLE_TOKENS, TrainResult, fit, planned, train
 from routesae.train.saes import SAE, Forward, Recipe, build
-from routesae.train.schedule import lr_factor
+from routesae.train.saes.normalise import Hidden
 from routesae.train.settings import TrainSettings
 from routesae.train.sparse import search
 from routesae.train.sparse.pairs import Latents
@@ -236,14 +237,14 @@ def test_the_log_says_of_each_stretch_of_steps_what_the_steps_did(
         for at, (out, size) in enumerate(zip(outs, sizes, strict=True)):
             # AuxK works on the latents that were dead before the step.
             assert recorded.dead[begin + at].tolist() == [n >= 2500 for n in idle]
-            fired = set(out.latents.indices_NK[out.latents.values_NK > 0].tolist())
+            fired = set(out.latents.active()[1].tolist())
             idle = [0 if latent in fired else n + size for latent, n in enumerate(idle)]
         tokens += sum(sizes)
         error = l0 = 0.0
         for out in outs:
             shares_N = (out.x_ND - out.reconstruction_ND).square().sum(1) / out.x_ND.square().sum(1)
             error += float(shares_N.double().sum())
-            l0 += int((out.latents.values_NK > 0).sum())
+            l0 += len(out.latents.active()[0])
         assert line["tokens"] == tokens
         assert line["norm_mse"] == pytest.approx(error / sum(sizes), rel=1e-4)
         assert line["l0"] == pytest.approx(l0 / sum(sizes), rel=1e-6)
@@ -647,8 +648,8 @@ def test_weights_that_become_no_numbers_are_found_before_they_replace_a_checkpoi
     given = {"name": "mine", "checkpoint_every_steps": 1, "log_every_steps": 1000}
     inner = Trainee.step
 
-    def broken_at_4(trainee: Trainee, step: int, inputs: Any) -> None:
-        inner(trainee, step, inputs)
+    def broken_at_4(trainee: Trainee, step: int, hidden: Hidden, tokens: int) -> None:
+        inner(trainee, step, hidden, tokens)
         if step == 4:
             trainee.adam.squares[0].view(-1)[0] = torch.inf
 

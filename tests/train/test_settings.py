@@ -10,7 +10,7 @@ import pytest
 from routesae.machine.settings import described
 from routesae.reporting import WrongInput
 from routesae.train.saes import PENALISED, SAES
-from routesae.train.saes.routers import ROUTERS
+from routesae.train.saes.sae import ROUTERS
 from routesae.train.settings import RunSettings, TrainSettings, settings_of, variants
 
 

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from routesae.train.ranks.distributed import local_rows
 from routesae.train.saes.normalise import NormalisedLayers
 from routesae.train.saes.sae import PUBLISHED_DECODER_STEPS, Reading, Recipe, to_unit_rows
-from routesae.train.saes.single import checked
-from routesae.train.saes.starts import geometric_median, least_active
+from routesae.train.saes.single import checked, geometric_median, least_active
 from routesae.train.saes.vanilla import Vanilla
 from routesae.train.sparse.pairs import Latents
 from routesae.train.sparse.search import Encoder

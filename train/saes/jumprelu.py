@@ -26,8 +26,7 @@ from torch import Tensor, nn
 
 from routesae.train.losses import Objective, mean_over_rows
 from routesae.train.saes.sae import Forward, Recipe
-from routesae.train.saes.single import SingleLayerSAE
-from routesae.train.saes.starts import least_active
+from routesae.train.saes.single import SingleLayerSAE, least_active
 from routesae.train.sparse.kernels import encode_above, encode_all, threshold_latents
 from routesae.train.sparse.pairs import AllPairs, Latents, Pairs
 
@@ -89,40 +88,26 @@ class JumpReLU(SingleLayerSAE):
         return threshold_latents(x_ND, self.encoder(), self.threshold_F)
 
 
-class _JumpReLU(torch.autograd.Function):
+class _Jump(torch.autograd.Function):
+    """z·1[z > θ], or with `counts` 1[z > θ] alone."""
+
     @staticmethod
-    def forward(ctx: Any, z_P: Tensor, threshold_P: Tensor, bandwidth: float) -> Tensor:
+    def forward(ctx: Any, z_P: Tensor, threshold_P: Tensor, bandwidth: float, counts: bool) -> Tensor:
         ctx.save_for_backward(z_P, threshold_P)
-        ctx.bandwidth = bandwidth
-        return torch.where(z_P > threshold_P, z_P, 0)
+        ctx.bandwidth, ctx.counts = bandwidth, counts
+        above_P = z_P > threshold_P
+        return above_P.to(z_P.dtype) if counts else torch.where(above_P, z_P, 0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         z_P, threshold_P = ctx.saved_tensors
         (g_P,) = grads
-        near_P = rectangle(z_P, threshold_P, ctx.bandwidth)
-        d_threshold = (g_P * near_P).sum_to_size(threshold_P.shape) * (-threshold_P / ctx.bandwidth)
-        return torch.where(z_P > threshold_P, g_P, 0), d_threshold, None
-
-
-class _Step(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, z_P: Tensor, threshold_P: Tensor, bandwidth: float) -> Tensor:
-        ctx.save_for_backward(z_P, threshold_P)
-        ctx.bandwidth = bandwidth
-        return (z_P > threshold_P).to(z_P.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        z_P, threshold_P = ctx.saved_tensors
-        (g_P,) = grads
-        near_P = rectangle(z_P, threshold_P, ctx.bandwidth)
-        return None, (g_P * near_P).sum_to_size(threshold_P.shape) * (-1 / ctx.bandwidth), None
-
-
-def rectangle(z_P: Tensor, threshold_P: Tensor, bandwidth: float) -> Tensor:
-    """bool: K((z − θ)/ε), the kernel that stands for the derivative of a step (2407.14435, eq. 11–12)."""
-    return (z_P - threshold_P).abs() < bandwidth / 2
+        # K((z − θ)/ε), the rectangle kernel that stands for the derivative of a step.
+        near_P = (z_P - threshold_P).abs() < ctx.bandwidth / 2
+        near = (g_P * near_P).sum_to_size(threshold_P.shape)
+        if ctx.counts:
+            return None, near * (-1 / ctx.bandwidth), None, None
+        return torch.where(z_P > threshold_P, g_P, 0), near * (-threshold_P / ctx.bandwidth), None, None
 
 
 def jumprelu(z_P: Tensor, threshold_P: Tensor, bandwidth: float) -> Tensor:
@@ -130,9 +115,9 @@ def jumprelu(z_P: Tensor, threshold_P: Tensor, bandwidth: float) -> Tensor:
 
     threshold_P: of z's shape, or [F] for z_NF.
     """
-    return _JumpReLU.apply(z_P, threshold_P, bandwidth)  # type: ignore[no-any-return, no-untyped-call]
+    return _Jump.apply(z_P, threshold_P, bandwidth, False)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def step(z_P: Tensor, threshold_P: Tensor, bandwidth: float) -> Tensor:
     """1[z > θ] as numbers; its gradient to θ is −1/ε·K((z − θ)/ε), and none to z (2407.14435, eq. 12)."""
-    return _Step.apply(z_P, threshold_P, bandwidth)  # type: ignore[no-any-return, no-untyped-call]
+    return _Jump.apply(z_P, threshold_P, bandwidth, True)  # type: ignore[no-any-return, no-untyped-call]

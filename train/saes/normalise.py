@@ -12,7 +12,7 @@ Dimension letters: L layers, N tokens, D width, R rows: a token's reading of one
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from typing import Any
 
@@ -37,12 +37,17 @@ def normalise(hidden_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return centred_ND.div_(std_N1), mean_N1, std_N1
 
 
-class Hidden:
-    """Hidden states of a batch, in the LM's own units, for any number of SAEs to read.
+def places_of(token_ids: Tensor, positions: Tensor) -> Tensor:
+    """int64, of their shape: one number for each token's id and its position in its row."""
+    return positions.long() * 2**32 + token_ids
 
-    hidden_LND: of any float dtype. mean_LN1, std_LN1: each token's mean and unbiased std over D, where they are known
-    (a cache holds them). place_N: each token's id and position (routers.places_of), which a random router goes by.
-    layers: the numbers of the L layers, where there are others than an SAE reads.
+
+class Hidden:
+    """Hidden states of a batch, in the LM's units, for any number of SAEs to read.
+
+    hidden_LND: of any float dtype. mean_LN1, std_LN1: each token's mean and unbiased std over D, if known, as a cache
+    has them. place_N: each token's id and position (`places_of`), which a random router goes by. layers: the numbers
+    of the L layers; None if they are those of the SAE.
     """
 
     def __init__(
@@ -55,42 +60,33 @@ class Hidden:
         layers: Sequence[int] | None = None,
     ):
         self.hidden_LND, self.mean_LN1, self.std_LN1, self.place_N = hidden_LND, mean_LN1, std_LN1, place_N
-        self.layers = None if layers is None else list(layers)
+        self.tokens, self.layers = hidden_LND.shape[1], layers
         self._normalised: dict[tuple[str, float], NormalisedLayers] = {}
-
-    @property
-    def tokens(self) -> int:
-        """N."""
-        return self.hidden_LND.shape[1]
-
-    def of(self, layers: Sequence[int]) -> Tensor:
-        """Some of the layers, in that order, as they are."""
-        return self.hidden_LND[[self.layers.index(layer) for layer in layers]] if self.layers else self.hidden_LND
 
     def normalised(self, how: str, scale: float, layers: Sequence[int]) -> NormalisedLayers:
         """x of some of the layers, in that order. how: one of NORMALIZATIONS; scale: s of "dataset"."""
         if (how, scale) not in self._normalised:
-            self._normalised[how, scale] = self._read(how, scale)
+            self._normalised[how, scale] = self._normalise(how, scale)
         x = self._normalised[how, scale]
         return x if self.layers is None else x.of([self.layers.index(layer) for layer in layers])
 
-    def _read(self, how: str, scale: float) -> NormalisedLayers:
-        if how == "token" and self.std_LN1 is not None:
-            return NormalisedLayers(self.hidden_LND, self.mean_LN1, self.std_LN1 + EPSILON, self.place_N)
-        if how == "token":
-            layers = [normalise(hidden_ND) for hidden_ND in self.hidden_LND]
-            x_LND, mean_LN1, std_LN1 = (torch.stack(parts) for parts in zip(*layers, strict=True))
-            return NormalisedLayers(x_LND, mean_LN1, std_LN1, self.place_N, applied=True)
+    def _normalise(self, how: str, scale: float) -> NormalisedLayers:
+        h_LND, zero_LN1 = self.hidden_LND, torch.zeros_like(self.hidden_LND[:, :, :1], dtype=torch.float32)
         if how == "none":
-            return NormalisedLayers(self.hidden_LND, place_N=self.place_N)
-        zero_LN1 = torch.zeros_like(self.hidden_LND[:, :, :1], dtype=torch.float32)
-        return NormalisedLayers(self.hidden_LND, zero_LN1, torch.full_like(zero_LN1, 1 / scale), self.place_N)
+            return NormalisedLayers(h_LND, place_N=self.place_N)
+        if how == "dataset":
+            return NormalisedLayers(h_LND, zero_LN1, torch.full_like(zero_LN1, 1 / scale), self.place_N)
+        if self.std_LN1 is not None:
+            return NormalisedLayers(h_LND, self.mean_LN1, self.std_LN1 + EPSILON, self.place_N)
+        layers = [normalise(hidden_ND) for hidden_ND in h_LND]
+        x_LND, mean_LN1, std_LN1 = (torch.stack(parts) for parts in zip(*layers, strict=True))
+        return NormalisedLayers(x_LND, mean_LN1, std_LN1, self.place_N, applied=True)
 
 
 class NormalisedLayers:
     """x_LND, what an SAE reads: normalised where and when it is read, float32.
 
-    hidden_LND: of any float dtype. mean_LN1, std_LN1: of x = (hidden − mean) / std; None where x is hidden. applied:
+    hidden_LND: of any float dtype. mean_LN1, std_LN1: of x = (hidden − mean) / std; None if x is hidden. applied:
     hidden_LND is x_LND already, and they only take it back. Hard routing reads one row of L, so [L, N, D] is never
     made for it. What several SAEs read is made once.
     """
@@ -105,6 +101,7 @@ class NormalisedLayers:
         applied: bool = False,
     ):
         self.hidden_LND, self.place_N = hidden_LND, place_N
+        self.tokens, self.device = hidden_LND.shape[1], hidden_LND.device
         self.undo = None if mean_LN1 is None or std_LN1 is None else (mean_LN1, std_LN1)
         self.apply = None if applied else self.undo
         self.at = tuple(range(len(hidden_LND)))
@@ -120,14 +117,8 @@ class NormalisedLayers:
     def __len__(self) -> int:
         return len(self.at)
 
-    @property
-    def tokens(self) -> int:
-        """N."""
-        return self.hidden_LND.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        return self.hidden_LND.device
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[i] for i in range(len(self)))
 
     def __getitem__(self, i: int) -> Tensor:
         """x_ND of the i-th layer."""
@@ -135,13 +126,9 @@ class NormalisedLayers:
         if at not in self._layers:
             x_ND = self.hidden_LND[at].float()
             if self.apply is not None:
-                mean_LN1, std_LN1 = self.apply
-                x_ND = (x_ND - mean_LN1[at]).div_(std_LN1[at])
+                x_ND = (x_ND - self.apply[0][at]).div_(self.apply[1][at])
             self._layers[at] = x_ND
         return self._layers[at]
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (self[i] for i in range(len(self)))
 
     def frame(self, *, by_token: bool = False) -> Frame:
         """What takes all layers' rows back, layer after layer; by_token: of each token all its layers, [N, L, 1]."""
@@ -216,7 +203,8 @@ class _Weighted(torch.autograd.Function):
         return dw_NL, None
 
 
-def dataset_scale(hidden_LND: Tensor) -> float:
-    """s of "dataset", from a sample: √D over the mean norm of its hidden states."""
-    norms_LN = torch.linalg.vector_norm(hidden_LND.float(), dim=2)
-    return float(hidden_LND.shape[2] ** 0.5 / norms_LN.double().mean().clamp(min=EPSILON))
+def dataset_scale(layers: Iterable[Tensor]) -> float:
+    """s of "dataset", from a sample of each layer: √D over the mean norm of the hidden states."""
+    norms_LN = torch.stack([torch.linalg.vector_norm(hidden_ND.float(), dim=1) for hidden_ND in layers])
+    width = next(iter(layers)).shape[1]
+    return float(width**0.5 / norms_LN.double().mean().clamp(min=EPSILON))

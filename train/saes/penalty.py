@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 from routesae.train.ranks.distributed import batch_mean
 from routesae.train.saes.sae import Recipe
-from routesae.train.saes.single import SingleLayerSAE
-from routesae.train.saes.starts import least_active
+from routesae.train.saes.single import SingleLayerSAE, least_active
 
 RATE = 0.05
 START = 2.0

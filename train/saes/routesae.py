@@ -1,12 +1,21 @@
 """RouteSAE: a router picks the layer each token is read from; one shared SAE reconstructs it (2503.08200).
 
+    g = agg_ℓ(x^ℓ), the sum or the mean;   r = W_r g;   w = softmax(r) ∈ R^L;   ℓ* = argmax w
     hard:  x = x^ℓ* (scaled by w_ℓ* with the published router)          soft:  x = Σ_ℓ w_ℓ x^ℓ
     f, x̂ = the shared SAE on x, of any variant over one layer (--routed)
     loss = the shared SAE's, with x the target, + the load-balancing term + what the router learns by
 
-How w comes about and is learned: routesae.train.saes.routers. The scale is divided out again when the
-reconstruction goes back into the LM; the published code forgets to apply it there, so that its SAE then reads an
-input of another norm than it was trained on.
+    published  x = w_ℓ*·x^ℓ*. The router's only gradient runs through the scale w_ℓ*, which NormMSE nearly cancels:
+               input and target are scaled alike, and only the SAE's biases see it
+    top2       each token's loss is the mean of its two likeliest layers' losses, weighted by w over the two
+    frozen     control: the router keeps its first weights
+    random     control: a layer that depends on nothing that matters. Training draws one for each token; in use it is
+               a hash of the token's id and position, so that batches, splicing and generation agree
+
+Only `published` and `frozen` scale x by w. The scale is divided out again when the reconstruction goes back into the
+LM; the published code forgets to apply it there, so that its SAE then reads an input of another norm than it was
+trained on. A load-balancing term, --balance b, adds b·L·Σ_ℓ f_ℓ P_ℓ with f_ℓ the share of tokens at layer ℓ and P_ℓ
+the mean of w_ℓ (2101.03961, eq. 4).
 
 Dimension letters: L layers, N tokens, D width, F latents, R rows: a token's reading of one layer.
 """
@@ -22,21 +31,28 @@ from torch import Tensor, nn
 
 from routesae.reporting import WrongInput
 from routesae.train.losses import Objective
+from routesae.train.ranks.distributed import batch_mean
 from routesae.train.saes.normalise import Hidden, NormalisedLayers
-from routesae.train.saes.routers import CONTROLS, balance_loss, hashed_layers, rows
-from routesae.train.saes.sae import SAE, Forward, Reading, Recipe
+from routesae.train.saes.sae import CONTROLS, SAE, Forward, Reading, Recipe
 from routesae.train.saes.single import SingleLayerSAE, checked
 from routesae.train.sparse.pairs import Latents
 from routesae.train.sparse.search import Encoder
 
 ROUTER = "router.safetensors"
+_MIX = (0x9E3779B97F4A7C15 - 2**64, 0xBF58476D1CE4E5B9 - 2**64)  # of splitmix64, as int64
 
 
 class Routes(NamedTuple):
-    """Where each token goes under hard routing: at_N, an index into the recipe's layers, and x's scale_N."""
+    """Where tokens are read under hard routing: token_R and its layer at_R, an index into the recipe's layers.
 
-    at_N: Tensor
-    scale_N: Tensor
+    In use a row is a token. scale_R: what x is multiplied by, or None. weights_R: the rows' weights in the loss,
+    summing to 1, or None if all count alike.
+    """
+
+    token_R: Tensor
+    at_R: Tensor
+    scale_R: Tensor | None = None
+    weights_R: Tensor | None = None
 
 
 class RouteSAE(SAE):
@@ -55,14 +71,49 @@ class RouteSAE(SAE):
         w_NL = self._weights(x, training=training)
         if self.recipe.routing == "soft":
             return Reading(x.weighted(w_NL), None, None, w_NL)
-        read = rows(self.recipe.router, w_NL, training=training)
-        x_RD, frame = x.rows(read.at_R, read.token_R)
-        if read.scale_R is not None:
-            scale_R1 = read.scale_R[:, None]
+        routes = self._routes(w_NL, training=training)
+        x_RD, frame = x.rows(routes.at_R, routes.token_R)
+        if routes.scale_R is not None:
+            scale_R1 = routes.scale_R[:, None]
             x_RD, frame = x_RD * scale_R1, frame._replace(scale=scale_R1.detach())
         balance = self.recipe.balance if training else 0.0
-        auxiliary = balance * balance_loss(w_NL, read.at_R) if balance else None
-        return Reading(x_RD, frame, read.weights_R, w_NL, auxiliary)
+        auxiliary = balance * balance_loss(w_NL, routes.at_R) if balance else None
+        return Reading(x_RD, frame, routes.weights_R, w_NL, auxiliary)
+
+    def _weights(self, x: NormalisedLayers, *, training: bool) -> Tensor:
+        """w_NL."""
+        if self.recipe.router == "random":
+            if training:  # the trainer seeds the generator for every step
+                at_N = torch.randint(len(x), (x.tokens,)).to(x.device)
+            elif x.place_N is None:
+                raise WrongInput("--router random goes by each token's id and position; give them with `Hidden`")
+            else:
+                at_N = hashed_layers(x.place_N, len(x))
+            return nn.functional.one_hot(at_N, len(x)).float()
+        gathered_ND = x.total() / len(x) if self.recipe.aggregate == "mean" else x.total()
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 would move tokens to other layers
+            r_NL = gathered_ND @ self.router_LD.T
+        return torch.softmax(r_NL, dim=1)
+
+    def _routes(self, w_NL: Tensor, *, training: bool) -> Routes:
+        token_N = torch.arange(len(w_NL), device=w_NL.device)
+        if training and self.recipe.router == "top2" and w_NL.shape[1] > 1:
+            top = w_NL.topk(2, dim=1)
+            share_N2 = top.values / top.values.sum(1, keepdim=True)
+            token_R = token_N.repeat_interleave(2)
+            return Routes(token_R, top.indices.flatten(), None, share_N2.flatten() / len(w_NL))
+        at_N = w_NL.argmax(1)
+        scaled = self.recipe.router in ("published", "frozen")
+        return Routes(token_N, at_N, w_NL.gather(1, at_N[:, None]).squeeze(1) if scaled else None)
+
+    @torch.no_grad()
+    def routing(self, hidden: Hidden | Tensor) -> Tensor:
+        """w_NL in use, the router's softmax over the layers."""
+        return self._weights(self.normalised(hidden), training=False)
+
+    def routes(self, hidden: Hidden | Tensor) -> Routes:
+        """Where each token goes in use."""
+        return self._routes(self.routing(hidden), training=False)
 
     def autoencode(self, x_RC: Tensor, weights_R: Tensor | None = None) -> Forward:
         self.shared.k, self.shared.chunk_rows, self.shared.proposal = self.k, self.chunk_rows, self.proposal
@@ -92,34 +143,8 @@ class RouteSAE(SAE):
 
     def centre(self, x: NormalisedLayers) -> None:
         with torch.no_grad():
-            self.shared.start_from(self.read(x, training=False).x_RC)
-
-    @torch.no_grad()
-    def routing(self, hidden: Hidden | Tensor) -> Tensor:
-        """w_NL in use, the router's softmax over the layers."""
-        return self._weights(self.normalised(hidden), training=False)
-
-    def _weights(self, x: NormalisedLayers, *, training: bool) -> Tensor:
-        if self.recipe.router == "random":
-            return nn.functional.one_hot(self._random_layers(x, training), len(x)).float()
-        gathered_ND = x.total() / len(x) if self.recipe.aggregate == "mean" else x.total()
-        with torch.autocast(x.device.type, enabled=False):  # bfloat16 would move tokens to other layers
-            r_NL = gathered_ND @ self.router_LD.T
-        return torch.softmax(r_NL, dim=1)
-
-    def _random_layers(self, x: NormalisedLayers, training: bool) -> Tensor:
-        if training:
-            return torch.randint(len(x), (x.tokens,)).to(x.device)  # the trainer seeds the generator for every step
-        if x.place_N is None:
-            raise WrongInput("--router random goes by each token's id and position; give them with the hidden states")
-        return hashed_layers(x.place_N, len(x))
-
-    @torch.no_grad()
-    def routes(self, hidden: Hidden | Tensor) -> Routes:
-        """Where each token goes in use."""
-        read = rows(self.recipe.router, self.routing(hidden), training=False)
-        scale_R = torch.ones_like(read.at_R, dtype=torch.float32) if read.scale_R is None else read.scale_R
-        return Routes(read.at_R, scale_R)
+            drawn = self.recipe.router == "random"  # a sample is not told ids and positions
+            self.shared.start_from(self.read(x, training=drawn).x_RC)
 
     def rate_factors(self) -> dict[nn.Parameter, float]:
         return self.shared.rate_factors()
@@ -141,3 +166,18 @@ class RouteSAE(SAE):
         shape = (len(self.recipe.layers), self.recipe.width)
         router_LD = checked(files[ROUTER], {"router": shape}, ROUTER)["router"]
         self.router_LD = nn.Parameter(router_LD, requires_grad=self.router_LD.requires_grad)
+
+
+def hashed_layers(place_N: Tensor, layers: int) -> Tensor:
+    """int64 [N]: an index of a layer for each of `places_of`, spread evenly; exact, as all is whole numbers."""
+    for factor in _MIX:
+        place_N = place_N * factor  # int64 wraps around
+        place_N = place_N ^ (place_N >> 31 & 0x1FFFFFFFF)
+    return (place_N & 0x7FFFFFFF) % layers
+
+
+def balance_loss(w_NL: Tensor, at_R: Tensor) -> Tensor:
+    """L·Σ_ℓ f_ℓ P_ℓ: 1 where tokens and probabilities are spread evenly, L where one layer has all."""
+    layers = w_NL.shape[1]
+    share_L = batch_mean(torch.bincount(at_R, minlength=layers) / len(at_R))
+    return layers * (share_L * batch_mean(w_NL.mean(0))).sum()

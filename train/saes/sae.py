@@ -19,12 +19,13 @@ from routesae.reporting import WrongInput
 from routesae.train.losses import Objective
 from routesae.train.ranks.distributed import local_rows
 from routesae.train.saes.normalise import NORMALIZATIONS, Hidden, NormalisedLayers, dataset_scale
-from routesae.train.saes.routers import ROUTERS
 from routesae.train.sparse.pairs import Frame, Latents
 from routesae.train.sparse.search import Encoder, row_products
 
 ROUTINGS = ("hard", "soft")
 AGGREGATES = ("sum", "mean")
+ROUTERS = ("published", "top2", "frozen", "random")
+CONTROLS = ("frozen", "random")  # routers that do not learn
 PUBLISHED_DECODER_STEPS = 10  # the published RouteSAE code's `steps`: how rarely it renormalises the decoder
 
 
@@ -57,7 +58,7 @@ class Recipe:
     routed: str = "topk"
     """routesae: the variant its layers share."""
     router: str = "published"
-    """routesae: how the router learns (routesae.train.saes.routers.ROUTERS)."""
+    """routesae: how the router learns (routesae.train.saes.routesae)."""
     balance: float = 0.0
     """routesae: weight of the load-balancing term."""
     published: bool = False
@@ -220,7 +221,7 @@ class SAE(nn.Module, ABC):
     def initialise(self, hidden: Hidden) -> None:
         """Set what starts from the data, given a sample of it."""
         if self.recipe.normalize == "dataset":
-            self.scale = dataset_scale(hidden.of(self.recipe.layers))
+            self.scale = dataset_scale(hidden.normalised("none", 1.0, self.recipe.layers))
         self.centre(self.normalised(hidden))
 
     def fold(self) -> None:

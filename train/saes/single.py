@@ -5,6 +5,9 @@
 A subclass says how x becomes f and what is penalised. A RouteSAE, mlsae and random use the same classes over rows
 taken from several layers.
 
+Random rows leave half of the latents active on a token. An SAE that starts with k of them active, as it is to end, is
+sparse and fast from its first step, and errs less at its end (benchmarks/RESULTS.md).
+
 Dimension letters: N tokens, D width (a crosscoder's is that of all its layers), F latents, R rows.
 """
 
@@ -20,11 +23,14 @@ from routesae.reporting import WrongInput
 from routesae.train.losses import AUXK_WEIGHT, Objective, auxk, norm_mse
 from routesae.train.saes.normalise import Hidden, NormalisedLayers
 from routesae.train.saes.sae import SAE, Forward, Reading, Recipe
-from routesae.train.saes.starts import geometric_median
 from routesae.train.sparse.pairs import Latents
 from routesae.train.sparse.search import Encoder
 
 WEIGHTS = "sae_weights.safetensors"
+SAMPLE_TOKENS = 256  # that say how large pre-activations are; of F each, which take memory
+MEDIAN_STEPS = 20  # Weiszfeld's iteration is well settled by then on normalised hidden states
+MEDIAN_STILL = 1e-5  # a last move so much shorter than the distance to the rows
+_TINY = 1e-6  # keeps a row that is the median itself out of 1/0
 
 
 class SingleLayerSAE(SAE):
@@ -151,3 +157,23 @@ def checked(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], file
                 "the folder mixes two SAEs"
             )
     return {name: tensors[name].float() for name in shapes}
+
+
+def least_active(x_ND: Tensor, W_enc_FD: Tensor, k: int) -> Tensor:
+    """The number that k of a token's F pre-activations W_enc x are above, on average over the sample."""
+    z_NF = x_ND[:SAMPLE_TOKENS] @ W_enc_FD.T
+    active = min(k * len(z_NF), z_NF.numel() - 1)
+    return torch.kthvalue(-z_NF.flatten(), active + 1).values.neg()
+
+
+def geometric_median(x_ND: Tensor) -> Tensor:
+    """The point of least summed distance to the N rows, by Weiszfeld's iteration from the mean."""
+    median_D = x_ND.mean(0)
+    for _ in range(MEDIAN_STEPS):
+        before_D = median_D
+        weights_N = 1 / torch.linalg.vector_norm(x_ND - before_D, dim=1).clamp(min=_TINY)
+        median_D = weights_N @ x_ND / weights_N.sum()
+        distance = len(x_ND) / weights_N.sum()  # to the rows, their harmonic mean
+        if torch.linalg.vector_norm(median_D - before_D) <= MEDIAN_STILL * distance:
+            break
+    return median_D

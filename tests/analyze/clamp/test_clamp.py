@@ -31,7 +31,7 @@ from routesae.harvest.lm.passes import Edit, capturing, clean_pass, logits, spli
 from routesae.reporting import WrongInput
 from routesae.train.evaluate import score_on_cache
 from routesae.train.saes import SAE, Crosscoder, Recipe, RouteSAE, SingleLayerSAE, build
-from routesae.train.saes.routers import places_of
+from routesae.train.saes.normalise import places_of
 from routesae.train.sparse.pairs import AllPairs, Latents, Pairs
 
 CPU = torch.device("cpu")

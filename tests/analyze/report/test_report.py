@@ -144,7 +144,7 @@ def test_routing_by_token_is_what_the_router_does_with_every_held_out_token(
     for shard in cache.shards():
         order_n = shard.read("order")
         layers = [torch.tensor(shard.read(f"layer_{layer:02}")[: len(order_n)]) for layer in sae.recipe.layers]
-        at_n = sae.routes(torch.stack(layers, dim=1)).at_N
+        at_n = sae.routes(torch.stack(layers, dim=1)).at_R
         for at, flat in zip(at_n.tolist(), order_n.tolist(), strict=True):
             row, position = divmod(flat, token_ids_ST.shape[1])
             if (row := row + shard.record.rows[0]) < cache.manifest.train_rows:

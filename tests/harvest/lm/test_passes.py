@@ -18,8 +18,7 @@ from routesae.harvest.lm.passes import Edit, clean_pass, logits, spliced_pass
 from routesae.reporting import WrongInput
 from routesae.tests.hidden import Normalised
 from routesae.train.saes import SAE, Crosscoder, Recipe, RouteSAE, SingleLayerSAE, build
-from routesae.train.saes.normalise import Hidden, normalise
-from routesae.train.saes.routers import places_of
+from routesae.train.saes.normalise import Hidden, normalise, places_of
 
 CPU = torch.device("cpu")
 FAMILIES = ("llama", "gemma2", "gpt2", "mixtral", "opt")
@@ -334,7 +333,7 @@ def test_only_the_published_router_and_its_frozen_control_scale_what_the_sae_rea
     hidden_LND = torch.stack([clean.hidden[layer].flatten(0, 1) for layer in layers])
     place_BT = places_of(token_ids(), torch.arange(CONTEXT))
     given = Hidden(hidden_LND, place_N=place_BT.flatten())
-    w_NL, at_N = sae.routing(given), sae.routes(given).at_N
+    w_NL, at_N = sae.routing(given), sae.routes(given).at_R
     assert set(at_N[kept_BT.flatten()].tolist()) == {0, 1, 2}  # or the routes prove nothing
     scale_N1 = w_NL.amax(1, keepdim=True) if router in ("published", "frozen") else torch.ones(len(w_NL), 1)
     if router in ("published", "frozen"):

@@ -178,7 +178,7 @@ def test_routes_scaled_input_and_reconstruction_of_a_routesae_are_the_published_
     at_N, x_ND, f_NF, reconstruction_ND = theirs(inputs())
     assert set(at_N.tolist()) == set(range(LAYERS))  # or the routes prove nothing
     out = sae(Normalised(inputs().transpose(0, 1)))
-    assert torch.equal(sae.routes(Normalised(inputs().transpose(0, 1))).at_N, at_N)
+    assert torch.equal(sae.routes(Normalised(inputs().transpose(0, 1))).at_R, at_N)
     close(out.x_ND, x_ND)
     close(out.latents.dense(), f_NF)
     close(out.reconstruction_ND, reconstruction_ND)

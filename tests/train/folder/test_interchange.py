@@ -74,7 +74,7 @@ def test_saelens_opens_the_shared_sae_of_a_routesae(tmp_path: Path, routed: str)
     latents = sae.eval().encode(hidden(3).transpose(0, 1))
     save_sae(tmp_path, sae, {})
     theirs = sae_lens.SAE.load_from_disk(tmp_path, device="cpu")
-    at_N = sae.routes(hidden(3).transpose(0, 1)).at_N
+    at_N = sae.routes(hidden(3).transpose(0, 1)).at_R
     assert len(at_N.unique()) > 1
     routed_ND = hidden(3)[at_N, torch.arange(N)]  # raw rows, each at its own layer
     f_NF = theirs.encode(routed_ND)

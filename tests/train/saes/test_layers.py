@@ -12,7 +12,7 @@ from routesae.tests.hidden import Normalised, normalise_layers
 from routesae.train.losses import squared_error_shares
 from routesae.train.saes import SAE, Recipe, TopK, build
 from routesae.train.saes.crosscoder import Crosscoder
-from routesae.train.saes.starts import geometric_median
+from routesae.train.saes.single import geometric_median
 from routesae.train.sparse.pairs import Pairs
 
 L, N, D, LATENTS, K = 3, 20, 8, 32, 4

@@ -12,7 +12,7 @@ from routesae.reporting import WrongInput
 from routesae.tests.hidden import normalise_layers
 from routesae.train.saes import SAE, SAES, SINGLE_LAYER, Recipe, RouteSAE, build
 from routesae.train.saes.normalise import Hidden, dataset_scale, normalise
-from routesae.train.saes.starts import geometric_median
+from routesae.train.saes.single import geometric_median
 
 L, N, D, LATENTS, K = 3, 40, 16, 48, 5
 
@@ -90,7 +90,7 @@ def test_hidden_states_go_in_and_come_back_as_they_are_in_the_lm(
     given = hidden_LND[0] if sae.one_layer else hidden_LND.transpose(0, 1)
     expected = given.float()
     if isinstance(sae, RouteSAE):
-        expected = hidden_LND[sae.routes(given).at_N, torch.arange(N)].float()
+        expected = hidden_LND[sae.routes(given).at_R, torch.arange(N)].float()
     tolerances = {"rtol": 1e-4, "atol": 1e-4}
     for lead in ((N,), (5, 8), (2, 4, 5)):
         latents = sae.encode(given.view(*lead, *ending) if given.is_contiguous() else given.reshape(*lead, *ending))

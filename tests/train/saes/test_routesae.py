@@ -11,10 +11,10 @@ from torch import Tensor
 from routesae.reporting import WrongInput
 from routesae.tests.hidden import Normalised, normalise_layers
 from routesae.train.saes import Forward, Recipe, RouteSAE, build
-from routesae.train.saes.normalise import NormalisedLayers
-from routesae.train.saes.routers import CONTROLS, ROUTERS, balance_loss, hashed_layers, places_of, rows
-from routesae.train.saes.single import SingleLayerSAE
-from routesae.train.saes.starts import geometric_median
+from routesae.train.saes.normalise import NormalisedLayers, places_of
+from routesae.train.saes.routesae import balance_loss, hashed_layers
+from routesae.train.saes.sae import CONTROLS, ROUTERS
+from routesae.train.saes.single import SingleLayerSAE, geometric_median
 
 L, N, D, LATENTS, K = 3, 40, 16, 48, 5
 NONE_DEAD = torch.zeros(LATENTS, dtype=torch.bool)
@@ -103,9 +103,9 @@ def test_in_use_every_router_reads_the_likeliest_layer_and_only_published_ones_s
     routes = sae.routes(Normalised(x_LND))
     for n in range(N):
         w = w_NL[n].tolist()
-        assert routes.at_N[n] == w.index(max(w))
+        assert routes.at_R[n] == w.index(max(w))
         expected = max(w) if router in ("published", "frozen") else 1.0
-        assert float(routes.scale_N[n]) == pytest.approx(expected, rel=1e-4)
+        assert (1.0 if routes.scale_R is None else float(routes.scale_R[n])) == pytest.approx(expected, rel=1e-4)
 
 
 def test_sum_and_mean_differ_by_the_number_of_layers_before_the_softmax() -> None:
@@ -193,17 +193,19 @@ def assert_gradients_are(sae: RouteSAE, W: dict[str, Tensor], *, router: float) 
 
 def test_top2_reads_each_token_at_its_two_likeliest_layers_with_weights_that_sum_to_one() -> None:
     w_NL = torch.tensor([[0.2, 0.5, 0.3], [0.6, 0.1, 0.3]])
-    read = rows("top2", w_NL, training=True)
+    read = routesae(router="top2")._routes(w_NL, training=True)
     assert read.token_R.tolist() == [0, 0, 1, 1]
     assert read.at_R.tolist() == [1, 2, 0, 2]
     assert read.scale_R is None
     assert read.weights_R is not None
     assert read.weights_R.tolist() == pytest.approx([0.5 / 0.8 / 2, 0.3 / 0.8 / 2, 0.6 / 0.9 / 2, 0.3 / 0.9 / 2])
     assert float(read.weights_R.sum()) == pytest.approx(1)
-    in_use = rows("top2", w_NL, training=False)
+    in_use = routesae(router="top2")._routes(w_NL, training=False)
     assert in_use.at_R.tolist() == [1, 0]
     assert in_use.weights_R is None
-    assert rows("top2", torch.ones(4, 1), training=True).at_R.tolist() == [0] * 4  # one layer has no second
+    assert (
+        routesae(router="top2")._routes(torch.ones(4, 1), training=True).at_R.tolist() == [0] * 4
+    )  # one layer has no second
 
 
 @pytest.mark.usefixtures("float32_path")
@@ -257,7 +259,7 @@ def test_the_random_router_spreads_tokens_evenly_by_their_ids_and_positions_and_
         assert float(apart.float().mean()) == pytest.approx(1 - 1 / L, abs=0.03)
     # Other hidden states, another batch, another order: the same layers.
     other = Normalised(torch.randn(L, 37, D), place_N=place_N[100:137].flip(0))
-    assert torch.equal(sae.routes(other).at_N, at_N[100:137].flip(0))
+    assert torch.equal(sae.routes(other).at_R, at_N[100:137].flip(0))
     with pytest.raises(WrongInput, match="random goes by each token's id and position"):
         sae(Normalised(x_LND))
 

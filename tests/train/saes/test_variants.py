@@ -17,7 +17,7 @@ from routesae.train.saes import SAE, SAES, SINGLE_LAYER, Recipe, RouteSAE, Singl
 from routesae.train.saes.batchtopk import BatchTopK
 from routesae.train.saes.matryoshka import default_prefixes
 from routesae.train.saes.penalty import PenaltyWeight
-from routesae.train.saes.starts import geometric_median
+from routesae.train.saes.single import geometric_median
 
 L, N, D, LATENTS, K = 3, 24, 10, 32, 4
 DEAD = torch.arange(LATENTS) < 7

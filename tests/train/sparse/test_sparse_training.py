@@ -10,7 +10,7 @@ from torch import Tensor
 
 from routesae.tests.hidden import Normalised
 from routesae.train import losses
-from routesae.train.adam import EPSILON as ADAM_EPSILON
+from routesae.train.optimiser import EPSILON as ADAM_EPSILON
 from routesae.train.saes import SAE, Forward, Recipe, RouteSAE, SingleLayerSAE, build
 from routesae.train.saes.crosscoder import Crosscoder
 from routesae.train.saes.topk import TopK

@@ -1,4 +1,4 @@
-"""Adam (1412.6980), with a learning rate of its own for each parameter.
+"""Adam (1412.6980) with a learning rate for each parameter, and what changes from step to step of a run.
 
     m ← β₁m + (1−β₁)g,   v ← β₂v + (1−β₂)g²,   θ ← θ − lr·m̂/(√v̂ + ε)     m̂, v̂: m, v over 1−βᵗ
 
@@ -19,6 +19,8 @@ from routesae.train.ranks.distributed import local_rows
 BETAS = (0.9, 0.999)
 EPSILON = 6.25e-10  # 2406.04093, appendix A.2: rarely active latents have tiny gradients
 PUBLISHED_EPSILON = 1e-8  # PyTorch's default, which the published RouteSAE code keeps
+WARMUP_SHARE = 0.05
+DECAY_SHARE = 0.20
 
 
 class Adam:
@@ -65,3 +67,31 @@ class Adam:
         for at, (step, mean, square) in enumerate(zip(self.steps, self.means, self.squares, strict=True)):
             named |= {f"adam.{at}.step": step, f"adam.{at}.exp_avg": mean, f"adam.{at}.exp_avg_sq": square}
         return named
+
+
+def lr_factor(step: int, total_steps: int, *, published: bool = False) -> float:
+    """Linear warm-up over the first 5 % of steps, constant, linear decay to near zero over the last 20 %.
+
+    The first step already moves and the last one still does; the first of the published code does not.
+    """
+    if published:
+        warmup_steps, decay_steps = int(WARMUP_SHARE * total_steps), total_steps // 5
+        if step < warmup_steps:
+            return step / warmup_steps
+        return min(1.0, (total_steps - step) / max(1, decay_steps))
+    warmup_steps = max(1, round(WARMUP_SHARE * total_steps))
+    decay_steps = max(1, round(DECAY_SHARE * total_steps))
+    return min(1.0, (step + 1) / warmup_steps, (total_steps - step) / decay_steps)
+
+
+def sparsity_factor(step: int, total_steps: int, warmup_share: float) -> float:
+    """The factor on λ, which rises linearly over the first `warmup_share` of the steps and then is 1."""
+    warmup_steps = round(warmup_share * total_steps)
+    return min(1.0, (step + 1) / (warmup_steps + 1))
+
+
+def annealed_k(step: int, total_steps: int, warmup_share: float, first: int | None, k: int) -> int:
+    """k, falling linearly from `first` over the same steps; `first` None: k all along."""
+    if first is None:
+        return k
+    return round(first + (k - first) * sparsity_factor(step, total_steps, warmup_share))

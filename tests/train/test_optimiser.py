@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from routesae.train.schedule import annealed_k, lr_factor, sparsity_factor
+from routesae.train.optimiser import annealed_k, lr_factor, sparsity_factor
 
 
 def test_the_rate_warms_up_stays_and_decays_at_the_stated_borders() -> None:
