@@ -75,12 +75,16 @@ class SettingsCommand(click.Command):
         """The example, on a line of its own however long it is, to be copied whole."""
         formatter.write(f"\nExample:\n  {self.epilog}\n")
 
+    def typed(self, ctx: click.Context) -> dict[str, Any]:
+        """The flags that were given, on the command line or in the environment."""
+        typed = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
+        return {name: value for name, value in ctx.params.items() if ctx.get_parameter_source(name) in typed}
+
     def invoke(self, ctx: click.Context) -> Any:
         from routesae.console.options import DryRun, JsonFile, set_up, taken, watching
         from routesae.machine.files import write_json
 
-        typed = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
-        flags = {name: value for name, value in ctx.params.items() if ctx.get_parameter_source(name) in typed}
+        flags = self.typed(ctx)
         set_up(ctx, flags)
         assert self.callback is not None
         if not self.settings or self.settings[0] in (WATCH, BLOCKS):

@@ -26,6 +26,7 @@ from routesae.cli import main
 from routesae.console.terminal import table
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.settings import HarvestSettings
+from routesae.machine.files import read_json
 from routesae.train.folder.checkpoint import save_sae
 from routesae.train.run import train
 from routesae.train.saes import Recipe, build
@@ -230,6 +231,16 @@ def test_table_and_json_hold_the_same_numbers(tiny_cache: Cache, saes: Path, tmp
                 assert value == str(row[name])
         for name in ("NormMSE", "L0", "KLDiv", "KLDiv_seq", "DeltaCE", "CE_clean", "Recovered"):
             assert isinstance(row[name], float)
+
+
+def test_json_files_never_hold_a_bare_nan(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    row = {"sae": "x", "NormMSE": float("nan"), "intervals": {"NormMSE": (float("nan"), float("inf"))}}
+    results = {"saes": [row], "tokens_scored": 1}
+    monkeypatch.setattr("routesae.analyze.scores.run.analyze", lambda settings, report: results)
+    assert invoke("analyze", "--json", tmp_path / "scores.json").exit_code == 0
+    assert read_json(tmp_path / "scores.json")["saes"] == [
+        {"sae": "x", "NormMSE": None, "intervals": {"NormMSE": [None, None]}}
+    ]
 
 
 def test_routing_shows_the_largest_shares_and_a_dash_where_there_is_no_router(tiny_cache: Cache, saes: Path) -> None:

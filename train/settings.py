@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import product
@@ -162,8 +163,14 @@ class RunSettings(Settings):
         penalised = not reason_against("sparsity", self.sae, self.routed)
         if self.recipe == "published" and self.sparsity is None and penalised:
             raise WrongInput(f"--recipe published needs --sparsity for {self.sae}, the published code's --lamda")
-        if self.name is not None and (Path(self.name).name != self.name or self.name.startswith(".")):
-            raise WrongInput(f"--name {self.name!r} must be a plain folder name, not a path and not hidden")
+        if self.name is not None:
+            require_plain_name(self.name)
+
+
+def require_plain_name(name: str) -> None:
+    """Raise WrongInput for a folder name that a shell, a URL or another system would take for something else."""
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._+=-]{0,199}", name):
+        raise WrongInput(f"--name {name!r} is not a plain folder name; use letters, digits and . _ - + = only")
 
 
 def reason_against(name: str, sae: str, routed: str | None) -> str | None:

@@ -18,7 +18,7 @@ from routesae.harvest.cache.arrays import BadArray, data_file, write_array
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.cache.store.disk import DiskFolder
 from routesae.harvest.cache.verify import repair, verify
-from routesae.machine.files import LARGEST_BYTES, BadFile, parse_json, read_json, refuse_link
+from routesae.machine.files import LARGEST_BYTES, BadFile, parse_json, read_json, refuse_link, write_json
 from routesae.reporting import WrongInput
 
 
@@ -265,3 +265,17 @@ def test_tokens_behind_a_link_out_of_the_cache_are_refused(folder: Path) -> None
 def test_a_cache_that_is_itself_behind_a_link_is_read(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(folder)
     assert verify(str(tmp_path / "link")) == []
+
+
+def test_what_is_written_is_json_whatever_the_numbers_are(tmp_path: Path) -> None:
+    """JSON has no NaN and no infinity; other readers than Python's refuse a file that holds one."""
+    file, nan, inf = tmp_path / "scores.json", float("nan"), float("inf")
+    write_json(file, {"saes": [{"NormMSE": nan, "interval": (nan, 1.5), "n": 3}], "deep": {"a": [[inf, -inf]]}})
+    assert read_json(file) == {
+        "saes": [{"NormMSE": None, "interval": [None, 1.5], "n": 3}],
+        "deep": {"a": [[None, None]]},
+    }
+    with pytest.raises(TypeError):
+        write_json(file, {"a": object()})
+    assert read_json(file)["saes"][0]["n"] == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.json"]

@@ -9,6 +9,7 @@ import pytest
 
 from routesae.machine.settings import described
 from routesae.reporting import WrongInput
+from routesae.train.folder.settings import ConvertSettings
 from routesae.train.saes import PENALISED, SAES
 from routesae.train.saes.sae import ROUTERS
 from routesae.train.settings import RunSettings, TrainSettings, settings_of, variants
@@ -230,6 +231,39 @@ def test_the_later_of_two_alternatives_wins(
 def test_a_whole_number_will_do_where_any_number_will(tmp_path: Path) -> None:
     settings = settings_of({}, write(tmp_path, "lr = 1\nclip = 0\nsparsity_warmup = 1"))
     assert (settings.runs[0].lr, settings.runs[0].clip, settings.sparsity_warmup) == (1, 0, 1)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        ".",
+        "..",
+        ".hidden",
+        "-x",
+        "a b",
+        "a/b",
+        "../x",
+        "a\\b",
+        "a\nb",
+        "ä",
+        "a:b",
+        "a*",
+        "$x",
+        "x" * 201,
+        "a\x00",
+    ],
+)
+def test_a_name_that_is_not_plain_is_refused(name: str) -> None:
+    with pytest.raises(WrongInput, match="is not a plain folder name; use letters, digits and"):
+        settings_of({"name": name})
+    with pytest.raises(WrongInput, match="is not a plain folder name"):
+        ConvertSettings(file="x.pt", name=name)
+
+
+@pytest.mark.parametrize("name", ["topk_layer3_64_k8_lambda1e-05", "v1.2+b=3", "_x", "0"])
+def test_a_plain_name_is_taken(name: str) -> None:
+    assert settings_of({"name": name}).runs[0].name == name
 
 
 def test_resume_and_overwrite_are_refused_together() -> None:

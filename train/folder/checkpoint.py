@@ -10,7 +10,6 @@ Never pickle. Dimension letters: D width, F latents, L layers.
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Mapping
@@ -24,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from routesae.harvest.cache.arrays import fsync, fsync_tree
-from routesae.machine.files import BadFile, read_json
+from routesae.machine.files import BadFile, read_json, write_json
 from routesae.reporting import WrongInput
 from routesae.train.folder.saelens import OFF, LensConfig, changed_fields, lens_config
 from routesae.train.saes import SAE, SAES, Recipe, build
@@ -53,7 +52,7 @@ def save_sae(folder: Path, sae: SAE, source: Mapping[str, Any]) -> None:
     """Write `sae` into the existing folder. source: what it was trained from, kept under metadata.routesae."""
     for name, tensors in sae.files().items():
         save_file({key: tensor.float().cpu().contiguous() for key, tensor in tensors.items()}, folder / name)
-    (folder / CONFIG).write_text(json.dumps(lens_config(sae, source), indent=2) + "\n")
+    write_json(folder / CONFIG, lens_config(sae, source))
 
 
 def commit_folder(written: Path, folder: Path) -> None:

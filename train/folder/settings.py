@@ -6,6 +6,7 @@ from pathlib import Path
 
 from routesae.machine.settings import DICTIONARY, MODEL, OUT, RUN, VARIANT, Settings, setting
 from routesae.reporting import WrongInput
+from routesae.train.settings import require_plain_name
 
 CONVERTED = ("vanilla", "topk", "mlsae", "random", "jumprelu", "gated", "routesae", "crosscoder")
 
@@ -54,8 +55,7 @@ class ConvertSettings(Settings):
     def check(self) -> None:
         if self.layer is not None and self.layers is not None:
             raise WrongInput(f"--layer {self.layer} is for an SAE over one layer, --layers for the others; give one")
-        if Path(self.folder_name).name != self.folder_name or self.folder_name.startswith("."):
-            raise WrongInput(f"--name {self.folder_name!r} must be a plain folder name, not a path and not hidden")
+        require_plain_name(self.folder_name)
 
     @property
     def folder_name(self) -> str:
