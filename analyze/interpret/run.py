@@ -28,7 +28,15 @@ from routesae.analyze.interpret.asking import ANSWERED, UNANSWERED, UNPARSED, As
 from routesae.analyze.interpret.chat import Chat, open_chat
 from routesae.analyze.interpret.ledger import Line, open_ledger, read_lines
 from routesae.analyze.interpret.prices import Budget, Price, Used, price_of
-from routesae.analyze.interpret.scoring import digest_of, one_line, score_summary, scoring_identity, scoring_questions
+from routesae.analyze.interpret.scoring import (
+    digest_of,
+    one_line,
+    score_summary,
+    scoring_identity,
+    scoring_questions,
+    text_of,
+    whole,
+)
 from routesae.analyze.interpret.settings import MODES, InterpretSettings
 from routesae.machine.files import write_json
 from routesae.machine.lock import hold
@@ -234,9 +242,10 @@ def read_template(prompt: str | None) -> str:
 def prompt_of(template: str, contexts: Sequence[Context]) -> str:
     """The question about a latent with these contexts, strongest first."""
     shown = "\n".join(
-        f"{number}. Token: {one_line(context.tokens[context.at])} | Activation: {context.activation:.2f} | "
-        f"Context: {one_line(context.marked())}"
+        f"{number}. Token: {one_line(mark.text)} | Activation: {context.activation:.2f} | "
+        f"Context: {text_of(context, mark)}"
         for number, context in enumerate(contexts, 1)
+        for mark in [whole(context, context.at)]
     )
     return Template(template).substitute(examples=shown)
 

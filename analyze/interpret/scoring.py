@@ -18,6 +18,7 @@ from importlib.resources import files
 from itertools import chain
 from string import Template
 from typing import Any, NamedTuple
+from unicodedata import category
 
 from routesae.analyze.contexts.file import Context, ContextsFile, LatentContexts
 from routesae.analyze.interpret.answers import Predictions, parse_predictions
@@ -25,9 +26,11 @@ from routesae.analyze.interpret.asking import ANSWERED, UNANSWERED, Question, se
 from routesae.analyze.interpret.ledger import Line
 from routesae.analyze.interpret.settings import InterpretSettings
 
+RULE = 2  # by which examples are made
 EACH = 10  # positives, and as many negatives, of a latent
 LEAST = 3  # positives and negatives below which a latent is not scored
 BATCH = 10  # examples a request
+NEXT_TEXTS = 8  # in which a mark like the positive's is looked for
 POOL_TEXTS = 2_000  # that negatives of detection are drawn from
 KEY = ("latent", "digest", "batch")  # what names a question in a scoring ledger
 Place = tuple[int, int, int]
@@ -53,7 +56,7 @@ def template_of(mode: str) -> str:
 
 def scoring_identity(mode: str, seed: int) -> dict[str, Any]:
     """What scores depend on, besides what explanations depend on."""
-    return {f"{mode} prompt": digest_of(template_of(mode)), "seed": seed, "each": EACH, "batch": BATCH}
+    return {f"{mode} prompt": digest_of(template_of(mode)), "seed": seed, "each": EACH, "batch": BATCH, "rule": RULE}
 
 
 def scoring_questions(
@@ -104,13 +107,12 @@ def _examples(
         from routesae.analyze.interpret.silence import Silence  # brings torch, which nothing else of interpret needs
 
         silence = Silence(contexts, latents, settings.cache, settings.device)
-        last_rows = (
-            (place_of(context), text_of(context))
-            for latent in contexts.latents()
-            for context in chain(latent.chosen, *latent.samples.values())
-            if context.row >= silence.first_row
-        )
-        pool = dict(zip(range(POOL_TEXTS), last_rows, strict=False)).values()
+        pool: dict[Place, str] = {}
+        for other in contexts.latents():
+            last_rows = (c for c in chain(other.chosen, *other.samples.values()) if c.row >= silence.first_row)
+            pool |= {place_of(context): text_of(context) for context in last_rows}
+            if len(pool) >= POOL_TEXTS:
+                break
     for latent in contexts.latents(latents):
         rng = random.Random(f"{settings.seed} {latent.latent}")
         texts = held_out(latent, settings.examples)
@@ -118,9 +120,13 @@ def _examples(
         if mode == "fuzzing":
             examples = fuzzed(texts, rng)
         else:
-            silent = [(place, text) for place, text in dict(pool).items() if silence.holds(latent.latent, place)]
+            silent = [(place, text) for place, text in pool.items() if silence.holds(latent.latent, place)]
+            rng.shuffle(silent)
             examples = [Example(text_of(context), True, place_of(context)) for context in texts[:EACH]]
-            examples += [Example(text, False, place) for place, text in rng.sample(silent, min(EACH, len(silent)))]
+            for positive in examples[: len(silent)]:  # an equally long text, since long ones are less often silent
+                place, text = min(silent, key=lambda item: abs(len(item[1]) - len(positive.text)))
+                silent.remove((place, text))
+                examples.append(Example(text, False, place))
         if min(sum(example.active is truth for example in examples) for truth in (True, False)) >= LEAST:
             rng.shuffle(examples)
             yield latent.latent, examples
@@ -138,26 +144,77 @@ def held_out(latent: LatentContexts, shown: int) -> list[Context]:
     return apart
 
 
+class Mark(NamedTuple):
+    """Neighbouring tokens of a context, from `first` to before `after`, that spell `text`.
+
+    activation: the strongest on them. where: how far into the context, from 0 to 1. kinds: what the text begins and
+    ends with.
+    """
+
+    first: int
+    after: int
+    text: str
+    activation: float
+    where: float
+    kinds: tuple[str, ...]
+
+
+def whole(context: Context, at: int) -> Mark:
+    """The tokens that spell the characters of token `at`.
+
+    A character of several tokens stands at the last of them. The space before it may stand at the first.
+    """
+    tokens, first, after = context.tokens, at, at + 1
+    while first and not tokens[first - 1].strip(" "):
+        first -= 1
+    while after < len(tokens) and not tokens[after - 1].strip(" "):
+        after += 1
+    text = "".join(tokens[first:after])
+    kinds = tuple(category(character)[0] for character in text[:1] + text.strip()[:1] + text[-1:])
+    return Mark(first, after, text, max(context.activations[first:after]), first / len(tokens), kinds)
+
+
+def unlike(one: Mark, other: Mark) -> float:
+    """How well two marks can be told apart by kind and number of their characters, and by where they stand."""
+    fewer, more = sorted((len(one.text), len(other.text)))
+    return 2 * (one.kinds != other.kinds) + 1 - fewer / more + abs(one.where - other.where)
+
+
 def fuzzed(texts: Sequence[Context], rng: random.Random) -> list[Example]:
-    """Every other text with its own mark, the rest marked where the latent is silent; no text twice."""
+    """Pairs of texts, one with its own mark, the other marked where the latent is silent; no text twice.
+
+    A mark tells nothing by itself: of the silent ones of the next few texts it is the one most like the positive's.
+    The ends of each text are cut by a random few tokens, since a long one was cut around its own mark.
+    """
     examples: list[Example] = []
-    for context in texts:
-        on_tokens = zip(context.tokens, context.activations, strict=True)
-        silent = [at for at, (text, activation) in enumerate(on_tokens) if activation == 0 and text.strip()]
-        positives = sum(example.active for example in examples)
-        negatives = len(examples) - positives
-        active = not silent or positives <= negatives
-        if (positives if active else negatives) < EACH:
-            at = context.at if active else rng.choice(silent)
-            examples.append(Example(text_of(context, at), active, place_of(context)))
+    left = [(context, whole(context, context.at)) for context in texts]
+    left = [(context, mark) for context, mark in left if mark.text.strip()]
+    while len(left) > 1 and len(examples) < 2 * EACH:
+        context, mark = left.pop(0)
+        others = [
+            (unlike(mark, other), n, other)
+            for n, (text, _) in enumerate(left[:NEXT_TEXTS])
+            for other in {whole(text, at) for at in range(len(text.tokens))}
+            if other.activation == 0 and other.text.strip()
+        ]
+        if others:
+            _, n, other = min(others)
+            examples.append(Example(text_of(context, mark, rng), True, place_of(context)))
+            context, _ = left.pop(n)
+            examples.append(Example(text_of(context, other, rng), False, place_of(context)))
     return examples
 
 
-def text_of(context: Context, marked_at: int | None = None) -> str:
-    """The context on one line, one token marked or none."""
+def text_of(context: Context, mark: Mark | None = None, rng: random.Random | None = None) -> str:
+    """The context on one line, with a mark or none. With `rng` its ends are cut by up to an eighth of its tokens."""
     pieces = list(context.tokens)
-    if marked_at is not None:
-        pieces[marked_at] = f"<ACTIVATED>{pieces[marked_at]}</ACTIVATED>"
+    if mark is not None:
+        pieces[mark.first] = f"<ACTIVATED>{pieces[mark.first]}"
+        pieces[mark.after - 1] += "</ACTIVATED>"
+        if rng is not None:
+            most = len(pieces) // 8
+            end = len(pieces) - rng.randint(0, min(most, len(pieces) - mark.after))
+            pieces = pieces[rng.randint(0, min(most, mark.first)) : end]
     return one_line("".join(pieces))
 
 

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from routesae.analyze.contexts.file import Context
 from routesae.analyze.contexts.run import contexts
 from routesae.analyze.contexts.settings import ContextSettings
-from routesae.analyze.interpret.run import interpret
+from routesae.analyze.contexts.windows import Vocabulary
+from routesae.analyze.interpret.run import interpret, prompt_of, read_template
+from routesae.analyze.interpret.scoring import fuzzed
 from routesae.analyze.interpret.silence import active_positions
 from routesae.harvest.cache.reader import Cache
 from routesae.reporting import FailedRun, WrongInput
@@ -163,3 +168,93 @@ def test_another_cache_is_refused_for_detection(
     with pytest.raises((WrongInput, FailedRun), match="nowhere is not a cache folder"):
         interpret(asked(folder, server, scores=("detection",)))
     assert (folder / "interpretations.json").exists()
+
+
+# ----------------------------------------------------------------------------- texts whose characters are many tokens
+
+WORDS = {
+    "hindi": "भारत नदी शहर किताब पानी खेल संगीत बाज़ार सूरज पहाड़ घर लोग समय देश रात दिन काम हाथ आदमी बच्चा।",
+    "thai": "สวัสดี ตลาด แม่น้ำ ภูเขา หนังสือ บ้าน คน เวลา กลางคืน วัน มือ น้ำ",
+    "japanese": "天気 山川 学校 音楽 東京 ひらがな カタカナ 時間 人々 夜、 昼。",
+    "emoji": "🏏 goal 👩‍👧 🎶🎶 played 🇮🇳 win 😀! 👍🏽 the",
+    "english": "the a router layer token hidden state latent dictionary sparse, model block. reads writes",
+}
+
+
+def contexts_of(script: str, tokenizer: Any, latents: int, long: bool) -> list[list[Context]]:
+    """For each of some latents, which are active on one token id each, the contexts it is active in."""
+    rng = random.Random(script)
+    sentences = [" ".join(rng.choices(WORDS[script].split(), k=60 if long else 8)) for _ in range(200)]
+    ids = [tokenizer(sentence, add_special_tokens=False)["input_ids"] for sentence in sentences]
+    vocabulary = Vocabulary(tokenizer)
+    found = []
+    for token in sorted(set(chain(*ids)))[:latents]:
+        contexts = []
+        for row, of_row in enumerate(ids):
+            if len(contexts) == 24:
+                break
+            for at in [at for at, one in enumerate(of_row) if one == token][:1]:
+                window = slice(max(0, at - 32), at + 32)
+                part = np.array(of_row[window])
+                pieces = tuple(vocabulary.pieces(part, np.array([len(part)])).tolist())
+                active = tuple(np.where(part == token, 5.0, 0.0).tolist())
+                named = {"kind": "weak", "token_class": "x", "activation": 5.0, "layer": 3, "document": 0}
+                place = {"row": row, "position": at, "at": at - window.start}
+                contexts.append(Context(**named, **place, token_ids=(), tokens=pieces, activations=active))
+        rng.shuffle(contexts)
+        found.append(contexts)
+    return found
+
+
+def fraction(text: str) -> float:
+    return text.index("<ACTIVATED>") / len(text)
+
+
+def marked(text: str) -> str:
+    return text.partition("<ACTIVATED>")[2].partition("</ACTIVATED>")[0]
+
+
+GUESSERS: dict[str, Callable[[str], bool]] = {
+    "an empty mark": lambda text: not marked(text).strip(),
+    "a space in front": lambda text: marked(text)[:1] == " ",
+    "one character": lambda text: len(marked(text).strip()) == 1,
+    "a sign and no letter": lambda text: not any(map(str.isalpha, marked(text))),
+    "half a character": lambda text: "\ufffd" in marked(text),
+    "near the front": lambda text: fraction(text) < 0.4,
+    "right in the middle": lambda text: abs(fraction(text) - 0.5) < 0.04,
+    "a long text": lambda text: len(text) > 120,
+}
+
+
+@pytest.mark.parametrize("long", [False, True], ids=["sentences", "windows"])
+@pytest.mark.parametrize("script", WORDS)
+def test_marks_cover_whole_characters_and_tell_nothing_without_the_explanation(
+    script: str, long: bool, tiny_model: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    examples = [
+        example for latent in contexts_of(script, tokenizer, 40, long) for example in fuzzed(latent, random.Random(0))
+    ]
+    assert sum(example.active for example in examples) * 2 == len(examples) > 200
+    characters = set(WORDS[script]) | {" ", "\ufffd"}
+    for example in examples:
+        assert marked(example.text).strip()
+        assert set(marked(example.text)) <= characters
+    deviation = 0.5 / (len(examples) / 2) ** 0.5 / 2**0.5  # of the balanced accuracy of a coin
+    for name, guess in GUESSERS.items():
+        right = [[guess(e.text) is truth for e in examples if e.active is truth] for truth in (True, False)]
+        accuracy = sum(sum(guesses) / len(guesses) for guesses in right) / 2
+        assert abs(accuracy - 0.5) < 3.5 * deviation, (name, accuracy)
+
+
+@pytest.mark.parametrize("script", WORDS)
+def test_no_prompt_has_an_empty_mark(script: str, tiny_model: Path) -> None:
+    from transformers import AutoTokenizer
+
+    template = read_template(None)
+    for latent in contexts_of(script, AutoTokenizer.from_pretrained(tiny_model), 20, False):
+        prompt = prompt_of(template, latent[:64])
+        assert "<ACTIVATED></ACTIVATED>" not in prompt
+        assert "Token:  |" not in prompt
