@@ -165,7 +165,7 @@ class LayerStatistics(_Stored):
     non_finite: int = 0
     """NaN or infinite values; a run that meets one stops, so a shard that has one was not written here."""
     int8_fvu: float | None = None
-    """What int8 lost, as a fraction of the variance, and as NormMSE counts it (routesae.harvest.cache.quantise.Lost);
+    """What int8 lost, as a fraction of the variance, and as NormMSE counts it (cache.quantise.Encoding);
     None in other dtypes."""
     int8_norm_mse: float | None = None
 

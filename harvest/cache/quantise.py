@@ -43,25 +43,20 @@ class Channels(NamedTuple):
     std_D: Tensor
 
 
-class Lost(NamedTuple):
-    """fvu: Σ‖h−ĥ‖² / Σ‖h−mean‖² over the rows, mean the plain one of each channel.
-
-    norm_mse: mean over the rows of ‖h−ĥ‖² / ‖h−h̄‖², h̄ the row's mean: what NormMSE makes of it where rows are
-    normalised. Both float64 and on the rows' device; 0 where there is nothing to lose.
-    """
-
-    fvu: Tensor
-    norm_mse: Tensor
-
-
 class Encoding(NamedTuple):
-    """What a layer's int8 numbers stand for. mean_n and std_n: of the rows that are read back."""
+    """What a layer's int8 numbers stand for, and what was lost.
+
+    mean_n and std_n: of the rows that are read back. fvu: Σ‖h−ĥ‖² / Σ‖h−mean‖² over the rows, mean the plain one of
+    each channel. norm_mse: mean over the rows of ‖h−ĥ‖² / ‖h−h̄‖², h̄ the row's mean, which is what NormMSE makes of it
+    where rows are normalised. Both float64 and on the rows' device; 0 where there is nothing to lose.
+    """
 
     scale_n: Tensor
     channels: Channels
     mean_n: Tensor
     std_n: Tensor
-    lost: Lost
+    fvu: Tensor
+    norm_mse: Tensor
 
 
 def row_statistics(hidden_mD: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,7 +78,8 @@ def encoded(hidden_nD: Tensor, std_n: Tensor) -> tuple[Tensor, Encoding]:
     """q_nD, int8, of a layer's float16 rows, all finite, whose standard deviations are std_n; and its meaning."""
     n, width = hidden_nD.shape
     rows = piece_rows(width, hidden_nD.device)
-    channels, spread = _channels(hidden_nD, _weights(std_n), rows)
+    relative_n = _ratio(std_n.double(), std_n.double().sum() / max(1, n))  # 0 where all rows are constant
+    channels, spread = _channels(hidden_nD, (1 / (1 + relative_n.square())).float(), rows)
     q_nD = torch.empty((n, width), dtype=torch.int8, device=hidden_nD.device)
     scale_n, mean_n, read_std_n, error_n = (torch.empty_like(std_n) for _ in range(4))
     for start in range(0, n, rows):
@@ -91,11 +87,9 @@ def encoded(hidden_nD: Tensor, std_n: Tensor) -> tuple[Tensor, Encoding]:
         q_nD[piece], scale_n[piece], read_mD = _encoded_piece(hidden_nD[piece], channels)
         mean_n[piece], read_std_n[piece] = row_statistics(read_mD)
         error_n[piece] = (hidden_nD[piece].float() - read_mD.float()).square_().sum(dim=1)
-    lost = Lost(
-        _ratio(error_n.double().sum(), spread),
-        _ratio(error_n.double(), std_n.double().square() * (width - 1)).sum() / max(1, n),
-    )
-    return q_nD, Encoding(scale_n, channels, mean_n, read_std_n, lost)
+    fvu = _ratio(error_n.double().sum(), spread)
+    norm_mse = _ratio(error_n.double(), std_n.double().square() * (width - 1)).sum() / max(1, n)
+    return q_nD, Encoding(scale_n, channels, mean_n, read_std_n, fvu, norm_mse)
 
 
 def decode(q_mD: Tensor, scale_m: Tensor, channels: Channels, scratch_mD: Tensor, out_mD: Tensor) -> None:
@@ -119,12 +113,6 @@ def _encoded_piece(hidden_mD: Tensor, channels: Channels) -> tuple[Tensor, Tenso
         q_mD -= q_mD.sign() * beyond_mD
         decode(q_mD, scale_m, channels, z_mD, read_mD)
     return q_mD, scale_m, read_mD
-
-
-def _weights(std_n: Tensor) -> Tensor:
-    """Float32; of rows that are all constant, 1."""
-    relative_n = _ratio(std_n.double(), std_n.double().sum() / max(1, len(std_n)))
-    return (1 / (1 + relative_n.square())).float()
 
 
 def _channels(hidden_nD: Tensor, weight_n: Tensor, rows: int) -> tuple[Channels, Tensor]:

@@ -221,7 +221,7 @@ class ShardBuffer:
         width, n = self.manifest.width, max(1, len(self.order))
         mean_n, variance_n = self.mean_Ln[at].double(), self.std_Ln[at].double().square()
         square_n = (variance_n * (width - 1) + mean_n.square() * width) / width  # the row's mean square
-        lost = self._encodings[at].lost if self._encodings else None
+        lost = self._encodings[at] if self._encodings else None
         return LayerStatistics(
             mean=float(mean_n.sum()) / n,
             mean_square=float(square_n.sum()) / n,

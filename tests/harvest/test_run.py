@@ -464,7 +464,7 @@ def test_int8_is_made_of_the_clipped_values(
     expected, encoding = encoded(clipped, row_statistics(clipped)[1])
     assert np.array_equal(cache.shard(0).read("layer_03"), expected.numpy())
     assert np.isfinite(cache.shard(0).read("token_std")).all()
-    assert cache.shard(0).record.statistics["3"].int8_fvu == float(encoding.lost.fvu)
+    assert cache.shard(0).record.statistics["3"].int8_fvu == float(encoding.fvu)
 
 
 def test_float32_holds_what_overflows_float16(

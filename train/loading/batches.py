@@ -26,10 +26,9 @@ import torch
 from torch import Tensor
 
 from routesae.harvest.cache import arrays
-from routesae.harvest.cache.manifest import STATISTICS
 from routesae.harvest.cache.reader import Cache, Shard, damaged
 from routesae.machine.device import CACHE_DTYPES
-from routesae.train.loading.rows import RowReader, Span, spans_of
+from routesae.train.loading.rows import Read, RowReader, reads_of_rows
 
 BLOCK_ROWS = arrays.CHUNK_ROWS
 ADVISE_BATCHES, ADVISE_BYTES = 2, 1 << 26  # the kernel is told of both, at least, ahead of the reading
@@ -165,23 +164,16 @@ def largest_share(batch_tokens: int, world: int) -> int:
     return max(-(-batch_tokens // world), min(batch_tokens, world - 1))
 
 
-class Read(NamedTuple):
-    """A span of a shard, for the rows `at` and on of a batch."""
-
-    shard: Shard
-    span: Span
-    at: int
-
-
 def reads_of(selection: Selection, plan: Plan) -> list[Read]:
     """What is to be read of every layer for the plan's batch."""
-    reads, at = [], 0
+    reads, at = list[Read](), 0
     for block in plan:
-        rows = selection.rows[block.shard]
-        whole = [Span(block.first, block.after)]
-        for span in whole if rows is None else spans_of(rows[block.first : block.after]):
-            reads.append(Read(selection.shards[block.shard], span, at))
-            at += span.wanted
+        shard, rows = selection.shards[block.shard], selection.rows[block.shard]
+        if rows is None:
+            reads.append(Read(shard, block.first, block.after, None, at))
+        else:
+            reads += reads_of_rows(shard, rows[block.first : block.after], at)
+        at += block.after - block.first
     return reads
 
 
@@ -207,21 +199,6 @@ def _memory(shape: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> Tensor:
     if hasattr(mmap, "MADV_HUGEPAGE"):  # the first batches are read into fresh pages; 512 times fewer faults
         held.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(held, dtype=dtype).view(shape)
-
-
-def read_into(reader: RowReader, reads: Sequence[Read], batch: Batch) -> None:
-    """Copy what `reads` names into the batch, in which they are neighbours. Raises as RowReader.read."""
-    if not reads:
-        return
-    first, after = reads[0].at, reads[-1].at + reads[-1].span.wanted
-    hidden_LND = batch.hidden_LND.numpy()
-    statistics_nM = [np.empty((after - first, reader.cache_layers), np.float32) for _ in STATISTICS]
-    for shard, span, at in reads:
-        rows = slice(at - first, at - first + span.wanted)
-        out_LmD = hidden_LND[:, at : at + span.wanted]
-        reader.read(shard, span, out_LmD, [values_nM[rows] for values_nM in statistics_nM])
-    for values_nM, out_LN1 in zip(statistics_nM, batch[1:], strict=True):
-        out_LN1.numpy()[:, first:after, 0] = values_nM[:, reader.columns].T
 
 
 def read_sample(selection: Selection, *, seed: int, tokens: int) -> Batch:
@@ -259,8 +236,9 @@ def _staged(selection: Selection, plans: Iterator[Plan], batch_tokens: int, *, p
                     if staging is None or stopped.is_set():
                         return
                     half = len(reads) // 2
-                    other_half = second.submit(read_into, reader, reads[half:], staging)
-                    read_into(reader, reads[:half], staging)
+                    memory = [values.numpy() for values in staging]
+                    other_half = second.submit(reader.read, reads[half:], *memory)
+                    reader.read(reads[:half], *memory)
                     other_half.result()
                     ready.put((staging, n))
             ready.put(None)
@@ -297,8 +275,7 @@ def _advised(reader: RowReader, selection: Selection, plans: Iterator[Plan]) -> 
     tokens_ahead = 0  # of all in `ahead` but the first
     for plan in plans:
         reads, n = reads_of(selection, plan), tokens_of(plan)
-        for shard, span, _ in reads:
-            reader.advise(shard, span)
+        reader.advise(reads)
         if ahead:
             tokens_ahead += n
         ahead.append((reads, n))

@@ -1,13 +1,13 @@
-"""Reads spans of stored rows into memory that the caller gives, and compares every chunk with its checksum.
+"""Reads stored rows into memory that the caller gives, and compares every chunk with its checksum.
 
 A chunk of CHUNK_ROWS rows is hashed in the thread that read it, right after that, while the core's cache still has it
 (chunk_hashes, harvest/cache/reader.py). If only part of a chunk is wanted, all of it is read into memory of the
-thread, so spans are of whole chunks wherever they can be (train/loading/batches.py). What a cache holds as int8 is
+thread, so reads are of whole chunks wherever they can be (train/loading/batches.py). What a cache holds as int8 is
 decoded (harvest/cache/quantise.py) in the same thread, some rows at a time, so that it goes from the page cache to
 float16 without leaving the core's own cache.
 
-Dimension letters: m rows read, L layers of the selection, M layers of the cache, D width, W numbers a row (D of a
-layer, M of token_mean and the like), C chunks of a shard, A arrays that are hashed by chunk.
+Dimension letters: N tokens a batch, n of them read at once, m rows of a read, L layers of the selection, M layers of
+the cache, D width, W numbers a row (D of a layer, M of token_mean and the like), C chunks, A arrays hashed by chunk.
 """
 
 from __future__ import annotations
@@ -47,38 +47,44 @@ Rows = npt.NDArray[np.generic]
 Open = Callable[[Shard, str], OpenRows]
 
 
-class Span(NamedTuple):
-    """Stored rows first … after-1 of a shard, of which `picked` (counted from `first`) are wanted; None: all."""
+class Read(NamedTuple):
+    """Stored rows first … after-1 of a shard, of which `picked` (counted from `first`; None: all) are wanted for a
+    batch, where they stand from row `at` on."""
 
+    shard: Shard
     first: int
     after: int
     picked: npt.NDArray[np.int64] | None = None
+    at: int = 0
 
     @property
-    def wanted(self) -> int:
-        """m, the number of rows wanted."""
-        return self.after - self.first if self.picked is None else len(self.picked)
+    def rows(self) -> slice:
+        """Where they stand in the batch."""
+        return slice(self.at, self.at + (self.after - self.first if self.picked is None else len(self.picked)))
 
-    def chunks(self, kept: int) -> tuple[int, int]:
-        """First row of the whole chunks that hold the span, and the one after their last, of `kept` in all."""
+    def chunks(self) -> tuple[int, int]:
+        """First row of the whole chunks that hold them, and the one after their last."""
         first, after = self.first // CHUNK_ROWS, -(-self.after // CHUNK_ROWS)
-        return first * CHUNK_ROWS, min(after * CHUNK_ROWS, kept)
+        return first * CHUNK_ROWS, min(after * CHUNK_ROWS, self.shard.record.kept)
 
 
-def spans_of(rows: npt.NDArray[np.int64]) -> list[Span]:
-    """One span for each chunk that holds some of the stored rows `rows`, ascending."""
-    pieces = np.split(rows, np.flatnonzero(np.diff(rows // CHUNK_ROWS)) + 1) if len(rows) else []
-    return [Span(int(piece[0]), int(piece[-1]) + 1, piece - piece[0]) for piece in pieces]
+def reads_of_rows(shard: Shard, rows: npt.NDArray[np.int64], at: int) -> list[Read]:
+    """One read for each chunk that holds some of the stored rows `rows`, ascending."""
+    reads: list[Read] = []
+    for piece in np.split(rows, np.flatnonzero(np.diff(rows // CHUNK_ROWS)) + 1) if len(rows) else ():
+        reads.append(Read(shard, int(piece[0]), int(piece[-1]) + 1, piece - piece[0], at))
+        at += len(piece)
+    return reads
 
 
 class RowReader:
     """Reads rows of `layers` out of the shards of a cache; safe for several threads."""
 
     def __init__(self, manifest: Manifest, layers: Sequence[int]):
-        self.names = [layer_name(layer) for layer in layers]
-        self.columns = [manifest.layers.index(layer) for layer in layers]
-        self.cache_layers, self.width = len(manifest.layers), manifest.width
-        self.quantised = manifest.dtype == "int8"
+        self._names = [layer_name(layer) for layer in layers]
+        self._columns = [manifest.layers.index(layer) for layer in layers]
+        self._cache_layers = len(manifest.layers)
+        self._quantised = manifest.dtype == "int8"
         hashed = hashed_arrays(manifest)
         self._hash_columns = {name: column for column, name in enumerate(hashed)}
         # Plain functions, not methods: a cycle would hold files open for as long as the collector pleases.
@@ -86,65 +92,73 @@ class RowReader:
         chunks = -(-manifest.shard_rows * manifest.context // CHUNK_ROWS)
         hashes = partial(_chunk_hashes, self._opened)
         self._hashes = lru_cache(max(1, HASHES_BYTES // (8 * len(hashed) * chunks)))(hashes)
-        channels = partial(_channels, self._opened, self.columns)
-        self._channels = lru_cache(max(1, CHANNELS_BYTES // (8 * len(self.names) * self.width)))(channels)
+        channels = partial(_channels, self._opened, self._columns)
+        self._channels = lru_cache(max(1, CHANNELS_BYTES // (8 * len(self._names) * manifest.width)))(channels)
         self._announced: set[Shard] = set()  # whose small arrays were
         self._scratch = threading.local()
 
-    def advise(self, shard: Shard, span: Span) -> None:
-        """Announce that a span will be read soon. What is wrong with its files is left to the reading to name."""
-        first, after = span.chunks(shard.record.kept)
-        wanted = [(name, first, after) for name in (*self.names, *STATISTICS, *((SCALE,) if self.quantised else ()))]
-        if shard not in self._announced:
-            self._announced.add(shard)
-            small = (CHUNK_HASHES, *(CHANNEL_ARRAYS if self.quantised else ()))
-            wanted += [(name, 0, shard.form(name)[0][0]) for name in small]
-        for name, first, after in wanted:
-            with suppress(BadArray, OSError):
-                self._opened(shard, name).advise(first, after)
+    def advise(self, reads: Sequence[Read]) -> None:
+        """Announce what will be read soon. What is wrong with its files is left to the reading to name."""
+        by_row = (*self._names, *STATISTICS, *((SCALE,) if self._quantised else ()))
+        for read in reads:
+            wanted = [(name, *read.chunks()) for name in by_row]
+            if read.shard not in self._announced:
+                self._announced.add(read.shard)
+                small = (CHUNK_HASHES, *(CHANNEL_ARRAYS if self._quantised else ()))
+                wanted += [(name, 0, read.shard.form(name)[0][0]) for name in small]
+            for name, first, after in wanted:
+                with suppress(BadArray, OSError):
+                    self._opened(read.shard, name).advise(first, after)
 
-    def read(self, shard: Shard, span: Span, out_LmD: Rows, statistics_mM: Sequence[Rows]) -> None:
-        """Copy the span's wanted rows, float16 or float32, and what STATISTICS names of them.
+    def read(self, reads: Sequence[Read], hidden_LND: Rows, *statistics_LN1: Rows) -> None:
+        """Copy what `reads` names, neighbours in the batch, float16 or float32; and what STATISTICS names of it.
 
         Raises FailedRun where a file is gone, cut or altered, or an object store does not answer.
         """
-        if self.quantised:
-            self._read_quantised(shard, span, out_LmD)
-        else:
-            for name, out_mD in zip(self.names, out_LmD, strict=True):
-                self.read_array(shard, name, span, out_mD)
-        for name, values_mM in zip(STATISTICS, statistics_mM, strict=True):
-            self.read_array(shard, name, span, values_mM)
+        if not reads:
+            return
+        begin, end = reads[0].rows.start, reads[-1].rows.stop
+        statistics_nM = [np.empty((end - begin, self._cache_layers), np.float32) for _ in STATISTICS]
+        for read in reads:
+            if self._quantised:
+                self._read_quantised(read, hidden_LND[:, read.rows])
+            else:
+                for name, out_ND in zip(self._names, hidden_LND, strict=True):
+                    self.read_array(name, read, out_ND[read.rows])
+            for name, values_nM in zip(STATISTICS, statistics_nM, strict=True):
+                self.read_array(name, read, values_nM[read.rows.start - begin : read.rows.stop - begin])
+        for values_nM, out_LN1 in zip(statistics_nM, statistics_LN1, strict=True):
+            out_LN1[:, begin:end, 0] = values_nM[:, self._columns].T
 
-    def _read_quantised(self, shard: Shard, span: Span, out_LmD: Rows) -> None:
+    def _read_quantised(self, read: Read, out_LmD: Rows) -> None:
         m, width = out_LmD.shape[1:]
-        scale_mM = self._memory("scale", (m, self.cache_layers), np.float32)
-        self.read_array(shard, SCALE, span, scale_mM)
+        scale_mM = self._memory("scale", (m, self._cache_layers), np.float32)
+        self.read_array(SCALE, read, scale_mM)
         q_mD = self._memory("q", (m, width), np.int8)
         rows = piece_rows(width, torch.device("cpu"))
         x_mD = torch.from_numpy(self._memory("x", (rows, width), np.float32))
-        for at, channels in enumerate(self._channels(shard)):
-            self.read_array(shard, self.names[at], span, q_mD)
-            scale_m = torch.from_numpy(scale_mM[:, self.columns[at]])
+        for at, channels in enumerate(self._channels(read.shard)):
+            self.read_array(self._names[at], read, q_mD)
+            scale_m = torch.from_numpy(scale_mM[:, self._columns[at]])
             stored_mD, decoded_mD = torch.from_numpy(q_mD), torch.from_numpy(out_LmD[at])
             for start in range(0, m, rows):
                 piece = slice(start, min(m, start + rows))
                 decode(stored_mD[piece], scale_m[piece], channels, x_mD[: piece.stop - start], decoded_mD[piece])
 
-    def read_array(self, shard: Shard, name: str, span: Span, out_mW: Rows) -> None:
-        """Copy the span's wanted rows of one array into out_mW, C-contiguous and of the array's dtype."""
-        with _reading(shard, name):
-            first, after = span.chunks(shard.record.kept)
-            if span.picked is None and (first, after) == span[:2]:
-                self._read_chunks(shard, name, first, out_mW)
+    def read_array(self, name: str, read: Read, out_mW: Rows) -> None:
+        """Copy the wanted rows of one array into out_mW, C-contiguous and of the array's dtype."""
+        with _reading(read.shard, name):
+            first, after = read.chunks()
+            if read.picked is None and (first, after) == (read.first, read.after):
+                self._read_chunks(read.shard, name, first, out_mW)
                 return
             rows_mW = self._memory("rows", (after - first, out_mW.shape[1]), out_mW.dtype)
-            self._read_chunks(shard, name, first, rows_mW)
-            wanted_mW = rows_mW[span.first - first : span.after - first]
-            if span.picked is None:
+            self._read_chunks(read.shard, name, first, rows_mW)
+            wanted_mW = rows_mW[read.first - first : read.after - first]
+            if read.picked is None:
                 out_mW[:] = wanted_mW
             else:
-                np.take(wanted_mW, span.picked, axis=0, out=out_mW, mode="clip")  # "raise" would copy once more
+                np.take(wanted_mW, read.picked, axis=0, out=out_mW, mode="clip")  # "raise" would copy once more
 
     def _read_chunks(self, shard: Shard, name: str, first: int, out_mW: Rows) -> None:
         hashes_C = self._hashes(shard)[self._hash_columns[name]]

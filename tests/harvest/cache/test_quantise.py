@@ -146,10 +146,10 @@ def test_what_is_recorded_as_lost_is_what_was_lost(name: str) -> None:
     _, found, read_nD = encode(HIDDEN[name])
     error_n = ((read_nD.double().numpy() - h_nD) ** 2).sum(axis=1)
     spread = ((h_nD - h_nD.mean(axis=0)) ** 2).sum()
-    assert float(found.lost.fvu) == pytest.approx(error_n.sum() / spread if spread > 1e-9 else 0, rel=1e-4, abs=1e-12)
+    assert float(found.fvu) == pytest.approx(error_n.sum() / spread if spread > 1e-9 else 0, rel=1e-4, abs=1e-12)
     own_n = ((h_nD - h_nD.mean(axis=1, keepdims=True)) ** 2).sum(axis=1)
     shares = [error / own if own else 0 for error, own in zip(error_n, own_n, strict=True)]
-    assert float(found.lost.norm_mse) == pytest.approx(np.mean(shares), rel=1e-4, abs=1e-12)
+    assert float(found.norm_mse) == pytest.approx(np.mean(shares), rel=1e-4, abs=1e-12)
 
 
 def test_the_statistics_are_of_the_rows_that_are_read_back() -> None:
@@ -164,7 +164,7 @@ def test_no_rows_are_no_trouble() -> None:
     assert q_nD.shape == (0, D)
     assert found.scale_n.shape == (0,)
     assert all(torch.equal(each, torch.zeros(D)) for each in found.channels)
-    assert (float(found.lost.fvu), float(found.lost.norm_mse)) == (0, 0)
+    assert (float(found.fvu), float(found.norm_mse)) == (0, 0)
 
 
 def test_pieces_are_too_small_for_torch_to_start_threads(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,23 +15,24 @@ from routesae.harvest.cache.arrays import CHUNK_ROWS, data_file, write_array
 from routesae.harvest.cache.manifest import hashed_arrays
 from routesae.harvest.cache.reader import Cache
 from routesae.reporting import FailedRun
-from routesae.train.loading.rows import RowReader, Span, spans_of
+from routesae.train.loading.rows import Read, RowReader, reads_of_rows
 
 
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.5, 1.0])
-def test_spans_hold_the_wanted_rows_in_order_and_none_is_of_two_chunks(share: float) -> None:
+def test_reads_hold_the_wanted_rows_in_order_and_none_is_of_two_chunks(share: float, tiny_cache: Cache) -> None:
     rows = np.flatnonzero(np.random.default_rng(0).random(5000) < share)
-    spans = spans_of(rows)
-    picked = [span.first + span.picked for span in spans if span.picked is not None]
+    reads = reads_of_rows(tiny_cache.shard(0), rows, 7)
+    picked = [read.first + read.picked for read in reads if read.picked is not None]
     np.testing.assert_array_equal(np.concatenate(picked), rows)
-    assert [span.wanted for span in spans] == [len(of) for of in picked]
-    chunks = [span.first // CHUNK_ROWS for span in spans]
-    assert chunks == [(span.after - 1) // CHUNK_ROWS for span in spans]
+    places = [place for read in reads for place in range(read.rows.start, read.rows.stop)]
+    assert places == list(range(7, 7 + len(rows)))
+    chunks = [read.first // CHUNK_ROWS for read in reads]
+    assert chunks == [(read.after - 1) // CHUNK_ROWS for read in reads]
     assert len(set(chunks)) == len(chunks)
 
 
-def test_no_rows_are_no_spans() -> None:
-    assert spans_of(np.empty(0, np.int64)) == []
+def test_no_rows_are_no_reads(tiny_cache: Cache) -> None:
+    assert reads_of_rows(tiny_cache.shard(0), np.empty(0, np.int64), 0) == []
 
 
 # --------------------------------------------------------------------------------------------------- checked
@@ -50,11 +51,11 @@ def flip(array: Path, at: int) -> None:
         os.pwrite(file.fileno(), bytes([old[0] ^ 16]), at)
 
 
-def read(cache: Cache, name: str, span: Span, index: int = 1) -> Any:
-    shard = cache.shard(index)
-    plain = shard.read(name)
-    rows = np.empty((span.wanted, plain.shape[1]), plain.dtype)
-    RowReader(cache.manifest, cache.manifest.layers).read_array(shard, name, span, rows)
+def read(cache: Cache, name: str, first: int, after: int, picked: Any = None) -> Any:
+    shard = cache.shard(1)
+    plain, wanted = shard.read(name), Read(shard, first, after, picked)
+    rows = np.empty((wanted.rows.stop, plain.shape[1]), plain.dtype)
+    RowReader(cache.manifest, cache.manifest.layers).read_array(name, wanted, rows)
     return rows
 
 
@@ -80,9 +81,9 @@ def test_every_chunk_of_every_array_is_compared_the_last_of_fewer_rows_too(folde
                     FailedRun,
                     match=f"shard-00001/{name} is damaged: rows {first} to {after - 1} are not what was written",
                 ):
-                    read(cache, name, Span(first, after))
+                    read(cache, name, first, after)
                 flip(folder / "shard-00001" / name, at)
-            read(cache, name, Span(first, after))
+            read(cache, name, first, after)
 
 
 def test_a_bit_of_the_padding_is_no_row_s(folder: Path) -> None:
@@ -90,29 +91,29 @@ def test_a_bit_of_the_padding_is_no_row_s(folder: Path) -> None:
     kept = cache.shard(1).record.kept
     for name in names_of(cache):
         flip(folder / "shard-00001" / name, kept * bytes_a_row(cache, name))
-        read(cache, name, Span(kept - 10, kept))
+        read(cache, name, kept - 10, kept)
 
 
 @pytest.mark.parametrize(
     ("span", "beside"),
     [
-        (Span(300, 310), 511),
-        (Span(500, 600), 256),
-        (Span(256, 1000), 400),
-        (Span(260, 700, np.array([0, 9])), 256),
-        (Span(300, 512, np.array([0, 9])), 302),
+        ((300, 310, None), 511),
+        ((500, 600, None), 256),
+        ((256, 1000, None), 400),
+        ((260, 700, np.array([0, 9])), 256),
+        ((300, 512, np.array([0, 9])), 302),
     ],
 )
 def test_rows_within_chunks_are_those_of_the_array_and_their_whole_chunks_are_compared(
-    folder: Path, span: Span, beside: int
+    folder: Path, span: Any, beside: int
 ) -> None:
     cache = Cache(folder)
     for name in names_of(cache):
-        expected = cache.shard(1).read(name)[span.first : span.after]
-        assert np.array_equal(read(cache, name, span), expected if span.picked is None else expected[span.picked])
+        expected = cache.shard(1).read(name)[span[0] : span[1]]
+        assert np.array_equal(read(cache, name, *span), expected if span[2] is None else expected[span[2]])
         flip(folder / "shard-00001" / name, beside * bytes_a_row(cache, name))
         with pytest.raises(FailedRun, match="rows 256 to 511 are not what was written"):
-            read(cache, name, span)
+            read(cache, name, *span)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +132,7 @@ def test_chunk_hashes_that_are_not_what_was_written_are_refused_by_name(
 ) -> None:
     alter(folder / "shard-00001" / "chunk_hashes")
     with pytest.raises(FailedRun, match=f"shard-00001/chunk_hashes is damaged: .*{said}.*cache repair") as refused:
-        read(Cache(folder), "layer_03", Span(0, 10))
+        read(Cache(folder), "layer_03", 0, 10)
     assert "\n" not in str(refused.value)
 
 
