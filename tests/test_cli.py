@@ -36,7 +36,7 @@ from routesae.train.settings import settings_of
 RUN, BLOCKS, SAES = "quiet log-json status", "cache-dir cache-bytes", "sae out cache device model seed"
 TRAIN = """cache sae latents expansion k layer sparsity pre-act-loss prefixes routing aggregate routed router balance
     normalize batch-tokens epochs tokens dead-after-tokens anneal-k-from sparsity-warmup recipe lr clip precision
-    max-memory log-every-steps checkpoint-every log seed verify device shard cpu-offload out config"""
+    max-memory log-every-steps log-project checkpoint-every log seed verify device shard cpu-offload out config"""
 OPTIONS = {
     "harvest": f"""model data data-config split text-field min-chars tokens context layers dtype overflow
         skip-positions keep-special shard-tokens batch-sequences seed device lm-dtype worker workers out
@@ -52,7 +52,7 @@ OPTIONS = {
         key-env concurrency timeout retries temperature max-output-tokens dry-run {SAES} {RUN} {BLOCKS}""",
     "report": f"html scores contexts lm-dtype sae out cache device model {RUN} {BLOCKS}",
     "run": f"config {RUN}",
-    "convert": "FILE sae k layer layers routing aggregate model out name overwrite",
+    "convert": "FILE sae k layer layers routing aggregate normalize model out name overwrite",
     "push": "FOLDER REPO private message",
     "cache info": "PATH",
     "cache verify": f"PATH digest {RUN} {BLOCKS}",

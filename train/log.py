@@ -33,12 +33,13 @@ class StepLog:
     def __init__(self, sae: SAE, folder: Path | None, trackers: list[Tracker], peak_lr: float):
         self.sae, self.trackers, self.peak_lr = sae, trackers, peak_lr
         self.writes = folder is not None
-        path = Path(os.devnull) if folder is None else folder / METRICS_FILE
-        refuse_link(path)
-        self.file = path.open("a")
+        self.path = Path(os.devnull) if folder is None else folder / METRICS_FILE
+        refuse_link(self.path)
+        self.file = self.path.open("a+")
         self.tokens_done = 0  # up to the last line
         self.lr = 0.0
         self.tokens = 0  # since the last line
+        self.start = torch.zeros((), dtype=torch.float64, device=sae.device)  # NormMSE of the first step
         self.sums = torch.zeros(3, dtype=torch.float64, device=sae.device)  # loss, NormMSE, L0; each times tokens
         self.first_bad_step = torch.zeros((), dtype=torch.int64, device=sae.device)  # whose loss was not finite
         self.routed_L = torch.zeros(len(sae.recipe.layers), dtype=torch.float64, device=sae.device)
@@ -50,6 +51,8 @@ class StepLog:
         """counts_F: on how many of the batch's rows each latent was active. tokens: of the whole batch."""
         l0 = counts_F.sum() / batch_rows(len(out.x_ND))
         self.sums += torch.stack([objective.total.double(), objective.norm_mse.double(), l0.double()]) * tokens
+        if step == 1:
+            self.start.copy_(objective.norm_mse)
         is_first = (self.first_bad_step == 0) & ~objective.total.isfinite()
         self.first_bad_step = torch.where(is_first, step, self.first_bad_step)
         if out.routing_NL is not None:
@@ -97,13 +100,27 @@ class StepLog:
         self.tokens, self.waited_seconds, self.began = 0, 0.0, time.perf_counter()
         return shown
 
+    def write_held_out(self, step: int, scores: dict[str, Any]) -> None:
+        """Give the trackers the scores on the held-out rows; cfg.json has them anyway."""
+        known = {name: value for name, value in scores.items() if value is not None}
+        for tracker in self.trackers:
+            tracker.log(step, {"held_out": known})
+
     def tensors(self) -> dict[str, Tensor]:
         """The state for a checkpoint: sums, and how long metrics.jsonl is, which is then on the disk."""
         self.file.flush()
+        if not self.path.exists():  # somebody deleted the folder: the open file still has all lines
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file.seek(0)
+            lines = self.file.read()
+            self.file.close()
+            self.file = self.path.open("a+")
+            self.file.write(lines)
+            self.file.flush()
         if self.writes:
             os.fsync(self.file.fileno())
         counts = torch.tensor([self.file.tell(), self.tokens_done, self.tokens])
-        return {"log.sums": self.sums, "log.routed": self.routed_L, "log.counts": counts}
+        return {"log.start": self.start, "log.sums": self.sums, "log.routed": self.routed_L, "log.counts": counts}
 
     def restore(self, length: int, tokens_done: int, tokens: int) -> None:
         """Go on from a checkpoint: cut metrics.jsonl back to its length then. Raises FailedRun if it is shorter."""

@@ -13,16 +13,16 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
 from routesae import __version__
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.cache.verify import require_intact
+from routesae.machine.lock import hold
 from routesae.machine.memory import keep_freed_memory
 from routesae.machine.stop import stop_code, stop_requests
 from routesae.reporting import FailedRun, Progress, Report, Stopped, WrongInput, silent
@@ -54,11 +54,11 @@ log = logging.getLogger(__name__)
 
 INITIAL_SAMPLE_TOKENS = 8192  # what b_dec's geometric median is taken over
 DEAD_AFTER_TOKENS = 10_000_000  # 2406.04093, appendix A.2
+WORSE = 1.25  # times the NormMSE of the first step; however short, a run that learns ends below
 _FAILED = 1 << 16  # what ranks agree on when one of them cannot go on; above the number of any signal
 
 
-@dataclass(frozen=True)
-class TrainResult:
+class TrainResult(NamedTuple):
     """folder: where the SAE is. held_out: its scores on the held-out rows; None if the cache has none."""
 
     folder: Path
@@ -70,8 +70,8 @@ def train(settings: TrainSettings, report: Report = silent) -> list[TrainResult]
 
     With `resume`, SAEs that are finished already stay as they are and have no result. Of several ranks, rank 0 reads
     and writes the folders and has the results.
-    Raises WrongInput for a cache or setting that cannot be used, FailedRun if training cannot go on, Stopped if it
-    was asked to stop and left a checkpoint.
+    Raises WrongInput for a cache or setting that cannot be used and for an SAE that another process trains, FailedRun
+    if training cannot go on or an SAE, which is kept, did not learn, Stopped if asked to stop: a checkpoint is left.
     """
     require_trackers(settings.log)
     divided = settings.shard or settings.cpu_offload
@@ -84,6 +84,9 @@ def train(settings: TrainSettings, report: Report = silent) -> list[TrainResult]
                 require_intact(cache, report)
             jobs = jobs_of(settings, cache, device)
             selection = _selection(cache, jobs, settings, ranks)
+            for job in jobs if ranks.first else []:
+                job.folder.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(hold(job.folder.with_name(f".{job.name}.lock"), f"the SAE {job.folder}"))
             finished = [ranks.first and is_finished(job, settings) for job in jobs]
         jobs = [job for job, done in zip(jobs, ranks.broadcast(finished), strict=True) if not done]
         if not jobs:
@@ -105,7 +108,15 @@ def train(settings: TrainSettings, report: Report = silent) -> list[TrainResult]
         fit(trainees, selection, settings, begun, report)
         saes = [trainee.whole_sae().eval() for trainee in trainees]  # which every rank takes part in
         finishing = zip(trainees, saes, strict=True) if ranks.first else ()
-        return [_finish(trainee, sae, settings, cache, report) for trainee, sae in finishing]
+        results = [_finish(trainee, sae, settings, cache, report) for trainee, sae in finishing]
+    for trainee, (folder, scores) in zip(trainees if ranks.first else [], results, strict=True):
+        start = float(trainee.log.start)
+        if scores is not None and scores.fvu > 1 and scores.norm_mse > WORSE * start:
+            raise FailedRun(
+                f"{folder} ended worse than the mean of its input, and than it began: held-out FVU {scores.fvu:.3g}, "
+                f"NormMSE {scores.norm_mse:.3g}, {start:.3g} at the first step; it is kept; lower --lr and train again"
+            )
+    return results
 
 
 def _selection(cache: Cache, jobs: Sequence[Job], settings: TrainSettings, ranks: Ranks) -> Selection:
@@ -152,7 +163,7 @@ def trainee_of(
                 f"of one token; give {4 * job.recipe.latents:,} or more"
             )
     names = settings.log if ranks.first else ()
-    trackers = open_trackers(names, job.name, job.partial, job.settings.to_dict())
+    trackers = open_trackers(names, job.name, job.partial, job.settings.to_dict(), settings.log_project)
     step_log = StepLog(sae, job.partial if ranks.first else None, trackers, job.settings.lr)
     stack.callback(step_log.close)
     return Trainee(sae, job, pace, step_log, ranks)
@@ -167,6 +178,7 @@ def _initialise(trainees: Sequence[Trainee], selection: Selection, settings: Tra
             sample = read_sample(selection, seed=settings.seed, tokens=INITIAL_SAMPLE_TOKENS)
             hidden = Hidden(*(tensor.to(device) for tensor in sample), layers=selection.layers)
             for trainee in trainees:
+                torch.manual_seed(settings.seed << 32)  # a random router draws
                 trainee.sae.initialise(hidden)
     for trainee in trainees:
         ranks.share(list(trainee.sae.state_dict().values()))
@@ -244,9 +256,11 @@ def _finish(trainee: Trainee, sae: SAE, settings: TrainSettings, cache: Cache, r
         held_out = score_on_cache(sae, cache, cache.manifest.train_rows, cache.manifest.rows, report)
         if not math.isfinite(held_out.norm_mse):
             raise FailedRun(f"training ended with a NormMSE of {held_out.norm_mse}; lower --lr {job.settings.lr}")
+        trainee.log.write_held_out(trainee.pace.total_steps, held_out.to_dict())
     else:
         log.warning("%s has no held-out rows; nothing to score the SAE on", cache.path)
     trainee.log.close()  # a tracker may write into the folder, which is about to be renamed
+    job.partial.mkdir(parents=True, exist_ok=True)
     save_sae(job.partial, sae, _source(settings, job, cache, held_out))
     commit_folder(job.partial, job.folder)
     drop_checkpoints(job.folder)

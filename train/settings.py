@@ -225,6 +225,9 @@ class TrainSettings(Settings):
     log: tuple[str, ...] = setting(
         (), RUN, "Trackers beside metrics.jsonl.", choices=("tensorboard", "wandb", "trackio")
     )
+    log_project: str | None = setting(
+        None, RUN, "Project of wandb's and trackio's runs.", unset="WANDB_PROJECT, or routesae"
+    )
     seed: int = SEED
     out: str = OUT
     overwrite: bool = setting(False, RUN, "Replace an SAE of the same name.")

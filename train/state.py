@@ -40,6 +40,7 @@ def save_checkpoint(partial: Path, step: int, tensors: Mapping[str, Tensor], ide
     """Write a checkpoint of one SAE. tensors: on the CPU, none sharing memory. identity: what must not change."""
     target = checkpoint_file(partial, step)
     writing = target.with_name(f".{target.name}")
+    partial.mkdir(parents=True, exist_ok=True)
     text = json.dumps(identity)
     metadata = {"format": FORMAT, "step": str(step), "identity": text, "hash": _checksum(tensors, text)}
     save_file(dict(tensors), writing, metadata=metadata)

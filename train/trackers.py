@@ -10,6 +10,7 @@ import contextlib
 import contextvars
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -43,7 +44,7 @@ def scalars(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 class TensorBoard:
     """Writes event files in the SAE's own folder, under tensorboard/."""
 
-    def __init__(self, name: str, folder: Path, settings: Mapping[str, Any]):
+    def __init__(self, name: str, folder: Path, settings: Mapping[str, Any], project: str):
         self.folder, self.settings = folder / "tensorboard", settings
         self.writer: SummaryWriter | None = None
 
@@ -52,7 +53,7 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
 
             # A killed run may have written lines after its checkpoint; they come again and must not count twice.
-            self.writer = SummaryWriter(str(self.folder), purge_step=step)
+            self.writer = SummaryWriter(str(self.folder), purge_step=step if "loss" in line else None)
             self.writer.add_text("settings", str(dict(self.settings)))
         for name, value in scalars(line):
             self.writer.add_scalar(name, value, step)
@@ -68,9 +69,9 @@ class Hosted:
     The run's id is kept beside metrics.jsonl for that.
     """
 
-    def __init__(self, module: str, name: str, folder: Path, settings: Mapping[str, Any]):
+    def __init__(self, module: str, name: str, folder: Path, settings: Mapping[str, Any], project: str):
         tracker, id_file = importlib.import_module(module), folder / f"{module}-run"
-        options: dict[str, Any] = {"project": PROJECT, "name": name, "config": dict(settings)}
+        options: dict[str, Any] = {"project": project, "name": name, "config": dict(settings)}
         options["resume"] = "allow" if id_file.exists() else "never"
         if module == "wandb":
             options |= {"dir": str(folder), "reinit": "create_new"}
@@ -93,7 +94,7 @@ class Hosted:
             self.run.finish()
 
 
-TRACKERS: dict[str, Callable[[str, Path, Mapping[str, Any]], Tracker]] = {
+TRACKERS: dict[str, Callable[[str, Path, Mapping[str, Any], str], Tracker]] = {
     "tensorboard": TensorBoard,
     "wandb": partial(Hosted, "wandb"),
     "trackio": partial(Hosted, "trackio"),
@@ -109,6 +110,9 @@ def require_trackers(names: tuple[str, ...]) -> None:
             raise WrongInput(f"--log {name} needs the package {name}: pip install 'routesae[{name}]'")
 
 
-def open_trackers(names: tuple[str, ...], run: str, folder: Path, settings: Mapping[str, Any]) -> list[Tracker]:
+def open_trackers(
+    names: tuple[str, ...], run: str, folder: Path, settings: Mapping[str, Any], project: str | None
+) -> list[Tracker]:
     """Open the trackers named, for one run; those that write files here write them under `folder`."""
-    return [TRACKERS[name](run, folder, settings) for name in names]
+    project = project or os.environ.get("WANDB_PROJECT") or PROJECT
+    return [TRACKERS[name](run, folder, settings, project) for name in names]

@@ -7,6 +7,8 @@ import math
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -682,6 +684,71 @@ def test_a_run_whose_last_step_broke_the_weights_writes_no_sae(settings: Setting
     with pytest.raises(FailedRun, match=r"lower --lr 1e\+30"):
         only(settings(lr=1e30, tokens=1))
     assert visible(tmp_path / "saes") == []
+
+
+# ----------------------------------------------------------------------------------------- two at once, and the end
+
+
+@pytest.mark.parametrize("changes", [{}, {"resume": True}, {"overwrite": True}], ids=str)
+def test_a_second_training_of_one_name_is_refused_at_once_naming_the_owner(
+    settings: Settings, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    refusals: list[str] = []
+
+    def start_another(progress: Progress) -> None:
+        if not refusals:
+            before = contents(tmp_path / "saes" / ".mine.partial")
+            with pytest.raises(WrongInput) as refused:
+                only(settings(name="mine", **changes))
+            refusals.append(str(refused.value))
+            assert contents(tmp_path / "saes" / ".mine.partial") == before
+
+    only(settings(name="mine", checkpoint_every_steps=2), start_another)
+    (message,) = refusals
+    assert message.startswith(f"the SAE {tmp_path / 'saes' / 'mine'} is in use by process {os.getpid()} on ")
+    assert visible(tmp_path / "saes") == ["mine"]
+    assert [path.name for path in (tmp_path / "saes").iterdir()] == ["mine"]  # the lock is gone
+
+
+def test_an_owner_that_was_killed_leaves_its_name_free(settings: Settings, tmp_path: Path) -> None:
+    flags = {"cache": settings().cache, "out": str(tmp_path / "saes"), "sae": "topk", "latents": 64, "name": "mine"}
+    code = f"""
+import os, signal
+from routesae.train.run import train
+from routesae.train.settings import settings_of
+train(settings_of({flags!r}), lambda progress: os.kill(os.getpid(), signal.SIGKILL))
+"""
+    died = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    assert (tmp_path / "saes" / ".mine.lock").exists()
+    only(settings(name="mine", overwrite=True))
+    assert [path.name for path in (tmp_path / "saes").iterdir()] == ["mine"]
+
+
+def test_a_folder_that_vanishes_is_made_again_at_the_next_save_with_every_line(
+    settings: Settings, tmp_path: Path
+) -> None:
+    def delete(progress: Progress) -> None:
+        if progress.done == 4:
+            shutil.rmtree(tmp_path / "saes")
+
+    chosen = {"name": "mine", "log_every_steps": 2, "checkpoint_every_steps": 3}
+    folder = only(settings(**chosen), delete).folder
+    assert [line["step"] for line in logged(folder)] == [2, 4, 6, 8]
+    whole = only(settings(**chosen, out=str(tmp_path / "whole"))).folder
+    assert (folder / "sae_weights.safetensors").read_bytes() == (whole / "sae_weights.safetensors").read_bytes()
+
+
+def test_an_sae_worse_than_the_mean_of_its_input_is_kept_said_and_a_failed_run(
+    settings: Settings, tmp_path: Path
+) -> None:
+    folder = tmp_path / "saes" / "mine"
+    with pytest.raises(FailedRun, match=rf"^{folder} ended worse than the mean of its input.*FVU .*lower --lr"):
+        only(settings(name="mine", lr=100.0))
+    assert load_sae(folder, CPU).recipe.sae == "topk"
+    assert [path.name for path in (tmp_path / "saes").iterdir()] == ["mine"]
+    with pytest.raises(WrongInput, match=r"exists; give another --name, or --overwrite"):
+        only(settings(name="mine", lr=100.0))
 
 
 @pytest.mark.parametrize("variant", EVERY_SAE, ids=IDS)

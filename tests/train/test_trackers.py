@@ -27,10 +27,14 @@ ROUTED = ("layer_shares/2", "layer_shares/3", "layer_shares/4", "layer_shares/5"
 
 
 def logged(folder: Path) -> Lines:
-    """The numbers of metrics.jsonl by step."""
+    """The numbers of metrics.jsonl and the held-out scores by step."""
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert len(found) > 1
-    return {line["step"]: dict(scalars(line)) for line in found}
+    source = json.loads((folder / "cfg.json").read_text())["metadata"]["routesae"]["source"]
+    held_out = {name: value for name, value in source["held_out"].items() if value is not None}
+    lines = {line["step"]: dict(scalars(line)) for line in found}
+    lines[found[-1]["step"]] |= dict(scalars({"held_out": held_out}))  # the last ones have the scores too
+    return lines
 
 
 def of_tensorboard(folder: Path) -> Lines:
@@ -79,8 +83,11 @@ def of_trackio(database: Path, run: str) -> Lines:
     connection = sqlite3.connect(database)
     rows = connection.execute("select step, metrics from metrics where run_name = ?", (run,)).fetchall()
     connection.close()
-    found = {step: json.loads(metrics) for step, metrics in rows}
-    assert len(found) == len(rows)
+    found: Lines = {}
+    for step, metrics in rows:  # of the last step two: the line, and the held-out scores
+        line = json.loads(metrics)
+        assert not line.keys() & found.setdefault(step, {}).keys()
+        found[step] |= line
     return found
 
 
@@ -175,10 +182,23 @@ def test_a_resumed_sae_goes_on_in_its_run_and_a_new_one_begins_its_own(
     train(settings(name="mine", log=(module,), overwrite=True))
     assert [options["resume"] for options in fake.asked] == ["never", "allow", "never"]
     assert {options["name"] for options in fake.asked} == {"mine"}
-    assert {options["project"] for options in fake.asked} == {"routesae"}
     assert fake.asked[0]["config"]["k"] == 8
     if module == "wandb":
         assert [options.get("id") for options in fake.asked] == [None, "abc123", None]
+
+
+@pytest.mark.parametrize("module", ["wandb", "trackio"])
+def test_a_run_goes_to_the_project_of_the_flag_or_of_the_environment(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    fake = Fake()
+    monkeypatch.setitem(sys.modules, module, fake)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    train(settings(log=(module,), name="a"))
+    monkeypatch.setenv("WANDB_PROJECT", "of-the-environment")
+    train(settings(log=(module,), name="b"))
+    train(settings(log=(module,), name="c", log_project="of-the-flag"))
+    assert [options["project"] for options in fake.asked] == ["routesae", "of-the-environment", "of-the-flag"]
 
 
 def test_a_tracker_that_cannot_begin_is_wrong_input_naming_it(
