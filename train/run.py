@@ -114,7 +114,7 @@ def train(settings: TrainSettings, report: Report = silent) -> list[TrainResult]
         if scores is not None and scores.fvu > 1 and scores.norm_mse > WORSE * start:
             raise FailedRun(
                 f"{folder} ended worse than the mean of its input, and than it began: held-out FVU {scores.fvu:.3g}, "
-                f"NormMSE {scores.norm_mse:.3g}, {start:.3g} at the first step; it is kept; lower --lr and train again"
+                f"NormMSE {scores.norm_mse:.3g}, {start:.3g} at first; it is kept; lower --lr and train again"
             )
     return results
 
