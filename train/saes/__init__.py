@@ -1,24 +1,18 @@
-"""The SAE variants: one file a family, equation first, and one line each here."""
+"""The SAE variants: one file and one line each."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import torch
 
 from routesae.reporting import WrongInput
-from routesae.train.saes.batchtopk import BatchTopK
 from routesae.train.saes.crosscoder import Crosscoder
-from routesae.train.saes.gated import Gated
-from routesae.train.saes.jumprelu import JumpReLU
-from routesae.train.saes.layers import MLSAE, RandomLayer
-from routesae.train.saes.matryoshka import Matryoshka
 from routesae.train.saes.routesae import RouteSAE
 from routesae.train.saes.sae import SAE, Forward, Recipe
 from routesae.train.saes.single import SingleLayerSAE
-from routesae.train.saes.topk import TopK
-from routesae.train.saes.vanilla import Vanilla
 
 __all__ = [
     "PENALISED",
@@ -33,24 +27,31 @@ __all__ = [
     "build",
 ]
 
+
+def _class(path: str) -> Any:
+    """The class called "module.Class" in this folder."""
+    module, _, name = path.partition(".")
+    return getattr(import_module(f"{__name__}.{module}"), name)
+
+
 SAES: dict[str, type[SAE]] = {
-    "vanilla": Vanilla,
-    "gated": Gated,
-    "topk": TopK,
-    "batchtopk": BatchTopK,
-    "jumprelu": JumpReLU,
-    "matryoshka": Matryoshka,
-    "routesae": RouteSAE,
-    "crosscoder": Crosscoder,
-    "mlsae": MLSAE,
-    "random": RandomLayer,
+    "vanilla": _class("vanilla.Vanilla"),
+    "gated": _class("gated.Gated"),
+    "topk": _class("topk.TopK"),
+    "batchtopk": _class("batchtopk.BatchTopK"),
+    "jumprelu": _class("jumprelu.JumpReLU"),
+    "matryoshka": _class("matryoshka.Matryoshka"),
+    "routesae": _class("routesae.RouteSAE"),
+    "crosscoder": _class("crosscoder.Crosscoder"),
+    "mlsae": _class("layers.MLSAE"),
+    "random": _class("layers.RandomLayer"),
 }
 SINGLE_LAYER = tuple(name for name, variant in SAES.items() if variant.one_layer)  # read one layer, --layer
 PENALISED = tuple(name for name, variant in SAES.items() if variant.penalised)  # take --sparsity
 
 
 def build(recipe: Recipe, generator: torch.Generator | None = None) -> SAE:
-    """A new SAE, its weights drawn from `generator`. Raises WrongInput where the recipe names no variant."""
+    """A new SAE, its weights drawn from `generator`. Raises WrongInput if the recipe names no variant."""
     if recipe.sae not in SAES:
         raise WrongInput(f"SAE {recipe.sae!r} is none of {', '.join(SAES)}")
     if recipe.sae in SINGLE_LAYER and len(recipe.layers) != 1:

@@ -569,6 +569,29 @@ def test_training_steps_keep_the_decoder_at_unit_norm_and_its_gradient_orthogona
     assert (sae.W_dec_FD - start_FD).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("published", [False, True])
+@pytest.mark.parametrize("name", SAES)
+def test_a_zero_decoder_row_stays_zero_and_makes_no_nan(name: str, published: bool) -> None:
+    layers = (4,) if name in SINGLE_LAYER else (4, 6, 9)
+    parts = {"prefixes": (8, LATENTS)} if name == "matryoshka" else {}
+    recipe = Recipe(
+        sae=name, layers=layers, width=D, latents=LATENTS, k=K, sparsity=0.1, published=published, **parts
+    )
+    sae = build(recipe, torch.Generator().manual_seed(0))
+    W_dec_FD = getattr(sae, "shared", sae).W_dec_FD
+    with torch.no_grad():
+        W_dec_FD[3] = 0
+    sae.loss(sae(Normalised(normalised(len(layers)))), ~NONE_DEAD).total.backward()
+    sae.project_gradient()
+    sae.normalise_decoder(1, last=True)
+    assert W_dec_FD[3].count_nonzero() == 0
+    values = [tensor for parameter in sae.parameters() for tensor in (parameter.detach(), parameter.grad)]
+    assert all(bool(tensor.isfinite().all()) for tensor in values if tensor is not None)
+    hidden_NLD = hidden(len(layers)).transpose(0, 1)
+    given = hidden_NLD[:, 0] if sae.one_layer else hidden_NLD
+    assert bool(sae.decode(sae.encode(given)).isfinite().all())
+
+
 def test_vanillas_decoder_norms_are_free() -> None:
     sae = make("vanilla")
     before_FD = sae.W_dec_FD.detach().clone()
