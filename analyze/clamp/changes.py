@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -101,7 +102,8 @@ class Clamp:
         if not bool(kept_BT.any()):
             return {}
         if isinstance(self.sae, Crosscoder):
-            by_layer = self._by_crosscoder(self.sae, {layer: hidden[layer][kept_BT] for layer in self.layers_read})
+            clean_LmD = torch.stack([hidden[layer][kept_BT] for layer in self.layers_read])
+            by_layer = self._by_crosscoder(self.sae, clean_LmD)
         else:
             by_layer = dict.fromkeys(spliced_layers(self.sae), self._by_dictionary)
         return edits(self.sae, hidden, kept_BT, place_BT, reconstruct=by_layer)
@@ -110,38 +112,32 @@ class Clamp:
         dictionary = self.sae.shared if isinstance(self.sae, RouteSAE) else self.sae
         assert isinstance(dictionary, SingleLayerSAE)
         latents = dictionary.encode_at(hidden_mD, scale_m1)
-        assert latents.frame is not None
-        moved_mD = self._moved(latents, dictionary.W_dec_FD)
-        if self.error_term:
-            return hidden_mD.float() + latents.frame.moved(moved_mD)
-        return latents.frame.undo(dictionary.decode_rows(latents) + moved_mD)
+        return self._changed(hidden_mD, latents, dictionary.W_dec_FD, dictionary.decode_rows(latents))
 
-    def _by_crosscoder(self, sae: Crosscoder, clean: Mapping[int, Tensor]) -> dict[int, Reconstruct]:
-        hidden_LmD = torch.stack(list(clean.values()))
+    def _by_crosscoder(self, sae: Crosscoder, hidden_LmD: Tensor) -> dict[int, Reconstruct]:
         out = sae(Hidden(hidden_LmD))
-        frame = out.latents.frame
-        assert frame is not None
-        moved_mLD, plain_mLD = (
-            part_mC.view(-1, len(clean), sae.recipe.width)
-            for part_mC in (self._moved(out.latents, sae.W_dec_FD), out.reconstruction_ND)
-        )
-        if self.error_term:
-            new_mLD = hidden_LmD.transpose(0, 1).float() + frame.moved(moved_mLD)
-        else:
-            new_mLD = frame.undo(plain_mLD + moved_mLD)
+        new_mLD = self._changed(hidden_LmD.transpose(0, 1), out.latents, sae.W_dec_FD, out.reconstruction_ND)
+        return {layer: partial(_ready, new_mLD[:, at]) for at, layer in enumerate(self.layers_read)}
 
-        def given(new_mD: Tensor) -> Reconstruct:
-            return lambda hidden_mD, scale_m1: new_mD
+    def _changed(self, hidden: Tensor, latents: Latents, W_dec: Tensor, reconstruction: Tensor) -> Tensor:
+        """What takes the place of hidden states [m, D], of a crosscoder [m, L, D].
 
-        return {layer: given(new_mLD[:, at]) for at, layer in enumerate(clean)}
-
-    def _moved(self, latents: Latents, W_dec: Tensor) -> Tensor:
-        """(f' − f) W_dec: how far the changes move a reconstruction, on the normalised input's scale."""
+        reconstruction: of them by the unchanged latents, on the scale of the normalised input.
+        """
+        assert latents.frame is not None
         f_mC = active(latents, self.latents_C)
         changed_mC = f_mC.clone()
         for at, change in enumerate(self.changes):
             changed_mC[:, at] = CHANGES[change.how](f_mC[:, at], change.value)
-        return (changed_mC - f_mC) @ W_dec[self.latents_C]
+        moved = ((changed_mC - f_mC) @ W_dec[self.latents_C]).view(hidden.shape)
+        if self.error_term:
+            return hidden.float() + latents.frame.moved(moved)
+        return latents.frame.undo(reconstruction.view(hidden.shape) + moved)
+
+
+def _ready(new_mD: Tensor, hidden_mD: Tensor, scale_m1: Tensor) -> Tensor:
+    """A Reconstruct for what is known before."""
+    return new_mD
 
 
 def active(latents: Latents, latents_C: Tensor) -> Tensor:

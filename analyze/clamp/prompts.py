@@ -25,6 +25,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from routesae.analyze.clamp.settings import ClampSettings
 from routesae.harvest.corpus.tokens import Framing
 from routesae.reporting import FailedRun, WrongInput
 
@@ -50,17 +51,16 @@ class Prompt(NamedTuple):
     replies: Mapping[str, str] = {}
 
 
-def read_prompts(
-    texts: tuple[str, ...], file: str | None, *, text_field: str, hh: str, limit: int | None
-) -> list[Prompt]:
-    """The prompts of the command line, then those of the file; at most `limit` in all.
+def read_prompts(settings: ClampSettings) -> list[Prompt]:
+    """The prompts of the command line, then those of the file; at most `max_prompts` in all.
 
     Raises WrongInput where there is none, or naming the line that has no usable prompt.
     """
-    prompts = [_plain(text, f"--prompt {number}") for number, text in enumerate(texts, start=1)]
+    file, limit = settings.prompts, settings.max_prompts
+    prompts = [_plain(text, f"--prompt {number}") for number, text in enumerate(settings.prompt, start=1)]
     if file is not None:
         room = None if limit is None else max(0, limit - len(prompts))
-        prompts += islice(_file_prompts(Path(file).expanduser(), text_field, hh), room)
+        prompts += islice(_file_prompts(Path(file).expanduser(), settings.text_field, settings.hh), room)
     if not prompts:
         raise WrongInput(f"{file} holds no prompt" if file else "no prompt; give --prompt TEXT or --prompts FILE")
     return prompts[:limit]
@@ -113,9 +113,10 @@ def _line_prompts(line: str, origin: str, text_field: str, hh: str) -> list[Prom
         raise WrongInput(f"{origin}: not JSON: {error}") from None
     if not isinstance(entry, dict):
         raise WrongInput(f"{origin}: a JSON {type(entry).__name__}, not an object")
+    _require_unicode(json.dumps(entry, ensure_ascii=False), origin)
     chosen, rejected, text = entry.get("chosen"), entry.get("rejected"), entry.get(text_field)
     if isinstance(chosen, str) and isinstance(rejected, str):
-        return _hh_prompts(_require_unicode(chosen, origin), _require_unicode(rejected, origin), origin, hh)
+        return _hh_prompts(chosen, rejected, origin, hh)
     if "messages" in entry:
         return [_conversation(_messages(entry["messages"], origin), origin)]
     if isinstance(text, str):
@@ -129,27 +130,23 @@ def _line_prompts(line: str, origin: str, text_field: str, hh: str) -> list[Prom
 def _plain(text: str, origin: str) -> Prompt:
     if not text.strip():
         raise WrongInput(f"{origin} is empty; give some text to continue")
-    return Prompt(origin, _require_unicode(text, origin), ({"role": "user", "content": text},))
+    _require_unicode(text, origin)
+    return Prompt(origin, text, ({"role": "user", "content": text},))
 
 
-def _require_unicode(text: str, origin: str) -> str:
+def _require_unicode(text: str, origin: str) -> None:
     """Refuse the lone surrogates that JSON's \\ud800 or a stray byte of the shell makes; no tokenizer takes them."""
     try:
         text.encode()
     except UnicodeEncodeError:
         raise WrongInput(f"{origin}: holds a lone surrogate, which is not a character") from None
-    return text
 
 
 def _messages(value: object, origin: str) -> list[Message]:
-    messages = value if isinstance(value, list) else []
-    try:
-        pairs = [(message["role"], message["content"]) for message in messages]
-    except (TypeError, KeyError):
-        pairs = []
-    if not pairs or not all(isinstance(text, str) for pair in pairs for text in pair):
-        raise WrongInput(f'{origin}: messages is not a list such as [{{"role": "user", "content": "Hello"}}]')
-    return [{"role": role, "content": _require_unicode(content, origin)} for role, content in pairs]
+    messages = value if isinstance(value, list) and all(isinstance(message, dict) for message in value) else []
+    if messages and all(isinstance(message.get(key), str) for message in messages for key in ("role", "content")):
+        return [{"role": message["role"], "content": message["content"]} for message in messages]
+    raise WrongInput(f'{origin}: messages is not a list such as [{{"role": "user", "content": "Hello"}}]')
 
 
 def _conversation(messages: list[Message], origin: str, replies: Mapping[str, str] | None = None) -> Prompt:
@@ -173,17 +170,15 @@ def _hh_prompts(chosen: str, rejected: str, origin: str, hh: str) -> list[Prompt
         log.warning("%s: no turn stands in both chosen and rejected; left out", origin)
         return []
     if hh == "text":
-        return [Prompt(origin, _hh_text(turns))]
+        lines = [
+            line
+            for human, reply, other in turns
+            for line in (f"Human: {human}", *(f"Assistant: {text}" for text in dict.fromkeys((reply, other))))
+        ]
+        return [Prompt(origin, "\n".join(lines))]
     prompts, messages = [], list[Message]()
     for number, (human, reply, other) in enumerate(turns, start=1):
         messages = [*messages, {"role": "user", "content": human}]
         prompts.append(_conversation(messages, f"{origin}, turn {number}", {"chosen": reply, "rejected": other}))
         messages = [*messages, {"role": "assistant", "content": reply}]
     return prompts
-
-
-def _hh_text(turns: list[tuple[str, str, str]]) -> str:
-    lines = []
-    for human, reply, other in turns:
-        lines += [f"Human: {human}", f"Assistant: {reply}", *([f"Assistant: {other}"] if other != reply else [])]
-    return "\n".join(lines)

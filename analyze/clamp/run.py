@@ -12,6 +12,7 @@ much less likely the clamp makes what the LM would have said. Both sums feed y t
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -20,11 +21,11 @@ from typing import Any
 
 from routesae import __version__
 from routesae.analyze.clamp.changes import CHANGES, Clamp, parse_change
-from routesae.analyze.clamp.model import PromptLM, load_prompt_lm
 from routesae.analyze.clamp.prompts import Prompt, prompt_ids, read_prompts
 from routesae.analyze.clamp.settings import ClampSettings
 from routesae.analyze.clamp.steps import (
     Continuation,
+    Kept,
     Pick,
     generate,
     greedy,
@@ -32,12 +33,17 @@ from routesae.analyze.clamp.steps import (
     require_cached_attention,
     sampling,
 )
+from routesae.analyze.inputs.lm import LoadedLM, lm_of_sae, load_lm_of
+from routesae.harvest.corpus.tokens import framing
 from routesae.harvest.lm.model import config_hash, weights_hash
 from routesae.machine.device import pick_device
 from routesae.reporting import Progress, Report, WrongInput, silent
 from routesae.train.folder.checkpoint import find_saes, load_sae
 from routesae.train.folder.hub import fetch_sae
 
+log = logging.getLogger(__name__)
+
+SINK_POSITIONS = 1  # first positions of a row left as they are where cfg.json does not say; harvest's default
 GENERATIONS = 3  # of a batch: the original, the clamped, and the original again under the clamp
 
 
@@ -50,25 +56,25 @@ def clamp(settings: ClampSettings, report: Report = silent) -> dict[str, Any]:
     folder = _pick_sae(settings)
     sae = load_sae(folder, pick_device(settings.device))
     change = Clamp(sae, changes, error_term=settings.error_term)
-    prompts = read_prompts(
-        settings.prompt,
-        settings.prompts,
-        text_field=settings.text_field,
-        hh=settings.hh,
-        limit=settings.max_prompts,
-    )
-    source = load_prompt_lm(folder, sae, model=settings.model, device=settings.device, lm_dtype=settings.lm_dtype)
-    require_cached_attention(source.lm)
-    has_template = getattr(source.tokenizer, "chat_template", None) is not None
+    prompts = read_prompts(settings)
+    record = lm_of_sae(folder, sae.recipe)
+    loaded = load_lm_of([record], settings.model, device=settings.device, lm_dtype=settings.lm_dtype)
+    if "config_hash" not in record.facts:
+        log.warning("cfg.json does not describe %s; only width and layers were compared", record.name)
+    require_cached_attention(loaded.lm)
+    has_template = getattr(loaded.tokenizer, "chat_template", None) is not None
     if settings.chat and not has_template:
-        raise WrongInput(f"--chat: the tokenizer of {source.model!r} has no chat template; leave it out")
+        raise WrongInput(f"--chat: the tokenizer of {loaded.model!r} has no chat template; leave it out")
     chat = has_template if settings.chat is None else settings.chat
-    ids = [prompt_ids(prompt, source.tokenizer, source.framing, chat=chat) for prompt in prompts]
-    _require_room(prompts, ids, settings.max_new_tokens, source)
+    frame = framing(loaded.tokenizer)
+    dropped_ids = () if record.facts.get("keep_special") else record.facts.get("special_ids", frame.special_ids)
+    kept = Kept(tuple(dropped_ids), int(record.facts.get("skip_positions", SINK_POSITIONS)))
+    ids = [prompt_ids(prompt, loaded.tokenizer, frame, chat=chat) for prompt in prompts]
+    _require_room(prompts, ids, settings.max_new_tokens, loaded)
     texts: list[dict[str, Any]] = []
     for first in range(0, len(prompts), settings.batch_sequences):
         rows = range(first, min(first + settings.batch_sequences, len(prompts)))
-        texts += _texts_of_batch(settings, source, change, prompts, ids, rows, report)
+        texts += _texts_of_batch(settings, loaded, kept, change, prompts, ids, rows, report)
     return {
         "routesae": __version__,
         "settings": settings.to_dict(),
@@ -79,14 +85,14 @@ def clamp(settings: ClampSettings, report: Report = silent) -> dict[str, Any]:
             "sha256": {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in sae.files()},
         },
         "model": {
-            "model": source.model,
-            "revision": source.revision,
-            "config_hash": config_hash(source.lm.model.config),
-            "weights_hash": weights_hash(source.lm),
-            "device": str(source.lm.device),  # another device or precision may choose another token
-            "dtype": str(source.lm.model.dtype).removeprefix("torch."),
+            "model": loaded.model,
+            "revision": loaded.revision,
+            "config_hash": config_hash(loaded.lm.model.config),
+            "weights_hash": weights_hash(loaded.lm),
+            "device": str(loaded.lm.device),  # another device or precision may choose another token
+            "dtype": str(loaded.lm.model.dtype).removeprefix("torch."),
             "chat": chat,
-            **source.kept._asdict(),
+            **kept._asdict(),
         },
         "texts": texts,
     }
@@ -104,21 +110,30 @@ def _pick_sae(settings: ClampSettings) -> Path:
     return folders[0]
 
 
-def _require_room(prompts: Sequence[Prompt], ids: Sequence[list[int]], new_tokens: int, source: PromptLM) -> None:
-    room = getattr(source.lm.model.config.get_text_config(), "max_position_embeddings", None)
+def _stop_ids(loaded: LoadedLM) -> tuple[int, ...]:
+    """Tokens that end a text, from the model's generation config or else the tokenizer."""
+    generation = getattr(loaded.lm.model, "generation_config", None)
+    ends = getattr(generation, "eos_token_id", None)
+    ends = loaded.tokenizer.eos_token_id if ends is None else ends
+    return () if ends is None else tuple(ends) if isinstance(ends, list) else (ends,)
+
+
+def _require_room(prompts: Sequence[Prompt], ids: Sequence[list[int]], new_tokens: int, loaded: LoadedLM) -> None:
+    room = getattr(loaded.lm.model.config.get_text_config(), "max_position_embeddings", None)
     for prompt, prompt_tokens in zip(prompts, ids, strict=True):
         if not prompt_tokens:
             raise WrongInput(f"{prompt.origin} has no token; give some text to continue")
         if room is not None and len(prompt_tokens) + new_tokens > room:
             raise WrongInput(
                 f"{prompt.origin}: {len(prompt_tokens)} tokens and --max-new-tokens {new_tokens} are more than the "
-                f"{room} positions of {source.model!r}; shorten one of them"
+                f"{room} positions of {loaded.model!r}; shorten one of them"
             )
 
 
 def _texts_of_batch(
     settings: ClampSettings,
-    source: PromptLM,
+    loaded: LoadedLM,
+    kept: Kept,
     change: Clamp,
     prompts: Sequence[Prompt],
     ids: Sequence[list[int]],
@@ -137,22 +152,22 @@ def _texts_of_batch(
 
     def run(number: int, pick: Pick, clamp: Clamp | None) -> list[Continuation]:
         return generate(
-            source.lm,
+            loaded.lm,
             [ids[row] for row in rows],
             pick=pick,
             max_new_tokens=limit,
-            stop_ids=source.stop_ids(),
-            kept=source.kept,
+            stop_ids=_stop_ids(loaded),
+            kept=kept,
             clamp=clamp,
             on_step=lambda step: on_step(number * limit + step),
         )
 
     original, clamped = run(0, pick(), None), run(1, pick(), change)
-    rescored = run(2, replaying(original, source.lm.device), change)
+    rescored = run(2, replaying(original, loaded.lm.device), change)
     if max(len(text.token_ids) for text in original) < limit:
         on_step(GENERATIONS * limit)  # every text ended early: the remaining steps are not needed
     texts = zip(rows, original, clamped, rescored, strict=True)
-    return [_text(prompts[row], ids[row], one, two, three, source.tokenizer) for row, one, two, three in texts]
+    return [_text(prompts[row], ids[row], one, two, three, loaded.tokenizer) for row, one, two, three in texts]
 
 
 def _text(

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from routesae.analyze.clamp.prompts import Message, Prompt, hh_turns, prompt_ids, read_prompts
+from routesae.analyze.clamp.settings import ClampSettings
 from routesae.harvest.corpus.tokens import framing
 from routesae.harvest.lm.model import load_tokenizer
 from routesae.reporting import FailedRun, WrongInput
@@ -31,8 +32,8 @@ def message(role: str, content: str) -> Message:
 
 
 def read(file: Path | None = None, *texts: str, **changes: Any) -> list[Prompt]:
-    options = {"text_field": "prompt", "hh": "conversation", "limit": None, **changes}
-    return read_prompts(texts, None if file is None else str(file), **options)
+    prompts = None if file is None else str(file)
+    return read_prompts(ClampSettings(prompt=texts, prompts=prompts, ablate=("0",), **changes))
 
 
 def jsonl(path: Path, *entries: Any) -> Path:
@@ -53,12 +54,12 @@ def test_the_limit_counts_prompts_of_both(tmp_path: Path, limit: int) -> None:
     file = jsonl(tmp_path / "p.jsonl", {"prompt": "b"}, {"chosen": CHOSEN, "rejected": REJECTED}, "never looked at")
     with pytest.raises(WrongInput, match=r"p\.jsonl:3: a JSON str, not an object"):
         read(file, "a")
-    assert [prompt.origin for prompt in read(file, "a", limit=limit)] == [
+    assert [prompt.origin for prompt in read(file, "a", max_prompts=limit)] == [
         "--prompt 1",
         f"{file}:1",
         f"{file}:2, turn 1",
     ][:limit]
-    assert [prompt.text for prompt in read(None, "a", "b", "c", "d", limit=limit)] == ["a", "b", "c"][:limit]
+    assert [prompt.text for prompt in read(None, "a", "b", "c", "d", max_prompts=limit)] == ["a", "b", "c"][:limit]
 
 
 def test_a_field_of_another_name_is_read(tmp_path: Path) -> None:
