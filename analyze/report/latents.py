@@ -104,9 +104,13 @@ def latent_pieces(
 def _list_words(listed: dict[str, Any], latent: LatentContexts, *, several_layers: bool) -> None:
     """List the words a latent is active on, one a line, and the layer it is read from most."""
     sampled = [context for kind in SAMPLES for context in latent.samples[kind]]
-    classes = dict.fromkeys(marked_word(context).lower() for context in (*latent.chosen, *sampled))
-    whole = [word for word in classes if "\ufffd" not in word] or list(classes)  # of some a row has a half only
-    listed["words"][latent.latent] = "\n".join(word.replace("\n", "↵") for word in whole[:WORDS_LISTED])
+    marked: dict[str, None] = {}
+    for context in (*latent.chosen, *sampled):
+        word = next(word for word in words_of(context.tokens) if context.at in word)
+        text = "".join(context.tokens[word.start : word.stop])
+        marked[(text.strip() or text).lower().replace("\n", "↵")] = None
+    whole = [word for word in marked if "\ufffd" not in word] or list(marked)  # of some a row has a half only
+    listed["words"][latent.latent] = "\n".join(whole[:WORDS_LISTED])
     layers = Counter(context.layer for context in sampled or latent.chosen)
     if several_layers and layers:
         listed["layer"][latent.latent] = layers.most_common(1)[0][0]
@@ -130,13 +134,6 @@ def words_of(tokens: Sequence[str]) -> list[range]:
     if first < len(tokens):
         words.append(range(words.pop().start if words else 0, len(tokens)))
     return words
-
-
-def marked_word(context: Context) -> str:
-    """The text, without blanks around it, of the word that a context is about."""
-    (word,) = (word for word in words_of(context.tokens) if context.at in word)
-    text = "".join(context.tokens[word.start : word.stop])
-    return text.strip() or text
 
 
 def _packed_context(context: Context, texts: dict[str, int]) -> list[Any]:
