@@ -87,6 +87,8 @@ def _prove_blocks(lm: LanguageModel, ids_BT: Tensor, layers: Sequence[int]) -> i
                 f"block {layer} returns {shapes or 'nothing'} for {list(ids_BT.shape)} tokens, not one hidden state "
                 f"of width {lm.width} a token"
             )
+        if not torch.isfinite(states[0]).all():
+            raise _Unfit(f"block {layer} returns NaN or infinite values for plain tokens; try --lm-dtype float32")
     for what, one_BTD, other_BTD in (
         (f"block {last}", hidden[last][0], after[last][0]),
         ("the LM", out.logits, out_after.logits),

@@ -485,10 +485,14 @@ def test_a_model_that_puts_out_nan_stops_the_run(
     def spoil(lm: Any) -> None:
         lm.model.layers[3].mlp.down_proj.weight[0, 0] = float("nan")
 
-    model = changed_model(tiny_model, tmp_path / "model", spoil)
-    settings = tiny_settings(model=str(model), out=str(tmp_path / "shards"), tokens=1024, overflow=overflow)
+    model = changed_model(tiny_model, tmp_path / "model", lambda lm: None)
+    out = tmp_path / "shards"
+    settings = tiny_settings(model=str(model), out=str(out), tokens=1024, overflow=overflow, dtype=dtype)
+    harvest(settings)
+    shutil.rmtree(out / "shard-00000")
+    changed_model(tiny_model, tmp_path / "model", spoil)  # after its proof, as a rare token may do
     with pytest.raises(FailedRun, match=r"NaN or infinite.*layer 4, document .*--lm-dtype float32"):
-        harvest(settings.replace(dtype=dtype))
+        harvest(settings)
     assert Cache(tmp_path / "shards").missing() == [0]
 
 

@@ -210,6 +210,13 @@ def test_a_block_that_runs_twice_or_ignores_what_stands_in_its_place_is_refused(
         proved(lm, tokenizer)
 
 
+def test_an_lm_that_returns_nan_is_refused(tokenizer: Any) -> None:
+    lm = built(llama())
+    lm.blocks[1].mlp.down_proj.weight[0, 0] = float("nan")
+    with pytest.raises(WrongInput, match="block 2 returns NaN or infinite values"):
+        proved(lm, tokenizer)
+
+
 def test_a_forward_pass_that_fails_is_refused_in_one_line(tokenizer: Any) -> None:
     lm = built(llama())
     lm.model.model.norm.register_forward_pre_hook(lambda norm, inputs: 1 / 0)
