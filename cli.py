@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -17,16 +17,6 @@ from routesae.console.cache_commands import cache
 from routesae.console.commands import BLOCKS, CONFIG, DRY_RUN, JSON, PIPELINE, WATCH, Commands, command
 from routesae.console.terminal import shown, side_by_side, table
 from routesae.reporting import human_bytes
-
-if TYPE_CHECKING:
-    from routesae.analyze.contexts.run import ContextResult
-    from routesae.analyze.interpret.settings import InterpretSettings
-    from routesae.analyze.pipeline.run import PipelineResult
-    from routesae.analyze.pipeline.settings import AblationSettings, PipelineSettings
-    from routesae.analyze.report.run import Page
-    from routesae.harvest.cache.reader import Cache
-    from routesae.train.folder.settings import ConvertSettings, PushSettings
-    from routesae.train.run import TrainResult
 
 
 @click.group(
@@ -54,7 +44,7 @@ def main(ctx: click.Context, quiet: bool, log_json: bool) -> None:
 
 
 @command(main, "harvest.settings:HarvestSettings", BLOCKS, WATCH, run="harvest.run:harvest")
-def harvest(settings: object, cache: Cache) -> None:
+def harvest(settings: Any, cache: Any) -> None:
     """Run the LM once over a corpus and write shards.
 
     A shard holds the hidden states of the model's middle layers as fp16 Zarr arrays, one a layer. The same
@@ -72,7 +62,7 @@ def harvest(settings: object, cache: Cache) -> None:
 @command(
     main, "train.settings:TrainSettings", "train.settings:RunSettings", CONFIG, BLOCKS, WATCH, run="train.run:train"
 )
-def train(settings: object, results: list[TrainResult]) -> None:
+def train(settings: Any, results: Any) -> None:
     """Train SAEs on a cache, all in one pass. No LM is loaded.
 
     Flags marked ... may be given several times; every combination is trained.
@@ -99,7 +89,7 @@ def train(settings: object, results: list[TrainResult]) -> None:
     run="analyze.pipeline.ablation:ablation",
     hidden=("overwrite", "resume", "name"),
 )
-def ablation(settings: AblationSettings, rows: list[dict[str, Any]]) -> None:
+def ablation(settings: Any, rows: list[dict[str, Any]]) -> None:
     """Train the variants in one pass over a cache, score all, and compare: table, CSV, JSON and Pareto plot.
 
     The same command goes on with a stopped one. Features, the latents that the published rule keeps, and Score are
@@ -112,7 +102,7 @@ def ablation(settings: AblationSettings, rows: list[dict[str, Any]]) -> None:
 
 
 @command(main, "analyze.scores.settings:AnalyzeSettings", JSON, BLOCKS, WATCH, run="analyze.scores.run:analyze")
-def analyze(settings: object, results: dict[str, Any]) -> None:
+def analyze(settings: Any, results: dict[str, Any]) -> None:
     """Score SAEs on the held-out rows of a cache.
 
     What follows ± is half of a 95 % confidence interval, by bootstrap over rows; --json has both its ends.
@@ -124,7 +114,7 @@ def analyze(settings: object, results: dict[str, Any]) -> None:
 
 
 @command(main, "analyze.clamp.settings:ClampSettings", JSON, WATCH, run="analyze.clamp.run:clamp")
-def clamp(settings: object, results: dict[str, Any]) -> None:
+def clamp(settings: Any, results: dict[str, Any]) -> None:
     """Generate text with an SAE's latents changed, beside the text without.
 
     VALUE is in the SAE's own activation units, those of its normalised input. Changes may be several, one a latent,
@@ -137,7 +127,7 @@ def clamp(settings: object, results: dict[str, Any]) -> None:
 
 
 @command(main, "analyze.contexts.settings:ContextSettings", BLOCKS, WATCH, run="analyze.contexts.run:contexts")
-def contexts(settings: object, results: list[ContextResult]) -> None:
+def contexts(settings: Any, results: Any) -> None:
     """Write the text that every latent is active on, from the cache and the tokenizer alone.
 
     Into the SAE's folder: contexts.json, in the shape of the published RouteSAE code, contexts.parquet and
@@ -151,7 +141,7 @@ def contexts(settings: object, results: list[ContextResult]) -> None:
 
 
 @command(main, "analyze.interpret.settings:InterpretSettings", DRY_RUN, BLOCKS, WATCH)
-def interpret(settings: InterpretSettings, dry_run: bool = False) -> None:
+def interpret(settings: Any, dry_run: bool = False) -> None:
     """Have a chat model explain latents: category, monosemanticity from 1 to 5, explanation.
 
     Each answer is kept as it comes, and the same command goes on with a stopped one. The key is read from the
@@ -176,7 +166,7 @@ def interpret(settings: InterpretSettings, dry_run: bool = False) -> None:
 
 
 @command(main, "analyze.report.settings:ReportSettings", BLOCKS, WATCH, run="analyze.report.run:write_report")
-def report(settings: object, page: Page) -> None:
+def report(settings: Any, page: Any) -> None:
     """Write one HTML page of the SAEs: compared, their training, routing and densities, and every latent to look at.
 
     A browser opens it from disk; it needs no network. Latents can be looked at of the SAEs that `routesae contexts`
@@ -188,7 +178,7 @@ def report(settings: object, page: Page) -> None:
 
 
 @command(main, PIPELINE, WATCH, run="analyze.pipeline.run:run_pipeline")
-def run(settings: PipelineSettings, result: PipelineResult) -> None:
+def run(settings: Any, result: Any) -> None:
     """Harvest, train, analyze, contexts, interpret and report in one go, as a TOML file says.
 
     A stage whose inputs have not changed and whose output is there is skipped; a stage without a table is not run.
@@ -203,7 +193,7 @@ def run(settings: PipelineSettings, result: PipelineResult) -> None:
 
 
 @command(main, "train.folder.settings:ConvertSettings")
-def convert(settings: ConvertSettings) -> None:
+def convert(settings: Any) -> None:
     """Make an SAE folder of a checkpoint of the published RouteSAE code.
 
     FILE is a .pt that it saved. Tensors are read from it; no code in it runs.
@@ -219,7 +209,7 @@ def convert(settings: ConvertSettings) -> None:
 
 
 @command(main, "train.folder.settings:PushSettings")
-def push(settings: PushSettings) -> None:
+def push(settings: Any) -> None:
     """Upload an SAE folder to the Hugging Face hub, with a model card.
 
     REPO is user/name, or user/name/folder to keep several SAEs in one repository. Log in with `hf auth login`.

@@ -130,7 +130,7 @@ def _train(
 ) -> bool:
     """Train the SAEs that are not there as they are asked for. One that was not trained from here is not replaced."""
     assert settings.train is not None
-    steps = {}
+    steps = []
     for job in jobs:
         inputs = {**job.identity["run"], **job.identity["recipe"], **job.identity["pass"], **origin}
         step = Step(f"train {job.name}", inputs, (job.folder / CONFIG, *sorted(job.folder.glob("*.safetensors"))))
@@ -142,16 +142,17 @@ def _train(
                     "replaced; give its [[train.run]] a name, or move it away"
                 )
             record.keep(step)
-        steps[step] = job
-    stale = {step: steps[step] for step in record.stale(list(steps))}
+        steps.append(step)
+    again = record.stale(steps)
+    stale = [(step, job) for step, job in zip(steps, jobs, strict=True) if step in again]
     if stale:
         stopped = all(
             (at := newest_step([job.partial])) and load_checkpoint(job.partial, at)[1] == job.identity
-            for job in stale.values()
+            for _, job in stale
         )
-        runs = tuple(job.settings for job in stale.values())
+        runs = tuple(job.settings for _, job in stale)
         train(settings.train.replace(runs=runs, resume=stopped, overwrite=not stopped), report)
-        for step, job in stale.items():
+        for step, job in stale:
             record.keep(step._replace(outputs=(job.folder / CONFIG, *sorted(job.folder.glob("*.safetensors")))))
     return bool(stale)
 
@@ -160,12 +161,12 @@ def _contexts(
     settings: ContextSettings, of_saes: Mapping[Path, Mapping[str, Any]], record: Record, report: Report
 ) -> bool:
     shared = settings.to_dict()
-    steps = {
-        Step(f"contexts {folder.name}", {**shared, **inputs}, (folder / CONTEXTS, folder / LATENTS)): str(folder)
+    steps = [
+        Step(f"contexts {folder.name}", {**shared, **inputs}, (folder / CONTEXTS, folder / LATENTS))
         for folder, inputs in of_saes.items()
-    }
-    if stale := record.stale(list(steps)):
-        contexts(settings.replace(saes=tuple(steps[step] for step in stale)), report)
+    ]
+    if stale := record.stale(steps):
+        contexts(settings.replace(saes=tuple(str(step.outputs[0].parent) for step in stale)), report)
         record.keep(*stale)
     return bool(stale)
 
@@ -191,9 +192,6 @@ class Step(NamedTuple):
     name: str
     inputs: Mapping[str, Any]
     outputs: tuple[Path, ...]
-
-    def __hash__(self) -> int:
-        return hash(self.name)
 
 
 class Record:
