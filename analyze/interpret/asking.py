@@ -20,6 +20,7 @@ from routesae.analyze.interpret.chat import Chat
 from routesae.analyze.interpret.ledger import Ledger, Line
 from routesae.analyze.interpret.prices import Price, Used
 from routesae.analyze.interpret.replies import CUT_SHORT, Answer
+from routesae.analyze.interpret.settings import InterpretSettings
 from routesae.machine.stop import StopRequest, stop_code
 from routesae.reporting import FailedRun, Progress, Report, Stopped
 
@@ -110,6 +111,7 @@ class Asking:
         outcome = UNANSWERED if answer.text is None else ANSWERED if reason is None else UNPARSED
         line = {**question.key, **question.line, "outcome": outcome, "reason": reason, **says, **answer._asdict()}
         line |= {name: self.chat.clean(value) for name, value in line.items() if isinstance(value, str)}
+        line["max_output_tokens"] = self.chat.settings.max_output_tokens
         del line["problem"]  # the reason says it
         self.ledger.add({**line, "answered_at": datetime.now(UTC).isoformat(timespec="seconds")})
         self.counts[outcome] += 1
@@ -123,10 +125,18 @@ class Asking:
             raise FailedRun(f"{self.lost_in_a_row} answers in a row were lost, the last one: {line['reason']}")
 
 
-def settled(lines: Sequence[Line], names: Sequence[str], retry_unparsed: bool) -> set[tuple[Any, ...]]:
-    """Keys of the questions that need not be asked again: they got an answer, be it one that makes no sense."""
-    outcomes = (ANSWERED,) if retry_unparsed else (ANSWERED, UNPARSED)
-    return {tuple(line[name] for name in names) for line in lines if line["outcome"] in outcomes}
+def settled(lines: Sequence[Line], names: Sequence[str], settings: InterpretSettings) -> set[tuple[Any, ...]]:
+    """Keys of the questions that need not be asked again: they got an answer, be it one that makes no sense.
+
+    One that was cut short is asked again with a larger limit.
+    """
+    outcomes = (ANSWERED,) if settings.retry_unparsed else (ANSWERED, UNPARSED)
+    return {
+        tuple(line[name] for name in names)
+        for line in lines
+        if line["outcome"] in outcomes
+        and not (line.get("reason") == CUT_SHORT and line["max_output_tokens"] < settings.max_output_tokens)
+    }
 
 
 def used(lines: Sequence[Line]) -> Used:

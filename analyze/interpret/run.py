@@ -98,7 +98,7 @@ def estimate(settings: InterpretSettings) -> tuple[dict[str, str], str]:
     prompts = {}
     for contexts in _contexts(settings):
         lines = [] if settings.overwrite else list(read_interpretations(contexts.folder).values())
-        done = settled(lines, ("latent",), settings.retry_unparsed)
+        done = settled(lines, ("latent",), settings)
         for latent in contexts.latents([latent for latent in pick(contexts, settings) if (latent,) not in done]):
             name = f"{contexts.folder.name} latent {latent.latent}"
             prompts[name] = prompt_of(template, latent.chosen[: settings.examples])
@@ -146,7 +146,7 @@ class Subject:
     async def ask(self, chat: Chat, stop: StopRequest, report: Report) -> None:
         """Ask what has no answer yet, and put the explanations to the test."""
         name = self.contexts.folder.name
-        done = settled(self.ledger.lines, ("latent",), self.settings.retry_unparsed)
+        done = settled(self.ledger.lines, ("latent",), self.settings)
         latents = [latent for latent in self.picked if (latent,) not in done]
         await Asking(chat, self.ledger, stop, report, f"interpret {name}", len(latents)).ask(self.questions(latents))
         for mode, ledger in self.scores.items():

@@ -67,7 +67,7 @@ def scoring_questions(
     settings: InterpretSettings,
 ) -> list[Question]:
     """The questions about latents with enough examples that `lines` do not answer. explained: by latent."""
-    done = settled(lines, KEY, settings.retry_unparsed)
+    done = settled(lines, KEY, settings)
     batches = {(line["latent"], line["digest"]): line["batches"] for line in lines}
     keys = {latent: (latent, digest_of(explanation)[:16]) for latent, explanation in explained.items()}
     open_latents = [

@@ -260,6 +260,19 @@ def test_ten_lost_answers_in_a_row_end_the_run(reply: Reply, tmp_path: Path, ser
     assert 10 <= len(lines(folder)) <= 12
 
 
+def test_an_answer_that_was_cut_short_is_asked_for_again_with_a_larger_limit(tmp_path: Path, serve: Serve) -> None:
+    server = serve(lambda latent, nth, body: good() if body["max_tokens"] > 512 else message("", "length"))
+    folder = subject(tmp_path / "sae", 2)
+    for more, requests, outcome in (
+        ((), 2, "unparsed"),
+        ((), 2, "unparsed"),
+        (("--max-output-tokens", 900), 4, "answered"),
+    ):
+        assert invoke(folder, server, *more).exit_code == 0
+        assert server.asked.total() == requests
+        assert {line["outcome"] for line in read_interpretations(folder).values()} == {outcome}
+
+
 def test_a_prompt_that_was_too_long_is_marked_as_shortened(tmp_path: Path, serve: Serve) -> None:
     act = unless_shorter(failing(400, None, TOO_LONG))
     server = serve(lambda latent, nth, body: act(nth, body))
