@@ -26,7 +26,7 @@ DECAY_SHARE = 0.20
 class Adam:
     """Moments and step counts of `parameters`. factors: each one's learning rate in units of the run's. epsilon: ε.
 
-    Of parameters that are divided among ranks (routesae.train.ranks.sharding) each rank holds and steps its own rows.
+    Of parameters divided among ranks (routesae.train.ranks.distributed) each rank holds and steps its own rows.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], factors: Sequence[float], epsilon: float = EPSILON):

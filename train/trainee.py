@@ -16,8 +16,16 @@ from routesae.train.jobs import Job
 from routesae.train.log import StepLog
 from routesae.train.losses import Objective
 from routesae.train.optimiser import EPSILON, PUBLISHED_EPSILON, Adam, annealed_k, lr_factor, sparsity_factor
-from routesae.train.ranks.distributed import ALONE, Ranks, batch_sum, is_divided, local_rows, whole
-from routesae.train.ranks.sharding import copy_whole, shard
+from routesae.train.ranks.distributed import (
+    ALONE,
+    Ranks,
+    batch_sum,
+    copy_whole,
+    is_divided,
+    local_rows,
+    shard,
+    whole,
+)
 from routesae.train.saes import SAE, build
 from routesae.train.saes.normalise import Hidden
 from routesae.train.state import load_checkpoint, save_checkpoint

@@ -119,7 +119,9 @@ def _describe(folder: Path) -> tuple[Recipe, LensConfig | None]:
     metadata = config.get("metadata")
     try:
         if isinstance(metadata, dict) and "routesae" in metadata:
-            recipe = _own_recipe(metadata["routesae"]["recipe"])
+            fields = metadata["routesae"]["recipe"]
+            fields |= {"layers": tuple(fields["layers"]), "prefixes": tuple(fields.get("prefixes", ()))}
+            recipe = Recipe(**fields)
             with torch.device("meta"):
                 changed = changed_fields(build(recipe), config)
             if not changed and _has_one_threshold(folder, recipe):
@@ -141,10 +143,6 @@ def _describe(folder: Path) -> tuple[Recipe, LensConfig | None]:
         raise WrongInput(f"{folder / CONFIG}: {error}") from error
     except (KeyError, TypeError) as error:
         raise WrongInput(f"{folder / CONFIG} does not describe a routesae SAE ({error})") from error
-
-
-def _own_recipe(fields: dict[str, Any]) -> Recipe:
-    return Recipe(**{**fields, "layers": tuple(fields["layers"]), "prefixes": tuple(fields.get("prefixes", ()))})
 
 
 def _has_one_threshold(folder: Path, recipe: Recipe) -> bool:

@@ -107,7 +107,6 @@ def _read_published(settings: ConvertSettings) -> tuple[SAE, dict[str, Any]]:
     state, title = read_state(file), read_title(file.stem)
     variant = _variant(state, settings, title)
     bare = {key.removeprefix("sae."): tensor for key, tensor in state.items()}
-    _require_shapes(file, variant, bare)
     with torch.device("meta"):
         sae = build(_recipe(settings, title, variant, bare))
     sae.load_files(_files(variant, bare))
@@ -169,28 +168,24 @@ def _variant(state: Mapping[str, Tensor], settings: ConvertSettings, title: Mapp
     return possible[0]
 
 
-def _require_shapes(file: Path, variant: str, bare: Mapping[str, Tensor]) -> None:
-    f, d = _sizes(bare)
-    for key, tensor in sorted(bare.items(), key=lambda item: "coder." not in item[0]):  # what f and d are read from
-        shape: tuple[int, ...] = (f,)
+def _sizes(file: Path, variant: str, bare: Mapping[str, Tensor]) -> tuple[int, int]:
+    """(F, D), which the encoder's shape says. Raises WrongInput if another tensor's shape does not fit."""
+    first = bare["encoder.weight" if "encoder.weight" in bare else "encoder.0.weight"]
+    f, d = first.shape if first.ndim == 2 else (0, 0)
+    for key, tensor in sorted(bare.items(), key=lambda item: "coder." not in item[0]):  # encoder and decoder first
+        shape: tuple[int, ...] = (d,) if key == "pre_bias" else (f,)
         if key == "router.weight":
             shape = (len(tensor) if tensor.ndim else 0, d)
         elif "coder." in key:
             shape = (f, d) if key.startswith("encoder") else (d, f)
-        elif key == "pre_bias":
-            shape = (d,)
         if tuple(tensor.shape) != shape or 0 in shape:
             raise WrongInput(f"{file}: {key} is {list(tensor.shape)}, not the shape of a {variant} with {f} latents")
-
-
-def _sizes(bare: Mapping[str, Tensor]) -> tuple[int, int]:
-    """(F, D)."""
-    first = bare["encoder.weight" if "encoder.weight" in bare else "encoder.0.weight"]
-    return (first.shape[0], first.shape[1]) if first.ndim == 2 else (0, 0)
+    return f, d
 
 
 def _recipe(settings: ConvertSettings, title: Mapping[str, Any], variant: str, bare: Mapping[str, Tensor]) -> Recipe:
     """Raises WrongInput if k or the layers are not known, or an option is not for this variant."""
+    f, d = _sizes(Path(settings.file), variant, bare)
     k = settings.k if settings.k is not None else title.get("k")
     if k is None and variant not in PENALISED:
         raise WrongInput(f"{settings.file} does not say how many latents are active a token; give --k")
@@ -202,7 +197,6 @@ def _recipe(settings: ConvertSettings, title: Mapping[str, Any], variant: str, b
         if variant == "routesae" and (value or title.get(option)) is None:
             log.warning("%s does not say its %s: taken to be %s", settings.file, option, default)
         routed[option] = value or title.get(option) or default
-    f, d = _sizes(bare)
     return Recipe(
         sae=variant,
         layers=_layers(settings, title, variant, bare),

@@ -9,6 +9,13 @@ order of its sums. With one process nothing here changes a bit.
 
 The process group is PyTorch's: NCCL for GPU tensors, gloo for tensors in host memory.
 
+With --shard an SAE too large for one GPU is divided among the ranks by rows: PyTorch's FSDP2 (`fully_shard`,
+2304.11277) gathers the parameters for a forward pass, and after a backward pass each rank keeps its rows of the
+summed gradients. A decoder's rows are latents, so row-wise work (unit norm, projecting the gradient) needs no other
+rank. Between steps a rank holds 1/world of parameters, gradients and Adam's moments; during a step it also holds
+the gathered parameters and their gradients, half of what an undivided run holds. With --cpu-offload what is kept
+between steps stays in host memory, pinned if there is a GPU, and Adam runs on the CPU.
+
 Dimension letters: M values of a rank's pairs.
 """
 
@@ -16,6 +23,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -31,6 +39,7 @@ from routesae.machine.device import pick_device
 from routesae.reporting import FailedRun, Stopped, WrongInput
 
 if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what it sets for each process
@@ -172,7 +181,7 @@ def _reduce(tensor: Tensor, how: Any = dist.ReduceOp.SUM) -> Tensor:
     return tensor
 
 
-# ----------------------------------------------------- parameters divided among ranks (routesae.train.ranks.sharding)
+# ----------------------------------------------------------------------------- parameters divided among the ranks
 
 
 def is_divided(tensor: Tensor) -> bool:
@@ -192,6 +201,37 @@ def whole(tensor: Tensor) -> Tensor:
 def local_rows(tensor: Tensor) -> Tensor:
     """The rows of a tensor that this rank holds, in the same memory."""
     return cast("DTensor", tensor).to_local() if is_divided(tensor) else tensor
+
+
+def shard(sae: nn.Module, device: torch.device, *, offload: bool) -> None:
+    """Divide the SAE in place. Every rank must pass the same weights, whole and on `device`."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+
+    # It warns that views returned by a forward pass must not be changed in place; nothing here does that.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    options: dict[str, Any] = {}
+    if offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+    fully_shard(sae, mesh=mesh, **options)
+    divided = cast("FSDPModule", sae)
+    divided.set_gradient_divide_factor(1.0)  # each rank's gradient is its part of the sum already
+    divided.set_force_sum_reduction_for_comms(True)
+
+
+def copy_whole(into: Tensor, tensor: Tensor) -> None:
+    """Copy the whole `tensor` into `into`, which may be divided."""
+    if not is_divided(into):
+        into.copy_(tensor)
+        return
+    from torch.distributed.tensor import distribute_tensor
+
+    like = cast("DTensor", into)
+    mesh = like.device_mesh
+    # Every rank has all of it, so each takes its own rows instead of waiting for rank 0 to send them.
+    held = distribute_tensor(tensor.to(mesh.device_type), mesh, like.placements, src_data_rank=None)
+    local_rows(into).copy_(held.to_local())
 
 
 # ----------------------------------------------------------------------------------- the batch, if ranks divide it
