@@ -75,7 +75,7 @@ class Trainee:
     @cached_property
     def adam(self) -> Adam:
         """Made when first needed, since dividing the parameters replaces them."""
-        factors = self.sae.rate_factors()
+        factors = self.sae.dictionary.rate_factors()
         epsilon = PUBLISHED_EPSILON if self.sae.recipe.published else EPSILON
         return Adam(self.trained, [factors.get(parameter, 1.0) for parameter in self.trained], epsilon)
 

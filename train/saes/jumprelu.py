@@ -67,8 +67,8 @@ class JumpReLU(SingleLayerSAE):
     def penalty_weight(self, sparsity_factor: float) -> float:
         return sparsity_factor * (TARGET_WEIGHT if self.recipe.sparsity is None else self.recipe.sparsity)
 
-    def loss(self, out: Forward, dead_F: Tensor, sparsity_factor: float = 1.0) -> Objective:
-        objective = super().loss(out, dead_F, sparsity_factor)
+    def objective(self, out: Forward, dead_F: Tensor, sparsity_factor: float) -> Objective:
+        objective = super().objective(out, dead_F, sparsity_factor)
         dead = torch.nonzero(dead_F).squeeze(1) if self.recipe.pre_act_loss else dead_F[:0]
         if len(dead) == 0:
             return objective

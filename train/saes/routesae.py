@@ -22,7 +22,6 @@ Dimension letters: L layers, N tokens, D width, F latents, R rows: a token's rea
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -30,13 +29,10 @@ import torch
 from torch import Tensor, nn
 
 from routesae.reporting import WrongInput
-from routesae.train.losses import Objective
 from routesae.train.ranks.distributed import batch_mean
 from routesae.train.saes.normalise import Hidden, NormalisedLayers
-from routesae.train.saes.sae import CONTROLS, SAE, Forward, Reading, Recipe
+from routesae.train.saes.sae import CONTROLS, SAE, Reading, Recipe
 from routesae.train.saes.single import SingleLayerSAE, checked
-from routesae.train.sparse.pairs import Latents
-from routesae.train.sparse.search import Encoder
 
 ROUTER = "router.safetensors"
 _MIX = (0x9E3779B97F4A7C15 - 2**64, 0xBF58476D1CE4E5B9 - 2**64)  # of splitmix64, as int64
@@ -63,6 +59,7 @@ class RouteSAE(SAE):
     def __init__(self, recipe: Recipe, shared: SingleLayerSAE, generator: torch.Generator | None = None):
         super().__init__(recipe)
         self.shared = shared
+        self.other_sparsity = shared.other_sparsity
         bound = recipe.width**-0.5  # that of a linear layer, as in the published code
         router_LD = (torch.rand(len(recipe.layers), recipe.width, generator=generator) * 2 - 1) * bound
         self.router_LD = nn.Parameter(router_LD, requires_grad=recipe.router not in CONTROLS)
@@ -115,42 +112,14 @@ class RouteSAE(SAE):
         """Where each token goes in use."""
         return self._routes(self.routing(hidden), training=False)
 
-    def autoencode(self, x_RC: Tensor, weights_R: Tensor | None = None) -> Forward:
-        self.shared.k, self.shared.chunk_rows, self.shared.proposal = self.k, self.chunk_rows, self.proposal
-        return self.shared.autoencode(x_RC, weights_R)
-
-    def latents_of(self, x_RC: Tensor) -> Latents:
-        return self.shared.encode_rows(x_RC)
-
-    def decode_rows(self, latents: Latents) -> Tensor:
-        return self.shared.decode_rows(latents)
-
-    def encoder(self) -> Encoder:
-        return self.shared.encoder()
-
     @property
-    def other_sparsity(self) -> bool:  # type: ignore[override]
-        """Whether the shared SAE has other sparsities."""
-        return self.shared.other_sparsity
-
-    def at_sparsity(self, chosen: Callable[[Tensor, Encoder], Latents]) -> SAE:
-        view = super().at_sparsity(chosen)
-        view._modules = {"shared": self.shared.at_sparsity(chosen)}  # what splicing encodes with
-        return view
-
-    def loss(self, out: Forward, dead_F: Tensor, sparsity_factor: float = 1.0) -> Objective:
-        return self.shared.loss(out, dead_F, sparsity_factor)
+    def dictionary(self) -> SingleLayerSAE:
+        return self.shared
 
     def centre(self, x: NormalisedLayers) -> None:
         with torch.no_grad():
             drawn = self.recipe.router == "random"  # a sample is not told ids and positions
             self.shared.start_from(self.read(x, training=drawn).x_RC)
-
-    def rate_factors(self) -> dict[nn.Parameter, float]:
-        return self.shared.rate_factors()
-
-    def decoders(self) -> list[nn.Parameter]:
-        return self.shared.decoders()
 
     @torch.no_grad()
     def fold_scale(self, scale: float) -> None:

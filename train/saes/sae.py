@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -65,35 +65,32 @@ class Recipe:
     """Train by the objective of the published RouteSAE code."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.sae, str):
-            raise WrongInput(f"SAE {self.sae!r} is no name")
-        if not self.layers or not all(type(layer) is int and layer >= 0 for layer in self.layers):
-            raise WrongInput(f"layers {self.layers!r} are not one or more whole numbers")
+        def require(fine: bool, message: str) -> None:
+            if not fine:
+                raise WrongInput(message)
+
+        require(isinstance(self.sae, str), f"SAE {self.sae!r} is no name")
+        whole = bool(self.layers) and all(type(layer) is int and layer >= 0 for layer in self.layers)
+        require(whole, f"layers {self.layers!r} are not one or more whole numbers")
         for name in ("width", "latents", "k"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise WrongInput(f"{name} {value!r} is not a whole number above 0")
-        if self.latents * self.width * len(self.layers) >= 2**60:  # torch itself cannot count further
-            raise WrongInput(f"latents {self.latents} of width {self.width} are more than any memory holds")
-        if self.k > self.latents:
-            raise WrongInput(
-                f"--k {self.k} is more than the SAE's {self.latents} latents; lower it or give more --latents"
-            )
-        named = {"normalize": NORMALIZATIONS, "routing": ROUTINGS, "aggregate": AGGREGATES, "router": ROUTERS}
-        for name, values in named.items():
-            if getattr(self, name) not in values:
-                raise WrongInput(f"--{name} {getattr(self, name)!r} is none of {', '.join(values)}")
+            require(type(value) is int and value > 0, f"{name} {value!r} is not a whole number above 0")
+        numbers = self.latents * self.width * len(self.layers)  # of which torch itself cannot count more
+        require(numbers < 2**60, f"latents {self.latents} of width {self.width} are more than any memory holds")
+        remedy = "lower it or give more --latents"
+        require(self.k <= self.latents, f"--k {self.k} is more than the SAE's {self.latents} latents; {remedy}")
+        words = {"normalize": NORMALIZATIONS, "routing": ROUTINGS, "aggregate": AGGREGATES, "router": ROUTERS}
+        for name, values in words.items():
+            value = getattr(self, name)
+            require(value in values, f"--{name} {value!r} is none of {', '.join(values)}")
         for name in ("sparsity", "pre_act_loss", "balance"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
-                raise WrongInput(f"--{name.replace('_', '-')} {value!r} is not a number of 0 or more")
+            fine = value is None or (isinstance(value, int | float) and math.isfinite(value) and value >= 0)
+            require(fine, f"--{name.replace('_', '-')} {value!r} is not a number of 0 or more")
         sizes = self.prefixes
-        if sizes and not (
-            all(type(size) is int and size > 0 for size in sizes)
-            and list(sizes) == sorted(set(sizes))
-            and sizes[-1] == self.latents
-        ):
-            raise WrongInput(f"--prefixes {sizes} must rise and end with the SAE's {self.latents} latents")
+        nested = all(type(size) is int and size > 0 for size in sizes) and list(sizes) == sorted(set(sizes))
+        fine = not sizes or (nested and sizes[-1] == self.latents)
+        require(fine, f"--prefixes {sizes} must rise and end with the SAE's {self.latents} latents")
 
 
 class Reading(NamedTuple):
@@ -163,25 +160,39 @@ class SAE(nn.Module, ABC):
         self.turns, self.turn = 1, 0  # optimiser steps a batch, and which of them comes now
         self.scale = 1.0  # s of "dataset" normalisation, set by `initialise`
 
+    @property
+    def dictionary(self) -> Any:
+        """The SingleLayerSAE that encodes and decodes rows: itself, or the one that a RouteSAE's layers share."""
+        return self
+
     def forward(self, hidden: Hidden | Tensor) -> Forward:
         """Reconstruct, with gradients if they are enabled. What a variant learns from a batch other than by gradients
         (a threshold, λ) it learns here, in training mode only."""
-        reading = self._read(hidden, training=self.training)
-        if self.chosen is None:
-            out = self.autoencode(reading.x_RC, reading.weights_R)
+        reading, inner = self._read(hidden, training=self.training), self.dictionary
+        inner.k, inner.chunk_rows, inner.proposal = self.k, self.chunk_rows, self.proposal
+        if inner.chosen is None:
+            out: Forward = inner.autoencode(reading.x_RC, reading.weights_R)
         else:
-            latents = self.encode_rows(reading.x_RC)
-            out = Forward(reading.x_RC, self.decode_rows(latents).flatten(1), latents)
+            latents = inner.encode_rows(reading.x_RC)
+            out = Forward(reading.x_RC, inner.decode_rows(latents).flatten(1), latents)
         out.latents.frame = reading.frame
         terms = [term for term in (out.auxiliary, reading.auxiliary) if term is not None]
         return out._replace(routing_NL=reading.routing_NL, auxiliary=sum(terms[1:], terms[0]) if terms else None)
+
+    def loss(self, out: Forward, dead_F: Tensor, sparsity_factor: float = 1.0) -> Objective:
+        """The training objective of a pass.
+
+        dead_F (bool) marks latents not active for `dead_after_tokens`; sparsity_factor, 0 to 1, warms λ up.
+        """
+        objective: Objective = self.dictionary.objective(out, dead_F, sparsity_factor)
+        return objective
 
     @torch.no_grad()
     def encode(self, hidden: Hidden | Tensor) -> Latents:
         """Return the latents of hidden states, as used after training: a row a token, in order; an mlsae or random
         has a row for each token of the first layer, then of the next."""
         reading = self._read(hidden, training=False)
-        latents = self.encode_rows(reading.x_RC)
+        latents: Latents = self.dictionary.encode_rows(reading.x_RC)
         latents.frame = reading.frame
         return latents
 
@@ -193,7 +204,7 @@ class SAE(nn.Module, ABC):
         """
         if latents.frame is None:
             raise WrongInput("soft routing mixes all layers, which cannot be undone; train with --routing hard")
-        hidden = latents.frame.undo(self.decode_rows(latents))
+        hidden = latents.frame.undo(self.dictionary.decode_rows(latents))
         return hidden if latents.frame.lead is None else self.shaped(hidden, latents.frame.lead)
 
     def shaped(self, hidden: Tensor, lead: tuple[int, ...]) -> Tensor:
@@ -234,48 +245,17 @@ class SAE(nn.Module, ABC):
         """A view for use, not for training, that shares the weights and whose latents are chosen(x_RC, encoder)."""
         assert self.other_sparsity
         view = copy(self)
-        view.chosen = chosen
+        view._modules = {name: copy(module) for name, module in self._modules.items()}
+        view.dictionary.chosen = chosen
         return view.eval()
-
-    @torch.no_grad()
-    def encode_rows(self, x_RC: Tensor) -> Latents:
-        """The latents in use of normalised rows."""
-        return self.latents_of(x_RC) if self.chosen is None else self.chosen(x_RC, self.encoder())
 
     @abstractmethod
     def read(self, x: NormalisedLayers, *, training: bool) -> Reading:
         """The rows that it reads of normalised layers."""
 
     @abstractmethod
-    def autoencode(self, x_RC: Tensor, weights_R: Tensor | None = None) -> Forward:
-        """Reconstruct normalised rows. weights_R: as in Reading."""
-
-    @abstractmethod
-    def latents_of(self, x_RC: Tensor) -> Latents:
-        """The latents in use of normalised rows, by the variant's own activation; without gradients."""
-
-    @abstractmethod
-    def decode_rows(self, latents: Latents) -> Tensor:
-        """x̂_RC."""
-
-    @abstractmethod
-    def encoder(self) -> Encoder:
-        """The encoder of z, of which the latents are a function."""
-
-    @abstractmethod
-    def loss(self, out: Forward, dead_F: Tensor, sparsity_factor: float = 1.0) -> Objective:
-        """The training objective of a pass.
-
-        dead_F (bool) marks latents not active for `dead_after_tokens`; sparsity_factor, 0 to 1, warms λ up.
-        """
-
-    @abstractmethod
     def centre(self, x: NormalisedLayers) -> None:
         """Set what starts from the data, given a normalised sample of it."""
-
-    @abstractmethod
-    def decoders(self) -> list[nn.Parameter]:
-        """Decoder weights whose rows are kept at unit norm."""
 
     @abstractmethod
     def fold_scale(self, scale: float) -> None:
@@ -289,16 +269,12 @@ class SAE(nn.Module, ABC):
     def load_files(self, files: dict[str, dict[str, Tensor]]) -> None:
         """The inverse of `files`. Raises WrongInput naming a tensor that is missing or of another shape."""
 
-    def rate_factors(self) -> dict[nn.Parameter, float]:
-        """The factor on the run's learning rate of each parameter that has another."""
-        return {}
-
     @torch.no_grad()
     def project_gradient(self) -> None:
         """After backward: take out of the decoder's gradient what would only change its rows' norms."""
         if self.recipe.published:
             return
-        for decoder in self.decoders():
+        for decoder in self.dictionary.decoders():
             assert decoder.grad is not None
             W_dec_FD, grad_FD = local_rows(decoder), local_rows(decoder.grad)
             row_F = torch.arange(len(grad_FD), device=grad_FD.device)
@@ -313,7 +289,7 @@ class SAE(nn.Module, ABC):
         """
         if self.recipe.published and (step - 1) % PUBLISHED_DECODER_STEPS and not last:
             return
-        for W_dec_FD in map(local_rows, self.decoders()):
+        for W_dec_FD in map(local_rows, self.dictionary.decoders()):
             to_unit_rows(W_dec_FD)
 
     def __call__(self, hidden: Hidden | Tensor) -> Forward:

@@ -67,6 +67,19 @@ class SingleLayerSAE(SAE):
     def read(self, x: NormalisedLayers, *, training: bool) -> Reading:
         return Reading(x[0], x.frame())
 
+    def autoencode(self, x_ND: Tensor, weights_N: Tensor | None = None) -> Forward:
+        """Reconstruct normalised rows. weights_N: as in Reading."""
+        raise NotImplementedError
+
+    def latents_of(self, x_ND: Tensor) -> Latents:
+        """The latents in use of normalised rows, by the variant's own activation."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def encode_rows(self, x_ND: Tensor) -> Latents:
+        """The latents in use of normalised rows."""
+        return self.latents_of(x_ND) if self.chosen is None else self.chosen(x_ND, self.encoder())
+
     @torch.no_grad()
     def encode_at(self, hidden_RD: Tensor, scale_R1: Tensor | None = None) -> Latents:
         """The latents of hidden states of any one layer, in the LM's units, for splicing; `decode` takes them back.
@@ -80,6 +93,7 @@ class SingleLayerSAE(SAE):
 
     @torch.no_grad()
     def decode_rows(self, latents: Latents) -> Tensor:
+        """x̂, normalised."""
         return latents.pairs.decode(latents.values_P, self.W_dec_FD, self.b_dec_D)
 
     def encoder(self) -> Encoder:
@@ -89,7 +103,8 @@ class SingleLayerSAE(SAE):
         """λ now; sparsity_factor, 0 to 1, warms it up."""
         raise AssertionError(f"{self.recipe.sae} has no penalty")
 
-    def loss(self, out: Forward, dead_F: Tensor, sparsity_factor: float = 1.0) -> Objective:
+    def objective(self, out: Forward, dead_F: Tensor, sparsity_factor: float) -> Objective:
+        """As `SAE.loss`."""
         error = loss = norm_mse(out.x_ND, out.reconstruction_ND, out.weights_N)
         if out.penalty is not None:
             loss = loss + self.penalty_weight(sparsity_factor) * out.penalty
@@ -110,14 +125,15 @@ class SingleLayerSAE(SAE):
             self.b_dec_D.copy_(geometric_median(x_ND))
 
     def rate_factors(self) -> dict[nn.Parameter, float]:
-        """√D for biases and thresholds: Adam moves every number by about the learning rate, and these, in units of
-        the pre-activations, are √D times the size of a unit row's weights."""
+        """Factors on the run's learning rate: √D for biases and thresholds. Adam moves every number by about the
+        learning rate, and these, in units of the pre-activations, are √D times the size of a unit row's weights."""
         if self.recipe.published:
             return {}
         factor = math.sqrt(self.recipe.width)
         return {getattr(self, attribute): factor for name, attribute in self.tensors.items() if name != "r_mag"}
 
     def decoders(self) -> list[nn.Parameter]:
+        """Decoder weights whose rows are kept at unit norm."""
         return [self.W_dec_FD]
 
     @torch.no_grad()
