@@ -10,9 +10,10 @@ from torch import Tensor
 
 from routesae.tests.hidden import Normalised, normalise_layers
 from routesae.train.losses import squared_error_shares
-from routesae.train.saes import SAE, Recipe, TopK, build
+from routesae.train.saes import SAE, Recipe, build
 from routesae.train.saes.crosscoder import Crosscoder
 from routesae.train.saes.single import geometric_median
+from routesae.train.saes.topk import TopK
 from routesae.train.sparse.pairs import Pairs
 
 L, N, D, LATENTS, K = 3, 20, 8, 32, 4
