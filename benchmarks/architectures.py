@@ -40,7 +40,7 @@ from routesae.reporting import FailedRun, WrongInput
 from routesae.train.run import train
 from routesae.train.settings import RunSettings, TrainSettings
 
-SECONDS = 120  # for one architecture
+SECONDS = 400  # for one architecture
 VOCABULARY, CONTEXT = 320, 16
 # Sizes by the names that configurations have for them; the first pattern that matches counts.
 SMALL: tuple[tuple[str, Any], ...] = (

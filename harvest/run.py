@@ -40,10 +40,8 @@ def harvest(settings: HarvestSettings, report: Report = silent) -> Cache:
     lm_dtype = pick_lm_dtype(settings.lm_dtype, device, bfloat16_units=has_bfloat16_units())
     share_of(settings)  # raises what is wrong with it before the corpus is read
     output = Output(settings.out)
-    folder, early = (
-        output.folder,
-        ending_at_once("stopped before a shard was begun; run the same command again to go on"),
-    )
+    folder = output.folder
+    early = ending_at_once("stopped before a shard was begun; run the same command again to go on")
     config = lm.load_config(settings.model)
     loaded: list[lm.LanguageModel] = []
 
@@ -68,10 +66,11 @@ def harvest(settings: HarvestSettings, report: Report = silent) -> Cache:
             model = loaded.pop() if loaded else lm.load_lm(settings.model, revision, device=device, lm_dtype=lm_dtype)
             weights = lm.weights_hash(model)
             refuse_other_weights(cache, weights, settings)
-            harvest_shards(cache, lm.cut_after(model, cache.manifest.layers[-1]), weights, claims, settings, report)
+            model = lm.cut_after(model, cache.manifest.layers[-1])  # the only reference: the rest is freed
+            harvest_shards(cache, model, weights, claims, settings, report)
             remove_partial_shards(folder, claims.is_live)
         claims.sweep(lambda name: (folder / name).exists())
-    return output.published()
+    return Cache(output.store or output.folder)  # as others read it
 
 
 def _kept(output: Output) -> str:

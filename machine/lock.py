@@ -42,7 +42,6 @@ HEARTBEAT_SECONDS = 10.0
 DEAD_AFTER_SECONDS = 150.0  # NFS clients may show an mtime that is 60 s old
 POLL_SECONDS = 1.0
 LARGEST_BYTES = 4096
-TRIES = 3  # at a lock that others take and release at the same moment
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)  # FAT, some network file systems
 _OPEN = os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -77,12 +76,7 @@ class Lock:
 
     def take(self) -> bool:
         """Take the lock; return False if another has it. Raises OSError if the folder takes no file."""
-        for _ in range(TRIES):
-            if self.look() is not None:
-                return False
-            if self._create():
-                return True
-        return False
+        return self.look() is None and self._create()
 
     def held(self) -> bool:
         """Whether this object has the lock still: a successor may have taken it while this machine hung."""

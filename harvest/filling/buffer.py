@@ -31,30 +31,6 @@ from routesae.reporting import FailedRun
 PIECE_ROWS = 1024  # to measure at a time: fewer cost more calls, more leave the cores' caches
 
 
-class Extremes:
-    """The largest magnitude of a layer, and how many values exceed a limit, before any cast.
-
-    Both stay on the device, so that no batch waits for them.
-    """
-
-    def __init__(self, device: torch.device):
-        self._extremes = torch.zeros(2, device=device)
-        self._over = torch.zeros((), dtype=torch.int64, device=device)
-
-    def add(self, x_mD: Tensor, limit: float | None) -> None:
-        """limit: count the values beyond it, which takes one more pass; None: do not count."""
-        if x_mD.numel() == 0:
-            return
-        if limit is not None:
-            self._over += (x_mD.abs() > limit).sum()
-        low, high = torch.aminmax(x_mD)  # NaN comes through
-        self._extremes = torch.maximum(self._extremes, torch.stack([-low, high]).float())
-
-    def finish(self) -> tuple[float, int]:
-        """Returns max_abs, which is NaN or infinite where a value was, and the number of values beyond the limit."""
-        return float(self._extremes.max()), int(self._over)
-
-
 class ShardBuffer:
     """hidden_LnD of shard `index` on `device`, rows in stored order, with their statistics."""
 
@@ -68,7 +44,10 @@ class ShardBuffer:
         self.limit = torch.finfo(self.hidden_LnD.dtype).max
         self.mean_Ln = torch.empty(shape[:2], device=device)
         self.std_Ln = torch.empty(shape[:2], device=device)
-        self.extremes = [Extremes(device) for _ in manifest.layers]
+        # Before any cast, and on the device, so that no batch waits for them: each layer's largest −x and x, NaN if a
+        # value was; and how many values exceed the limit, counted only if they are to be clipped.
+        self.extremes_L2 = torch.zeros((shape[0], 2), device=device)
+        self.over_L = torch.zeros(shape[0], dtype=torch.int64, device=device)
         # On a CPU rows pass through all steps while they are in its cache; a GPU wants few, large steps.
         self._piece_rows = PIECE_ROWS if device.type == "cpu" else max(1, token_ids_sT.size)
         # stored row of each flat position; -1 where it is not kept
@@ -102,8 +81,10 @@ class ShardBuffer:
         for start in range(0, len(kept_m), self._piece_rows):
             piece = slice(start, start + self._piece_rows)
             kept_mD = hidden_PD.index_select(0, kept_m[piece])
-            self.extremes[at].add(kept_mD, self.limit if clip else None)
+            low, high = torch.aminmax(kept_mD)
+            self.extremes_L2[at] = torch.maximum(self.extremes_L2[at], torch.stack([-low, high]).float())
             if clip:  # in float32: bfloat16 would round the limit itself to a value beyond it
+                self.over_L[at] += (kept_mD.abs() > self.limit).sum()
                 kept_mD = kept_mD.float().clamp_(-self.limit, self.limit)
             # By way of float32: from bfloat16 to float16 at once takes a CPU three times as long.
             kept_mD = kept_mD.float().to(self.hidden_LnD.dtype)
@@ -146,7 +127,7 @@ class ShardBuffer:
             )
 
     def _check(self, at: int, cache: Cache) -> None:
-        max_abs, _ = self.extremes[at].finish()  # NaN or infinite if a value was
+        max_abs = float(self.extremes_L2[at].max())  # NaN or infinite if a value was
         overflows = max_abs > self.limit and self.manifest.overflow == "error"
         if np.isfinite(max_abs) and not overflows:
             return
@@ -217,7 +198,6 @@ class ShardBuffer:
 
     def _layer_statistics(self, at: int) -> LayerStatistics:
         """Of a layer that is written."""
-        max_abs, clipped = self.extremes[at].finish()
         width, n = self.manifest.width, max(1, len(self.order))
         mean_n, variance_n = self.mean_Ln[at].double(), self.std_Ln[at].double().square()
         square_n = (variance_n * (width - 1) + mean_n.square() * width) / width  # the row's mean square
@@ -225,8 +205,8 @@ class ShardBuffer:
         return LayerStatistics(
             mean=float(mean_n.sum()) / n,
             mean_square=float(square_n.sum()) / n,
-            max_abs=max_abs,
-            clipped=clipped,
+            max_abs=float(self.extremes_L2[at].max()),
+            clipped=int(self.over_L[at]),
             int8_fvu=None if lost is None else float(lost.fvu),
             int8_norm_mse=None if lost is None else float(lost.norm_mse),
         )

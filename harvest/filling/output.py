@@ -79,10 +79,6 @@ class Output:
             raise WrongInput(f"{differs}; delete {self.folder}, which nothing needs, or give another --out") from None
         return staged
 
-    def published(self) -> Cache:
-        """The cache as others read it."""
-        return Cache(self.store or self.folder)
-
 
 class StagedCache(Cache):
     """A cache folder whose shards go to the store. A shard is missing until the store has it."""
