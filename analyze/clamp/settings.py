@@ -28,7 +28,9 @@ class ClampSettings(Settings):
     error_term: bool = setting(
         True,
         CHANGES,
-        "Add back what the SAE fails to reconstruct, so that nothing else changes; the published code does not.",
+        "Add back what the SAE fails to reconstruct, so that nothing else changes. The published code does not. It "
+        "also replaces special tokens and a row's first position; of a routesae it clamps the prompt alone, takes "
+        "the routes from all layers of the LM, and does not scale the SAE's input by the router.",
     )
     prompt: tuple[str, ...] = setting((), PROMPTS, "Text to go on from.")
     prompts: str | None = setting(

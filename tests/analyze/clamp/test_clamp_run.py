@@ -294,6 +294,13 @@ def invoke(*arguments: object) -> Result:
     return CliRunner().invoke(main, ["clamp", *map(str, arguments)])
 
 
+def test_help_says_where_no_error_term_differs_from_the_published_code() -> None:
+    """Read in its hooks: all positions are replaced; a routesae's only in passes as long as the prompt, unscaled."""
+    said = " ".join(invoke("--help").stdout.split())
+    assert "clamps the prompt alone, takes the routes from all layers of the LM, and does not scale" in said
+    assert "replaces special tokens and a row's first position" in said
+
+
 def test_the_command_shows_both_texts_and_writes_them(saes: Path, tmp_path: Path) -> None:
     file = tmp_path / "texts.json"
     given = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
