@@ -1,4 +1,4 @@
-"""Scores that need the cache alone: held-out hidden states and an SAE in; NormMSE, FVU, L0, dead, routing out.
+"""Score SAEs on held-out hidden states of the cache alone: NormMSE, FVU, L0, dead latents, routing.
 
 Every score is over all tokens read, weighted by token; never a mean of batch means.
 
@@ -49,7 +49,7 @@ class CacheScores:
     by_row: dict[str, torch.Tensor]
 
     def to_dict(self) -> dict[str, Any]:
-        """The scores as JSON takes them; what there is one of a latent, or a row of tokens, is left out."""
+        """The scores as JSON, without those of single latents and rows of tokens."""
         names = [field.name for field in fields(self) if field.name not in ("density_F", "by_row")]
         return {name: getattr(self, name) for name in names}
 
@@ -66,7 +66,7 @@ def score_all_on_cache(
     """Score SAEs on the kept tokens of rows [first_row, after_row) of the cache's tokens, read once for all of them;
     they are in evaluation mode from here on. For mlsae and random a token counts once a layer.
 
-    Raises WrongInput where there is no such token, a width differs or a layer was not harvested.
+    Raises WrongInput if there is no such token, a width differs or a layer was not harvested.
     """
     for sae in saes.values():
         require_fit(sae, cache)
@@ -95,7 +95,7 @@ def score_all_on_cache(
                 sums[name].add(sae(hidden), row_N[done : done + n])
             done += n
             report(Progress("score on cache", done, tokens, "tokens", {}))
-    return {name: found.scores(tokens) for name, found in sums.items()}
+    return {name: of_sae.scores(tokens) for name, of_sae in sums.items()}
 
 
 class _Sums:
@@ -157,7 +157,7 @@ def entropy(shares_L: torch.Tensor) -> float:
 
 
 def require_fit(sae: SAE, cache: Cache) -> None:
-    """Raises WrongInput where the SAE's width or layers are not the cache's."""
+    """Raises WrongInput if the SAE's width or layers are not the cache's."""
     if sae.recipe.width != cache.manifest.width:
         raise WrongInput(
             f"the SAE's width {sae.recipe.width} is not the {cache.manifest.width} of {cache.path}; "

@@ -1,4 +1,4 @@
-"""The objectives: an input and its reconstruction in; one number out.
+"""The terms that SAEs' objectives are made of.
 
 Dimension letters: N tokens, D width, F latents.
 """
@@ -31,7 +31,7 @@ class Objective(NamedTuple):
 
 
 def mean_over_rows(values_N: Tensor, weights_N: Tensor | None) -> Tensor:
-    """The mean over the whole batch; weighted where weights_N, which sum to 1, are given."""
+    """The mean over the whole batch; weighted if weights_N, which sum to 1, are given."""
     return batch_mean(values_N.mean() if weights_N is None else (weights_N * values_N).sum())
 
 
@@ -58,7 +58,7 @@ class _NormMSE(torch.autograd.Function):
 
 
 def norm_mse(x_ND: Tensor, reconstruction_ND: Tensor, weights_N: Tensor | None = None) -> Tensor:
-    """NormMSE: the mean over the batch's tokens of ‖x − x̂‖² / ‖x‖², weighted by weights_N where given."""
+    """NormMSE: the mean over the batch's tokens of ‖x − x̂‖² / ‖x‖², weighted by weights_N if given."""
     if weights_N is None:
         weights_N = x_ND.new_full((len(x_ND),), 1 / len(x_ND))
     return batch_mean(_NormMSE.apply(x_ND, reconstruction_ND, weights_N))  # type: ignore[no-untyped-call]

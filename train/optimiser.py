@@ -91,7 +91,7 @@ def sparsity_factor(step: int, total_steps: int, warmup_share: float) -> float:
 
 
 def annealed_k(step: int, total_steps: int, warmup_share: float, first: int | None, k: int) -> int:
-    """k, falling linearly from `first` over the same steps; `first` None: k all along."""
+    """k, falling linearly from `first` over the same steps, or always k if `first` is None."""
     if first is None:
         return k
     return round(first + (k - first) * sparsity_factor(step, total_steps, warmup_share))

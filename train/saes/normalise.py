@@ -159,8 +159,8 @@ class NormalisedLayers:
         return _Weighted.apply(w_NL, self)  # type: ignore[no-any-return, no-untyped-call]
 
     def layer_parts(self, i: int) -> Iterator[tuple[slice, Tensor, Tensor | None, Tensor]]:
-        """(rows, hidden_nD float32, mean_n1, std_n1) of the i-th layer; a few rows at a time on a CPU, in one buffer
-        that stays near its cores. mean_n1 None: hidden_nD is x_nD."""
+        """Yield (rows, hidden_nD float32, mean_n1, std_n1) of the i-th layer, on a CPU a few rows at a time in one
+        buffer that stays in its caches. mean_n1 is None if hidden_nD is x_nD."""
         chunk = WEIGHTED_CHUNK_ROWS if self.device.type == "cpu" else self.tokens
         buffer_nD = torch.empty(min(chunk, self.tokens), self.hidden_LND.shape[2], device=self.device)
         at = self.at[i]

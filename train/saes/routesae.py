@@ -118,7 +118,7 @@ class RouteSAE(SAE):
 
     def centre(self, x: NormalisedLayers) -> None:
         with torch.no_grad():
-            drawn = self.recipe.router == "random"  # a sample is not told ids and positions
+            drawn = self.recipe.router == "random"  # the sample has no ids and positions
             self.shared.start_from(self.read(x, training=drawn).x_RC)
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What every SAE variant is to the trainer and to analyze: what it is built from, and what it gives back.
+"""What every SAE variant has in common: the recipe it is built from, and what it takes and gives back.
 
 Dimension letters: L layers, N tokens, D width, F latents, K active latents.
 """
@@ -33,7 +33,7 @@ PUBLISHED_DECODER_STEPS = 10  # the published RouteSAE code's `steps`: how rarel
 class Recipe:
     """What an SAE is built from and its objective; with its weights, all that is needed to have it again.
 
-    Raises WrongInput where the parts do not fit.
+    Raises WrongInput if the parts do not fit.
     """
 
     sae: str

@@ -1,4 +1,4 @@
-"""Encoding: which pairs of a token and a latent an SAE's equation runs over, and their differentiable z.
+"""Choose the pairs of a token and a latent that an SAE's equation runs over, and give their z, differentiable.
 
     z = W_enc (x − b_dec) + b_enc
 
@@ -25,7 +25,7 @@ BATCHTOPK_PROBE = 512  # tokens that say where those begin
 
 
 class _Encode(torch.autograd.Function):
-    """z over pairs: given already, since finding the pairs took it."""
+    """z over pairs. Its value comes from the search for the pairs; only the gradients are computed here."""
 
     @staticmethod
     def forward(
@@ -78,21 +78,21 @@ def encode_batchtopk(x_ND: Tensor, encoder: Encoder, k: int) -> tuple[Pairs, Ten
 
 
 def _batchtopk(x_ND: Tensor, encoder: Encoder, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A few tokens say above which value enough pairs lie; where they were too few, all above 0 are looked at."""
+    """Estimate from a few tokens above which value enough pairs lie; if there are too few, look at all above 0."""
     n, f = len(x_ND), len(encoder.W_enc_FD)
-    wanted = k * batch_rows(n)
+    kept_pairs = k * batch_rows(n)
     probe_nD = x_ND[:: max(1, n // BATCHTOPK_PROBE)]
     z_nK, _ = topk_of(probe_nD, encoder, min(4 * k, f))
     enough = min(round(BATCHTOPK_ROOM * k * len(probe_nD)), z_nK.numel())
     floor = batch_least(torch.kthvalue(-z_nK.flatten(), enough).values.neg().clamp(min=0))
     for bound in (floor, torch.zeros_like(floor)):
         tokens_M, latents_M, z_M = all_above(x_ND, encoder, bound.expand(f))
-        found = int(batch_sum(torch.tensor(len(z_M))))
-        if found >= wanted or not bool(bound > 0):
+        count = int(batch_sum(torch.tensor(len(z_M))))
+        if count >= kept_pairs or not bool(bound > 0):
             break
-    if found <= wanted:
+    if count <= kept_pairs:
         return tokens_M, latents_M, z_M
-    least = batch_kth_largest(z_M, wanted)
+    least = batch_kth_largest(z_M, kept_pairs)
     kept = torch.nonzero(z_M >= least).squeeze(1)
     return tokens_M.index_select(0, kept), latents_M.index_select(0, kept), z_M.index_select(0, kept)
 

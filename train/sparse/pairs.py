@@ -1,4 +1,4 @@
-"""Pairs of a token and a latent: what of an SAE's N·F numbers matters, and decoding from those alone.
+"""Pairs of a token and a latent: the few of an SAE's N·F numbers that matter, and decoding from those alone.
 
 An SAE's equation is written once, over "pairs": all N·F of them (`AllPairs`, plain autograd), or the M that can be
 active (`Pairs`, found by routesae.train.sparse.search), whose gradients are written by hand. Decoding M pairs is an
@@ -52,7 +52,7 @@ class Frame(NamedTuple):
 class Latents:
     """The latents of N tokens: values_P ≥ 0 (zero: not active) of `pairs`, [M] of `Pairs` or [N, F] of `AllPairs`.
 
-    frame: how what is decoded from them goes back to the LM's units; None where it cannot.
+    frame: how their reconstruction goes back to the LM's units; None if it cannot.
     """
 
     values_P: Tensor
@@ -81,7 +81,7 @@ class AllPairs:
         return v_F
 
     def by_token(self, v_NF: Tensor, weight_F: Tensor | None = None) -> Tensor:
-        """[N]: the sum over each token's pairs, weighted by latent where weight_F is given."""
+        """[N]: the sum over each token's pairs, weighted by latent if weight_F is given."""
         return v_NF.sum(1) if weight_F is None else v_NF @ weight_F
 
     def decode(self, f_NF: Tensor, W_dec_FD: Tensor, b_dec_D: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ class Pairs:
         return v_F.index_select(0, self.latents_M)
 
     def by_token(self, v_M: Tensor, weight_F: Tensor | None = None) -> Tensor:
-        """[N]: the sum over each token's pairs, weighted by latent where weight_F is given."""
+        """[N]: the sum over each token's pairs, weighted by latent if weight_F is given."""
         v_M = v_M if weight_F is None else v_M * self.at(weight_F)
         return v_M.new_zeros(self.tokens).index_add(0, self.tokens_M, v_M)
 
@@ -169,7 +169,7 @@ class Pairs:
         return order_M, self.tokens_M.index_select(0, order_M), torch.cumsum(counts_F, 0) - counts_F
 
     def rows_by_latent(self, weights_M: Tensor, rows_ND: Tensor) -> Tensor:
-        """[F, D]: for each latent the sum of its tokens' rows, weighted; zero where it has none."""
+        """[F, D]: for each latent the sum of its tokens' rows, weighted; zero if it has none."""
         order_M, tokens_M, offsets_F = self._grouped
         weights_M = weights_M.index_select(0, order_M)  # several times faster than [order_M] on a CPU
         return self._sums(tokens_M, rows_ND, offsets_F, weights_M)

@@ -1,14 +1,13 @@
-"""Which latents are active on which tokens: rows and an encoder in; indices and exact pre-activations out.
+"""Find which latents are active on which tokens, and their exact pre-activations.
 
     z = W_enc (x − b_dec) + b_enc
 
-Of an SAE that keeps K of F latents only this product is dense. It runs a few rows at a time, in one buffer, and what
-is wanted of it is found while those rows are still near their cores. Nothing here has a gradient.
+In an SAE that keeps K of F latents only this product is dense. It runs a few rows at a time, in one buffer, and is
+searched while those rows are still in the cores' caches. Nothing here has a gradient.
 
 Where the device multiplies bfloat16 several times faster than float32 (CUDA under autocast, CPUs with AMX), or where
 the encoder asks for it, the product only proposes. Its error, about 1/350 of a pre-activation's standard deviation,
-is far smaller than the room left around what is wanted, and every pre-activation handed out is computed anew in the
-precision of x.
+is far smaller than the margin of the search, and every pre-activation returned is computed anew in the precision of x.
 
 Dimension letters: N tokens, n rows at a time, D width, F latents, K candidates, M pairs of a token and a latent.
 """
@@ -65,7 +64,7 @@ class Encoder(NamedTuple):
 
 
 def proposal_dtype(x_ND: Tensor, asked: torch.dtype | None = None) -> torch.dtype:
-    """In which precision the product runs; x's own: nothing has to be computed anew. asked: Encoder's proposal."""
+    """The precision that the product runs in; if it is that of x, it is exact. asked: Encoder's proposal."""
     kind = x_ND.device.type
     if x_ND.dtype != torch.float32:
         return x_ND.dtype
@@ -74,14 +73,14 @@ def proposal_dtype(x_ND: Tensor, asked: torch.dtype | None = None) -> torch.dtyp
 
 
 def product_dtype(kind: str, precision: torch.dtype) -> torch.dtype:
-    """The fastest for float32 rows on a device of that kind; precision: of autocast."""
+    """The fastest precision for float32 rows on a device of that kind. precision: autocast's."""
     return torch.bfloat16 if precision == torch.float32 and kind == "cpu" and has_bfloat16_units() else precision
 
 
 def pre_activations(x_ND: Tensor, encoder: Encoder, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, z_nF) in `dtype`; on a CPU a few rows at a time, z_nF gone with the next.
+    """Yield (rows, z_nF), on a CPU a few rows at a time; the next overwrites z_nF.
 
-    dtype: x's, or a narrower one, which proposes.
+    dtype: that of x, or a narrower one for proposals.
     """
     n, width = x_ND.shape
     fastest = CPU_CHUNK_ROWS.get(dtype, 512) if x_ND.device.type == "cpu" else n
@@ -108,7 +107,7 @@ def pre_activations(x_ND: Tensor, encoder: Encoder, dtype: torch.dtype) -> Itera
 
 
 def largest(z_nF: Tensor, k: int) -> Tensor:
-    """int64 [n, k]: where each row's k largest stand, in no order; among values of 0 and below any may be taken.
+    """int64 [n, k]: the places of each row's k largest, in no order; of values up to 0 any may be taken.
 
     The k largest are in the k groups of the largest maxima, so that most values are only compared with those of
     their group; the groups' maxima are searched in the same way.
@@ -128,7 +127,7 @@ def _largest(keys_nF: Tensor, k: int) -> Tensor:
 
 
 def _select(keys_nF: Tensor, k: int) -> Tensor:
-    """int64 [n, k]: where each row's k largest whole numbers stand, in no order.
+    """int64 [n, k]: the places of each row's k largest whole numbers, in no order.
 
     On a CPU by numpy, whose partition is vectorised and three times as fast as torch.topk: of each number with its
     place in the low bits.
@@ -178,12 +177,12 @@ def all_above(x_ND: Tensor, encoder: Encoder, floor_F: Tensor) -> tuple[Tensor, 
     above = encoder.raised(-floor_F)
     if not exact:
         above = above.raised(_margin(x_ND, above))
-    found = []
+    parts = []
     for rows, z_nF in pre_activations(x_ND, above, dtype):
         tokens_m, latents_m = _positive(z_nF)
         z_m = z_nF[tokens_m, latents_m] + floor_F[latents_m] if exact else z_nF.new_empty(0)
-        found.append((tokens_m + rows.start, latents_m, z_m))
-    tokens_M, latents_M, z_M = (torch.cat(parts) for parts in zip(*found, strict=True))
+        parts.append((tokens_m + rows.start, latents_m, z_m))
+    tokens_M, latents_M, z_M = (torch.cat(of_rows) for of_rows in zip(*parts, strict=True))
     if exact:
         return tokens_M, latents_M, z_M
     z_M = row_products(tokens_M, latents_M, encoder.W_enc_FD, x_ND)
@@ -193,7 +192,7 @@ def all_above(x_ND: Tensor, encoder: Encoder, floor_F: Tensor) -> tuple[Tensor, 
 
 
 def _margin(x_ND: Tensor, encoder: Encoder) -> Tensor:
-    """[F]: how far a proposal may lie from the pre-activation that it stands for."""
+    """[F]: how far a proposal may lie from its pre-activation."""
     longest = torch.linalg.vector_norm(x_ND, dim=1).max()
     if encoder.b_dec_D is not None:
         longest = longest + torch.linalg.vector_norm(encoder.b_dec_D)
