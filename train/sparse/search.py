@@ -7,7 +7,7 @@ searched while those rows are still in the cores' caches. Nothing here has a gra
 
 Where the device multiplies bfloat16 several times faster than float32 (CUDA under autocast, CPUs with AMX), or where
 the encoder asks for it, the product only proposes. Its error, about 1/350 of a pre-activation's standard deviation,
-is far smaller than the margin of the search, and every pre-activation returned is computed anew in the precision of x.
+is far smaller than the margin of the search, and every pre-activation returned is computed anew in x's precision.
 
 Dimension letters: N tokens, n rows at a time, D width, F latents, K candidates, M pairs of a token and a latent.
 """
