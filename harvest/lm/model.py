@@ -84,8 +84,13 @@ def load_config(model: str, revision: str | None = None) -> Any:
 
     with _explained(model):
         config = AutoConfig.from_pretrained(source(model), revision=revision or "main", trust_remote_code=False)
+        sizes = [getattr(config.get_text_config(), name, None) for name in ("num_hidden_layers", "hidden_size")]
     if getattr(config, "is_encoder_decoder", False):
         raise WrongInput(f"{model} is an encoder–decoder; routesae needs a decoder-only causal LM")
+    if not all(type(size) is int for size in sizes):
+        raise WrongInput(
+            f"the configuration of {model} has no num_hidden_layers and hidden_size: it is not a causal LM"
+        )
     return config
 
 

@@ -49,8 +49,8 @@ def prove(lm: LanguageModel, name: str, tokenizer: Any, layers: Sequence[int], c
     ids_BT = plain[drawn].to(lm.device)
     try:
         run_until(lm, ids_BT[2:], 1)  # a whole row, as far as positions are looked up
-        offset = _prove_blocks(lm, ids_BT[:2, :TOKENS], layers)
-        _prove_splice(lm, ids_BT[:2, :TOKENS], layers)
+        own_BTV, offset = _prove_blocks(lm, ids_BT[:2, :TOKENS], layers)
+        _prove_splice(lm, ids_BT[:2, :TOKENS], layers, own_BTV)
     except (_Unfit, WrongInput) as unfit:
         raise WrongInput(f"{name} ({type(lm.model).__name__}) cannot be harvested: {unfit}") from None
     except torch.OutOfMemoryError:
@@ -68,8 +68,11 @@ class _Unfit(Exception):
     """Says what is wrong with the LM."""
 
 
-def _prove_blocks(lm: LanguageModel, ids_BT: Tensor, layers: Sequence[int]) -> int | None:
-    """Every block returns one hidden state a token, and no token sees those after it. Returns as `prove` does."""
+def _prove_blocks(lm: LanguageModel, ids_BT: Tensor, layers: Sequence[int]) -> tuple[Tensor, int | None]:
+    """Every block returns one hidden state a token, and no token sees those after it.
+
+    Returns the LM's own logits, and what `prove` returns.
+    """
     last = layers[-1]
     changed_BT = ids_BT.clone()
     changed_BT[1, -1] = ids_BT[0, 0] if ids_BT[0, 0] != ids_BT[1, -1] else ids_BT[0, 1]
@@ -105,17 +108,16 @@ def _prove_blocks(lm: LanguageModel, ids_BT: Tensor, layers: Sequence[int]) -> i
         if pairs and all(
             at < len(of_transformers) and torch.equal(one_BTD, of_transformers[at]) for one_BTD, at in pairs
         ):
-            return offset
-    return None
+            return out.logits, offset
+    return out.logits, None
 
 
 def _append(hidden: dict[int, list[Tensor]], layer: int, hidden_BTD: Tensor) -> None:
     hidden[layer].append(hidden_BTD)
 
 
-def _prove_splice(lm: LanguageModel, ids_BT: Tensor, layers: Sequence[int]) -> None:
+def _prove_splice(lm: LanguageModel, ids_BT: Tensor, layers: Sequence[int], own_BTV: Tensor) -> None:
     """A layer's output put in its own place gives the LM's own logits, and another in its place gives others."""
-    own_BTV = lm.model(input_ids=ids_BT, use_cache=False).logits.float()
     clean = clean_pass(lm, ids_BT, layers)
     edits = {layers[0]: lambda hidden_BTD: hidden_BTD, layers[-1]: lambda hidden_BTD: hidden_BTD}
     for layer, edit in edits.items():

@@ -288,6 +288,20 @@ def test_an_encoder_decoder_is_wrong_input(tmp_path: Path) -> None:
         load_config(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("Musicgen", "cannot be loaded: Multiple valid text configs"), ("Bit", "no num_hidden_layers")],
+)
+def test_a_config_that_does_not_say_how_deep_and_wide_one_lm_is_is_wrong_input(
+    kind: str, message: str, tmp_path: Path
+) -> None:
+    import transformers
+
+    getattr(transformers, f"{kind}Config")().save_pretrained(tmp_path)
+    with pytest.raises(WrongInput, match=message):
+        load_config(str(tmp_path))
+
+
 def test_a_config_that_is_of_no_causal_lm_is_wrong_input(tmp_path: Path) -> None:
     from transformers import ViTConfig
 
