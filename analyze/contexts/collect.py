@@ -27,8 +27,7 @@ from routesae.analyze.contexts.best import NO_WINDOW, Activations, Best, Kept, h
 from routesae.analyze.contexts.file import KINDS, SAMPLES
 from routesae.analyze.contexts.settings import ContextSettings
 from routesae.analyze.contexts.windows import Vocabulary, windows
-from routesae.harvest.cache.arrays import BadArray
-from routesae.harvest.cache.reader import Cache, Shard, damaged
+from routesae.harvest.cache.reader import Cache
 from routesae.reporting import Progress, Report, WrongInput, silent
 from routesae.train.loading.batches import BLOCK_ROWS, Batch, Block, Plan, Selection, cut_plans, load
 from routesae.train.saes import SAE
@@ -69,7 +68,7 @@ def collect(
     plans = chain.from_iterable(_shard_plans(selection, shard, size) for shard in shards)
     with closing(load(selection, plans, size, sae.device)) as batches:
         for shard in shards:
-            position_n = _stored_positions(selection.shards[shard])
+            position_n = torch.from_numpy(selection.positions(shard))
             for plan in _shard_plans(selection, shard, size):
                 collector.take(next(batches), position_n[plan[0].first : plan[-1].after])
                 report(Progress("contexts", collector.tokens, len(selection), "tokens", {}))
@@ -82,15 +81,6 @@ def _shard_plans(selection: Selection, shard: int, batch_tokens: int) -> Iterato
     count = selection.count(shard)
     firsts = range(0, count, BLOCK_ROWS)
     return cut_plans((Block(shard, first, min(first + BLOCK_ROWS, count)) for first in firsts), batch_tokens)
-
-
-def _stored_positions(shard: Shard) -> Tensor:
-    """int64 [n]: the flat position in tokens of each stored row."""
-    try:
-        order = shard.read("order").astype(np.int64)
-    except BadArray as bad:
-        raise damaged(shard.path, bad) from bad
-    return torch.from_numpy(order + shard.record.rows[0] * shard.manifest.context)
 
 
 class Collector:
@@ -161,6 +151,7 @@ class Collector:
             vocabulary=self.vocabulary,
             special_ids=self.cache.manifest.special_ids,
             window=self.settings.window,
+            in_front=self._tokens_ST.reshape(-1)[max(0, base - 64) : base].tolist(),
         )
         sorted_keys, order = torch.sort(torch.cat(self._keys))
         values = torch.cat(self._values)[order]

@@ -12,12 +12,14 @@ from __future__ import annotations
 import json
 import tempfile
 from bisect import bisect_left
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import regex
 
 from routesae.analyze.inputs.identity import file_hash
 from routesae.machine.files import parse_json
@@ -66,10 +68,37 @@ class Context:
     def text(self) -> str:
         return "".join(self.tokens)
 
+    @property
+    def word(self) -> str:
+        """The text of the token, with that of the others that share characters with it."""
+        (word,) = (word for word in words_of(self.tokens) if self.at in word)
+        return "".join(self.tokens[word.start : word.stop])
+
     def marked(self, opening: str = OPENING, closing: str = CLOSING) -> str:
-        """The text with marks around the token."""
-        before, after = "".join(self.tokens[: self.at]), "".join(self.tokens[self.at + 1 :])
-        return f"{before}{opening}{self.tokens[self.at]}{closing}{after}"
+        """The text with marks around the word."""
+        (word,) = (word for word in words_of(self.tokens) if self.at in word)
+        before, behind = "".join(self.tokens[: word.start]), "".join(self.tokens[word.stop :])
+        return f"{before}{opening}{self.word}{closing}{behind}"
+
+
+def words_of(tokens: Sequence[str]) -> list[range]:
+    """Divide tokens into words, at the ends of characters: ranges of one token, or of all that share characters.
+
+    A character is what a reader takes for one, a grapheme cluster (Unicode UAX 29) such as नि or が. Where several
+    tokens make one, the last of them has its text and the others have none.
+    """
+    if all(tokens) and all(token.isascii() for token in tokens):
+        return [range(at, at + 1) for at in range(len(tokens))]
+    ends = {character.end() for character in regex.finditer(r"\X", "".join(tokens))}
+    words, first, begin, end = [], 0, 0, 0
+    for at, token in enumerate(tokens):
+        end += len(token)
+        if end > begin and end in ends:
+            words.append(range(first, at + 1))
+            first, begin = at + 1, end
+    if first < len(tokens):
+        words.append(range(words.pop().start if words else 0, len(tokens)))
+    return words
 
 
 @dataclass(frozen=True, kw_only=True)

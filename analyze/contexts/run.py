@@ -14,7 +14,7 @@ import numpy as np
 
 from routesae import __version__
 from routesae.analyze.contexts.collect import collect
-from routesae.analyze.contexts.file import FORMAT, write_contexts
+from routesae.analyze.contexts.file import FORMAT, read_facts, write_contexts
 from routesae.analyze.contexts.settings import ContextSettings
 from routesae.analyze.contexts.table import context_batches, latent_table
 from routesae.analyze.contexts.windows import Vocabulary
@@ -23,9 +23,11 @@ from routesae.analyze.inputs.lm import lm_of_cache, load_tokenizer_of
 from routesae.analyze.inputs.saes import OpenSAE, open_saes
 from routesae.harvest.cache.reader import Cache
 from routesae.machine.device import pick_device
-from routesae.reporting import Progress, Report, silent
+from routesae.reporting import Progress, Report, WrongInput, silent
 
 log = logging.getLogger(__name__)
+
+RULE = ("threshold", "per_class", "max_classes", "min_contexts", "top", "window", "samples", "seed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +65,31 @@ def contexts(settings: ContextSettings, report: Report = silent) -> list[Context
     cache = Cache(settings.cache)
     cache.require_whole()
     opened = open_saes(settings.saes, Path(settings.out), cache, pick_device(settings.device))
+    if not settings.overwrite:
+        for one in opened.values():
+            _require_same_results(one.beside, settings, cache)
     vocabulary = Vocabulary(load_tokenizer_of([lm_of_cache(cache)], settings.model))
     return [_write(settings, name, sae, cache, vocabulary, report) for name, sae in opened.items()]
+
+
+def _require_same_results(folder: Path, settings: ContextSettings, cache: Cache) -> None:
+    """Raises WrongInput if there are contexts in `folder` which are not those that the settings would give again."""
+    try:
+        facts = read_facts(folder)
+    except WrongInput:
+        return  # damaged: nobody can read them
+    if facts is None:
+        return
+    before, now = facts["settings"], settings.to_dict()
+    changed = [
+        f"--{name.replace('_', '-')} {before.get(name)}, now {now[name]}"
+        for name in RULE
+        if before.get(name) != now[name]
+    ]
+    if facts["cache"].get("tokens_hash") != cache.manifest.tokens_hash:
+        changed.append(f"the corpus {facts['cache'].get('corpus')}, now {cache.manifest.corpus}")
+    if changed:
+        raise WrongInput(f"{folder} has contexts of {'; '.join(changed)}; give --overwrite to replace them")
 
 
 def _write(

@@ -25,6 +25,7 @@ class ContextSettings(Settings):
         5, SHOWN, "Further contexts of each third (strong, middle, weak) of a random sample.", ge=1
     )
     seed: int = SEED
+    overwrite: bool = setting(False, RUN, "Replace contexts of another corpus or rule.")
     batch_tokens: int = setting(4096, RUN, "Tokens the SAE reads at a time.", ge=1)
     model: str | None = setting(None, MODEL, "Where the tokenizer is now.", unset="where the cache says")
     device: str = DEVICE

@@ -166,7 +166,9 @@ def _contexts(
         for folder, inputs in of_saes.items()
     ]
     if stale := record.stale(steps):
-        contexts(settings.replace(saes=tuple(str(step.outputs[0].parent) for step in stale)), report)
+        overwrite = settings.overwrite or all(map(record.may_replace, stale))
+        saes = tuple(str(step.outputs[0].parent) for step in stale)
+        contexts(settings.replace(saes=saes, overwrite=overwrite), report)
         record.keep(*stale)
     return bool(stale)
 
@@ -224,6 +226,11 @@ class Record:
                 log.info("%s runs again, %s", step.name, why)
             stale.append(step)
         return stale
+
+    def may_replace(self, step: Step) -> bool:
+        """Whether what is there of a step's outputs is what the step left."""
+        outputs = hashes(*step.outputs)
+        return not any(outputs.values()) or self.steps.get(step.name, {}).get("outputs") == outputs
 
     def keep(self, *steps: Step) -> None:
         """Note steps that ended; on the disk at once."""

@@ -14,12 +14,10 @@ import gzip
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
-import regex
-
-from routesae.analyze.contexts.file import KINDS, SAMPLES, Context, LatentContexts
+from routesae.analyze.contexts.file import KINDS, SAMPLES, Context, LatentContexts, words_of
 from routesae.analyze.report.lens import LogitLens, decoder_of, nearest, unit_rows
 from routesae.analyze.report.runs import Run
 from routesae.reporting import Progress, Report
@@ -106,34 +104,12 @@ def _list_words(listed: dict[str, Any], latent: LatentContexts, *, several_layer
     sampled = [context for kind in SAMPLES for context in latent.samples[kind]]
     marked: dict[str, None] = {}
     for context in (*latent.chosen, *sampled):
-        word = next(word for word in words_of(context.tokens) if context.at in word)
-        text = "".join(context.tokens[word.start : word.stop])
-        marked[(text.strip() or text).lower().replace("\n", "↵")] = None
+        marked[(context.word.strip() or context.word).lower().replace("\n", "↵")] = None
     whole = [word for word in marked if "\ufffd" not in word] or list(marked)  # of some a row has a half only
     listed["words"][latent.latent] = "\n".join(whole[:WORDS_LISTED])
     layers = Counter(context.layer for context in sampled or latent.chosen)
     if several_layers and layers:
         listed["layer"][latent.latent] = layers.most_common(1)[0][0]
-
-
-def words_of(tokens: Sequence[str]) -> list[range]:
-    """Divide tokens into words, at the ends of characters: ranges of one token, or of all that share characters.
-
-    A character is what a reader takes for one, a grapheme cluster (Unicode UAX 29) such as नि or が. Where several
-    tokens make one, the last of them has its text and the others have none.
-    """
-    if all(tokens) and all(token.isascii() for token in tokens):
-        return [range(at, at + 1) for at in range(len(tokens))]
-    ends = {character.end() for character in regex.finditer(r"\X", "".join(tokens))}
-    words, first, begin, end = [], 0, 0, 0
-    for at, token in enumerate(tokens):
-        end += len(token)
-        if end > begin and end in ends:
-            words.append(range(first, at + 1))
-            first, begin = at + 1, end
-    if first < len(tokens):
-        words.append(range(words.pop().start if words else 0, len(tokens)))
-    return words
 
 
 def _packed_context(context: Context, texts: dict[str, int]) -> list[Any]:

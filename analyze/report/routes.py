@@ -64,7 +64,7 @@ def routes_by_class(sae: SAE, cache: Cache, vocabulary: Vocabulary, report: Repo
         "layers": list(sae.recipe.layers),
         "tokens": len(selection),
         "held_out": held_out,
-        "classes": [vocabulary.class_names[c] for c in top],
+        "classes": [vocabulary.class_texts[c] for c in top],
         "counts": [int(count_C[c]) for c in top],
         "shares": [[round(share, 4) for share in (weight_CL[c] / count_C[c]).tolist()] for c in top],
     }

@@ -155,7 +155,8 @@ def _row_sums_of_lm(
     manifest = cache.manifest
     loaded = load_lm_of([lm_of_cache(cache)], settings.model, device=settings.device, lm_dtype=settings.lm_dtype)
     token_ids_ST = cache.tokens()[rows]
-    kept_ST = kept_positions(token_ids_ST, dropped_ids=manifest.dropped_ids, skip_positions=manifest.skip_positions)
+    dropped, skipped = ((), 0) if settings.all_positions else (manifest.dropped_ids, manifest.skip_positions)
+    kept_ST = kept_positions(token_ids_ST, dropped_ids=dropped, skip_positions=skipped)
     return score_with_lm(
         loaded.lm,
         spliceable,

@@ -27,6 +27,9 @@ class AnalyzeSettings(Settings):
     out: str = OUT
     cache: str = CACHE
     tokens: int | None = setting(None, SCORING, "Held-out tokens to score on, in whole rows.", ge=1, unset="all")
+    all_positions: bool = setting(
+        False, SCORING, "Splice at every position, as the published code does, not just at those training used."
+    )
     batch_sequences: int = setting(8, RUN, "Rows in a forward pass of the LM.", ge=1)
     infer_k: tuple[Annotated[int, Field(ge=1)], ...] = setting(
         (),

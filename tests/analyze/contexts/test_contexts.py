@@ -90,6 +90,7 @@ RULE: dict[str, Any] = {"max_classes": 12, "min_contexts": 4, "window": 12, "sam
 
 def run(cache: Cache, folder: Path, **changes: Any) -> tuple[ContextResult, ContextsFile]:
     given = {"cache": str(cache.path), "saes": (str(folder),), "device": "cpu", "threshold": THRESHOLDS[folder.name]}
+    given["overwrite"] = True
     (result,) = contexts(ContextSettings(**{**given, **RULE, **changes}))
     return result, read_contexts(folder)
 
@@ -144,10 +145,8 @@ class Text:
         return self.spellings[token]
 
     def token_class(self, position: int) -> str:
-        text = self.spelled(position)
-        if "\ufffd" in text:
-            return str(self.tokenizer.convert_ids_to_tokens(self.ids[position])).lower()
-        return text.strip().lower() or text
+        """By the published code: the raw piece in lower case, with its mark of a blank."""
+        return str(self.tokenizer.convert_ids_to_tokens(self.ids[position])).strip().lower()
 
     def cut_before(self, position: int) -> bool:
         """Whether a window may not hold both this position and the one before."""
@@ -166,7 +165,21 @@ class Text:
         if after - first > self.window:
             half = self.window // 2
             first, after = max(first, position - half), min(after, position + self.window - half)
+            whole_first = next(at for at in range(first, len(self.ids) + 1) if self.between_characters(at))
+            whole_after = next(at for at in range(after, -1, -1) if self.between_characters(at))
+            first = whole_first if whole_first <= position else first
+            after = whole_after if whole_after > position else after
         return first, after
+
+    def between_characters(self, position: int) -> bool:
+        """Whether no character has bytes on both sides of the start of this position."""
+        if position in (0, len(self.ids)) or self.cut_before(position):
+            return True
+        first = position
+        while first and "\ufffd" in self.spelled(first - 1):
+            first -= 1
+        run = self.tokenizer.decode(self.ids[first:position], clean_up_tokenization_spaces=False)
+        return not run.endswith("\ufffd")
 
 
 def by_strength(active: Active) -> tuple[float, int, int]:
@@ -343,8 +356,11 @@ def test_published_json_has_its_shape_and_the_same_contexts(
                 assert [entry[name] for entry in entries] == [getattr(context, name) for context in mine]
             for entry, context in zip(entries, mine, strict=True):
                 assert entry["context"] == context.marked()
-                assert entry["context"].replace(f"<ACTIVATED>{context.tokens[context.at]}</ACTIVATED>", "|", 1) == (
-                    "".join(context.tokens[: context.at]) + "|" + "".join(context.tokens[context.at + 1 :])
+                assert f"<ACTIVATED>{context.word}</ACTIVATED>" in entry["context"]
+                assert context.word, "a mark covers whole characters"
+                assert (
+                    entry["context"].replace(f"<ACTIVATED>{context.word}</ACTIVATED>", context.word, 1)
+                    == context.text
                 )
     for latent, kinds in written["latent_sample_map"].items():
         assert [len(kinds[kind]) for kind in SAMPLES] == [len(chosen[int(latent)].samples[kind]) for kind in SAMPLES]
@@ -385,7 +401,7 @@ def test_progress_names_the_sae_and_where_nothing_is_kept_the_way_out_is_said(
         for result in results
     ]
     caplog.clear()
-    contexts(given.replace(threshold=2.0, max_classes=100, min_contexts=1))
+    contexts(given.replace(threshold=2.0, max_classes=100, min_contexts=1, overwrite=True))
     assert caplog.records == []
 
 
@@ -541,3 +557,34 @@ def test_a_wrong_tokenizer_is_one_line_and_exit_code_2(
     assert code == 2
     assert output.startswith("routesae: model ")
     assert output.count("\n") == 1
+
+
+def test_contexts_of_another_rule_or_corpus_are_not_replaced_unasked(
+    hostile_cache: Cache,
+    copied: Callable[[str], Path],
+    tiny_settings: Callable[..., HarvestSettings],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = copied("topk")
+    given = ContextSettings(cache=str(hostile_cache.path), saes=(str(folder),), device="cpu", threshold=2.0)
+    contexts(given)
+    before = (folder / CONTEXTS).read_bytes()
+    data = tmp_path / "other.jsonl"
+    data.write_text(json.dumps({"text": HOSTILE * 40}) + "\n")
+    other = harvest(
+        tiny_settings(data=str(data), tokens=1500, context=64, shard_tokens=2048, out=str(tmp_path / "c"))
+    )
+    monkeypatch.setattr("routesae.analyze.contexts.run.collect", None)  # nothing is computed before it is refused
+    for changes, message in (
+        ({"threshold": 3.0}, r"topk has contexts of --threshold 2.0, now 3.0; give --overwrite to replace them"),
+        ({"top": 4, "seed": 1}, r"of --top None, now 4; --seed 0, now 1; give --overwrite"),
+        ({"cache": str(other.path)}, r"of the corpus .*texts.jsonl, now .*other.jsonl; give --overwrite"),
+    ):
+        with pytest.raises(WrongInput, match=message):
+            contexts(given.replace(**changes))
+    assert (folder / CONTEXTS).read_bytes() == before
+    monkeypatch.undo()
+    contexts(given.replace(batch_tokens=99))  # the same contexts again
+    contexts(given.replace(threshold=3.0, overwrite=True))
+    assert read_contexts(folder).facts["settings"]["threshold"] == 3.0

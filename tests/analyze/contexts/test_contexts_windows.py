@@ -59,8 +59,33 @@ def test_a_character_of_several_tokens_stands_at_its_last(tiny_model: Path, voca
     assert set(cut[2]) == {"\ufffd"}
 
 
-def test_tokens_alike_but_for_case_and_blanks_are_one_class(tiny_model: Path, vocabulary: Vocabulary) -> None:
+def test_classes_are_the_published_codes(tiny_model: Path, vocabulary: Vocabulary) -> None:
+    """2503.08200's get_context: the raw piece without blanks around it, in lower case, with the mark of a blank."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    pieces = tokenizer.convert_ids_to_tokens(list(range(len(vocabulary.class_V))))
+    assert [vocabulary.class_names[number] for number in vocabulary.class_V] == [p.strip().lower() for p in pieces]
     upper, lower, spaced = (int(ids(tiny_model, text)[0]) for text in ("A", "a", " a"))
-    assert vocabulary.class_V[upper] == vocabulary.class_V[lower] == vocabulary.class_V[spaced]
-    halves = ids(tiny_model, "東")
-    assert len(set(vocabulary.class_V[halves].tolist())) == len(set(halves.tolist())), "bytes are told apart"
+    assert vocabulary.class_V[upper] == vocabulary.class_V[lower] != vocabulary.class_V[spaced]
+    assert [vocabulary.class_texts[vocabulary.class_V[token]] for token in (upper, spaced)] == ["a", " a"]
+
+
+@pytest.mark.parametrize("text", ["a東京b", "नि नदी", "สวัสดี", "👩\u200d👧 é"])
+def test_a_token_is_open_where_its_character_goes_on(text: str, tiny_model: Path, vocabulary: Vocabulary) -> None:
+    """Against bytes: a byte-level piece has one character a byte, and UTF-8 says which bytes begin a character."""
+    token_ids = ids(tiny_model, text)
+    pieces = AutoTokenizer.from_pretrained(tiny_model).convert_ids_to_tokens(token_ids.tolist())
+    ends = np.cumsum([len(piece) for piece in pieces])
+    follows = [end < len(text.encode()) and text.encode()[end] & 0xC0 == 0x80 for end in ends.tolist()]
+    assert vocabulary.open_ends(token_ids).tolist() == follows
+    assert any(follows)
+
+
+@pytest.mark.parametrize("window", [8, 9, 13])
+def test_a_long_sentence_is_never_cut_within_a_character(
+    window: int, tiny_model: Path, vocabulary: Vocabulary
+) -> None:
+    token_ids = ids(tiny_model, "नि東京 สวัสดี 👩\u200d👧 " * 3)
+    for at, (first, after) in enumerate(spans(token_ids, vocabulary, NO_STARTS, window)):
+        assert first <= at < after <= first + window
+        text = vocabulary.pieces(token_ids[first:after], np.array([after - first]))
+        assert "\ufffd" not in "".join(text)

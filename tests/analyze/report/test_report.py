@@ -20,12 +20,12 @@ import regex
 import torch
 from click.testing import CliRunner
 
-from routesae.analyze.contexts.file import read_contexts
+from routesae.analyze.contexts.file import read_contexts, words_of
 from routesae.analyze.contexts.run import contexts
 from routesae.analyze.contexts.settings import ContextSettings
 from routesae.analyze.contexts.windows import Vocabulary
 from routesae.analyze.report import run as report_run
-from routesae.analyze.report.latents import PIECE, WORDS_LISTED, packed, words_of
+from routesae.analyze.report.latents import PIECE, WORDS_LISTED, packed
 from routesae.analyze.report.lens import NEAREST, TOKENS, LogitLens, decoder_of, nearest, unit_rows
 from routesae.analyze.report.plots import draw_plots
 from routesae.analyze.report.routes import routes_by_class
