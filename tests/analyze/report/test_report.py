@@ -149,7 +149,7 @@ def test_routing_by_token_is_what_the_router_does_with_every_held_out_token(
             row, position = divmod(flat, token_ids_ST.shape[1])
             if (row := row + shard.record.rows[0]) < cache.manifest.train_rows:
                 continue
-            name = vocabulary.class_names[vocabulary.class_V[token_ids_ST[row, position]]]
+            name = vocabulary.class_texts[vocabulary.class_V[token_ids_ST[row, position]]]
             expected.setdefault(name, np.zeros(len(layers)))[at] += 1
     assert found["held_out"]
     assert found["tokens"] == sum(counts.sum() for counts in expected.values())
