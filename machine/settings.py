@@ -234,7 +234,7 @@ def read_toml(path: str) -> dict[str, Any]:
 def by_field(table: Mapping[str, Any], where: str, *classes: type[Settings]) -> dict[str, Any]:
     """The values of a TOML table by the names of fields. Keys are spelled as flags are, with - or _.
 
-    Raises WrongInput for a key that is no setting of the classes. where: what messages call the table.
+    Raises WrongInput for a key that is not a setting of the classes. where: what messages call the table.
     """
     names = {name.replace("_", "-"): name for of in classes for name in described(of)}
     names |= {flag_of(of, name).lstrip("-"): name for of in classes for name in described(of)}

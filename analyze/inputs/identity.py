@@ -1,4 +1,4 @@
-"""What results came from, so that they can be had again: an SAE, a cache or files in; what tells them apart out."""
+"""Record what results were made from, so that they can be made again: hashes of SAEs, caches and files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PIECE_BYTES = 1 << 24
 
 
 def sae_identity(folder: Path, sae: SAE) -> dict[str, Any]:
-    """The recipe, and an xxh3-128 of each file of weights, so that it can be told from another SAE."""
+    """The recipe, and an xxh3-128 of each file of weights, which tell it from another SAE."""
     return {"recipe": asdict(sae.recipe), "weights": {name: file_hash(folder / name) for name in sorted(sae.files())}}
 
 

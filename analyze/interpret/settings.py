@@ -75,7 +75,7 @@ def _require_address(address: str, name: str) -> None:
     except ValueError:
         parts, port_is_fine = urlsplit(""), False
     if parts.scheme not in ("http", "https") or not parts.hostname or not port_is_fine:
-        raise WrongInput(f"{name} is no address such as http://localhost:8000/v1")
+        raise WrongInput(f"{name} is not an address such as http://localhost:8000/v1")
     if parts.username or parts.password or parts.query or parts.fragment:
         raise WrongInput(f"{name} may hold no user, password or ?query; a key goes into the environment, ${KEY}")
 

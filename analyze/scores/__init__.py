@@ -1,1 +1,1 @@
-"""SAEs (and the LM) in; numbers out."""
+"""Scores of SAEs, from the cache alone or with the LM."""

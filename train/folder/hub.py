@@ -70,8 +70,8 @@ def fetch_sae(reference: str) -> Path:
     What can be neither is returned as it is, for its reader to refuse. Raises WrongInput if the hub has no such SAE
     or does not give it, FailedRun if it cannot be reached.
     """
-    wanted = parse_reference(reference)
-    if wanted is None or Path(reference).exists():
+    parsed = parse_reference(reference)
+    if parsed is None or Path(reference).exists():
         return Path(reference)
     from huggingface_hub import snapshot_download
 
@@ -79,12 +79,12 @@ def fetch_sae(reference: str) -> Path:
     _quieten()
     with hub_errors(f"{reference} is not a folder here, and the hub does not give it"):
         snapshot = snapshot_download(
-            wanted.repo, revision=wanted.revision, allow_patterns=[wanted.path(name) for name in FILES]
+            parsed.repo, revision=parsed.revision, allow_patterns=[parsed.path(name) for name in FILES]
         )
-    folder = Path(snapshot) / wanted.folder
+    folder = Path(snapshot) / parsed.folder
     if not (folder / CONFIG).is_file():
         raise WrongInput(
-            f"{reference} is not a folder here, and on the hub {wanted.repo} has no {wanted.path(CONFIG)}"
+            f"{reference} is not a folder here, and on the hub {parsed.repo} has no {parsed.path(CONFIG)}"
         )
     return folder
 

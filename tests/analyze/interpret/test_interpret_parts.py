@@ -249,9 +249,9 @@ def test_a_budget_counts_requests_under_way_and_waits_for_them() -> None:
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"base_url": "localhost:8000"}, "is no address"),
-        ({"base_url": "ftp://host/v1"}, "is no address"),
-        ({"base_url": "http://host:99999/v1"}, "is no address"),
+        ({"base_url": "localhost:8000"}, "is not an address"),
+        ({"base_url": "ftp://host/v1"}, "is not an address"),
+        ({"base_url": "http://host:99999/v1"}, "is not an address"),
         ({"base_url": "https://me:secret@host/v1"}, "may hold no user"),
         ({"base_url": "https://host/v1?api-key=secret"}, "may hold no user"),
         ({"concurrency": 0}, "--concurrency 0 is below 1"),
