@@ -62,7 +62,8 @@ class Context:
     @classmethod
     def of_row(cls, row: Mapping[str, Any]) -> Context:
         values = {field.name: row[field.name] for field in fields(cls)}
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        listed: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return cls(**listed)
 
     @property
     def text(self) -> str:
