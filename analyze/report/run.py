@@ -105,7 +105,11 @@ def _load_lm(
     of_lm = [lm_of_cache(cache)] if cache is not None else of_saes
     loaded = load_lm_of(of_lm, settings.model, device=settings.device, lm_dtype=settings.lm_dtype)
     vocabulary = vocabulary or Vocabulary(loaded.tokenizer)
-    return vocabulary, LogitLens(loaded.lm, vocabulary.texts)
+    texts = [  # a token that is a part of a character has no text of its own, only the vocabulary's name for it
+        vocabulary.class_texts[number] if "\ufffd" in text else text
+        for text, number in zip(vocabulary.texts, vocabulary.class_V.tolist(), strict=True)
+    ]
+    return vocabulary, LogitLens(loaded.lm, texts)
 
 
 def _open_cache(settings: ReportSettings, runs: Sequence[Run]) -> Cache | None:

@@ -297,6 +297,9 @@ def test_marks_and_the_list_hold_whole_characters(scripts_page: Path) -> None:
         assert len(listed) == WORDS_LISTED or whole <= set(listed)
         assert not whole or "\ufffd" not in "".join(listed)
     assert several > 30
+    effects = [text for tokens in found["piece-0-0"]["promoted"] for text, _ in tokens]
+    assert "\ufffd" not in effects
+    assert {"à", "¤"} & set(effects)  # bytes of Hindi, by the vocabulary's names for them
 
 
 def test_names_that_would_act_where_they_are_shown_are_spelled_out(saes: Path, tmp_path: Path) -> None:
