@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import xxhash
 from click.testing import CliRunner
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from routesae import __version__
@@ -178,6 +179,56 @@ def test_kl_div_is_that_of_hooks_on_the_whole_model(tiny_cache: Cache, saes: Pat
     row = scores(tiny_cache, "KLDiv", saes=(str(saes / "topk"),))["saes"][0]
     assert row["KLDiv"] == pytest.approx(expected, abs=1e-4)
     assert row["KLDiv_seq"] == pytest.approx(expected * tiny_cache.manifest.context, rel=1e-4)
+
+
+def test_all_positions_give_the_published_codes_numbers(tiny_cache: Cache, saes: Path, tiny_model: Path) -> None:
+    """2503.08200's hook_SAE replaces every position, special and first ones too, and its KLDiv is batchmean."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    ids_ST = held_out_tokens(tiny_cache)[0]
+    losses, logits = {}, {}
+    for name in ("clean", "spliced", "zero"):
+
+        def splice(module: Any, inputs: Any, hidden_STD: Tensor, name: str = name) -> Tensor:
+            if name == "clean":
+                return hidden_STD
+            whole_ND = hidden_STD.flatten(0, 1)
+            new_ND = topk_by_hand(saes / "topk", whole_ND)[1] if name == "spliced" else torch.zeros_like(whole_ND)
+            return new_ND.view_as(hidden_STD)
+
+        handle = model.model.layers[2].register_forward_hook(splice)
+        with torch.no_grad():
+            logits[name] = model(ids_ST).logits
+        handle.remove()
+        losses[name] = float(F.cross_entropy(logits[name][:, :-1].flatten(0, 1), ids_ST[:, 1:].flatten()))
+    log_q_STV, p_STV = torch.log_softmax(logits["spliced"], 2), torch.softmax(logits["clean"], 2)
+    expected = {
+        "KLDiv_seq": float(F.kl_div(log_q_STV, p_STV, reduction="batchmean")),
+        "DeltaCE": losses["spliced"] - losses["clean"],
+        "Recovered": 1 - (losses["spliced"] - losses["clean"]) / (losses["zero"] - losses["clean"]),
+    }
+    asked = {"saes": (str(saes / "topk"),), "batch_sequences": 3}
+    row = scores(tiny_cache, "KLDiv", "DeltaCE", "Recovered", all_positions=True, **asked)["saes"][0]
+    assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    kept = scores(tiny_cache, "KLDiv", **asked)["saes"][0]
+    assert abs(kept["KLDiv_seq"] - row["KLDiv_seq"]) > 0.01
+
+
+def test_an_sae_with_a_zero_decoder_row_has_finite_scores(tiny_cache: Cache, saes: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(saes / "topk", tmp_path / "topk"))
+    weights = load_file(folder / "sae_weights.safetensors")
+    weights["W_dec"][3] = 0
+    weights["W_dec"][9] = 0
+    save_file(weights, folder / "sae_weights.safetensors")
+    config = json.loads((folder / "cfg.json").read_text())
+    config["metadata"].pop("routesae")  # a stranger's
+    (folder / "cfg.json").write_text(json.dumps(config))
+    (row,) = scores(tiny_cache, *METRICS, saes=(str(folder),))["saes"]
+    numbers = [row[name] for metric in METRICS.values() for name in metric.numbers if row[name] is not None]
+    assert len(numbers) == 9
+    assert all(math.isfinite(number) for number in numbers)
+    json.dumps(row, allow_nan=False)
 
 
 @pytest.mark.parametrize("variant", SAES)
