@@ -159,6 +159,7 @@ def tried(folder: Path, model_type: str) -> str:
                 tokens=2048,
                 context=CONTEXT,
                 shard_tokens=1024,
+                batch_sequences=64,
                 device="cpu",
                 lm_dtype="float32",
             )
@@ -166,7 +167,7 @@ def tried(folder: Path, model_type: str) -> str:
         layer = cache.manifest.layers[len(cache.manifest.layers) // 2]
         run = RunSettings(sae="topk", layer=layer, latents=64, k=8)
         train(TrainSettings(runs=(run,), batch_tokens=512, tokens=512, device="cpu"))
-        kl = analyze(AnalyzeSettings(metrics=("KLDiv",), device="cpu"))["saes"][0]["KLDiv"]
+        kl = analyze(AnalyzeSettings(metrics=("KLDiv",), batch_sequences=64, device="cpu"))["saes"][0]["KLDiv"]
         offset = cache.manifest.hidden_states_offset
         place = (
             "nowhere in hidden_states" if offset is None else f"hidden_states[ℓ{f'{offset:+d}' if offset else ''}]"
