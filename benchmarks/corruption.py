@@ -31,7 +31,7 @@ import torch
 from routesae.harvest.cache.arrays import array_hash
 from routesae.harvest.cache.manifest import CHUNK_HASHES
 from routesae.harvest.cache.reader import Cache
-from routesae.harvest.cache.verify import examine, repair
+from routesae.harvest.cache.verify import repair, verify
 from routesae.reporting import FailedRun, WrongInput
 from routesae.train.loading.batches import Selection, epoch_plans, load
 
@@ -126,7 +126,7 @@ def refusal(folder: Path) -> str | None:
 
 def mending(whole: Path, folder: Path, name: str, damaged: str) -> str | None:
     """What verify and repair did wrong; None: nothing."""
-    found, digest = examine(str(folder)), examine(str(whole)).digest
+    found, digest = verify(str(folder)), verify(str(whole)).digest
     if not found.problems or {problem[: len(name)] for problem in found.problems} != {name}:
         return f"verify said {found.problems} of damage to {name}"
     if (found.digest == digest) != (damaged == CHUNK_HASHES):
@@ -135,7 +135,7 @@ def mending(whole: Path, folder: Path, name: str, damaged: str) -> str | None:
     if repair(str(folder)).removed != [name] or contents(folder) != before:
         return f"repair did not remove {name} alone"
     shutil.copytree(whole / name, folder / name)
-    return None if examine(str(folder)) == ([], digest) else f"{name} put back is not the cache of before"
+    return None if verify(str(folder)) == ([], digest) else f"{name} put back is not the cache of before"
 
 
 def main() -> None:

@@ -370,7 +370,7 @@ def committed(out: Path, code: int, row: Row) -> None:
     if code not in (0, FULL):
         row.problems.append(f"{out.name} ended with {code}")
     if (out / "zarr.json").exists():
-        bad = [problem for problem in verify(str(out)) if not problem.endswith(": missing")]
+        bad = [problem for problem in verify(str(out)).problems if not problem.endswith(": missing")]
         row.problems += [f"{out.name}: {problem}" for problem in bad]
 
 
@@ -394,7 +394,7 @@ def corpora(bench: Bench) -> Row:
         row.trials += 1
         row.faults += 1
         code = ended(bench.start(out, data=str(file)), 10 * WAIT_SECONDS)
-        if code or verify(str(out)) or Cache(out).manifest.rows != TOKENS // CONTEXT:
+        if code or verify(str(out)).problems or Cache(out).manifest.rows != TOKENS // CONTEXT:
             row.problems.append(f"{name}: ended with {code}")
         shutil.rmtree(out, ignore_errors=True)
         file.unlink()

@@ -39,10 +39,10 @@ def verify(path: str, digest: bool = False) -> None:
     Example: routesae cache verify shards/ --digest
     """
     from routesae.console.options import watching
-    from routesae.harvest.cache.verify import examine
+    from routesae.harvest.cache.verify import verify as run
 
     with watching() as report:
-        result = examine(path, report)
+        result = run(path, report)
     for problem in result.problems:
         click.echo(problem)
     if digest:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 FIRST = ("Model and corpus", "What is kept", "The dictionary", "This variant only", "Optimiser")  # groups of --help
 LAST = "The run"
-WATCH, BLOCKS, JSON = "console.watch:Watch", "console.options:BlockOptions", "console.options:JsonFile"
+WATCH, BLOCKS, JSON = "console.watch:Watch", "harvest.cache.settings:BlockOptions", "console.options:JsonFile"
 CONFIG, PIPELINE, DRY_RUN = (f"console.options:{name}" for name in ("ConfigFile", "PipelineFile", "DryRun"))
 LONGEST_CHOICES = 28  # characters; longer lists of choices stand in the help text
 

@@ -4,36 +4,15 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from routesae.console.watch import Watch, configure_logging, status_beside, status_in, watched
+from routesae.harvest.cache.settings import BlockOptions
 from routesae.machine.settings import RUN, Settings, setting
 from routesae.reporting import Report, WrongInput
-
-
-class BlockOptions(Settings):
-    """What this process may keep on disk of what it reads from object stores."""
-
-    cache_dir: str | None = setting(
-        None,
-        RUN,
-        "Where blocks read from an object store, and shards on their way to one, are kept.",
-        metavar="PATH",
-        env="ROUTESAE_CACHE_DIR",
-        unset="routesae in the user's cache folder",
-    )
-    cache_bytes: int | None = setting(
-        None,
-        RUN,
-        "Bytes of blocks that a process keeps there, such as 500M or 20B (billion).",
-        ge=1,
-        env="ROUTESAE_CACHE_BYTES",
-        unset="10B",
-    )
 
 
 class JsonFile(Settings):
@@ -81,15 +60,13 @@ def taken(of: type[Settings], flags: dict[str, Any]) -> dict[str, Any]:
 
 def set_up(ctx: click.Context, flags: dict[str, Any]) -> None:
     """Act on the flags of Watch and BlockOptions, which hold for the whole process, and take them out."""
-    root, kept = ctx.find_root(), BlockOptions(**taken(BlockOptions, flags))
+    root, kept = ctx.find_root(), taken(BlockOptions, flags)
     root.obj = (root.obj or Watch()).replace(**taken(Watch, flags))
     configure_logging(root.obj)
-    if kept.cache_dir is not None or kept.cache_bytes is not None:
+    if kept:
         from routesae.harvest.cache.store import blocks
 
-        before = blocks.chosen()
-        folder = before.folder if kept.cache_dir is None else Path(kept.cache_dir)
-        blocks.choose(replace(before, folder=folder, limit=kept.cache_bytes or before.limit))
+        blocks.options = blocks.options.replace(**kept)
 
 
 def watching(settings: Any = None) -> AbstractContextManager[Report]:

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from routesae.harvest.cache.reader import Cache
+from routesae.harvest.cache.settings import BlockOptions
 from routesae.harvest.cache.store import blocks
 from routesae.harvest.cache.store import bucket as remote
 from routesae.harvest.run import harvest
@@ -176,7 +177,7 @@ def s3(s3_behind: tuple[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPat
         monkeypatch.setenv("AWS_REGION", "us-east-1")
         monkeypatch.setattr(remote, "REQUEST_TIMEOUT", timedelta(seconds=1))
         monkeypatch.setattr(remote, "RETRIES", 2)
-        monkeypatch.setattr(blocks, "_chosen", blocks.BlockSettings(folder=tmp_path / "kept"))
+        monkeypatch.setattr(blocks, "options", BlockOptions(cache_dir=tmp_path / "kept"))
         yield proxy
 
 

@@ -69,12 +69,7 @@ class Repaired(NamedTuple):
     missing: int
 
 
-def verify(path: str, report: Report = silent) -> list[str]:
-    """Every problem of the cache, a line each; none where it is whole. Reads all of it."""
-    return examine(path, report).problems
-
-
-def examine(path: str, report: Report = silent) -> Verified:
+def verify(path: str | Path, report: Report = silent) -> Verified:
     """Problems and digest. Reads all of the cache. Raises WrongInput where `path` is not a cache."""
     cache = Cache(path)
     problems, root = verify_root(cache)

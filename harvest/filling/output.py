@@ -24,7 +24,7 @@ from routesae.harvest.cache.copying import begin_copy, begin_in_store, require_s
 from routesae.harvest.cache.manifest import shard_arrays, shard_name
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.cache.storage import is_url
-from routesae.harvest.cache.store.blocks import chosen
+from routesae.harvest.cache.store import blocks
 from routesae.harvest.cache.store.bucket import BucketFolder
 from routesae.reporting import WrongInput
 
@@ -46,7 +46,7 @@ class Output:
         if self.store is not None:
             url = out.rstrip("/")
             name = re.sub(r"[^A-Za-z0-9.]+", "-", url)[-80:]
-            self.folder = chosen().folder / "staged" / f"{name}-{xxhash.xxh3_64_hexdigest(url.encode())[:8]}"
+            self.folder = blocks.options.folder / "staged" / f"{name}-{xxhash.xxh3_64_hexdigest(url.encode())[:8]}"
 
     def is_begun(self) -> bool:
         """Whether the folder is a cache: its tokens are whole and its manifest is there."""

@@ -52,7 +52,7 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_costs_nothing_committ
     assert "\n" not in str(failed.value)
     assert contents(out) == kept  # what did not fit is gone too: no claim, nothing half written
     assert not list(out.glob(".*"))
-    assert verify(str(out)) == [f"shard-0000{index}: missing" for index in (1, 2, 3)]
+    assert verify(str(out)).problems == [f"shard-0000{index}: missing" for index in (1, 2, 3)]
     harvest(settings)
     assert contents(out) == contents(whole.path)
 

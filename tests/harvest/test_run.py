@@ -69,7 +69,7 @@ def changed_model(folder: Path, to: Path, change: Callable[[Any], object]) -> Pa
 
 def test_a_finished_harvest_is_whole(tiny_cache: Cache) -> None:
     assert tiny_cache.missing() == []
-    assert verify(str(tiny_cache.path)) == []
+    assert verify(str(tiny_cache.path)).problems == []
     assert sum(shard.record.kept for shard in tiny_cache.shards()) == tiny_cache.manifest.kept_tokens
 
 
@@ -119,7 +119,7 @@ def test_a_shard_with_nothing_to_keep_is_whole(tiny_settings: Settings, tmp_path
     settings = tiny_settings(data=str(tmp_path / "empty.jsonl"), min_chars=0, out=str(tmp_path / "shards"), tokens=64)
     cache = harvest(settings)
     assert cache.shard(0).read("layer_02").shape == (0, 32)
-    assert verify(str(cache.path)) == []
+    assert verify(str(cache.path)).problems == []
 
 
 def test_a_corpus_shorter_than_asked_is_used_whole_with_a_warning(
@@ -284,7 +284,7 @@ def test_a_harvest_killed_at_any_moment_resumes_to_the_same_bytes(
     assert any(Cache(out).missing() for out in outs)
     for out in outs:
         cache = Cache(out)
-        problems = verify(str(out))
+        problems = verify(str(out)).problems
         assert problems == [f"shard-0000{index}: missing" for index in cache.missing()]
         for shard in cache.shards():  # what a reader sees is whole and right
             expected = tiny_cache.shard(shard.record.index)

@@ -14,8 +14,9 @@ from routesae.analyze.interpret.settings import InterpretSettings
 from routesae.analyze.pipeline.settings import AblationSettings
 from routesae.analyze.report.settings import ReportSettings
 from routesae.analyze.scores.settings import AnalyzeSettings
-from routesae.console.options import BlockOptions, ConfigFile, DryRun, JsonFile, PipelineFile
+from routesae.console.options import ConfigFile, DryRun, JsonFile, PipelineFile
 from routesae.console.watch import Watch
+from routesae.harvest.cache.settings import BlockOptions
 from routesae.harvest.settings import HarvestSettings
 from routesae.machine.settings import Settings, by_field, described, flag_of, kind_of, read_count, read_toml, setting
 from routesae.reporting import WrongInput

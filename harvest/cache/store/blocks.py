@@ -18,7 +18,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
@@ -27,6 +26,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy.typing as npt
 
 from routesae.harvest.cache.arrays import Array
+from routesae.harvest.cache.settings import BlockOptions
 from routesae.harvest.cache.store.disk import OpenFile, map_file
 from routesae.reporting import FailedRun, WrongInput, human_bytes
 
@@ -37,46 +37,21 @@ if TYPE_CHECKING:
 
 IN_FLIGHT = 64  # requests at a time: at 50 ms each and 0.3 to 1 MB a block, 400 MB/s and more
 PIECE_BYTES = 8 << 20  # of a large object, read or written at a time
-DEFAULT_BYTES = 10_000_000_000
 _LOCK = "lock"
 _PARTIAL = ".partial"
 
 
-def default_folder() -> Path:
-    """Below the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "routesae"
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockSettings:
-    """--cache-dir and --cache-bytes: where this process may keep what it reads from object stores, and how much."""
-
-    folder: Path = field(default_factory=default_folder)
-    limit: int = DEFAULT_BYTES
-    """Bytes."""
-
-
-_chosen: BlockSettings | None = None
-
-
-def choose(settings: BlockSettings) -> None:
-    """Have all caches of this process keep their blocks so. Not before, the defaults hold."""
-    global _chosen
-    _chosen = settings
-
-
-def chosen() -> BlockSettings:
-    return _chosen or BlockSettings()
+options = BlockOptions()  # of this process; the command line puts its own here
 
 
 def blocks() -> BlockCache:
-    """The one of this process, made when it is first needed."""
-    return _blocks_with(chosen())
+    """The cache of blocks of this process, made when it is first needed."""
+    return _blocks_with(options)
 
 
 @lru_cache(maxsize=1)
-def _blocks_with(settings: BlockSettings) -> BlockCache:
-    return BlockCache(settings.folder / "blocks", settings.limit)
+def _blocks_with(options: BlockOptions) -> BlockCache:
+    return BlockCache(options.folder / "blocks", options.cache_bytes)
 
 
 class Block(NamedTuple):

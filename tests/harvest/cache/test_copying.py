@@ -15,7 +15,7 @@ from routesae.harvest.cache.copying import copy as merge
 from routesae.harvest.cache.manifest import shard_arrays
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.cache.store.disk import DiskFolder
-from routesae.harvest.cache.verify import examine
+from routesae.harvest.cache.verify import verify
 from routesae.reporting import Progress, WrongInput
 
 
@@ -55,7 +55,7 @@ def test_parts_make_the_cache_of_one_harvest(tiny_cache: Cache, tmp_path: Path, 
     assert (found.copied, found.missing) == (4, 1)
     assert [(now.done, now.total) for now in seen] == [(i, 4) for i in range(1, 5)]
     assert merge([part(tiny_cache, tmp_path / "c", 2)], tmp_path / "whole", link=link)[1:] == (1, 0)
-    assert examine(str(tmp_path / "whole")) == examine(str(tiny_cache.path))
+    assert verify(str(tmp_path / "whole")) == verify(str(tiny_cache.path))
     assert [contents(each) for each in parts] == before
     links = (tmp_path / "whole" / "shard-00001" / "layer_02" / "c" / "0" / "0").stat().st_nlink
     assert links == (2 if link else 1)
@@ -85,7 +85,7 @@ def test_a_merge_that_was_stopped_goes_on_and_copies_nothing_twice(
     copied.extend([""] * third)
     assert merge([tiny_cache.path], tmp_path / "whole").copied == 3
     assert {name.split("/")[0] for name in copied[third:]} == {"shard-00002", "shard-00003", "shard-00004"}
-    assert examine(str(tmp_path / "whole")) == examine(str(tiny_cache.path))
+    assert verify(str(tmp_path / "whole")) == verify(str(tiny_cache.path))
     assert not list((tmp_path / "whole").glob(".*"))
 
 

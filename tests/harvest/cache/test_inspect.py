@@ -120,7 +120,7 @@ def test_verify_names_just_what_is_damaged(
     damage: Callable[[Path], object], where: str, what: str, folder: Path
 ) -> None:
     damage(folder)
-    (problem,) = verify(str(folder))
+    (problem,) = verify(str(folder)).problems
     place = problem.removeprefix(f"{folder}/").replace(" is damaged", "").split(": ")[0]
     assert place == where
     assert what in problem
@@ -128,7 +128,7 @@ def test_verify_names_just_what_is_damaged(
 
 def test_verify_finds_altered_tokens_and_the_shard_that_no_longer_matches(folder: Path) -> None:
     flip(the_file(folder / "tokens"), 128 * 16 * 4 + 8)  # in the rows of shard 1
-    problems = verify(str(folder))
+    problems = verify(str(folder)).problems
     assert [problem.split(": ")[0] for problem in problems] == ["tokens", "shard-00001/token_ids"]
 
 
@@ -137,7 +137,7 @@ def test_verify_names_every_bad_shard_at_once(folder: Path) -> None:
     truncate(the_file(folder / "shard-00001/layer_03"), 5000)
     flip(the_file(folder / "shard-00001/layer_04"), 0)
     flip(the_file(folder / "shard-00004/order"), 0)
-    assert [problem.split(": ")[0] for problem in verify(str(folder))] == [
+    assert [problem.split(": ")[0] for problem in verify(str(folder)).problems] == [
         "shard-00000",
         "shard-00001/layer_03",
         "shard-00001/layer_04",
@@ -147,7 +147,7 @@ def test_verify_names_every_bad_shard_at_once(folder: Path) -> None:
 
 def test_verify_finds_nothing_in_a_good_cache_and_tells_how_far_it_is(tiny_cache: Cache) -> None:
     seen: list[Progress] = []
-    assert verify(str(tiny_cache.path), seen.append) == []
+    assert verify(str(tiny_cache.path), seen.append).problems == []
     assert [(now.done, now.total, now.unit) for now in seen] == [(i, 5, "shards") for i in range(1, 6)]
 
 
@@ -155,10 +155,10 @@ def test_what_verify_names_is_mended_by_deleting_it_and_harvesting_again(
     folder: Path, tiny_cache: Cache, tiny_settings: Callable[..., HarvestSettings]
 ) -> None:
     flip(the_file(folder / "shard-00003/layer_02"), 500)
-    (problem,) = verify(str(folder))
+    (problem,) = verify(str(folder)).problems
     shutil.rmtree(folder / problem.split("/")[0])
     harvest(tiny_settings(out=str(folder)))
-    assert verify(str(folder)) == []
+    assert verify(str(folder)).problems == []
 
 
 def test_describe_names_missing_shards_bytes_and_counts(folder: Path) -> None:

@@ -19,7 +19,7 @@ from routesae.harvest.cache.inspect import describe
 from routesae.harvest.cache.manifest import FORMAT_VERSION, FORMULA, layer_name, shard_name
 from routesae.harvest.cache.quantise import encoded, row_statistics
 from routesae.harvest.cache.reader import Cache
-from routesae.harvest.cache.verify import examine, verify
+from routesae.harvest.cache.verify import verify
 from routesae.harvest.run import harvest
 from routesae.harvest.settings import HarvestSettings
 from routesae.reporting import WrongInput
@@ -95,8 +95,8 @@ def test_int8_into_a_float16_cache_is_refused(begun: Path, tiny_settings: Settin
 
 
 def test_verify_reads_all_of_it(int8_cache: Cache, tiny_cache: Cache, tmp_path: Path) -> None:
-    assert verify(str(int8_cache.folder)) == []
-    assert examine(str(int8_cache.folder)).digest != examine(str(tiny_cache.folder)).digest
+    assert verify(str(int8_cache.folder)).problems == []
+    assert verify(str(int8_cache.folder)).digest != verify(str(tiny_cache.folder)).digest
     path = tmp_path / "shards"
     for name in ("channel_mean", "channel_std", "token_scale", "layer_03"):
         shutil.copytree(int8_cache.folder, path)
@@ -104,7 +104,7 @@ def test_verify_reads_all_of_it(int8_cache: Cache, tiny_cache: Cache, tmp_path: 
         data = bytearray(file.read_bytes())
         data[5] ^= 1
         file.write_bytes(data)
-        assert verify(str(path)) == [f"shard-00002/{name}: checksum differs from the one recorded"]
+        assert verify(str(path)).problems == [f"shard-00002/{name}: checksum differs from the one recorded"]
         shutil.rmtree(path)
 
 

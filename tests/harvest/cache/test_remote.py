@@ -6,7 +6,6 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,11 @@ from click.testing import CliRunner
 from routesae.cli import main
 from routesae.harvest.cache.copying import copy
 from routesae.harvest.cache.reader import Cache
+from routesae.harvest.cache.settings import BlockOptions
 from routesae.harvest.cache.store import blocks
 from routesae.harvest.cache.store.blocks import Block, BlockCache
 from routesae.harvest.cache.store.bucket import BucketFolder
-from routesae.harvest.cache.verify import examine
+from routesae.harvest.cache.verify import verify
 from routesae.harvest.run import harvest
 from routesae.harvest.settings import HarvestSettings
 from routesae.reporting import FailedRun, WrongInput
@@ -140,7 +140,12 @@ def test_a_shard_that_was_not_sent_is_sent_by_the_next_harvest_without_the_lm(
 
 
 def test_another_machine_goes_on_with_the_tokens_in_the_store(
-    small_remote: Cache, small_cache: Cache, small_settings: Settings, s3_url: str, tmp_path: Path
+    small_remote: Cache,
+    small_cache: Cache,
+    small_settings: Settings,
+    s3_url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import obstore
 
@@ -148,7 +153,7 @@ def test_another_machine_goes_on_with_the_tokens_in_the_store(
     for name in folder.sizes():
         if name.startswith("shard-00002"):
             obstore.delete(folder._store(), folder._key(name))
-    blocks.choose(blocks.BlockSettings(folder=tmp_path / "elsewhere"))
+    monkeypatch.setattr(blocks, "options", BlockOptions(cache_dir=tmp_path / "elsewhere"))
     text = Path(small_cache.manifest.corpus)
     hidden = text.rename(text.with_suffix(".away"))
     try:
@@ -215,7 +220,7 @@ def test_a_copy_there_and_back_is_the_same_cache(small_cache: Cache, s3: Proxy, 
     assert objects(s3_url) == files(small_cache.folder)
     copy([s3_url], str(tmp_path / "back"))
     assert files(tmp_path / "back") == files(small_cache.folder)
-    assert examine(s3_url) == examine(str(small_cache.path))
+    assert verify(s3_url) == verify(str(small_cache.path))
     again = CliRunner().invoke(main, ["cache", "copy", str(small_cache.path), s3_url])
     assert again.stdout == f"{s3_url}: 0 shards copied\n"
 
@@ -251,7 +256,7 @@ def test_a_bit_that_flips_on_the_way_is_found(
     with pytest.raises(FailedRun, match=r"shard-00001.*layer_03.*checksum differs.*after it was sent"):
         copy([str(small_cache.path)], s3_url + "-other")
     assert Cache(s3_url + "-other").missing() == [1, 2]
-    assert examine(s3_url).problems == ["shard-00001/layer_03: checksum differs from the one recorded"]
+    assert verify(s3_url).problems == ["shard-00001/layer_03: checksum differs from the one recorded"]
 
 
 def test_info_of_a_url_says_what_info_of_the_folder_says(
@@ -370,11 +375,11 @@ def test_a_full_disk_names_the_options(tmp_path: Path) -> None:
 
 
 def test_the_options_hold_for_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(blocks, "_chosen", None)
+    monkeypatch.setattr(blocks, "options", BlockOptions())
     missing = ["train", "--cache", str(tmp_path / "none")]
     given = ["--cache-dir", str(tmp_path / "here"), "--cache-bytes", "2B"]
     assert CliRunner().invoke(main, missing + given).exit_code == 2  # no such cache
-    assert blocks.chosen() == replace(blocks.BlockSettings(folder=tmp_path / "here"), limit=2_000_000_000)
+    assert blocks.options == BlockOptions(cache_dir=tmp_path / "here", cache_bytes=2_000_000_000)
     wrong = CliRunner().invoke(main, [*missing, "--cache-bytes", "0"])
     assert wrong.exit_code == 2
     assert "--cache-bytes 0 is below 1" in wrong.output

@@ -16,7 +16,7 @@ import zarr
 
 from routesae.harvest.cache.arrays import array_hash
 from routesae.harvest.cache.reader import Cache
-from routesae.harvest.cache.verify import examine, repair, require_intact, verify
+from routesae.harvest.cache.verify import repair, require_intact, verify
 from routesae.harvest.run import harvest
 from routesae.harvest.settings import HarvestSettings
 from routesae.reporting import FailedRun, WrongInput
@@ -53,12 +53,12 @@ def inodes(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def test_the_digest_is_of_content_and_not_of_how_the_cache_came_about(tiny_cache: Cache, folder: Path) -> None:
-    expected = examine(str(tiny_cache.path)).digest
+    expected = verify(str(tiny_cache.path)).digest
     change(folder / "zarr.json", versions={"torch": "9"}, model="/elsewhere/model", corpus="/elsewhere/texts.jsonl")
     change(folder / "shard-00002" / "zarr.json", batch_sequences=3)
     (folder / ".shard-00001.99-abc.partial").mkdir()
     (folder / "status.json").write_text("{}")
-    assert examine(str(folder)) == ([], expected)
+    assert verify(str(folder)) == ([], expected)
 
 
 @pytest.mark.slow
@@ -72,7 +72,7 @@ def test_the_digest_is_the_same_for_any_number_of_workers(
     command = [sys.executable, "-m", "routesae", "harvest", *flags]
     running = [subprocess.Popen([*command, "--worker", str(index)]) for index in range(workers)]
     assert [one.wait(timeout=200) for one in running] == [0] * workers
-    assert examine(asked.out) == examine(str(tiny_cache.path))
+    assert verify(asked.out) == verify(str(tiny_cache.path))
 
 
 ALTERATIONS: dict[str, Callable[[Path], object]] = {
@@ -94,23 +94,23 @@ def test_the_digest_changes_with_anything_that_the_numbers_are(
     alter: Callable[[Path], object], tiny_cache: Cache, folder: Path
 ) -> None:
     alter(folder)
-    assert examine(str(folder)).digest != examine(str(tiny_cache.path)).digest
+    assert verify(str(folder)).digest != verify(str(tiny_cache.path)).digest
 
 
 def test_the_digest_is_of_what_is_read_and_not_of_what_is_recorded(tiny_cache: Cache, folder: Path) -> None:
     record = json.loads((folder / "shard-00001" / "zarr.json").read_text())["attributes"]
     change(folder / "shard-00001" / "zarr.json", hashes={**record["hashes"], "layer_02": "0" * 16})
-    found = examine(str(folder))
+    found = verify(str(folder))
     assert found.problems == ["shard-00001/layer_02: checksum differs from the one recorded"]
-    assert found.digest == examine(str(tiny_cache.path)).digest
+    assert found.digest == verify(str(tiny_cache.path)).digest
 
 
 def test_a_bit_of_chunk_hashes_is_found_and_not_in_the_digest(tiny_cache: Cache, folder: Path) -> None:
     """They say again what the digest is of."""
     flip(data_of(folder / "shard-00003" / "chunk_hashes"), 40)
-    found = examine(str(folder))
+    found = verify(str(folder))
     assert found.problems == ["shard-00003/chunk_hashes: checksum differs from the one recorded"]
-    assert found.digest == examine(str(tiny_cache.path)).digest
+    assert found.digest == verify(str(tiny_cache.path)).digest
 
 
 def test_chunk_hashes_that_are_as_recorded_and_not_of_the_rows_are_found(folder: Path) -> None:
@@ -120,7 +120,7 @@ def test_chunk_hashes_that_are_as_recorded_and_not_of_the_rows_are_found(folder:
     record = json.loads((folder / "shard-00003" / "zarr.json").read_text())["attributes"]
     hashes_CA = zarr.open_array(str(array), mode="r")[:]
     change(folder / "shard-00003" / "zarr.json", hashes={**record["hashes"], "chunk_hashes": array_hash(hashes_CA)})
-    assert verify(str(folder)) == ["shard-00003/chunk_hashes: not those of layer_03, from row 256 on"]
+    assert verify(str(folder)).problems == ["shard-00003/chunk_hashes: not those of layer_03, from row 256 on"]
     assert repair(str(folder)).removed == ["shard-00003"]
 
 
@@ -157,7 +157,7 @@ def test_harvest_then_writes_just_that_shard_and_the_cache_is_the_same_again(
     before = inodes(folder)
     harvest(tiny_settings(out=str(folder)))
     assert {name: of for name, of in inodes(folder).items() if name in before} == before
-    assert examine(str(folder)) == examine(str(tiny_cache.path))
+    assert verify(str(folder)) == verify(str(tiny_cache.path))
 
 
 def test_repair_leaves_a_good_cache_as_it_is(folder: Path) -> None:
@@ -183,7 +183,7 @@ def test_a_repair_that_was_killed_leaves_no_half_shard_and_the_next_one_ends_it(
         with pytest.raises(KeyboardInterrupt):
             repair(str(folder))
     assert Cache(folder).missing() == [3]
-    assert verify(str(folder)) == ["shard-00003: missing"]
+    assert verify(str(folder)).problems == ["shard-00003: missing"]
     assert repair(str(folder)).removed == []
     assert not list(folder.glob(".shard*"))
 

@@ -89,7 +89,7 @@ def test_a_damaged_shard_is_refused_repaired_and_harvested_and_then_trains_the_s
         train(settings)
     assert "\n" not in str(refused.value)
     assert not list((tmp_path / "saes").glob("[!.]*"))
-    (found,) = verify(str(folder))
+    (found,) = verify(str(folder)).problems
     assert "shard-00002" in found
     assert problem in found
     files = [path for path in folder.rglob("*") if path.is_file()]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from routesae.harvest.cache.reader import Cache
+from routesae.harvest.cache.settings import BlockOptions
 from routesae.harvest.cache.store import blocks
 from routesae.harvest.cache.store import bucket as remote
 from routesae.harvest.cache.store.blocks import BlockCache
@@ -75,7 +76,7 @@ def test_the_weights_are_bitwise_those_of_training_from_disk(
         return opened
 
     monkeypatch.setattr(BlockCache, "_write", watched)
-    blocks.choose(blocks.BlockSettings(folder=tmp_path / "kept", limit=limit))
+    monkeypatch.setattr(blocks, "options", BlockOptions(cache_dir=tmp_path / "kept", cache_bytes=limit))
     (from_disk,) = train(settings(sae=sae, epochs=epochs))
     (from_store,) = train(remote_settings(sae=sae, epochs=epochs))
     assert weights(from_store.folder) == weights(from_disk.folder)
@@ -137,7 +138,9 @@ def test_a_run_that_a_store_ends_again_and_again_names_the_object_and_resumes(
 
         s3.fault = later
         # A folder of blocks of its own has nothing yet, and a small one is not filled far ahead.
-        blocks.choose(blocks.BlockSettings(folder=tmp_path / f"kept-{number}", limit=200_000))
+        monkeypatch.setattr(
+            blocks, "options", BlockOptions(cache_dir=tmp_path / f"kept-{number}", cache_bytes=200_000)
+        )
         with pytest.raises(FailedRun, match=r"s3://bucket/.*/shard-0000\d/") as raised:
             train(checkpointed)
         assert "\n" not in str(raised.value)
