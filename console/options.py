@@ -10,7 +10,6 @@ from typing import Any
 import click
 
 from routesae.console.watch import Watch, configure_logging, status_beside, status_in, watched
-from routesae.harvest.cache.settings import BlockOptions
 from routesae.machine.settings import RUN, Settings, setting
 from routesae.reporting import Report, WrongInput
 
@@ -60,6 +59,8 @@ def taken(of: type[Settings], flags: dict[str, Any]) -> dict[str, Any]:
 
 def set_up(ctx: click.Context, flags: dict[str, Any]) -> None:
     """Act on the flags of Watch and BlockOptions, which hold for the whole process, and take them out."""
+    from routesae.harvest.cache.settings import BlockOptions
+
     root, kept = ctx.find_root(), taken(BlockOptions, flags)
     root.obj = (root.obj or Watch()).replace(**taken(Watch, flags))
     configure_logging(root.obj)
