@@ -10,6 +10,7 @@ same readers for a few examples each.
 from __future__ import annotations
 
 import argparse
+import functools
 import contextlib
 import copy
 import json
@@ -335,6 +336,13 @@ def snapshot(scratch: Path, besides: Path) -> dict[str, int]:
     return {str(path): path.lstat().st_mtime_ns for path in scratch.rglob("*") if path.is_file() and path != besides}
 
 
+@functools.cache
+def build_character_table() -> None:
+    """Have hypothesis build its table of characters: it takes two seconds here, and a minute with memory traced."""
+    quick = settings(max_examples=1, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+    quick(given(st.text())(lambda text: None))()
+
+
 def fuzz(reader: Reader, scratch: Path, *, examples: int, number: int = 0) -> None:
     """Read so many altered files; crashes are noted, once shrunk. number: another seed, other examples."""
     before = snapshot(scratch, reader.file)
@@ -365,6 +373,7 @@ def fuzz(reader: Reader, scratch: Path, *, examples: int, number: int = 0) -> No
         allocated = max(allocated, pa.default_memory_pool().max_memory())  # Arrow's own, over the whole process
         assert allocated < ALLOCATED_BYTES, f"{allocated:,} bytes allocated"
 
+    build_character_table()
     tracemalloc.start()
     try:
         one()
