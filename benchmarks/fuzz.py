@@ -13,6 +13,7 @@ import argparse
 import functools
 import contextlib
 import copy
+import functools
 import json
 import shutil
 import struct
