@@ -10,7 +10,6 @@ same readers for a few examples each.
 from __future__ import annotations
 
 import argparse
-import functools
 import contextlib
 import copy
 import functools
