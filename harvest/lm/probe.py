@@ -69,12 +69,13 @@ class _Unfit(Exception):
 
 
 def _prove_blocks(lm: LanguageModel, ids_BT: Tensor, layers: Sequence[int]) -> tuple[Tensor, int | None]:
-    """Every block returns one hidden state a token, and no token sees those after it.
+    """Every block returns one hidden state a token, and no token of a row's first half sees one of its second.
 
     Returns the LM's own logits, and what `prove` returns.
     """
     last = layers[-1]
-    changed_BT = ids_BT.clone()
+    changed_BT, half = ids_BT.clone(), TOKENS // 2
+    changed_BT[1, half:] = ids_BT[0, half:]
     changed_BT[1, -1] = ids_BT[0, 0] if ids_BT[0, 0] != ids_BT[1, -1] else ids_BT[0, 1]
     passes = []
     for token_ids_BT in (ids_BT, changed_BT):
@@ -99,8 +100,10 @@ def _prove_blocks(lm: LanguageModel, ids_BT: Tensor, layers: Sequence[int]) -> t
         differs_BT = _differs(lm, one_BTD, other_BTD)
         if not differs_BT[1, -1]:
             raise _Unfit(f"the last token of a row changes nothing in what {what} returns for it")
-        differs_BT[1, -1] = False
-        if differs_BT.any():
+        # Rounding may change with the batch, as in a mixture whose experts get other tokens, but then in row 0 too.
+        moved_BT = (one_BTD != other_BTD).any(dim=2)
+        moved_alone = not moved_BT[0].any() and moved_BT[1, :half].sum() > half // 2
+        if moved_alone or differs_BT[0].any() or differs_BT[1, :half].any():
             raise _Unfit(f"{what} sees the tokens after each token, so it is not a causal LM")
     of_transformers = getattr(out, "hidden_states", None) or ()
     for offset in (0, -1, 1):

@@ -193,6 +193,28 @@ def test_an_lm_that_does_something_else_is_refused_in_one_line(
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    "of",
+    [lambda: config("Bert", **{**HEADS, "pad_token_id": 1}), lambda: llama(is_causal=False)],
+    ids=["an encoder", "is_causal: false"],
+)
+def test_what_tokens_see_of_later_ones_is_found_below_the_precision_of_bfloat16(
+    of: Callable[[], Any], tokenizer: Any
+) -> None:
+    """With small random weights attention moves a hidden state by less than bfloat16 rounds the whole state."""
+    lm = built(of())
+    lm.model.to(torch.bfloat16)
+    with pytest.raises(WrongInput, match="sees the tokens after each token"):
+        proved(lm, tokenizer)
+
+
+def test_a_causal_lm_in_bfloat16_proves_itself(tokenizer: Any) -> None:
+    for of in (llama(), config("Mixtral", **HEADS, num_key_value_heads=2, num_local_experts=4)):
+        lm = built(of)
+        lm.model.to(torch.bfloat16)
+        assert proved(lm, tokenizer) == 0
+
+
 def test_a_block_that_runs_twice_or_ignores_what_stands_in_its_place_is_refused(tokenizer: Any) -> None:
     lm = built(llama())
 
