@@ -46,7 +46,7 @@ def ablation(settings: AblationSettings, report: Report = silent) -> list[dict[s
     out, saes = Path(settings.out), tuple(str(folder) for folder in folders(training))
     common: dict[str, Any] = {"cache": training.cache, "device": training.device, "model": settings.model}
     if settings.contexts and (unread := tuple(sae for sae in saes if _threshold(sae) != settings.threshold)):
-        contexts(ContextSettings(saes=unread, threshold=settings.threshold, **common), report)
+        contexts(ContextSettings(saes=unread, threshold=settings.threshold, overwrite=True, **common), report)
     scoring = AnalyzeSettings(
         saes=saes, metrics=tuple(METRICS), tokens=settings.score_tokens, lm_dtype=settings.lm_dtype, **common
     )

@@ -81,10 +81,11 @@ def test_features_and_score_are_columns_of_the_table_and_the_files(
     assert [row["Features"] for row in saved(tmp_path)] == kept
     with (tmp_path / "ablation.csv").open() as file:
         assert [int(row["Features"]) for row in csv.DictReader(file)] == kept
+    strict = ablation(asked(tiny_cache, tmp_path, sae=("topk", "gated"), k=4, **contexts | {"threshold": 100.0}))
+    assert [row["Features"] for row in strict] == [0, 0]  # contexts of another threshold are replaced
+    assert [row["Features"] for row in ablation(settings)] == kept
     (Path(saved(tmp_path)[0]["folder"]) / SUMMARY).write_text('{"score": 3.5}')
-    monkeypatch.setattr(
-        "routesae.analyze.pipeline.ablation.contexts", None
-    )  # there are those of this threshold already
+    monkeypatch.setattr("routesae.analyze.pipeline.ablation.contexts", None)  # contexts of this threshold are there
     again = ablation(settings)
     assert [(row["Features"], row["Score"]) for row in again] == list(zip(kept, [3.5, None], strict=True))
 
