@@ -18,13 +18,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import pickle
 import re
 import shutil
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -123,7 +123,7 @@ def read_state(file: Path) -> dict[str, Tensor]:
             state = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise WrongInput(f"{file} does not exist") from None
-    except (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, pickle.UnpicklingError) as error:
+    except (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, UnpicklingError) as error:
         raise WrongInput(
             f"{file} is not a state dict of tensors, or was cut ({type(error).__name__}); "
             "give what torch.save(model.state_dict()) wrote"

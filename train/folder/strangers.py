@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import pickle
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ def read_strange(settings: ConvertSettings) -> tuple[SAE, dict[str, Any]]:
         try:
             with hub_errors(f"SAELens does not give {settings.file}", "give --layer and --model if they are missing"):
                 theirs = _from_lens(settings.file) if settings.file.startswith(LENS) else _from_folder(settings)
-        except (LookupError, RuntimeError, TypeError, AttributeError, pickle.UnpicklingError) as error:
+        except (LookupError, RuntimeError, TypeError, AttributeError, UnpicklingError) as error:
             if isinstance(error, FailedRun):
                 raise
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
