@@ -167,13 +167,15 @@ def _balance(run: RunSettings) -> float:
 
 
 def default_name(recipe: Recipe) -> str:
-    """topk_layer15_4608_k64, routesae_hard_4608_k64, …_top2, …_lambda0.01: what a person tells runs apart by."""
+    """What a person tells runs apart by: topk_layer15_4608_k64, routesae_hard_4608_k64, …_top2_mean, …_lambda0.01."""
     where = {"routesae": recipe.routing}.get(recipe.sae, f"layers{recipe.layers[0]}-{recipe.layers[-1]}")
     if recipe.sae in SINGLE_LAYER:
         where = f"layer{recipe.layers[0]}"
     parts = [recipe.sae, where, str(recipe.latents), f"k{recipe.k}"]
+    usual = {"normalize": "token"}
     if recipe.sae == "routesae":
-        parts += [recipe.routed] * (recipe.routed != "topk") + [recipe.router] * (recipe.router != "published")
+        usual |= {"routed": "topk", "router": "published", "aggregate": "sum"}
+    parts += [word for name, default in usual.items() if (word := getattr(recipe, name)) != default]
     parts += [f"lambda{recipe.sparsity:g}"] if recipe.sparsity is not None else []
     parts += ["published"] * recipe.published
     return "_".join(parts)

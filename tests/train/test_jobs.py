@@ -51,6 +51,9 @@ def test_names_tell_apart_what_differs(tiny_cache: Cache) -> None:
         {"sae": "routesae", "router": "top2"},
         {"sae": "routesae", "routed": "gated"},
         {"sae": "routesae", "routing": "soft"},
+        {"sae": "routesae", "aggregate": "mean"},
+        {"sae": "routesae", "normalize": "dataset"},
+        {"sae": "topk", "layer": 3, "normalize": "none"},
         {"sae": "crosscoder"},
         {"sae": "mlsae"},
     ]
