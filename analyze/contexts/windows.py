@@ -73,12 +73,12 @@ class Vocabulary:
 
     def _whole_characters(self, token_ids: Sequence[int]) -> list[str]:
         """Text of each token of one window, where some hold parts of characters."""
-        pieces, told = [], 0
+        pieces, spelled = [], 0
         for n in range(1, len(token_ids) + 1):
             text = self._spelled(token_ids[:n])
             whole = text if n == len(token_ids) else text.rstrip(_HALF)
-            pieces.append(whole[told:])
-            told = max(told, len(whole))
+            pieces.append(whole[spelled:])
+            spelled = max(spelled, len(whole))
         return pieces
 
     def open_ends(self, token_ids: Ids) -> Flags:
