@@ -1,4 +1,4 @@
-"""Read small files that anybody may have written: whole, within bounds, or not at all. Write JSON.
+"""Read small files that anybody may have written: whole, within bounds, or not at all. Write files the same way.
 
 A cache or an SAE may come from a stranger. Its manifest, records and configurations are JSON, and JSON can ask for
 any amount of memory, repeat a key so that two readers disagree, or not be a regular file.
@@ -6,16 +6,23 @@ any amount of memory, repeat a key so that two readers disagree, or not be a reg
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import json
 import math
 import os
+import secrets
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from routesae.reporting import WrongInput
 
 LARGEST_BYTES = 1 << 21  # parsed, this takes up to 30 times as much memory
+PARTIAL = ".partial"
+_OPEN = os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class BadFile(ValueError):
@@ -68,12 +75,43 @@ def _finite(number: str) -> float:
     return value
 
 
+@contextmanager
+def replacing(path: Path | str) -> Iterator[BinaryIO]:
+    """Write a file whole or not at all: yields an open file, which takes the place of `path` when the block ends.
+
+    Until then it lies beside `path` under a random name (its `.name`, for libraries that take a path), so that neither
+    another process nor a link that a stranger put there meets it. It is on the disk before the rename. After an error
+    it is deleted; what a killed process left is deleted by the next writer of `path`. Raises OSError.
+    """
+    path = Path(path)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):
+        _delete_unless_locked(left)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}{PARTIAL}")
+    try:
+        with open(os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | _OPEN, 0o666), "w+b") as file:
+            file.raw.name = str(partial)  # of an open descriptor it would be the number
+            with suppress(OSError):  # some file systems have no locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _delete_unless_locked(partial: Path) -> None:
+    """Delete a partial file whose writer is dead: then nobody has its lock."""
+    with suppress(OSError), open(os.open(partial, os.O_RDONLY | _OPEN), "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        partial.unlink()
+
+
 def write_json(path: Path | str, value: Any) -> None:
     """Write a value as JSON, whole or not at all. JSON has no NaN and no infinity: they become null."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(_without_nan(value), indent=2, allow_nan=False) + "\n")
-    partial.replace(path)
+    with replacing(path) as file:
+        file.write(json.dumps(_without_nan(value), indent=2, allow_nan=False).encode() + b"\n")
 
 
 def _without_nan(value: Any) -> Any:
