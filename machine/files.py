@@ -79,17 +79,16 @@ def _finite(number: str) -> float:
 def replacing(path: Path | str) -> Iterator[BinaryIO]:
     """Write a file whole or not at all: yields an open file, which takes the place of `path` when the block ends.
 
-    Until then it lies beside `path` under a random name (its `.name`, for libraries that take a path), so that neither
-    another process nor a link that a stranger put there meets it. It is on the disk before the rename. After an error
-    it is deleted; what a killed process left is deleted by the next writer of `path`. Raises OSError.
+    Until then it lies beside `path` under a random name (its `.name`, for libraries that take a path), so that
+    neither another process nor a link that a stranger put there meets it. It is on the disk before the rename. After
+    an error it is deleted; what a killed process left is deleted by the next writer of `path`. Raises OSError.
     """
     path = Path(path)
     for left in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):
         _delete_unless_locked(left)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}{PARTIAL}")
     try:
-        with open(os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | _OPEN, 0o666), "w+b") as file:
-            file.raw.name = str(partial)  # of an open descriptor it would be the number
+        with open(str(partial), "x+b", opener=lambda name, flags: os.open(name, flags | _OPEN, 0o666)) as file:
             with suppress(OSError):  # some file systems have no locks
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield file
