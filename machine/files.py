@@ -29,19 +29,22 @@ class BadFile(ValueError):
     """A file cannot be read safely. The message says why, without the path."""
 
 
-def read_bytes(path: Path | str, largest: int = LARGEST_BYTES) -> bytes:
-    """Read a regular file. Raises BadFile if it is another kind or too large, OSError if it cannot be read."""
+def open_regular(path: Path | str) -> BinaryIO:
+    """Open a regular file to read it. Raises BadFile if it is another kind, OSError if it cannot be opened."""
     # Without O_NONBLOCK, opening a pipe that somebody put there would wait for ever.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise BadFile("not a regular file")
-        if status.st_size > largest:
-            raise BadFile(f"{status.st_size:,} bytes, and at most {largest:,} are read")
-        return os.read(descriptor, status.st_size)
-    finally:
-        os.close(descriptor)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return open(descriptor, "rb")
+    os.close(descriptor)
+    raise BadFile("not a regular file")
+
+
+def read_bytes(path: Path | str, largest: int = LARGEST_BYTES) -> bytes:
+    """Read a regular file. Raises BadFile if it is another kind or too large, OSError if it cannot be read."""
+    with open_regular(path) as file:
+        if (size := os.fstat(file.fileno()).st_size) > largest:
+            raise BadFile(f"{size:,} bytes, and at most {largest:,} are read")
+        return file.read(size)
 
 
 def read_json(path: Path | str, largest: int = LARGEST_BYTES) -> Any:
@@ -88,16 +91,26 @@ def replacing(path: Path | str) -> Iterator[BinaryIO]:
         _delete_unless_locked(left)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}{PARTIAL}")
     try:
-        with open(str(partial), "x+b", opener=lambda name, flags: os.open(name, flags | _OPEN, 0o666)) as file:
-            with suppress(OSError):  # some file systems have no locks
-                fcntl.flock(file, fcntl.LOCK_EX)
+        with _create_locked(partial) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
             partial.replace(path)
     except BaseException:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # the folder may be gone or read-only by now, which is what the error says
+            partial.unlink()
         raise
+
+
+def _create_locked(partial: Path) -> BinaryIO:
+    """Make the file and lock it; make it again if another writer took it for a dead one's before it was locked."""
+    while True:
+        file = open(str(partial), "x+b", opener=lambda name, flags: os.open(name, flags | _OPEN, 0o666))  # noqa: SIM115
+        with suppress(OSError):  # some file systems have no locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if partial.exists():
+            return file
+        file.close()
 
 
 def _delete_unless_locked(partial: Path) -> None:
