@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from routesae.machine.settings import (
     CACHE,
@@ -29,16 +29,37 @@ from routesae.machine.settings import (
 )
 from routesae.reporting import WrongInput
 
+if TYPE_CHECKING:
+    from routesae.train.saes import SAE
+
 
 @cache
-def variants() -> tuple[str, ...]:
+def variants() -> list[str]:
     """The names in the registry routesae.train.saes.SAES, read from its source: importing it would import torch."""
     tree = ast.parse((Path(__file__).parent / "saes" / "__init__.py").read_text("utf-8"))
     registry = next(
         node for node in ast.walk(tree) if isinstance(node, ast.AnnAssign) and "SAES" in ast.unparse(node)
     )
     assert isinstance(registry.value, ast.Dict)
-    return tuple(str(ast.literal_eval(key)) for key in registry.value.keys if key is not None)
+    return [str(ast.literal_eval(key)) for key in registry.value.keys if key is not None]
+
+
+def register(name: str, variant: type[SAE]) -> None:
+    """Make a class a variant of this process, so that `sae=name` trains it and its folders load.
+
+    Registering a name again replaces the class, as running a notebook's cell twice does. A file in train/saes/ makes
+    a variant permanent. Raises WrongInput for the name of a variant that the package itself has.
+    """
+    from routesae.train.saes import PENALISED, SAES, SINGLE_LAYER
+
+    if name in SAES and SAES[name].__module__.startswith("routesae."):
+        raise WrongInput(f"{name!r} is a variant already; register the class under a name of its own")
+    SAES[name] = variant
+    for names, belongs in ((variants(), True), (SINGLE_LAYER, variant.one_layer), (PENALISED, variant.penalised)):
+        if name in names:
+            names.remove(name)
+        if belongs:
+            names.append(name)
 
 
 class RunSettings(Settings):

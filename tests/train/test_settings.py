@@ -12,7 +12,7 @@ from routesae.reporting import WrongInput
 from routesae.train.folder.settings import ConvertSettings
 from routesae.train.saes import PENALISED, SAES
 from routesae.train.saes.sae import ROUTERS
-from routesae.train.settings import RunSettings, TrainSettings, settings_of, variants
+from routesae.train.settings import RunSettings, TrainSettings, register, settings_of, variants
 
 
 def write(folder: Path, text: str) -> str:
@@ -158,7 +158,7 @@ def test_a_flag_that_is_for_none_of_the_runs_is_refused(name: str, tmp_path: Pat
 
 
 def test_names_shown_without_importing_torch_are_those_of_the_registry() -> None:
-    assert variants() == tuple(SAES)
+    assert variants() == list(SAES)
     assert set(described(RunSettings)["router"][1].choices) == set(ROUTERS)
 
 
@@ -309,3 +309,8 @@ def test_what_holds_for_all_runs_of_a_file_is_left_out_where_it_is_for_none_of_t
     file.write_text('[[run]]\nsae = "topk"\nlayer = 3\n[[run]]\nsae = "routesae"\nlayer = 3\n')
     with pytest.raises(WrongInput, match="--layer 3 is not for routesae"):
         settings_of({}, str(file))
+
+
+def test_a_class_of_ones_own_cannot_take_the_name_of_a_variant_that_is_there() -> None:
+    with pytest.raises(WrongInput, match="'topk' is a variant already"):
+        register("topk", SAES["vanilla"])

@@ -46,8 +46,8 @@ SAES: dict[str, type[SAE]] = {
     "mlsae": _class("layers.MLSAE"),
     "random": _class("layers.RandomLayer"),
 }
-SINGLE_LAYER = tuple(name for name, variant in SAES.items() if variant.one_layer)  # read one layer, --layer
-PENALISED = tuple(name for name, variant in SAES.items() if variant.penalised)  # take --sparsity
+SINGLE_LAYER = [name for name, variant in SAES.items() if variant.one_layer]  # read one layer, --layer
+PENALISED = [name for name, variant in SAES.items() if variant.penalised]  # take --sparsity
 
 
 def build(recipe: Recipe, generator: torch.Generator | None = None) -> SAE:
