@@ -31,7 +31,9 @@ class BadFile(ValueError):
 
 def open_regular(path: Path | str) -> BinaryIO:
     """Open a regular file to read it. Raises BadFile if it is another kind, OSError if it cannot be opened."""
-    # Without O_NONBLOCK, opening a pipe that somebody put there would wait for ever.
+    if not stat.S_ISREG(Path(path).stat().st_mode):  # first, as merely opening a device may do something
+        raise BadFile("not a regular file")
+    # Without O_NONBLOCK, opening a pipe that somebody has just put there would wait for ever.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return open(descriptor, "rb")
@@ -79,22 +81,24 @@ def _finite(number: str) -> float:
 
 
 @contextmanager
-def replacing(path: Path | str) -> Iterator[BinaryIO]:
+def replacing(path: Path | str, *, durable: bool = True) -> Iterator[BinaryIO]:
     """Write a file whole or not at all: yields an open file, which takes the place of `path` when the block ends.
 
     Until then it lies beside `path` under a random name (its `.name`, for libraries that take a path), so that
-    neither another process nor a link that a stranger put there meets it. It is on the disk before the rename. After
-    an error it is deleted; what a killed process left is deleted by the next writer of `path`. Raises OSError.
+    neither another process nor a link that a stranger put there meets it. It is on the disk before the rename, unless
+    it is not `durable`, because it can be fetched again. After an error it is deleted; what a killed process left is
+    deleted by the next writer of `path`. Raises OSError.
     """
     path = Path(path)
     for left in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):
-        _delete_unless_locked(left)
+        delete_unless_locked(left)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}{PARTIAL}")
     try:
         with _create_locked(partial) as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
             partial.replace(path)
     except BaseException:
         with suppress(OSError):  # the folder may be gone or read-only by now, which is what the error says
@@ -113,7 +117,7 @@ def _create_locked(partial: Path) -> BinaryIO:
         file.close()
 
 
-def _delete_unless_locked(partial: Path) -> None:
+def delete_unless_locked(partial: Path) -> None:
     """Delete a partial file whose writer is dead: then nobody has its lock."""
     with suppress(OSError), open(os.open(partial, os.O_RDONLY | _OPEN), "rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
