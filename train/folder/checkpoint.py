@@ -93,6 +93,7 @@ def load_sae(folder: Path, device: torch.device) -> SAE:
         for name, buffer in list(module.named_buffers(recurse=False)):
             if buffer.is_meta:
                 setattr(module, name, torch.zeros(buffer.shape, dtype=buffer.dtype))
+    sae.folder = folder
     return sae.requires_grad_(False).eval().to(device)
 
 

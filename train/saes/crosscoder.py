@@ -55,13 +55,9 @@ class Crosscoder(Vanilla):
     def encoder(self) -> Encoder:
         return Encoder(self.W_enc_FD, self.b_enc_F, None, self.chunk_rows, self.proposal)
 
-    @torch.no_grad()
     def decode_rows(self, latents: Latents) -> Tensor:
         """x̂, [N, L, D]."""
         return self._by_layer(super().decode_rows(latents))
-
-    def shaped(self, hidden: Tensor, lead: tuple[int, ...]) -> Tensor:
-        return hidden.view(*lead, len(self.recipe.layers), self.recipe.width)
 
     def decoder_norms(self) -> Tensor:
         """Σ_ℓ ‖d_i^ℓ‖, [F]."""

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from routesae.train.losses import mean_over_rows, norm_mse
 from routesae.train.saes.penalty import SteeredSAE
 from routesae.train.saes.sae import Forward
-from routesae.train.sparse.kernels import encode_above
-from routesae.train.sparse.pairs import AllPairs, Latents
+from routesae.train.sparse.kernels import encode_above, encode_pairs
+from routesae.train.sparse.pairs import AllPairs, Latents, Pairs
 from routesae.train.sparse.search import Encoder
 
 
@@ -83,6 +83,13 @@ class Gated(SteeredSAE):
     def encoder(self) -> Encoder:
         # The two paths have biases of their own.
         return Encoder(self.W_enc_FD, None, self.b_dec_D, self.chunk_rows, self.proposal)
+
+    def traced(self, x_ND: Tensor, latents: Latents) -> Latents:
+        *pair, f_M = latents.active()
+        pairs = Pairs(len(x_ND), self.recipe.latents, *pair)
+        e_r_M, b_mag_M = pairs.at(self.r_mag_F.exp()), pairs.at(self.b_mag_F)
+        shared_M = encode_pairs(x_ND, self.encoder(), pairs, ((f_M - b_mag_M) / e_r_M).detach())
+        return Latents(torch.addcmul(b_mag_M, e_r_M, shared_M), pairs)
 
     @torch.no_grad()
     def latents_of(self, x_ND: Tensor) -> Latents:

@@ -12,7 +12,6 @@ Dimension letters: L layers, N tokens, D width.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from routesae.train.saes.normalise import NormalisedLayers
 from routesae.train.saes.sae import Reading, Recipe
@@ -23,13 +22,11 @@ class EveryLayer(TopK):
     """Every layer's rows are samples, one layer after another."""
 
     one_layer = False
+    each_layer = True
     lens_opens = None
 
     def read(self, x: NormalisedLayers, *, training: bool) -> Reading:
         return Reading(torch.cat(list(x)), x.frame())
-
-    def shaped(self, hidden: Tensor, lead: tuple[int, ...]) -> Tensor:
-        return hidden.view(len(self.recipe.layers), *lead, self.recipe.width).movedim(0, -2)
 
 
 class MLSAE(EveryLayer):

@@ -34,7 +34,8 @@ def normalise(hidden_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     centred_ND = x_ND - mean_N1
     # Through the norm of what is centred already: torch.var_mean is several times slower on a CPU.
     std_N1 = torch.linalg.vector_norm(centred_ND, dim=1, keepdim=True) / (x_ND.shape[1] - 1) ** 0.5 + EPSILON
-    return centred_ND.div_(std_N1), mean_N1, std_N1
+    in_place = not centred_ND.requires_grad
+    return centred_ND.div_(std_N1) if in_place else centred_ND / std_N1, mean_N1, std_N1
 
 
 def places_of(token_ids: Tensor, positions: Tensor) -> Tensor:
@@ -155,7 +156,12 @@ class NormalisedLayers:
         return self._totals[self.at]
 
     def weighted(self, w_NL: Tensor) -> Tensor:
-        """Σ_ℓ w_ℓ x^ℓ, [N, D], differentiable in w; float32 also where autocast is on."""
+        """Σ_ℓ w_ℓ x^ℓ, [N, D], differentiable in w, and in x where hidden states require gradients.
+
+        It is float32 also where autocast is on.
+        """
+        if self.hidden_LND.requires_grad:
+            return torch.stack([x_ND * w_NL[:, i, None] for i, x_ND in enumerate(self)]).sum(0)
         return _Weighted.apply(w_NL, self)  # type: ignore[no-any-return, no-untyped-call]
 
     def layer_parts(self, i: int) -> Iterator[tuple[slice, Tensor, Tensor | None, Tensor]]:

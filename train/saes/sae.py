@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -132,6 +133,7 @@ class SAE(nn.Module, ABC):
     It takes hidden states in the LM's units, of any float dtype, and normalises them itself:
 
         latents = sae.encode(hidden)       hidden [..., D]; of an SAE over several layers [..., L, D]
+        latents.top(10)                    latents.indices, .values, .dense(): see Latents
         hidden = sae.decode(latents)       the reconstruction in the LM's units: of the same shape, of a routesae
                                            [..., D], each token's at its own layer
         out = sae(hidden)                  what training and scores need, see Forward
@@ -141,16 +143,19 @@ class SAE(nn.Module, ABC):
 
     one_layer: whether it reads one layer, chosen with --layer, or all that were harvested.
     penalised: whether a penalty makes it sparse, weighted by --sparsity.
+    each_layer: whether it has latents of each of its layers, and not of all or one of them.
     other_sparsity: whether --infer-k and --theta can replace its activation (`at_sparsity`).
     lens_opens: what of it SAELens opens, as the subject of a sentence; None for nothing.
     """
 
     one_layer: ClassVar[bool] = False
     penalised: ClassVar[bool] = False
+    each_layer: ClassVar[bool] = False
     other_sparsity: bool = True
     lens_opens: ClassVar[str | None] = None
     proposal: torch.dtype | None = None  # precision of the encoder's product; None for the fastest (sparse/search.py)
     chosen: Callable[[Tensor, Encoder], Latents] | None = None  # replaces the activation, see `at_sparsity`
+    folder: Path | None = None  # that it was loaded from
 
     def __init__(self, recipe: Recipe):
         super().__init__()
@@ -161,6 +166,16 @@ class SAE(nn.Module, ABC):
         self.scale = 1.0  # s of "dataset" normalisation, set by `initialise`
 
     @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that it reads, in the order of L; layer ℓ is the output of the ℓ-th decoder block, from 1."""
+        return self.recipe.layers
+
+    @property
+    def latents(self) -> int:
+        """F, the size of its dictionary."""
+        return self.recipe.latents
+
+    @property
     def dictionary(self) -> Any:
         """The SingleLayerSAE that encodes and decodes rows: itself, or the one that a RouteSAE's layers share."""
         return self
@@ -168,7 +183,7 @@ class SAE(nn.Module, ABC):
     def forward(self, hidden: Hidden | Tensor) -> Forward:
         """Reconstruct, with gradients if they are enabled. What a variant learns from a batch other than by gradients
         (a threshold, λ) it learns here, in training mode only."""
-        reading, inner = self._read(hidden, training=self.training), self.dictionary
+        reading, inner = self.read(self.normalised(hidden), training=self.training), self.dictionary
         inner.k, inner.chunk_rows, inner.proposal = self.k, self.chunk_rows, self.proposal
         if inner.chosen is None:
             out: Forward = inner.autoencode(reading.x_RC, reading.weights_R)
@@ -176,6 +191,8 @@ class SAE(nn.Module, ABC):
             latents = inner.encode_rows(reading.x_RC)
             out = Forward(reading.x_RC, inner.decode_rows(latents).flatten(1), latents)
         out.latents.frame = reading.frame
+        if isinstance(hidden, Tensor) and not self.training:
+            self._in_place(out.latents, hidden)
         terms = [term for term in (out.auxiliary, reading.auxiliary) if term is not None]
         return out._replace(routing_NL=reading.routing_NL, auxiliary=sum(terms[1:], terms[0]) if terms else None)
 
@@ -187,16 +204,26 @@ class SAE(nn.Module, ABC):
         objective: Objective = self.dictionary.objective(out, dead_F, sparsity_factor)
         return objective
 
-    @torch.no_grad()
     def encode(self, hidden: Hidden | Tensor) -> Latents:
-        """Return the latents of hidden states, as used after training: a row a token, in order; an mlsae or random
-        has a row for each token of the first layer, then of the next."""
-        reading = self._read(hidden, training=False)
+        """Return the latents of hidden states, as used after training, in the order of the tokens.
+
+        With gradients where hidden states or weights require them: those of the active latents' values. A threshold,
+        a gate's bias and the choice of a layer have none, as they decide and do not add.
+        """
+        reading = self.read(self.normalised(hidden), training=False)
         latents: Latents = self.dictionary.encode_rows(reading.x_RC)
+        if torch.is_grad_enabled() and (reading.x_RC.requires_grad or self.dictionary.W_enc_FD.requires_grad):
+            latents = self.dictionary.traced(reading.x_RC, latents)
         latents.frame = reading.frame
+        return self._in_place(latents, hidden)
+
+    def _in_place(self, latents: Latents, hidden: Hidden | Tensor) -> Latents:
+        """The same latents, which know the shape of the hidden states that they are of."""
+        leading = -1 if self.one_layer else -2
+        latents.lead = (hidden.tokens,) if isinstance(hidden, Hidden) else tuple(hidden.shape[:leading])
+        latents.layers = len(self.layers) if self.each_layer else None
         return latents
 
-    @torch.no_grad()
     def decode(self, latents: Latents) -> Tensor:
         """Return the reconstruction, in the LM's units, of the hidden states that these latents were encoded from.
 
@@ -204,12 +231,7 @@ class SAE(nn.Module, ABC):
         """
         if latents.frame is None:
             raise WrongInput("soft routing mixes all layers, which cannot be undone; train with --routing hard")
-        hidden = latents.frame.undo(self.dictionary.decode_rows(latents))
-        return hidden if latents.frame.lead is None else self.shaped(hidden, latents.frame.lead)
-
-    def shaped(self, hidden: Tensor, lead: tuple[int, ...]) -> Tensor:
-        """Rows in the shape of the hidden states that were read; lead: their leading dimensions."""
-        return hidden.view(*lead, self.recipe.width)
+        return latents.shaped(latents.frame.undo(self.dictionary.decode_rows(latents)))
 
     def normalised(self, hidden: Hidden | Tensor) -> NormalisedLayers:
         """Raises WrongInput if the hidden states have another shape."""
@@ -221,13 +243,6 @@ class SAE(nn.Module, ABC):
                 raise WrongInput(f"hidden states are {list(hidden.shape)}, but this {recipe.sae} reads {shape}")
             hidden = Hidden(hidden.reshape(-1, len(recipe.layers), recipe.width).transpose(0, 1))
         return hidden.normalised(recipe.normalize, self.scale, recipe.layers)
-
-    def _read(self, hidden: Hidden | Tensor, *, training: bool) -> Reading:
-        reading = self.read(self.normalised(hidden), training=training)
-        if reading.frame is None:
-            return reading
-        lead = hidden.shape[: -1 if self.one_layer else -2] if isinstance(hidden, Tensor) else (hidden.tokens,)
-        return reading._replace(frame=reading.frame._replace(lead=tuple(lead)))
 
     def initialise(self, hidden: Hidden) -> None:
         """Set what starts from the data, given a sample of it."""

@@ -23,7 +23,8 @@ from routesae.reporting import WrongInput
 from routesae.train.losses import AUXK_WEIGHT, Objective, auxk, norm_mse
 from routesae.train.saes.normalise import Hidden, NormalisedLayers
 from routesae.train.saes.sae import SAE, Forward, Reading, Recipe
-from routesae.train.sparse.pairs import Latents
+from routesae.train.sparse.kernels import encode_pairs
+from routesae.train.sparse.pairs import Latents, Pairs
 from routesae.train.sparse.search import Encoder
 
 WEIGHTS = "sae_weights.safetensors"
@@ -80,6 +81,12 @@ class SingleLayerSAE(SAE):
         """The latents in use of normalised rows."""
         return self.latents_of(x_ND) if self.chosen is None else self.chosen(x_ND, self.encoder())
 
+    def traced(self, x_ND: Tensor, latents: Latents) -> Latents:
+        """The latents of these rows with gradients, which only active ones have: f = z there."""
+        *pair, values_M = latents.active()
+        pairs = Pairs(len(x_ND), self.recipe.latents, *pair)
+        return Latents(encode_pairs(x_ND, self.encoder(), pairs, values_M), pairs)
+
     @torch.no_grad()
     def encode_at(self, hidden_RD: Tensor, scale_R1: Tensor | None = None) -> Latents:
         """The latents of hidden states of any one layer, in the LM's units, for splicing; `decode` takes them back.
@@ -91,7 +98,6 @@ class SingleLayerSAE(SAE):
         latents.frame = x.frame()._replace(scale=scale_R1)
         return latents
 
-    @torch.no_grad()
     def decode_rows(self, latents: Latents) -> Tensor:
         """x̂, normalised."""
         return latents.pairs.decode(latents.values_P, self.W_dec_FD, self.b_dec_D)

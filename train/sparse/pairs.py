@@ -28,14 +28,12 @@ MANY_PAIRS, COLUMNS = 64, 64
 class Frame(NamedTuple):
     """How rows that an SAE read go back to the LM's units: h = x / scale · std + mean; None parts are left out.
 
-    Each part is [R, 1] for R rows, for a crosscoder [R, L, 1]. lead: the leading dimensions of the hidden states that
-    the rows came from; None for rows as they are.
+    Each part is [R, 1] for R rows, for a crosscoder [R, L, 1].
     """
 
     mean: Tensor | None = None
     std: Tensor | None = None
     scale: Tensor | None = None
-    lead: tuple[int, ...] | None = None
 
     def moved(self, dx: Tensor) -> Tensor:
         """A difference of two x, as one of two hidden states."""
@@ -48,25 +46,67 @@ class Frame(NamedTuple):
         return hidden if self.mean is None else hidden + self.mean
 
 
+class Top(NamedTuple):
+    """Activations, in the units of the SAE's normalised input, and their latents, both [..., n], strongest first."""
+
+    values: Tensor
+    indices: Tensor
+
+
 @dataclass(eq=False)
 class Latents:
     """The latents of N tokens: values_P ≥ 0 (zero: not active) of `pairs`, [M] of `Pairs` or [N, F] of `AllPairs`.
 
-    frame: how their reconstruction goes back to the LM's units; None if it cannot.
+    frame: how their reconstruction goes back to the LM's units; None if it cannot. lead: the leading dimensions "..."
+    of the hidden states [..., D] or [..., L, D] that they were encoded from; None for N rows as they are. layers: L,
+    if each token has latents of each layer (mlsae, random), whose rows follow one another; "..." then ends with L.
+
+    For people: `indices` and `values` [..., K], `top(n)` [..., n], `dense()` [..., F].
     """
 
     values_P: Tensor
     pairs: Pairs | AllPairs
     frame: Frame | None = None
+    lead: tuple[int, ...] | None = None
+    layers: int | None = None
 
     @cached_property
     def active_counts(self) -> Tensor:
         """int64 [F]: on how many of the N tokens each latent is active."""
         return self.pairs.active_counts(self.values_P.detach())
 
+    def shaped(self, rows: Tensor) -> Tensor:
+        """A number or more for each of the rows [R, *], as [..., *]."""
+        if self.lead is None:
+            return rows
+        if self.layers is None:
+            return rows.reshape(*self.lead, *rows.shape[1:])
+        return rows.reshape(self.layers, *self.lead, *rows.shape[1:]).movedim(0, len(self.lead))
+
     def dense(self) -> Tensor:
-        """f_NF, for what has to see every latent."""
-        return self.pairs.dense(self.values_P)
+        """f, [..., F], for what has to see every latent."""
+        return self.shaped(self.pairs.dense(self.values_P))
+
+    def top(self, n: int) -> Top:
+        """The n strongest latents of each token. Where fewer are active, values of 0 follow, with idle latents."""
+        f_RF = self.pairs.dense(self.values_P)
+        values_Rn, indices_Rn = f_RF.topk(min(n, f_RF.shape[1]), dim=1)
+        return Top(self.shaped(values_Rn), self.shaped(indices_Rn))
+
+    @cached_property
+    def _active(self) -> Top:
+        tokens_M, _, _ = self.active()
+        return self.top(int(torch.bincount(tokens_M).max()) if len(tokens_M) else 0)
+
+    @property
+    def values(self) -> Tensor:
+        """[..., K], of `indices`."""
+        return self._active.values
+
+    @property
+    def indices(self) -> Tensor:
+        """int64 [..., K], strongest first; K: the most that are active on any token. A value of 0: not active."""
+        return self._active.indices
 
     def active(self) -> tuple[Tensor, Tensor, Tensor]:
         """(tokens_M, latents_M, values_M) of the pairs whose latent is active, by token."""

@@ -160,7 +160,7 @@ def test_an_sae_that_saelens_trained_opens_here(tmp_path: Path, kind: str) -> No
     trained.save_inference_model(tmp_path)
     other = sae_lens.SAE.load_from_disk(tmp_path, device="cpu")
     with torch.no_grad():
-        out = load_sae(tmp_path, CPU)(hidden())
+        out = load_sae(tmp_path, CPU)(hidden()[0])
         expected_NF = other.encode(hidden()[0])
     torch.testing.assert_close(out.latents.dense(), expected_NF, **CLOSE)
     torch.testing.assert_close(out.reconstruction_ND, other.decode(expected_NF).detach(), **CLOSE)
