@@ -130,8 +130,8 @@ def clamp(settings: Any, results: dict[str, Any]) -> None:
 def contexts(settings: Any, results: Any) -> None:
     """Write the text that every latent is active on, from the cache and the tokenizer alone.
 
-    Into the SAE's folder: contexts.json, in the shape of the published RouteSAE code, contexts.parquet and
-    latents.parquet. The features counted are the latents that the published rule keeps.
+    Into the SAE's folder, under contexts, a folder for each corpus: contexts.json, in the shape of the published
+    RouteSAE code, contexts.parquet and latents.parquet. The features counted are the latents that the rule keeps.
 
     Example: routesae contexts --sae saes/topk --threshold 4
     """

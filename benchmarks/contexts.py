@@ -23,13 +23,14 @@ from typing import Any, NamedTuple
 import torch
 
 from routesae.analyze.contexts.collect import Collector
+from routesae.analyze.contexts.file import KINDS
 from routesae.analyze.contexts.settings import ContextSettings
 from routesae.analyze.contexts.table import context_batches
 from routesae.analyze.contexts.windows import Vocabulary
 from routesae.analyze.inputs.lm import lm_of_cache, load_tokenizer_of
 from routesae.harvest.cache.reader import Cache
 from routesae.train.folder.checkpoint import load_sae
-from routesae.train.loading.batches import Batch, Selection, cut_plans, load
+from routesae.train.loading.batches import Selection, cut_plans, load
 from routesae.train.saes import SAE, Recipe
 from routesae.train.saes.normalise import Hidden
 from routesae.train.saes.sae import Forward
@@ -85,19 +86,21 @@ def run_sae(sae: SAE, cache: Cache, shards: int) -> list[list[Stored]]:
 def vectorised(subject: Subject, threshold: float, top: int | None) -> Chosen:
     """The pass as `routesae contexts` makes it, up to the tables that are written."""
     rule: dict[str, Any] = {"per_class": PER_CLASS, "max_classes": MAX_CLASSES, "min_contexts": MIN_CONTEXTS}
-    settings = ContextSettings(threshold=threshold, top=top, samples=SAMPLE // 3, window=WINDOW, **rule)
+    rule |= {} if top is None else {"top": top}
+    settings = ContextSettings(threshold=threshold, samples=SAMPLE // 3, window=WINDOW, **rule)
     sae: Any = Replay(subject)
     collector = Collector(sae, subject.cache, subject.vocabulary, settings)
     for number, batches in enumerate(subject.shards):
         for batch in batches:
-            nothing = torch.zeros(1, len(batch.position_N), 1)
-            collector.take(Batch(nothing, nothing, nothing), batch.position_N)
+            ids_N = torch.from_numpy(subject.cache.tokens().reshape(-1)[batch.position_N.numpy()])
+            collector.take(Hidden(torch.zeros(1, len(ids_N), 1)), batch.position_N, ids_N)
         collector.end_shard(subject.cache.manifest.shard_range(number))
     collected = collector.result()
     for _ in context_batches(collected, subject.cache, subject.vocabulary):
         pass
     found: Chosen = defaultdict(list)
-    strongest = collected.contexts.of.where(collected.contexts.kind_M == 0)
+    kind = KINDS.index("chosen" if top is None else "top")
+    strongest = collected.contexts.of.where(collected.contexts.kind_M == kind)
     columns = (strongest.latent_M.tolist(), strongest.value_M.tolist(), strongest.position_M.tolist())
     for latent, value, position in zip(*columns, strict=True):
         found[latent].append((value, position))

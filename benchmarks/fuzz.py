@@ -21,7 +21,7 @@ import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,8 @@ from routesae.analyze.contexts.file import (
     CONTEXTS,
     FORMAT,
     LATENTS,
-    LatentSummary,
     context_schema,
+    latent_schema,
     read_contexts,
     write_contexts,
 )
@@ -297,8 +297,8 @@ def readers(scratch: Path) -> list[Reader]:
         Reader("safetensors", sae / "sae_weights.safetensors", read_sae, mutated_header),
         Reader("checkpoint", checkpoint_file(partial, 3), lambda: load_checkpoint(partial, 3), mutated_header),
         Reader("TOML config", config, lambda: settings_of({}, str(config)), mutated_toml),
-        Reader("contexts.parquet", contexts / CONTEXTS, read_contexts_whole, mutated_bytes),
-        Reader("latents.parquet", contexts / LATENTS, read_contexts_whole, mutated_bytes),
+        Reader("contexts.parquet", contexts / "contexts" / "corpus-0" / CONTEXTS, read_contexts_whole, mutated_bytes),
+        Reader("latents.parquet", contexts / "contexts" / "corpus-0" / LATENTS, read_contexts_whole, mutated_bytes),
     ]
 
 
@@ -324,10 +324,12 @@ def write_tiny_contexts(folder: Path) -> Path:
     row = {**numbers, **window, "kind": ["chosen"] * 3, "token_class": ["a"] * 3, "activation": [1.0] * 3}
     schema = context_schema()
     batch = pa.RecordBatch.from_pydict({name: row[name] for name in schema.names}, schema=schema)
-    kinds = {"int": [0, 1], "float": [0.5, 0.5], "bool": [True, True]}
-    latents = pa.table({one.name: kinds[str(one.type)] for one in fields(LatentSummary)})
-    asked = dict.fromkeys(("threshold", "window", "per_class", "min_contexts"), 2)
-    write_contexts(folder, {"format": FORMAT, "chosen": 2, "settings": asked}, latents, iter([batch]))
+    numbers = {name: [1, 1] for name in latent_schema().names} | {"latent": [0, 1], "histogram": [[1], [1]]}
+    latents = pa.table([pa.array(numbers[one.name]).cast(one.type) for one in latent_schema()], latent_schema())
+    asked = {**dict.fromkeys(("threshold", "window", "per_class", "min_contexts"), 2), "choose": "rule"}
+    facts = {"format": FORMAT, "chosen": 2, "features": 2, "readings": 9, "settings": asked}
+    facts |= {"cache": {"path": "", "corpus": "", "tokens_hash": "0"}, "sae": {"folder": "", "weights": {}}}
+    write_contexts(folder, facts, latents, iter([batch]))
     return folder
 
 

@@ -23,14 +23,14 @@ import pyarrow as pa
 import torch
 from playwright.sync_api import Browser, sync_playwright
 
-from routesae.analyze.contexts.file import KINDS, context_schema, write_contexts
+from routesae.analyze.contexts.file import FORMAT, KINDS, context_schema, latent_schema, write_contexts
 from routesae.analyze.inputs.identity import sae_identity
 from routesae.analyze.report.run import write_report
 from routesae.analyze.report.settings import ReportSettings
 from routesae.train.folder.checkpoint import save_sae
 from routesae.train.saes import Recipe, build
 
-OF_KIND = {"chosen": 8, "strong": 2, "middle": 2, "weak": 2}
+OF_KIND = {"chosen": 8, "top": 8, "strong": 2, "middle": 2, "weak": 2}
 WINDOW, VOCABULARY, WIDTH, BATCH = 32, 5000, 64, 512
 SCROLL = """async () => {
   const list = document.getElementById("list"), frames = [];
@@ -97,22 +97,24 @@ def make_page(folder: Path, latents: int) -> Path:
     save_sae(sae_folder, sae, {"held_out": {"norm_mse": 0.1, "l0": 64.0}})
     draw = np.random.default_rng(0)
     active = draw.integers(1, 10_000, latents)
-    table = pa.table(
-        {
-            "latent": np.arange(latents),
-            "active": active,
-            "density": active / 1e6,
-            "max_activation": draw.random(latents) * 30,
-            "mean_activation": draw.random(latents),
-            "token_classes": np.full(latents, 9),
-            "kept": np.full(latents, True),
-        }
-    )
+    columns = {
+        "latent": np.arange(latents),
+        "active": active,
+        "density": active / 1e6,
+        "max_activation": draw.random(latents) * 30,
+        "mean_activation": draw.random(latents),
+        "token_classes": np.full(latents, 9),
+        "kept": np.full(latents, True),
+        "histogram_first": np.full(latents, -4),
+        "histogram": list(draw.integers(0, 100, (latents, 24))),
+    }
+    schema = latent_schema()
+    table = pa.table([pa.array(columns[field.name], field.type) for field in schema], schema=schema)
     facts = {
-        "format": 1,
-        "settings": {"threshold": 4.0, "window": WINDOW, "per_class": 2, "min_contexts": 5},
-        "cache": {"path": "/nowhere"},
-        "sae": sae_identity(sae_folder, sae),
+        "format": FORMAT,
+        "settings": {"threshold": 4.0, "window": WINDOW, "per_class": 2, "min_contexts": 5, "choose": "rule"},
+        "cache": {"path": "/nowhere", "corpus": "made up", "tokens_hash": "0"},
+        "sae": {"folder": str(sae_folder), **sae_identity(sae_folder, sae)},
         "readings": 1_000_000,
         "features": latents,
         "chosen": latents,

@@ -1,20 +1,20 @@
-"""Find every latent's best activations and the text around them, in one pass over the cache.
+"""Find the best activations of every latent of every SAE and the text around them, in one pass over the cache.
 
     rule     by the published rule: at most 2 a token class above the threshold, of latents with at most 32 classes
     top      the N strongest
     sample   a uniform sample of all activations, for an honest view of a latent beside its strongest
 
 Shards are read one after the other. At the end of each, what is kept of it gets its window and the latent's
-activation on every token of the window, looked up among the shard's activations. Held at any time: what is kept
-(at most 64 + N + samples a latent, each some 60 bytes and 4 a token of the window), and one shard's activations at
-12 bytes each: 768 a token for k 64.
+activation on every token of the window, looked up among the shard's activations. Held at any time, of each SAE: what
+is kept (at most 64 + N + samples a latent, each some 60 bytes and 4 a token of the window), and one shard's
+activations at 12 bytes each: 768 a token for k 64.
 
 Dimension letters: L layers, N tokens, F latents, M activations, W tokens a window, P positions of a shard.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from itertools import chain
 from typing import NamedTuple
@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 from routesae.analyze.contexts.best import NO_WINDOW, Activations, Best, Kept, hashed, joined, rank_within, ranking
-from routesae.analyze.contexts.file import KINDS, SAMPLES
+from routesae.analyze.contexts.file import BINS_PER_OCTAVE, HISTOGRAM, KINDS, SAMPLES, TOP
 from routesae.analyze.contexts.settings import ContextSettings
 from routesae.analyze.contexts.windows import Vocabulary, windows
 from routesae.harvest.cache.reader import Cache
 from routesae.reporting import Progress, Report, WrongInput, silent
-from routesae.train.loading.batches import BLOCK_ROWS, Batch, Block, Plan, Selection, cut_plans, load
+from routesae.train.loading.batches import BLOCK_ROWS, Block, Plan, Selection, cut_plans, load
 from routesae.train.saes import SAE
 from routesae.train.saes.normalise import Hidden, places_of
 
@@ -38,14 +38,14 @@ class Collected(NamedTuple):
     """What one pass found.
 
     tokens: read. readings: inputs that the SAE saw, one a token, or one a token and layer for mlsae and random.
-    active_F: readings each latent is active on. sum_F, max_F: of its activations. classes_F: token classes above the
-    threshold; max_classes + 1 if there are more. kept_F: whether the published rule keeps it. layers: of the SAE, or
-    None if no activation was read from a single one. contexts: ordered by latent, kind, falling activation.
+    histogram_FB: how many activations of each latent are in each bin. sum_F, max_F: of its activations. classes_F:
+    token classes above the threshold; max_classes + 1 if there are more. kept_F: whether the published rule keeps it.
+    layers: of the SAE, or None if no activation was read from a single one. contexts: by latent, kind and strength.
     """
 
     tokens: int
     readings: int
-    active_F: Tensor
+    histogram_FB: Tensor
     sum_F: Tensor
     max_F: Tensor
     classes_F: Tensor
@@ -56,24 +56,33 @@ class Collected(NamedTuple):
 
 @torch.no_grad()
 def collect(
-    sae: SAE, cache: Cache, vocabulary: Vocabulary, settings: ContextSettings, report: Report = silent
-) -> Collected:
-    """Read the whole cache once. Raises WrongInput if it holds no token."""
-    sae.eval()
-    selection = Selection(cache, 0, cache.manifest.rows, sae.recipe.layers)
+    saes: Mapping[str, SAE], cache: Cache, vocabulary: Vocabulary, settings: ContextSettings, report: Report = silent
+) -> dict[str, Collected]:
+    """Read the whole cache once, for all SAEs. Raises WrongInput if it holds no token."""
+    layers = sorted({layer for sae in saes.values() for layer in sae.recipe.layers})
+    selection = Selection(cache, 0, cache.manifest.rows, layers)
     if len(selection) == 0:
         raise WrongInput(f"{cache.path} has no kept token; harvest more text")
-    collector = Collector(sae, cache, vocabulary, settings)
-    shards, size = range(len(selection.shards)), settings.batch_tokens
+    device = next(iter(saes.values())).device
+    collectors = {name: Collector(sae.eval(), cache, vocabulary, settings) for name, sae in saes.items()}
+    shards, size, done = range(len(selection.shards)), settings.batch_tokens, 0
+    tokens_P, context = cache.tokens().reshape(-1), cache.manifest.context
     plans = chain.from_iterable(_shard_plans(selection, shard, size) for shard in shards)
-    with closing(load(selection, plans, size, sae.device)) as batches:
+    with closing(load(selection, plans, size, device)) as batches:
         for shard in shards:
             position_n = torch.from_numpy(selection.positions(shard))
             for plan in _shard_plans(selection, shard, size):
-                collector.take(next(batches), position_n[plan[0].first : plan[-1].after])
-                report(Progress("contexts", collector.tokens, len(selection), "tokens", {}))
-            collector.end_shard(selection.shards[shard].record.rows)
-    return collector.result()
+                position_N = position_n[plan[0].first : plan[-1].after]
+                ids_N = torch.from_numpy(tokens_P[position_N.numpy()])
+                place_N = places_of(ids_N, position_N % context).to(device)
+                hidden = Hidden(*next(batches), place_N, layers=layers)
+                for collector in collectors.values():
+                    collector.take(hidden, position_N, ids_N)
+                done += len(position_N)
+                report(Progress("contexts", done, len(selection), "tokens", {}))
+            for collector in collectors.values():
+                collector.end_shard(selection.shards[shard].record.rows)
+    return {name: collector.result() for name, collector in collectors.items()}
 
 
 def _shard_plans(selection: Selection, shard: int, batch_tokens: int) -> Iterator[Plan]:
@@ -89,29 +98,27 @@ class Collector:
     def __init__(self, sae: SAE, cache: Cache, vocabulary: Vocabulary, settings: ContextSettings):
         self.sae, self.cache, self.vocabulary, self.settings = sae, cache, vocabulary, settings
         self.latents, self.device = sae.recipe.latents, sae.device
-        self.layers = len(sae.recipe.layers)
+        self.layers, self.bins = len(sae.recipe.layers), len(HISTOGRAM)
         self.every_layer = False  # whether each token is read once a layer
         self.one_layer = self.layers == 1  # whether an activation was read from one layer
         self.tokens = self.readings = 0
-        self.active_F = torch.zeros(self.latents, dtype=torch.int64, device=self.device)
+        self.histogram_FB = torch.zeros(self.latents, self.bins, dtype=torch.int64, device=self.device)
         self.sum_F = torch.zeros(self.latents, dtype=torch.float64, device=self.device)
         self.max_F = torch.zeros(self.latents, dtype=torch.float32, device=self.device)
         self._tokens_ST = cache.tokens()
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
         self._rule = self._best(settings.per_class, settings.max_classes)
-        self._top = None if settings.top is None else self._best(settings.top, None)
+        self._top = self._best(settings.top, None)
         self._sample = self._best(len(SAMPLES) * settings.samples, None)
 
     def _best(self, each: int, max_classes: int | None) -> Best:
         window = self.settings.window
         return Best(latents=self.latents, each=each, max_classes=max_classes, window=window, device=self.device)
 
-    def take(self, batch: Batch, position_N: Tensor) -> None:
-        """One batch of a shard. position_N: flat positions in tokens, on the CPU."""
-        ids_N = self._tokens_ST.reshape(-1)[position_N.numpy()]
-        place_N = places_of(torch.from_numpy(ids_N), position_N % self.cache.manifest.context).to(self.device)
-        out = self.sae(Hidden(*batch, place_N))
+    def take(self, hidden: Hidden, position_N: Tensor, ids_N: Tensor) -> None:
+        """One batch of a shard. position_N: flat positions in tokens; ids_N: what stands there. Both on the CPU."""
+        out = self.sae(hidden)
         row_M, latent_M, value_M = out.latents.active()
         n, rows = len(position_N), len(out.x_ND)
         token_M = row_M % n  # rows of a later layer stand behind those of all tokens
@@ -122,17 +129,19 @@ class Collector:
             layer_M = out.routing_NL.argmax(1)[token_M]
             self.one_layer = True
         position_M = position_N.to(self.device)[token_M]
-        class_M = torch.from_numpy(self.vocabulary.class_V[ids_N]).to(self.device)[token_M]
+        class_M = torch.from_numpy(self.vocabulary.class_V[ids_N.numpy()]).to(self.device)[token_M]
         window_M = torch.full_like(latent_M, NO_WINDOW)
         found = Activations(latent_M, position_M, layer_M, class_M, value_M, value_M, window_M)
         self.tokens += n
         self.readings += rows
-        self.active_F += torch.bincount(latent_M, minlength=self.latents)
+        bin_M = (BINS_PER_OCTAVE * value_M.log2()).floor().long() - HISTOGRAM.start
+        self.histogram_FB.view(-1).index_add_(
+            0, latent_M * self.bins + bin_M.clamp(0, self.bins - 1), torch.ones_like(latent_M)
+        )
         self.sum_F.index_add_(0, latent_M, value_M.double())
         self.max_F.scatter_reduce_(0, latent_M, value_M, "amax")
         self._rule.add(found.where(torch.nonzero(value_M > self.settings.threshold).squeeze(1)))
-        if self._top is not None:
-            self._top.add(found)
+        self._top.add(found)
         self._sample.add(found._replace(score_M=hashed(found, self.latents, self.layers, self.settings.seed)))
         self._keys.append(self._key(latent_M, position_M, layer_M))
         self._values.append(value_M)
@@ -165,8 +174,7 @@ class Collector:
             return found_MW
 
         for best in (self._rule, self._top, self._sample):
-            if best is not None:
-                best.end_shard(of_shard, base, look_up)
+            best.end_shard(of_shard, base, look_up)
 
     def _key(self, latent: Tensor, position: Tensor, layer: Tensor) -> Tensor:
         """One number a latent and row of the shard; along a latent's window they stand close together."""
@@ -185,30 +193,33 @@ class Collector:
         contexts_F = torch.bincount(latent_M, minlength=self.latents)
         # The number of these latents is the paper's count of features (2503.08200).
         kept_F = (contexts_F >= settings.min_contexts) & (classes_F <= settings.max_classes)
-        chosen = rule.where(torch.nonzero(kept_F[latent_M]).squeeze(1)) if self._top is None else self._top.result()
+        chosen, top = rule.where(torch.nonzero(kept_F[latent_M]).squeeze(1)), self._top.result()
+        if settings.choose == "top":
+            chosen = top
         return Collected(
             tokens=self.tokens,
             readings=self.readings,
-            active_F=self.active_F.cpu(),
+            histogram_FB=self.histogram_FB.cpu(),
             sum_F=self.sum_F.cpu(),
             max_F=self.max_F.cpu(),
             classes_F=classes_F,
             kept_F=kept_F,
             layers=self.sae.recipe.layers if self.one_layer else None,
-            contexts=_in_order(chosen, self._sample.result()),
+            contexts=_in_order(chosen, top, self._sample.result()),
         )
 
 
-def _in_order(chosen: Kept, sample: Kept) -> Kept:
-    """What was chosen and the thirds of the sample, each strongest first, in the order of the file."""
-    chosen, sample = _strongest_first(chosen), _strongest_first(sample)
+def _in_order(chosen: Kept, top: Kept, sample: Kept) -> Kept:
+    """What was chosen, the strongest and the thirds of the sample, each strongest first, in the order of the file."""
+    chosen, top, sample = map(_strongest_first, (chosen, top, sample))
     latent_M = sample.of.latent_M
     size_M = torch.bincount(latent_M)[latent_M]
     third_M = torch.div(rank_within(latent_M) * len(SAMPLES), size_M, rounding_mode="floor")
-    sample = sample._replace(kind_M=third_M + 1)
-    columns = (torch.cat(pair) for pair in zip(chosen[1:], sample[1:], strict=True))
-    both = Kept(joined([chosen.of, sample.of]), *columns)
-    return both.where(torch.argsort(both.of.latent_M * len(KINDS) + both.kind_M, stable=True))
+    top = top._replace(kind_M=torch.full_like(top.kind_M, KINDS.index(TOP)))
+    sample = sample._replace(kind_M=third_M + KINDS.index(SAMPLES[0]))
+    columns = (torch.cat(parts) for parts in zip(chosen[1:], top[1:], sample[1:], strict=True))
+    every = Kept(joined([chosen.of, top.of, sample.of]), *columns)
+    return every.where(torch.argsort(every.of.latent_M * len(KINDS) + every.kind_M, stable=True))
 
 
 def _strongest_first(kept: Kept) -> Kept:

@@ -1,18 +1,23 @@
-"""Read and write the contexts of an SAE, in the SAE's folder.
+"""Read and write the contexts of an SAE, in a folder of its own for each corpus.
 
-    contexts.parquet   a row a context, ordered by latent, kind and rank, with its tokens and their activations
-    latents.parquet    a row a latent, all F of them
-    contexts.json      those that were chosen, in the shape of the published RouteSAE code, for people and its tools
+    contexts/CORPUS-HASH/
+      contexts.parquet   a row a context, ordered by latent, kind and rank, with its tokens and their activations
+      latents.parquet    a row a latent, all F of them
+      contexts.json      those that were chosen, in the shape of the published RouteSAE code, for people and its tools
+      facts.json         what all three were made from, and their hashes; written last
 
-Both Parquet files carry the facts of the run in their metadata. Dimension letters: F latents.
+Dimension letters: F latents.
 """
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import tempfile
 from bisect import bisect_left
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from itertools import groupby
 from operator import itemgetter
@@ -20,19 +25,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import regex
+import xxhash
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 
 from routesae.analyze.inputs.identity import file_hash
-from routesae.machine.files import parse_json
-from routesae.reporting import WrongInput
+from routesae.machine.files import read_json, refuse_link, replacing, write_json
+from routesae.reporting import WrongInput, visible
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-FORMAT = 1
-CONTEXTS, LATENTS, PUBLISHED = "contexts.parquet", "latents.parquet", "contexts.json"
-FACTS = b"routesae"
-CHOSEN, SAMPLES = "chosen", ("strong", "middle", "weak")
-KINDS = (CHOSEN, *SAMPLES)
+FORMAT = 2
+FOLDER, CONTEXTS, LATENTS, PUBLISHED = "contexts", "contexts.parquet", "latents.parquet", "contexts.json"
+PARTS = (CONTEXTS, LATENTS, PUBLISHED)
+FACTS = "facts.json"
+CHOSEN, TOP, SAMPLES = "chosen", "top", ("strong", "middle", "weak")
+KINDS = (CHOSEN, TOP, *SAMPLES)
+BINS_PER_OCTAVE = 4
+HISTOGRAM = range(-8 * BINS_PER_OCTAVE, 16 * BINS_PER_OCTAVE)  # bins: activations from 2^-8 to 2^16
 OPENING, CLOSING = "<ACTIVATED>", "</ACTIVATED>"  # the published code's marks
 MOST_VALUES = 1 << 26  # of a column in a row group, of which one is held in memory at a time
 
@@ -41,7 +51,7 @@ MOST_VALUES = 1 << 26  # of a column in a row group, of which one is held in mem
 class Context:
     """One activation and the text around it.
 
-    kind: "chosen", or the third of the sample it is in. layer: that it was read from, or None if it was not one.
+    kind: "chosen", "top", or the third of the sample it is in. layer: that it was read from, or None.
     row, position: of the token in the cache's tokens. document: index into its document_starts, or None in front of
     the first. at: index of the token in the window. tokens: the window's text, exact when joined. activations: of the
     latent on each of them.
@@ -63,7 +73,10 @@ class Context:
     def of_row(cls, row: Mapping[str, Any]) -> Context:
         values = {field.name: row[field.name] for field in fields(cls)}
         listed: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-        return cls(**listed)
+        context = cls(**listed)
+        if not 0 <= context.at < len(context.tokens) == len(context.token_ids) == len(context.activations):
+            raise ValueError(f"latent {row['latent']} has a context of no token, or of uneven lists")
+        return context
 
     @property
     def text(self) -> str:
@@ -108,7 +121,8 @@ class LatentSummary:
 
     active: readings it is > 0 on (a token is one, for mlsae and random one a layer). density: their share.
     mean_activation: over them. token_classes: above the threshold, or max_classes + 1 if there are more. kept: by the
-    published rule.
+    published rule. histogram: how many of them are in bins histogram_first, histogram_first + 1 …; bin b holds those
+    from 2^(b/4) to 2^((b+1)/4), the lowest and highest of HISTOGRAM also what is beyond.
     """
 
     latent: int
@@ -118,17 +132,21 @@ class LatentSummary:
     mean_activation: float
     token_classes: int
     kept: bool
+    histogram_first: int
+    histogram: Sequence[int]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatentContexts:
-    """A latent's contexts, strongest first. chosen: empty if the rule leaves the latent out.
+    """A latent's contexts, strongest first.
 
-    samples: thirds of a uniform sample of its activations, under "strong", "middle" and "weak".
+    chosen: by the rule, which may leave the latent out, or the strongest. top: the strongest of all. samples: thirds
+    of a uniform sample of its activations, under "strong", "middle" and "weak".
     """
 
     summary: LatentSummary
     chosen: tuple[Context, ...]
+    top: tuple[Context, ...]
     samples: Mapping[str, tuple[Context, ...]]
 
     @property
@@ -136,24 +154,60 @@ class LatentContexts:
         return self.summary.latent
 
 
-class ContextsFile:
-    """What `routesae contexts` wrote into a folder: facts and summaries at hand, contexts read as they are asked for.
+class _Cache(BaseModel):
+    path: str
+    tokens_hash: str
+    corpus: str
 
-    fingerprint: xxh3-128 of contexts.parquet.
+
+class _Settings(BaseModel):
+    threshold: float
+    choose: str
+
+
+class _SAE(BaseModel):
+    folder: str
+    weights: dict[str, str]
+
+
+class Facts(BaseModel):
+    """What facts.json must say; the rest of it is not looked at. hash: of all that it holds besides."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+    cache: _Cache
+    settings: _Settings
+    sae: _SAE
+    readings: PositiveInt
+    features: NonNegativeInt
+    hashes: dict[str, str]
+    hash: str
+
+
+class ContextsFile:
+    """What `routesae contexts` wrote of an SAE: facts and summaries at hand, contexts read as they are asked for.
+
+    folder: the SAE's. place: theirs. fingerprint: xxh3-128 of contexts.parquet.
     """
 
     def __init__(self, folder: Path, facts: Mapping[str, Any], summaries: tuple[LatentSummary, ...]):
         self.folder, self.facts, self.summaries = folder, facts, summaries
-        self.fingerprint = file_hash(folder / CONTEXTS)
+        self.place = place_of(folder, facts["cache"])
+        self.fingerprint: str = facts["hashes"][CONTEXTS]
 
     def latents(self, selected: Collection[int] | None = None) -> Iterator[LatentContexts]:
         """Those that have a context, ascending; only `selected` ones if given. Raises WrongInput on damage."""
-        for latent, rows in groupby(self._rows(selected), key=itemgetter("latent")):
-            if not 0 <= latent < len(self.summaries):
-                raise damaged(self.folder / CONTEXTS, ValueError(f"there is no latent {latent}"))
-            contexts = [Context.of_row(row) for row in rows]
-            kinds = {kind: tuple(c for c in contexts if c.kind == kind) for kind in KINDS}
-            yield LatentContexts(summary=self.summaries[latent], chosen=kinds.pop(CHOSEN), samples=kinds)
+        import pyarrow as pa
+
+        try:
+            for latent, rows in groupby(self._rows(selected), key=itemgetter("latent")):
+                if not 0 <= latent < len(self.summaries):
+                    raise ValueError(f"there is no latent {latent}")
+                contexts = [Context.of_row(row) for row in rows]
+                kinds = {kind: tuple(c for c in contexts if c.kind == kind) for kind in KINDS}
+                chosen, top = kinds.pop(CHOSEN), kinds.pop(TOP)
+                yield LatentContexts(summary=self.summaries[latent], chosen=chosen, top=top, samples=kinds)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise damaged(self.place / CONTEXTS, error) from error
 
     def _rows(self, selected: Collection[int] | None) -> Iterator[dict[str, Any]]:
         """In the order of the file, which is the latents'. A row group without a selected latent is not read."""
@@ -163,70 +217,93 @@ class ContextsFile:
 
         ascending = None if selected is None else sorted(set(selected))
         column = context_schema().get_field_index("latent")
-        try:
-            with pq.ParquetFile(self.folder / CONTEXTS) as file:
-                for group in range(file.num_row_groups):
-                    bounds = file.metadata.row_group(group).column(column).statistics
-                    if ascending is not None and bounds is not None and bounds.has_min_max:
-                        at = bisect_left(ascending, bounds.min)
-                        if at == len(ascending) or ascending[at] > bounds.max:
-                            continue
-                    rows = file.read_row_group(group)
-                    for name in rows.column_names:
-                        if name not in ("layer", "document") and rows[name].null_count:
-                            raise ValueError(f"{name} is missing in a row")
-                    if ascending is not None:
-                        rows = rows.filter(pc.is_in(rows["latent"], pa.array(ascending, pa.int32())))
-                    for batch in rows.to_batches(max_chunksize=4096):
-                        yield from batch.to_pylist()
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise damaged(self.folder / CONTEXTS, error) from error
+        with pq.ParquetFile(self.place / CONTEXTS, page_checksum_verification=True) as file:
+            for group in range(file.num_row_groups):
+                bounds = file.metadata.row_group(group).column(column).statistics
+                if ascending is not None and bounds is not None and bounds.has_min_max:
+                    at = bisect_left(ascending, bounds.min)
+                    if at == len(ascending) or ascending[at] > bounds.max:
+                        continue
+                rows = file.read_row_group(group)
+                for name in rows.column_names:
+                    if name not in ("layer", "document") and rows[name].null_count:
+                        raise ValueError(f"{name} is missing in a row")
+                if ascending is not None:
+                    rows = rows.filter(pc.is_in(rows["latent"], pa.array(ascending, pa.int32())))
+                for batch in rows.to_batches(max_chunksize=4096):
+                    yield from batch.to_pylist()
 
 
-def read_contexts(folder: Path) -> ContextsFile:
-    """The contexts in an SAE's folder. Raises WrongInput if there are none, or they are damaged."""
+def place_of(folder: Path, cache: Mapping[str, Any]) -> Path:
+    """The folder of an SAE's contexts of a corpus. cache: its manifest, as a mapping."""
+    name = re.sub(r"[^\w.-]+", "-", Path(str(cache["corpus"])).name, flags=re.ASCII).strip("-.")[:40]
+    return folder / FOLDER / f"{name or 'corpus'}-{cache['tokens_hash'][:8]}"
+
+
+def read_contexts(folder: Path, tokens_hash: str | None = None) -> ContextsFile:
+    """The contexts in an SAE's folder: see `read_facts`. Raises WrongInput if there are none, or they are damaged."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    facts = read_facts(folder)
+    facts = read_facts(folder, tokens_hash)
     if facts is None:
-        raise WrongInput(f"{folder} has no {CONTEXTS}; make it with routesae contexts --sae {folder}")
-    path = folder / LATENTS
+        which = "" if tokens_hash is None else " of that corpus"
+        raise WrongInput(f"{folder} has no contexts{which}; make them with routesae contexts --sae {folder}")
+    place = place_of(folder, facts["cache"])
+    path = place
     try:
-        _require_bounds(folder / CONTEXTS, context_schema())
-        _require_bounds(path, None)
-        table = pq.read_table(path)
+        for name, schema in ((CONTEXTS, context_schema()), (LATENTS, latent_schema()), (PUBLISHED, None)):
+            path = place / name
+            if file_hash(path) != facts["hashes"].get(name):
+                raise ValueError(f"it is not the one that {FACTS} is about")
+            if schema is not None:
+                _require_bounds(path, schema)
+        path = place / LATENTS
+        table = pq.read_table(path, page_checksum_verification=True)
+        if any(column.null_count for column in table.columns):
+            raise ValueError("a value is missing")
         summaries = tuple(LatentSummary(**row) for row in table.to_pylist())
         if [summary.latent for summary in summaries] != list(range(len(summaries))):
             raise ValueError("its latents are not numbered from 0")
-    except FileNotFoundError:
-        raise WrongInput(f"{path} is missing; run routesae contexts again") from None
     except (pa.ArrowException, OSError, TypeError, ValueError) as error:
         raise damaged(path, error) from error
-    if json.loads((table.schema.metadata or {}).get(FACTS, b"null")) != facts:
-        raise WrongInput(f"{path} and {CONTEXTS} are of two runs; run routesae contexts again")
     return ContextsFile(folder, facts, summaries)
 
 
-def read_facts(folder: Path) -> dict[str, Any] | None:
-    """What the contexts in `folder` came from, or None if there are none. Raises WrongInput if they are damaged."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def read_facts(folder: Path, tokens_hash: str | None = None) -> dict[str, Any] | None:
+    """What an SAE's contexts came from, or None if there are none.
 
-    path = folder / CONTEXTS
-    if not path.is_file():
+    tokens_hash: of the corpus; without it there must be contexts of one corpus only. Raises WrongInput if they are of
+    several, or damaged.
+    """
+    places = sorted(path.parent for path in folder.glob(f"{FOLDER}/*/{FACTS}"))
+    if tokens_hash is not None:
+        places = [place for place in places if place.name.endswith(f"-{tokens_hash[:8]}")]
+    if len(places) > 1:
+        names = ", ".join(visible(place.name) for place in places)
+        raise WrongInput(f"{folder} has contexts of several corpora, {names}; say which with --cache")
+    if not places:
         return None
+    path = places[0] / FACTS
     try:
-        facts: dict[str, Any] = parse_json((pq.read_metadata(path).metadata or {})[FACTS])
-        version = facts["format"]
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        facts: dict[str, Any] = read_json(path)
+        if isinstance(facts, dict) and facts.get("format") != FORMAT:
+            raise ValueError(f"it has format {facts.get('format')!r}, and only {FORMAT} is read")
+        read = Facts.model_validate(facts)
+        if read.hash != _hash_of(facts) or place_of(folder, facts["cache"]) != places[0]:
+            raise ValueError("it is not as it was written")
+    except (OSError, ValueError) as error:
         raise damaged(path, error) from error
-    if version != FORMAT:
-        raise WrongInput(f"{path} has format {version}, and only {FORMAT} is read; run routesae contexts again")
     return facts
 
 
-def _require_bounds(path: Path, schema: pa.Schema | None) -> None:
+def _hash_of(facts: Mapping[str, Any]) -> str:
+    """xxh3-128 of the facts but for `hash`."""
+    rest = {name: value for name, value in facts.items() if name != "hash"}
+    return xxhash.xxh3_128(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _require_bounds(path: Path, schema: pa.Schema) -> None:
     """Raises ValueError if a Parquet file has other columns, or claims more than is ever written.
 
     A few bytes of it can stand for any number of rows.
@@ -234,8 +311,8 @@ def _require_bounds(path: Path, schema: pa.Schema | None) -> None:
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path) as file:
-        if schema is not None and not file.schema_arrow.remove_metadata().equals(schema):
-            raise ValueError("its columns are not those of contexts")
+        if not file.schema_arrow.remove_metadata().equals(schema):
+            raise ValueError("its columns are others")
         for group in map(file.metadata.row_group, range(file.num_row_groups)):
             values = max(group.column(column).num_values for column in range(group.num_columns))
             if not 0 <= group.num_rows <= values <= MOST_VALUES:
@@ -243,23 +320,24 @@ def _require_bounds(path: Path, schema: pa.Schema | None) -> None:
 
 
 def damaged(path: Path, why: Exception) -> WrongInput:
-    reason = (str(why).strip() or type(why).__name__).splitlines()[0]
-    return WrongInput(f"{path} cannot be read ({reason}); run routesae contexts again")
+    reason = " ".join(str(why).split()) or type(why).__name__
+    return WrongInput(f"{path} cannot be read ({visible(reason)[:200]}); run routesae contexts again")
 
 
 def write_contexts(
     folder: Path, facts: Mapping[str, Any], summaries: pa.Table, contexts: Iterator[pa.RecordBatch]
-) -> None:
-    """Write the three files, each whole or not at all.
+) -> Path:
+    """Write the files of a corpus into an SAE's folder, the facts last, and return where they are.
 
     summaries: the columns of LatentSummary, a row a latent. contexts: whole latents a batch, in the file's order.
     """
     import pyarrow.parquet as pq
 
-    metadata = {FACTS: json.dumps(facts)}
-    partial = {name: folder / f".{name}.partial" for name in (CONTEXTS, LATENTS, PUBLISHED)}
-    pq.write_table(summaries.replace_schema_metadata(metadata), partial[LATENTS], compression="zstd")
-    schema = context_schema().with_metadata(metadata)
+    place = place_of(folder, facts["cache"])
+    refuse_link(place.parent)
+    refuse_link(place)
+    place.mkdir(parents=True, exist_ok=True)
+    how: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
     settings = facts["settings"]
     head = {
         "total_latents": facts["chosen"],
@@ -269,26 +347,33 @@ def write_contexts(
         "lines": settings["min_contexts"] - 1,  # the published code keeps latents with more contexts than this
         "routesae": facts,
     }
-    with (
-        pq.ParquetWriter(partial[CONTEXTS], schema, compression="zstd") as parquet,
-        partial[PUBLISHED].open("w", encoding="utf-8") as published,
-        tempfile.TemporaryFile("w+", encoding="utf-8") as samples,
-    ):
-        published.write(json.dumps(head)[:-1] + ',\n"latent_context_map": {')
-        comma = ""
-        for batch in contexts:
-            parquet.write_batch(batch.replace_schema_metadata(metadata))
-            for latent, by_class, by_kind in _published(batch.to_pylist()):
-                published.write(f'{comma}\n"{latent}": {json.dumps(by_class)}')
-                samples.write(f'{comma}\n"{latent}": {json.dumps(by_kind)}')
-                comma = ","
-        published.write('\n},\n"latent_sample_map": {')
-        samples.seek(0)
-        for line in samples:
-            published.write(line)
-        published.write("\n}}\n")
-    for name, path in partial.items():
-        path.replace(folder / name)
+    with ExitStack() as stack:
+        files = {name: stack.enter_context(replacing(place / name)) for name in PARTS}
+        pq.write_table(summaries, files[LATENTS], **how)
+        published = io.TextIOWrapper(files[PUBLISHED], encoding="utf-8", write_through=True)
+        with (
+            pq.ParquetWriter(files[CONTEXTS], context_schema(), **how) as parquet,
+            tempfile.TemporaryFile("w+", encoding="utf-8") as samples,
+        ):
+            published.write(json.dumps(head)[:-1] + ',\n"latent_context_map": {')
+            comma = ""
+            for batch in contexts:
+                parquet.write_batch(batch)
+                for latent, by_class, by_kind in _published(batch.to_pylist()):
+                    published.write(f'{comma}\n"{latent}": {json.dumps(by_class)}')
+                    samples.write(f'{comma}\n"{latent}": {json.dumps(by_kind)}')
+                    comma = ","
+            published.write('\n},\n"latent_sample_map": {')
+            samples.seek(0)
+            for line in samples:
+                published.write(line)
+            published.write("\n}}\n")
+        published.detach()
+        for file in files.values():
+            file.flush()
+        signed = {**facts, "hashes": {name: file_hash(Path(file.name)) for name, file in files.items()}}
+    write_json(place / FACTS, {**signed, "hash": _hash_of(json.loads(json.dumps(signed)))})
+    return place
 
 
 def _published(rows: list[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any], dict[str, Any]]]:
@@ -300,8 +385,10 @@ def _published(rows: list[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]
             context = Context.of_row(row)
             entry = {"context": context.marked(), "activation": context.activation}
             entry |= {name: getattr(context, name) for name in ("layer", "row", "position", "document")}
-            place = by_class.setdefault(context.token_class, []) if context.kind == CHOSEN else by_kind[context.kind]
-            place.append(entry)
+            if context.kind == CHOSEN:
+                by_class.setdefault(context.token_class, []).append(entry)
+            elif context.kind in SAMPLES:
+                by_kind[context.kind].append(entry)
         if by_class:
             yield latent, dict(sorted(by_class.items())), by_kind
 
@@ -325,5 +412,24 @@ def context_schema() -> pa.Schema:
             ("token_ids", pa.list_(pa.int32())),
             ("tokens", pa.list_(pa.string())),
             ("activations", pa.list_(pa.float32())),
+        ]
+    )
+
+
+def latent_schema() -> pa.Schema:
+    """The columns of latents.parquet: those of LatentSummary."""
+    import pyarrow as pa
+
+    return pa.schema(
+        [
+            ("latent", pa.int32()),
+            ("active", pa.int64()),
+            ("density", pa.float64()),
+            ("max_activation", pa.float32()),
+            ("mean_activation", pa.float64()),
+            ("token_classes", pa.int32()),
+            ("kept", pa.bool_()),
+            ("histogram_first", pa.int16()),
+            ("histogram", pa.list_(pa.int64())),
         ]
     )

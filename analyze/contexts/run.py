@@ -1,4 +1,4 @@
-"""Run `routesae contexts`: write into an SAE's folder the text that every latent is active on.
+"""Run `routesae contexts`: write into each SAE's folder the text that its latents are active on.
 
 No LM is loaded: hidden states and tokens come from the cache.
 """
@@ -6,6 +6,7 @@ No LM is loaded: hidden states and tokens come from the cache.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from routesae import __version__
-from routesae.analyze.contexts.collect import collect
-from routesae.analyze.contexts.file import FORMAT, read_facts, write_contexts
+from routesae.analyze.contexts.collect import Collected, collect
+from routesae.analyze.contexts.file import CHOSEN, FORMAT, KINDS, read_facts, write_contexts
 from routesae.analyze.contexts.settings import ContextSettings
 from routesae.analyze.contexts.table import context_batches, latent_table
 from routesae.analyze.contexts.windows import Vocabulary
@@ -23,19 +24,19 @@ from routesae.analyze.inputs.lm import lm_of_cache, load_tokenizer_of
 from routesae.analyze.inputs.saes import OpenSAE, open_saes
 from routesae.harvest.cache.reader import Cache
 from routesae.machine.device import pick_device
-from routesae.reporting import Progress, Report, WrongInput, silent
+from routesae.reporting import Report, WrongInput, silent
 
 log = logging.getLogger(__name__)
 
-RULE = ("threshold", "per_class", "max_classes", "min_contexts", "top", "window", "samples", "seed")
+RULE = ("threshold", "per_class", "max_classes", "min_contexts", "choose", "top", "window", "samples", "seed")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ContextResult:
     """What was written for one SAE.
 
-    features: latents that the published rule keeps. chosen: latents with contexts in contexts.json. contexts: rows of
-    contexts.parquet, samples included.
+    folder: where it is. features: latents that the published rule keeps. chosen: latents with contexts in
+    contexts.json. contexts: rows of contexts.parquet, the strongest and samples included.
     """
 
     sae: str
@@ -65,67 +66,77 @@ def contexts(settings: ContextSettings, report: Report = silent) -> list[Context
     cache = Cache(settings.cache)
     cache.require_whole()
     opened = open_saes(settings.saes, Path(settings.out), cache, pick_device(settings.device))
+    made_from = {name: _facts(settings, name, sae, cache) for name, sae in opened.items()}
     if not settings.overwrite:
-        for one in opened.values():
-            _require_same_results(one.beside, settings, cache)
+        for name, one in opened.items():
+            _require_same_results(one.beside, made_from[name])
     vocabulary = Vocabulary(load_tokenizer_of([lm_of_cache(cache)], settings.model))
-    return [_write(settings, name, sae, cache, vocabulary, report) for name, sae in opened.items()]
-
-
-def _require_same_results(folder: Path, settings: ContextSettings, cache: Cache) -> None:
-    """Raises WrongInput if there are contexts in `folder` which are not those that the settings would give again."""
-    try:
-        facts = read_facts(folder)
-    except WrongInput:
-        return  # damaged: nobody can read them
-    if facts is None:
-        return
-    before, now = facts["settings"], settings.to_dict()
-    changed = [
-        f"--{name.replace('_', '-')} {before.get(name)}, now {now[name]}"
-        for name in RULE
-        if before.get(name) != now[name]
+    saes = {name: one.sae for name, one in opened.items()}
+    found = collect(saes, cache, vocabulary, settings, report)
+    return [
+        _write(settings, name, one, made_from[name], found.pop(name), cache, vocabulary)
+        for name, one in opened.items()
     ]
-    if facts["cache"].get("tokens_hash") != cache.manifest.tokens_hash:
-        changed.append(f"the corpus {facts['cache'].get('corpus')}, now {cache.manifest.corpus}")
-    if changed:
-        raise WrongInput(f"{folder} has contexts of {'; '.join(changed)}; give --overwrite to replace them")
 
 
-def _write(
-    settings: ContextSettings, name: str, sae: OpenSAE, cache: Cache, vocabulary: Vocabulary, report: Report
-) -> ContextResult:
-    def report_this_sae(now: Progress) -> None:
-        report(now._replace(stage=f"contexts {name}"))
-
-    collected = collect(sae.sae, cache, vocabulary, settings, report_this_sae)
-    kept = collected.contexts
-    result = ContextResult(
-        sae=name,
-        folder=sae.beside,
-        latents=len(collected.kept_F),
-        features=int(collected.kept_F.sum()),
-        chosen=len(np.unique(kept.of.latent_M[kept.kind_M == 0].numpy())),
-        contexts=len(kept.kind_M),
-        max_activation=float(collected.max_F.max()),
-    )
-    if settings.top is None and result.features == 0:
-        log.warning(
-            "%s: the rule keeps no latent; the strongest activation is %.1f: give a --threshold well below it",
-            name,
-            result.max_activation,
-        )
-    facts = {
+def _facts(settings: ContextSettings, name: str, sae: OpenSAE, cache: Cache) -> dict[str, Any]:
+    """What an SAE's contexts are made from, known before they are."""
+    return {
         "format": FORMAT,
         "routesae": __version__,
         "settings": settings.to_dict(),
         "cache": {"path": cache.address, **cache.manifest.to_dict()},
         "sae": {"name": name, "folder": str(sae.folder.resolve()), **sae_identity(sae.folder, sae.sae)},
-        "tokens": collected.tokens,
-        "readings": collected.readings,
-        "features": result.features,
-        "chosen": result.chosen,
     }
-    sae.beside.mkdir(parents=True, exist_ok=True)
-    write_contexts(sae.beside, facts, latent_table(collected), context_batches(collected, cache, vocabulary))
-    return result
+
+
+def _require_same_results(folder: Path, now: Mapping[str, Any]) -> None:
+    """Raises WrongInput if there are contexts of this corpus in `folder` that would be others afterwards."""
+    try:
+        before = read_facts(folder, now["cache"]["tokens_hash"])
+    except WrongInput:
+        return  # damaged: nobody can read them
+    if before is None:
+        return
+    changed = [
+        f"--{name.replace('_', '-')} {before['settings'].get(name)}, now {now['settings'][name]}"
+        for name in RULE
+        if before["settings"].get(name) != now["settings"][name]
+    ]
+    if before["sae"]["weights"] != now["sae"]["weights"]:
+        changed.append("other weights")
+    if changed:
+        raise WrongInput(f"{folder} has contexts of {'; '.join(changed)}; give --overwrite to replace them")
+
+
+def _write(
+    settings: ContextSettings,
+    name: str,
+    sae: OpenSAE,
+    facts: Mapping[str, Any],
+    collected: Collected,
+    cache: Cache,
+    vocabulary: Vocabulary,
+) -> ContextResult:
+    kept = collected.contexts
+    counts = {
+        "features": int(collected.kept_F.sum()),
+        "chosen": len(np.unique(kept.of.latent_M[kept.kind_M == KINDS.index(CHOSEN)].numpy())),
+    }
+    strongest = float(collected.max_F.max())
+    if settings.choose == "rule" and counts["features"] == 0:
+        log.warning(
+            "%s: the rule keeps no latent; the strongest activation is %.1f: give a --threshold well below it",
+            name,
+            strongest,
+        )
+    facts = {**facts, "tokens": collected.tokens, "readings": collected.readings, **counts}
+    place = write_contexts(sae.beside, facts, latent_table(collected), context_batches(collected, cache, vocabulary))
+    return ContextResult(
+        sae=name,
+        folder=place,
+        latents=len(collected.kept_F),
+        contexts=len(kept.kind_M),
+        max_activation=strongest,
+        **counts,
+    )

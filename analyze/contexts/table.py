@@ -12,7 +12,7 @@ import numpy as np
 
 from routesae.analyze.contexts.best import rank_within
 from routesae.analyze.contexts.collect import Collected
-from routesae.analyze.contexts.file import KINDS, context_schema
+from routesae.analyze.contexts.file import HISTOGRAM, KINDS, context_schema, latent_schema
 from routesae.analyze.contexts.windows import Vocabulary
 from routesae.harvest.cache.reader import Cache
 
@@ -74,15 +74,22 @@ def latent_table(collected: Collected) -> pa.Table:
     """The rows of latents.parquet: routesae.analyze.contexts.file.LatentSummary."""
     import pyarrow as pa
 
-    active_F = collected.active_F
-    return pa.table(
-        {
-            "latent": pa.array(np.arange(len(active_F)), pa.int32()),
-            "active": active_F.numpy(),
-            "density": (active_F.double() / collected.readings).numpy(),
-            "max_activation": collected.max_F.numpy(),
-            "mean_activation": (collected.sum_F / active_F.clamp(min=1)).numpy(),
-            "token_classes": pa.array(collected.classes_F.numpy(), pa.int32()),
-            "kept": collected.kept_F.numpy(),
-        }
-    )
+    histogram_FB = collected.histogram_FB.numpy()
+    active_F = histogram_FB.sum(1)
+    first_F, end_F = (histogram_FB > 0).argmax(1), histogram_FB.shape[1] - (histogram_FB[:, ::-1] > 0).argmax(1)
+    columns = {
+        "latent": np.arange(len(active_F)),
+        "active": active_F,
+        "density": active_F / collected.readings,
+        "max_activation": collected.max_F.numpy(),
+        "mean_activation": collected.sum_F.numpy() / active_F.clip(min=1),
+        "token_classes": collected.classes_F.numpy(),
+        "kept": collected.kept_F.numpy(),
+        "histogram_first": first_F + HISTOGRAM.start,
+        "histogram": [
+            bins[first:end] if bins.any() else bins[:0]
+            for bins, first, end in zip(histogram_FB, first_F, end_F, strict=True)
+        ],
+    }
+    schema = latent_schema()
+    return pa.table([pa.array(columns[field.name], field.type) for field in schema], schema=schema)

@@ -193,7 +193,12 @@ class Subject:
 
 
 def _contexts(settings: InterpretSettings) -> list[ContextsFile]:
-    """The contexts of the SAEs that are named, or of all that have any."""
+    """The contexts of the SAEs that are named, or of all that have any; of the corpus of --cache if it is given."""
+    tokens_hash = None
+    if settings.cache is not None:
+        from routesae.harvest.cache.reader import Cache
+
+        tokens_hash = Cache(settings.cache).manifest.tokens_hash
     if settings.saes:
         folders = [Path(sae) for sae in dict.fromkeys(settings.saes)]
         for folder in folders:
@@ -203,17 +208,17 @@ def _contexts(settings: InterpretSettings) -> list[ContextsFile]:
         from routesae.train.folder.checkpoint import find_saes  # brings torch
 
         everything = find_saes(Path(settings.out))
-        folders = [folder for folder in everything if read_facts(folder) is not None]
+        folders = [folder for folder in everything if read_facts(folder, tokens_hash) is not None]
         if not folders:
             raise WrongInput(f"no SAE under {settings.out} has contexts; make them with routesae contexts")
         if left := [folder.name for folder in everything if folder not in folders]:
             log.warning("left out because they have no contexts: %s", ", ".join(left))
-    return [read_contexts(folder) for folder in folders]
+    return [read_contexts(folder, tokens_hash) for folder in folders]
 
 
 def pick(contexts: ContextsFile, settings: InterpretSettings) -> list[int]:
     """The latents to ask about: of those that contexts chose, the first so many in a seeded order."""
-    by_rule = contexts.facts["settings"]["top"] is None
+    by_rule = contexts.facts["settings"]["choose"] == "rule"
     kept = [one.latent for one in contexts.summaries if (one.kept if by_rule else one.active)]
     if not kept:
         raise WrongInput(f"{contexts.folder}: no latent has contexts; run routesae contexts with a lower --threshold")

@@ -20,6 +20,7 @@ from routesae.analyze.pipeline.settings import AblationSettings
 from routesae.analyze.scores.metrics import METRICS
 from routesae.analyze.scores.run import DESCRIPTIONS, analyze
 from routesae.analyze.scores.settings import AnalyzeSettings
+from routesae.harvest.cache.reader import Cache
 from routesae.machine.files import write_json
 from routesae.reporting import Report, WrongInput, silent
 from routesae.train.jobs import folders
@@ -45,7 +46,9 @@ def ablation(settings: AblationSettings, report: Report = silent) -> list[dict[s
     train(training, report)
     out, saes = Path(settings.out), tuple(str(folder) for folder in folders(training))
     common: dict[str, Any] = {"cache": training.cache, "device": training.device, "model": settings.model}
-    if settings.contexts and (unread := tuple(sae for sae in saes if _threshold(sae) != settings.threshold)):
+    tokens_hash = Cache(training.cache).manifest.tokens_hash
+    unread = tuple(sae for sae in saes if _threshold(sae, tokens_hash) != settings.threshold)
+    if settings.contexts and unread:
         contexts(ContextSettings(saes=unread, threshold=settings.threshold, overwrite=True, **common), report)
     scoring = AnalyzeSettings(
         saes=saes, metrics=tuple(METRICS), tokens=settings.score_tokens, lm_dtype=settings.lm_dtype, **common
@@ -63,9 +66,9 @@ def ablation(settings: AblationSettings, report: Report = silent) -> list[dict[s
     return rows
 
 
-def _threshold(folder: str) -> float | None:
-    """The threshold of the contexts in an SAE's folder, or None if there are none."""
-    facts = read_facts(Path(folder))
+def _threshold(folder: str, tokens_hash: str) -> float | None:
+    """The threshold of the contexts of a corpus in an SAE's folder, or None if there are none."""
+    facts = read_facts(Path(folder), tokens_hash)
     return None if facts is None else facts["settings"]["threshold"]
 
 

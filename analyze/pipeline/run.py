@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from routesae.analyze.contexts.file import CONTEXTS, LATENTS
+from routesae.analyze.contexts.file import FACTS, PARTS, place_of
 from routesae.analyze.contexts.run import contexts
 from routesae.analyze.contexts.settings import ContextSettings
 from routesae.analyze.inputs.identity import cache_identity, file_hash
@@ -80,25 +80,26 @@ def run_pipeline(settings: PipelineSettings, report: Report = silent) -> Pipelin
     of_saes = {folder: {**origin, f"SAE {folder.name}": sae_files(folder)} for folder in folders}
     origin = {name: value for one in of_saes.values() for name, value in one.items()}
     saes = tuple(map(str, folders))
+    facts = {folder: place_of(folder, cache.manifest.to_dict()) / FACTS for folder in folders}
     if (analyzing := settings.analyze) is not None:
         analyzing = analyzing.replace(saes=saes)
         step = Step("analyze", {**analyzing.to_dict(), **origin}, (out / SCORES,))
         stages["analyze"] = record.run(step, lambda: write_json(out / SCORES, analyze(analyzing, report)))
     if (collecting := settings.contexts) is not None:
-        stages["contexts"] = _contexts(collecting, of_saes, record, report)
+        stages["contexts"] = _contexts(collecting, of_saes, facts, record, report)
     if (asking := settings.interpret) is not None:
         asking = asking.replace(saes=saes)
-        read = [folder / CONTEXTS for folder in folders] + [Path(file) for file in [asking.prompt] if file]
+        read = [*facts.values()] + [Path(file) for file in [asking.prompt] if file]
         summaries = tuple(folder / SUMMARY for folder in folders)
         step = Step("interpret", {**asking.to_dict(), **origin, **hashes(*read)}, summaries)
         unanswered = any(lost(json.loads(file.read_bytes())) for file in summaries if file.is_file())
         stages["interpret"] = record.run(step, lambda: interpret(asking, report), again=unanswered)
     if settings.analyze is not None:
-        _describe_again(out / SCORES, record)
+        _describe_again(out / SCORES, cache.manifest.tokens_hash, record)
     if (showing := settings.report) is not None:
         scores = str(out / SCORES) if (out / SCORES).is_file() else None
         showing = showing.replace(saes=saes, html=str(out / REPORT), scores=scores)
-        read = [out / SCORES, *(folder / name for folder in folders for name in (CONTEXTS, SUMMARY))]
+        read = [out / SCORES, *facts.values(), *(folder / SUMMARY for folder in folders)]
         step = Step("report", {**showing.to_dict(), **origin, **hashes(*read)}, (out / REPORT,))
         stages["report"] = record.run(step, lambda: write_report(showing, report))
     if settings.interpret is not None:
@@ -158,26 +159,31 @@ def _train(
 
 
 def _contexts(
-    settings: ContextSettings, of_saes: Mapping[Path, Mapping[str, Any]], record: Record, report: Report
+    settings: ContextSettings,
+    of_saes: Mapping[Path, Mapping[str, Any]],
+    facts: Mapping[Path, Path],
+    record: Record,
+    report: Report,
 ) -> bool:
     shared = settings.to_dict()
     steps = [
-        Step(f"contexts {folder.name}", {**shared, **inputs}, (folder / CONTEXTS, folder / LATENTS))
+        Step(f"contexts {folder.name}", {**shared, **inputs}, (facts[folder], *map(facts[folder].with_name, PARTS)))
         for folder, inputs in of_saes.items()
     ]
     if stale := record.stale(steps):
         overwrite = settings.overwrite or all(map(record.may_replace, stale))
-        saes = tuple(str(step.outputs[0].parent) for step in stale)
+        saes = tuple(str(folder) for folder, step in zip(of_saes, steps, strict=True) if step in stale)
         contexts(settings.replace(saes=saes, overwrite=overwrite), report)
         record.keep(*stale)
     return bool(stale)
 
 
-def _describe_again(file: Path, record: Record) -> None:
+def _describe_again(file: Path, tokens_hash: str, record: Record) -> None:
     """Put into the scores what contexts and interpret, which come after analyze, have found since."""
     results = json.loads(file.read_bytes())
     rows = [
-        {name: value for name, value in row.items() if name not in DESCRIPTIONS} | described(Path(row["folder"]))
+        {name: value for name, value in row.items() if name not in DESCRIPTIONS}
+        | described(Path(row["folder"]), tokens_hash)
         for row in results["saes"]
     ]
     if rows != results["saes"]:

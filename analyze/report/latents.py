@@ -81,7 +81,9 @@ def latent_pieces(
         shown: dict[str, list[Any]] = {}
         while ahead is not None and ahead.latent < after:
             _list_words(listed, ahead, several_layers=len(run.recipe.layers) > 1)
-            picked = [*ahead.chosen[:contexts]]
+            picked = [*ahead.top[:contexts]]
+            shown_already = {(context.row, context.position, context.layer) for context in picked}
+            picked += [c for c in ahead.chosen[:contexts] if (c.row, c.position, c.layer) not in shown_already]
             picked += [context for kind in SAMPLES for context in ahead.samples[kind][: max(1, contexts // 4)]]
             shown[str(ahead.latent)] = [_packed_context(context, texts) for context in picked]
             ahead = next(streamed, None)
@@ -103,11 +105,11 @@ def _list_words(listed: dict[str, Any], latent: LatentContexts, *, several_layer
     """List the words a latent is active on, one a line, and the layer it is read from most."""
     sampled = [context for kind in SAMPLES for context in latent.samples[kind]]
     marked: dict[str, None] = {}
-    for context in (*latent.chosen, *sampled):
+    for context in (*latent.top, *latent.chosen, *sampled):
         marked[(context.word.strip() or context.word).lower().replace("\n", "↵")] = None
     whole = [word for word in marked if "\ufffd" not in word] or list(marked)  # of some a row has a half only
     listed["words"][latent.latent] = "\n".join(whole[:WORDS_LISTED])
-    layers = Counter(context.layer for context in sampled or latent.chosen)
+    layers = Counter(context.layer for context in sampled or latent.top)
     if several_layers and layers:
         listed["layer"][latent.latent] = layers.most_common(1)[0][0]
 

@@ -52,7 +52,9 @@ class Page(NamedTuple):
 def write_report(settings: ReportSettings, report: Report = silent) -> Page:
     """Write the page. Raises WrongInput where a library is missing, or a folder, cache or LM does not fit."""
     require_libraries()
-    runs = read_runs(settings.saes, Path(settings.out), settings.scores)
+    cache = None if settings.cache is None else Cache(settings.cache)
+    tokens_hash = None if cache is None else cache.manifest.tokens_hash
+    runs = read_runs(settings.saes, Path(settings.out), settings.scores, tokens_hash)
     device = pick_device(settings.device)
     cache = _open_cache(settings, runs)
     vocabulary, lens = _load_lm(settings, cache, runs)

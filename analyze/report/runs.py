@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from routesae.analyze.contexts.file import CONTEXTS, ContextsFile, read_contexts
+from routesae.analyze.contexts.file import ContextsFile, read_contexts, read_facts
 from routesae.analyze.inputs.identity import sae_identity
 from routesae.analyze.inputs.saes import sae_folders
 from routesae.analyze.interpret.run import SUMMARY, read_interpretations
@@ -73,14 +73,21 @@ class Run:
         return sae
 
 
-def read_runs(references: Sequence[str], out: Path, scores_file: str | None) -> list[Run]:
-    """Read the SAEs that `references` name, or all under `out`. Raises WrongInput where one is missing or damaged."""
+def read_runs(
+    references: Sequence[str], out: Path, scores_file: str | None, tokens_hash: str | None = None
+) -> list[Run]:
+    """Read the SAEs that `references` name, or all under `out`, with their contexts of a corpus.
+
+    Raises WrongInput where one is missing or damaged, or there are contexts of several corpora and none is named.
+    """
     scored = _read_scores(scores_file)
     places = sae_folders(references, out)
-    return [_read_run(name, folder, beside, scored) for name, (folder, beside) in places.items()]
+    return [_read_run(name, folder, beside, scored, tokens_hash) for name, (folder, beside) in places.items()]
 
 
-def _read_run(name: str, folder: Path, beside: Path, scored: Mapping[str, Mapping[str, Any]]) -> Run:
+def _read_run(
+    name: str, folder: Path, beside: Path, scored: Mapping[str, Mapping[str, Any]], tokens_hash: str | None
+) -> Run:
     """beside: the folder that contexts and interpret write into."""
     metadata = read_config(folder).get("metadata")
     ours = metadata.get("routesae") if isinstance(metadata, dict) else None
@@ -89,7 +96,7 @@ def _read_run(name: str, folder: Path, beside: Path, scored: Mapping[str, Mappin
     row = scored.get(str(folder.resolve()), scored.get(name, {}))
     known = {column: held_out.get(key) for column, key in HELD_OUT.items()}
     known |= {column.name: row[column.name] for column in COLUMNS if row.get(column.name) is not None}
-    known |= described(beside)
+    known |= described(beside, tokens_hash)
     if (beside / SUMMARY).is_file():
         summary = json.loads((beside / SUMMARY).read_bytes())  # `described` has read it already: it is whole
         known |= {mode: (summary.get(mode) or {}).get("balanced_accuracy") for mode in MODES}
@@ -101,7 +108,7 @@ def _read_run(name: str, folder: Path, beside: Path, scored: Mapping[str, Mappin
         curve=_read_curve(folder / METRICS_FILE),
         scores={column: value for column, value in known.items() if value is not None},
         shares=row.get("Shares") or held_out.get("layer_shares"),
-        contexts=read_contexts(beside) if (beside / CONTEXTS).is_file() else None,
+        contexts=read_contexts(beside, tokens_hash) if read_facts(beside, tokens_hash) is not None else None,
         explanations=read_interpretations(beside),
     )
 

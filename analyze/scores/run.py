@@ -47,8 +47,8 @@ def analyze(settings: AnalyzeSettings, report: Report = silent) -> dict[str, Any
         raise WrongInput(f"{cache.path} has no held-out rows: it is one row of tokens; harvest more text")
     if settings.tokens is not None:
         after = min(after, first + max(1, settings.tokens // cache.manifest.context))
-    saes, rows = _views(opened, settings)
-    descriptions = {name: described(one.beside) for name, one in opened.items()}
+    saes, rows = _views(opened, settings, cache.manifest.tokens_hash)
+    descriptions = {name: described(one.beside, cache.manifest.tokens_hash) for name, one in opened.items()}
     metrics = [METRICS[name] for name in settings.metrics]
     of_cache = [metric for metric in metrics if not metric.needs_lm]
     of_lm = [metric for metric in metrics if metric.needs_lm]
@@ -76,7 +76,7 @@ def analyze(settings: AnalyzeSettings, report: Report = silent) -> dict[str, Any
 
 
 def _views(
-    opened: Mapping[str, OpenSAE], settings: AnalyzeSettings
+    opened: Mapping[str, OpenSAE], settings: AnalyzeSettings, tokens_hash: str
 ) -> tuple[dict[str, SAE], dict[str, dict[str, Any]]]:
     """Every SAE at every sparsity, and the columns of its row that are known before it is scored.
 
@@ -87,7 +87,7 @@ def _views(
     saes, rows, refusals = {}, {}, []
     thresholds = {}
     for name, one in opened.items():
-        if (facts := read_facts(one.beside)) is not None:
+        if (facts := read_facts(one.beside, tokens_hash)) is not None:
             thresholds[name] = facts["settings"]["threshold"]
         layers = one.sae.recipe.layers
         for sparsity in sparsities or [{}]:
@@ -115,11 +115,11 @@ def _views(
     return saes, rows
 
 
-def described(folder: Path) -> dict[str, Any]:
+def described(folder: Path, tokens_hash: str | None = None) -> dict[str, Any]:
     """What is known of the latents of the SAE in `folder`: Features, how many the published rule keeps, if contexts
-    were collected; Score, the explainer's mean, if they were explained."""
+    of the corpus were collected (see `read_facts`); Score, the explainer's mean, if they were explained."""
     columns: dict[str, Any] = {}
-    if (facts := read_facts(folder)) is not None:
+    if (facts := read_facts(folder, tokens_hash)) is not None:
         columns["Features"] = facts["features"]
     if (summary := folder / SUMMARY).is_file():
         try:

@@ -1,7 +1,7 @@
 "use strict";
 // Text of the corpus, of tokens and of explanations only ever becomes text nodes (spell, textContent): never markup.
 
-const KINDS = ["Strongest", "Sample: strongest third", "Sample: middle third", "Sample: weakest third"];
+const KINDS = ["Chosen by the published rule, besides", "Strongest", "Sample: strongest third", "Sample: middle third", "Sample: weakest third"];
 const OVERSCAN = 8; // rows drawn above and below those in sight
 const PIECES_HELD = 32;
 // What nobody would see. Joiners in emoji and in scripts that are written with them, and emoji selectors, are text.
@@ -266,7 +266,8 @@ function go(latent) {
 function contexts(latent, data) {
   const parts = [], found = data.contexts[latent] ?? [];
   const peak = Math.max(...found.map((context) => context[1] ?? 0), 1e-9);
-  KINDS.forEach((heading, kind) => {
+  [1, 0, 2, 3, 4].forEach((kind) => {
+    const heading = KINDS[kind];
     const ofKind = found.filter((context) => context[0] === kind);
     if (ofKind.length) parts.push(make("h3", "", heading), ...ofKind.map((one) => context(one, data.words, peak)));
   });

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import heapq
 import json
+import math
+import random
 import re
 import shutil
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from routesae.analyze.contexts import best as contexts_best
@@ -23,10 +26,11 @@ from routesae.analyze.contexts.file import (
     CONTEXTS,
     FACTS,
     FORMAT,
-    LATENTS,
+    PARTS,
     SAMPLES,
     Context,
     ContextsFile,
+    place_of,
     read_contexts,
 )
 from routesae.analyze.contexts.run import ContextResult, contexts
@@ -213,7 +217,7 @@ def splitmix(active: Active, latents: int, layers: int, seed: int) -> int:
 
 def naive(cache: Cache, folder: Path, **changes: Any) -> tuple[dict[int, dict[str, list[Any]]], set[int]]:
     """{latent: {kind: contexts}} with everything a context has, and the latents that the rule keeps."""
-    rule = {**RULE, "threshold": THRESHOLDS[folder.name], "top": None, **changes}
+    rule = {**RULE, "threshold": THRESHOLDS[folder.name], "choose": "rule", "top": 12, **changes}
     recipe = load_sae(folder, torch.device("cpu")).recipe
     text, found = Text(cache, rule["window"]), every_activation(cache, folder)
     of_latent: dict[int, list[Active]] = defaultdict(list)
@@ -234,12 +238,11 @@ def naive(cache: Cache, folder: Path, **changes: Any) -> tuple[dict[int, dict[st
     kept = published_rule(found, text, rule)
     expected = {}
     for latent, all_of_it in of_latent.items():
-        chosen = kept.get(latent, [])
-        if rule["top"] is not None:
-            chosen = sorted(all_of_it, key=by_strength)[: rule["top"]]
+        top = sorted(all_of_it, key=by_strength)[: rule["top"]]
+        chosen = top if rule["choose"] == "top" else kept.get(latent, [])
         hashes = {a: splitmix(a, recipe.latents, len(recipe.layers), rule["seed"]) for a in all_of_it}
         sample = sorted(all_of_it, key=lambda a: -hashes[a])[: 3 * rule["samples"]]
-        kinds: dict[str, list[Active]] = {"chosen": chosen, **{name: [] for name in SAMPLES}}
+        kinds: dict[str, list[Active]] = {"chosen": chosen, "top": top, **{name: [] for name in SAMPLES}}
         for rank, active in enumerate(sorted(sample, key=by_strength)):
             kinds[SAMPLES[rank * 3 // len(sample)]].append(active)
         expected[latent] = {kind: [told(a) for a in actives] for kind, actives in kinds.items()}
@@ -252,7 +255,7 @@ def facts_of(context: Context) -> Any:
 
 
 def read(file: ContextsFile) -> dict[int, dict[str, list[Any]]]:
-    kinds = {found.latent: {"chosen": found.chosen, **found.samples} for found in file.latents()}
+    kinds = {found.latent: {"chosen": found.chosen, "top": found.top, **found.samples} for found in file.latents()}
     return {latent: {kind: [facts_of(c) for c in cs] for kind, cs in of.items()} for latent, of in kinds.items()}
 
 
@@ -266,7 +269,7 @@ def test_contexts_equal_a_plain_loops(
     monkeypatch.setattr(contexts_best, "PENDING", 700)  # many merges
     monkeypatch.setattr(contexts_best, "LOOKED_UP", 100)
     result, file = run(hostile_cache, copied(variant))
-    expected, kept = naive(hostile_cache, result.folder)
+    expected, kept = naive(hostile_cache, file.folder)
     assert read(file) == expected
     assert {summary.latent for summary in file.summaries if summary.kept} == kept
     assert result.features == file.facts["features"] == len(kept)
@@ -277,8 +280,8 @@ def test_contexts_equal_a_plain_loops(
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_top_n_equals_a_plain_loops(variant: str, hostile_cache: Cache, copied: Callable[[str], Path]) -> None:
-    result, file = run(hostile_cache, copied(variant), top=7, seed=0)
-    expected, kept = naive(hostile_cache, result.folder, top=7, seed=0)
+    result, file = run(hostile_cache, copied(variant), choose="top", top=7, seed=0)
+    expected, kept = naive(hostile_cache, file.folder, choose="top", top=7, seed=0)
     assert read(file) == expected
     assert result.features == len(kept)  # the published count, whatever is chosen
     assert result.chosen == len(expected)
@@ -298,7 +301,7 @@ def test_the_least_number_of_contexts_is_enough(hostile_cache: Cache, copied: Ca
 def test_the_size_of_batches_changes_nothing(
     variant: str, hostile_cache: Cache, copied: Callable[[str], Path]
 ) -> None:
-    settings = [{"top": top, "batch_tokens": size} for top in (None, 5) for size in (99, 4096)]
+    settings = [{"choose": choose, "batch_tokens": size} for choose in ("rule", "top") for size in (99, 4096)]
     found = [read(run(hostile_cache, copied(variant), **changes)[1]) for changes in settings]
     assert found[0] == found[1]
     assert found[2] == found[3] != found[0]
@@ -306,9 +309,9 @@ def test_the_size_of_batches_changes_nothing(
 
 def test_summaries_are_those_of_all_activations(hostile_cache: Cache, copied: Callable[[str], Path]) -> None:
     for variant in ("topk", "mlsae"):
-        result, file = run(hostile_cache, copied(variant))
+        _, file = run(hostile_cache, copied(variant))
         values = defaultdict(list)
-        for active in every_activation(hostile_cache, result.folder):
+        for active in every_activation(hostile_cache, file.folder):
             values[active.latent].append(active.value)
         readings = hostile_cache.manifest.kept_tokens * (4 if variant == "mlsae" else 1)
         assert len(file.summaries) == 96
@@ -317,6 +320,8 @@ def test_summaries_are_those_of_all_activations(hostile_cache: Cache, copied: Ca
             assert (summary.active, summary.density) == (len(mine), len(mine) / readings)
             assert summary.max_activation == max(mine, default=0)
             assert summary.mean_activation == pytest.approx(sum(mine) / max(1, len(mine)))
+            bins = Counter(math.floor(4 * math.log2(value)) for value in mine)
+            assert Counter(dict(enumerate(summary.histogram, summary.histogram_first))) == bins
 
 
 # ------------------------------------------------------------------------------------------------- text is data
@@ -324,7 +329,7 @@ def test_summaries_are_those_of_all_activations(hostile_cache: Cache, copied: Ca
 
 def test_text_is_exact(hostile_cache: Cache, copied: Callable[[str], Path]) -> None:
     """Joined tokens are what the tokenizer makes of the window's ids, whatever stands in them."""
-    _, file = run(hostile_cache, copied("topk"), top=20, window=40)
+    _, file = run(hostile_cache, copied("topk"), choose="top", top=20, window=40)
     tokenizer = AutoTokenizer.from_pretrained(hostile_cache.manifest.model)
     seen = ""
     for found in file.latents():
@@ -344,7 +349,7 @@ def test_published_json_has_its_shape_and_the_same_contexts(
     published = ("total_latents", "threshold", "max_length", "max_per_token", "lines")
     assert [written[name] for name in published] == [result.features, 1.7, 12, 2, 3]
     assert list(written) == [*published, "routesae", "latent_context_map", "latent_sample_map"]
-    assert written["routesae"] == file.facts
+    assert written["routesae"].items() <= file.facts.items()
     chosen = {found.latent: found for found in file.latents() if found.chosen}
     assert list(written["latent_context_map"]) == list(written["latent_sample_map"]) == [str(n) for n in chosen]
     for latent, by_class in written["latent_context_map"].items():
@@ -376,24 +381,26 @@ def test_facts_say_what_was_read_and_from_what(hostile_cache: Cache, copied: Cal
     again = run(hostile_cache, folder)[1]
     assert (again.fingerprint, again.facts) == (file.fingerprint, file.facts)
     assert run(hostile_cache, folder, seed=4)[1].fingerprint != file.fingerprint
-    assert not list(folder.glob(".*")), "nothing half-written stays behind"
+    assert not list(folder.rglob(".*")), "nothing half-written stays behind"
 
 
 def test_only_wanted_latents_are_read(hostile_cache: Cache, copied: Callable[[str], Path]) -> None:
-    _, file = run(hostile_cache, copied("topk"), top=2)
+    _, file = run(hostile_cache, copied("topk"), choose="top", top=2)
     everything = {found.latent: found for found in file.latents()}
     two = sorted(everything)[3:5]
     assert list(file.latents(two)) == [everything[latent] for latent in two]
 
 
-def test_progress_names_the_sae_and_where_nothing_is_kept_the_way_out_is_said(
+def test_one_pass_serves_all_saes_and_where_nothing_is_kept_the_way_out_is_said(
     hostile_cache: Cache, copied: Callable[[str], Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     folders = (str(copied("topk")), str(copied("mlsae")))
     seen: list[Progress] = []
     given = ContextSettings(cache=str(hostile_cache.path), saes=folders, device="cpu", threshold=1000.0)
     results = contexts(given, seen.append)
-    assert list(dict.fromkeys(now.stage for now in seen)) == ["contexts topk", "contexts mlsae"]
+    assert {now.stage for now in seen} == {"contexts"}
+    assert [now.done for now in seen] == sorted({now.done for now in seen})
+    assert seen[-1].done == seen[-1].total == hostile_cache.manifest.kept_tokens
     assert [result.features for result in results] == [0, 0]
     assert [record.getMessage() for record in caplog.records] == [
         f"{result.sae}: the rule keeps no latent; the strongest activation is {result.max_activation:.1f}: "
@@ -411,9 +418,9 @@ def test_parts_of_the_file_without_a_wanted_latent_are_not_read(
     monkeypatch.setattr(
         "routesae.analyze.contexts.table.BATCH_CONTEXTS", 20
     )  # many row groups, none of half a latent
-    _, file = run(hostile_cache, copied("topk"), top=2)
+    _, file = run(hostile_cache, copied("topk"), choose="top", top=2)
     everything = {found.latent: found for found in file.latents()}
-    with pq.ParquetFile(file.folder / "contexts.parquet") as parquet:
+    with pq.ParquetFile(file.place / "contexts.parquet") as parquet:
         groups = [
             set(parquet.read_row_group(n)["latent"].to_pylist()) for n in range(parquet.metadata.num_row_groups)
         ]
@@ -454,46 +461,117 @@ def test_a_tokenizer_without_its_model_is_enough(
 
 def test_missing_and_damaged_files_are_named(hostile_cache: Cache, copied: Callable[[str], Path]) -> None:
     folder = copied("topk")
-    with pytest.raises(WrongInput, match=r"has no contexts.parquet; make it with routesae contexts"):
+    with pytest.raises(WrongInput, match=r"has no contexts; make them with routesae contexts"):
         read_contexts(folder)
-    run(hostile_cache, folder)
-    latents = (folder / "latents.parquet").read_bytes()
-    run(hostile_cache, folder, seed=9)
-    newer = (folder / "latents.parquet").read_bytes()
-    (folder / "latents.parquet").write_bytes(latents)
-    with pytest.raises(WrongInput, match="are of two runs; run routesae contexts again"):
-        read_contexts(folder)
-    (folder / "latents.parquet").write_bytes(newer[:100])
-    with pytest.raises(WrongInput, match=r"latents.parquet cannot be read"):
-        read_contexts(folder)
-    (folder / "contexts.parquet").write_bytes(b"PAR1 and no more")
-    with pytest.raises(WrongInput, match=r"contexts.parquet cannot be read"):
+    place = run(hostile_cache, folder)[1].place
+    for name in (*PARTS, FACTS):
+        whole = (place / name).read_bytes()
+        for damage in (whole[:100], whole[:-9], None):
+            (place / name).unlink() if damage is None else (place / name).write_bytes(damage)
+            if damage is not None or name != FACTS:
+                with pytest.raises(WrongInput, match=rf"{name} cannot be read \(.*\); run routesae contexts again"):
+                    read_contexts(folder)
+        (place / name).write_bytes(whole)
+    (place / FACTS).write_text("[]")
+    with pytest.raises(WrongInput, match=r"facts.json cannot be read"):
         analyze(AnalyzeSettings(cache=str(hostile_cache.path), saes=(str(folder),), metrics=("L0",), device="cpu"))
 
 
-def test_damage_that_opening_does_not_show_is_named_when_it_is_read(
-    hostile_cache: Cache, copied: Callable[[str], Path]
+@pytest.mark.parametrize("renamed", range(1, 5))
+def test_a_kill_between_the_files_of_a_second_run_is_noticed(
+    renamed: int, hostile_cache: Cache, copied: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = copied("topk")
-    run(hostile_cache, folder)
-    whole = (folder / CONTEXTS).read_bytes()
-    (folder / CONTEXTS).write_bytes(whole[:4] + bytes(200) + whole[204:])  # the head of its first column's first page
-    file = read_contexts(folder)
-    with pytest.raises(WrongInput, match=r"contexts.parquet cannot be read"):
-        list(file.latents())
+    before = {file.name: file.read_bytes() for file in run(hostile_cache, folder)[1].place.iterdir()}
+    count = 0
+
+    def replace(partial: Path, path: Path) -> Path:
+        nonlocal count
+        count += 1
+        if count > renamed:
+            raise KeyboardInterrupt  # as good as a kill: nothing more is renamed
+        return rename(partial, path)
+
+    rename = Path.replace
+    monkeypatch.setattr(Path, "replace", replace)
+    if renamed == 4:
+        run(hostile_cache, folder, seed=9, threshold=2.5)
+        now = {file.name: file.read_bytes() for file in read_contexts(folder).place.iterdir()}
+        assert now.keys() == before.keys()
+        assert not now.items() & before.items()
+        return
+    with pytest.raises(KeyboardInterrupt):
+        run(hostile_cache, folder, seed=9, threshold=2.5)
+    monkeypatch.undo()
+    with pytest.raises(WrongInput, match=rf"({'|'.join(PARTS)}) cannot be read \(it is not the one"):
+        read_contexts(folder)
+
+
+def test_every_flipped_bit_is_noticed(hostile_cache: Cache, copied: Callable[[str], Path]) -> None:
+    folder = copied("topk")
+    place = run(hostile_cache, folder)[1].place
+    rng = random.Random(0)
+    for name in (*PARTS, FACTS):
+        whole = (place / name).read_bytes()
+        for _ in range(12):
+            flipped = bytearray(whole)
+            flipped[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+            (place / name).write_bytes(flipped)
+            with pytest.raises(WrongInput, match="run routesae contexts again"):
+                list(read_contexts(folder).latents())
+        (place / name).write_bytes(whole)
+
+
+def test_damage_after_opening_is_named_when_it_is_read(hostile_cache: Cache, copied: Callable[[str], Path]) -> None:
+    file = run(hostile_cache, copied("topk"))[1]
+    whole = (file.place / CONTEXTS).read_bytes()
+    for at in (300, len(whole) // 2):
+        flipped = bytearray(whole)
+        flipped[at] ^= 1
+        (file.place / CONTEXTS).write_bytes(flipped)
+        with pytest.raises(WrongInput, match=r"contexts.parquet cannot be read"):
+            list(file.latents())
 
 
 def test_contexts_of_another_format_are_refused(hostile_cache: Cache, copied: Callable[[str], Path]) -> None:
     folder = copied("topk")
-    run(hostile_cache, folder)
-    for name in (CONTEXTS, LATENTS):
-        table = pq.read_table(folder / name)
-        facts = {**json.loads(table.schema.metadata[FACTS]), "format": FORMAT + 1}
-        pq.write_table(table.replace_schema_metadata({FACTS: json.dumps(facts)}), folder / name)
-    with pytest.raises(
-        WrongInput, match=rf"has format {FORMAT + 1}, and only {FORMAT} is read; run routesae contexts again"
-    ):
+    place = run(hostile_cache, folder)[1].place
+    facts = json.loads((place / FACTS).read_text())
+    (place / FACTS).write_text(json.dumps({**facts, "format": FORMAT + 1}))
+    message = rf"has format {FORMAT + 1}, and only {FORMAT} is read\); run routesae contexts again"
+    with pytest.raises(WrongInput, match=message):
         read_contexts(folder)
+
+
+@pytest.mark.parametrize("name", [*PARTS, FACTS])
+def test_nothing_is_written_through_a_link(
+    name: str, hostile_cache: Cache, copied: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Neither through one that has a partial file's old, fixed name, nor through one in the place of a file."""
+    folder, outside = copied("topk"), tmp_path / "bashrc"
+    outside.write_text("precious")
+    place = place_of(folder, hostile_cache.manifest.to_dict())
+    place.mkdir(parents=True)
+    for link in (place / f".{name}.partial", place / name, folder / f".{name}.partial"):
+        link.symlink_to(outside)
+    run(hostile_cache, folder)
+    assert outside.read_text() == "precious"
+    assert not (place / name).is_symlink()
+
+
+@pytest.mark.parametrize("linked", ["contexts", "contexts/corpus"])
+def test_a_folder_that_leads_elsewhere_is_refused(
+    linked: str, hostile_cache: Cache, copied: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = copied("topk")
+    place = place_of(folder, hostile_cache.manifest.to_dict())
+    path = place if "/" in linked else place.parent
+    path.parent.mkdir(exist_ok=True)
+    (tmp_path / "elsewhere").mkdir()
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(WrongInput, match="is a symbolic link"):
+        run(hostile_cache, folder)
+    assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
 # --------------------------------------------------------------------------------------------- the command line
@@ -515,7 +593,7 @@ def test_the_command_counts_features_and_analyze_shows_them(
     features = {name: read_contexts(out / name).facts["features"] for name in ("topk", "crosscoder")}
     for name, count in features.items():
         assert re.search(rf"^ *{name} +96 +{count} ", output, re.MULTILINE), output
-        assert f"{out / name}: contexts.json, contexts.parquet, latents.parquet" in output
+        assert f"{read_contexts(out / name).place}: contexts.json, contexts.parquet, latents.parquet" in output
     (out / "topk" / "interpretations.json").write_text(json.dumps({"score": 3.25}))
     code, output = invoke("analyze", "--metric", "L0", *flags)
     assert code == 0, output
@@ -559,32 +637,54 @@ def test_a_wrong_tokenizer_is_one_line_and_exit_code_2(
     assert output.count("\n") == 1
 
 
-def test_contexts_of_another_rule_or_corpus_are_not_replaced_unasked(
-    hostile_cache: Cache,
-    copied: Callable[[str], Path],
-    tiny_settings: Callable[..., HarvestSettings],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_contexts_of_another_rule_are_not_replaced_unasked(
+    hostile_cache: Cache, copied: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = copied("topk")
     given = ContextSettings(cache=str(hostile_cache.path), saes=(str(folder),), device="cpu", threshold=2.0)
     contexts(given)
-    before = (folder / CONTEXTS).read_bytes()
+    place = read_contexts(folder).place
+    before = (place / CONTEXTS).read_bytes()
+    monkeypatch.setattr("routesae.analyze.contexts.run.collect", None)  # nothing is computed before it is refused
+    for changes, message in (
+        ({"threshold": 3.0}, r"topk has contexts of --threshold 2.0, now 3.0; give --overwrite to replace them"),
+        ({"top": 4, "seed": 1}, r"of --top 12, now 4; --seed 0, now 1; give --overwrite"),
+    ):
+        with pytest.raises(WrongInput, match=message):
+            contexts(given.replace(**changes))
+    other = save_file_scaled(folder)
+    with pytest.raises(WrongInput, match="has contexts of other weights; give --overwrite"):
+        contexts(given)
+    other()
+    assert (place / CONTEXTS).read_bytes() == before
+    monkeypatch.undo()
+    contexts(given.replace(batch_tokens=99))  # the same contexts again
+    contexts(given.replace(threshold=3.0, overwrite=True))
+    assert read_contexts(folder).facts["settings"]["threshold"] == 3.0
+
+
+def save_file_scaled(folder: Path) -> Callable[[], object]:
+    """Change the weights in a folder; returns what takes that back."""
+    file = folder / "sae_weights.safetensors"
+    whole, tensors = file.read_bytes(), load_file(file)
+    save_file({name: tensor * 1.5 for name, tensor in tensors.items()}, file)
+    return lambda: file.write_bytes(whole)
+
+
+def test_contexts_of_two_corpora_lie_side_by_side(
+    hostile_cache: Cache, copied: Callable[[str], Path], tiny_settings: Callable[..., HarvestSettings], tmp_path: Path
+) -> None:
+    folder = copied("topk")
+    first = run(hostile_cache, folder)[1]
     data = tmp_path / "other.jsonl"
     data.write_text(json.dumps({"text": HOSTILE * 40}) + "\n")
     other = harvest(
         tiny_settings(data=str(data), tokens=1500, context=64, shard_tokens=2048, out=str(tmp_path / "c"))
     )
-    monkeypatch.setattr("routesae.analyze.contexts.run.collect", None)  # nothing is computed before it is refused
-    for changes, message in (
-        ({"threshold": 3.0}, r"topk has contexts of --threshold 2.0, now 3.0; give --overwrite to replace them"),
-        ({"top": 4, "seed": 1}, r"of --top None, now 4; --seed 0, now 1; give --overwrite"),
-        ({"cache": str(other.path)}, r"of the corpus .*texts.jsonl, now .*other.jsonl; give --overwrite"),
-    ):
-        with pytest.raises(WrongInput, match=message):
-            contexts(given.replace(**changes))
-    assert (folder / CONTEXTS).read_bytes() == before
-    monkeypatch.undo()
-    contexts(given.replace(batch_tokens=99))  # the same contexts again
-    contexts(given.replace(threshold=3.0, overwrite=True))
-    assert read_contexts(folder).facts["settings"]["threshold"] == 3.0
+    contexts(ContextSettings(cache=str(other.path), saes=(str(folder),), device="cpu", threshold=2.0))
+    of_first, of_other = (read_contexts(folder, cache.manifest.tokens_hash) for cache in (hostile_cache, other))
+    assert (of_first.facts, of_first.place) == (first.facts, first.place)
+    assert of_other.facts["cache"]["corpus"] == str(data)
+    assert of_other.place.name.startswith("other.jsonl-")
+    with pytest.raises(WrongInput, match=r"has contexts of several corpora, .*other.jsonl-.* with --cache"):
+        read_contexts(folder)

@@ -12,12 +12,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 from click.testing import CliRunner, Result
 
-from routesae.analyze.contexts.file import context_schema, write_contexts
 from routesae.analyze.interpret.settings import InterpretSettings
 from routesae.cli import main
+from routesae.tests.made_up import write_made_up
 
 KEY = "sk-loopback-0123456789-secret"
 GOOD = {"category": "low-level", "score": 4, "explanation": "says so"}
@@ -118,7 +117,7 @@ Serve = Callable[[Act], Server]
 def subject(folder: Path, latents: int, *, text: str = "", samples: int = 0) -> Path:
     """A folder with contexts of so many latents, whose texts name the latent; no SAE in it."""
     folder.mkdir(parents=True)
-    columns: dict[str, list[Any]] = {name: [] for name in context_schema().names}
+    rows = []
     for latent in range(latents):
         for n in range(5 + samples):
             kind = "chosen" if n < 5 else "weak"
@@ -126,24 +125,10 @@ def subject(folder: Path, latents: int, *, text: str = "", samples: int = 0) -> 
             row = {"latent": latent, "kind": kind, "rank": n, "token_class": f"class{n}", "activation": 20.0 - n}
             row |= {"layer": 3, "row": 1000 * latent + n, "position": 6, "document": 0, "at": 2}
             row |= {"token_ids": [1, 2, 3, 4], "tokens": tokens, "activations": [0.0, 0.0, 20.0 - n, 0.0]}
-            for name in columns:
-                columns[name].append(row[name])
-    table = pa.table(columns, schema=context_schema())
-    summaries = [
-        {
-            "latent": latent,
-            "active": 50,
-            "density": 0.01,
-            "max_activation": 20.0,
-            "mean_activation": 9.0,
-            "token_classes": 5,
-            "kept": True,
-        }
-        for latent in range(latents)
-    ]
-    settings = {"threshold": 15.0, "window": 64, "per_class": 2, "min_contexts": 5, "top": None, "samples": 5}
-    facts = {"format": 1, "settings": settings, "chosen": latents, "cache": {"path": "nowhere", "tokens_hash": "0"}}
-    write_contexts(folder, facts, pa.Table.from_pylist(summaries), iter(table.to_batches()))
+            rows.append(row)
+    columns = {"latent": range(latents), "active": [50] * latents, "max_activation": [20.0] * latents}
+    columns |= {"mean_activation": [9.0] * latents, "token_classes": [5] * latents, "kept": [True] * latents}
+    write_made_up(folder, [rows], columns)
     return folder
 
 

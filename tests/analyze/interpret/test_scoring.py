@@ -101,7 +101,9 @@ def test_detections_negatives_are_texts_in_which_the_latent_is_silent(
 ) -> None:
     train(settings(layer=3, name="topk"))
     folder = tmp_path / "saes" / "topk"
-    contexts(ContextSettings(cache=str(tiny_cache.path), saes=(str(folder),), top=3, samples=6, device="cpu"))
+    contexts(
+        ContextSettings(cache=str(tiny_cache.path), saes=(str(folder),), choose="top", top=3, samples=6, device="cpu")
+    )
 
     def act(latent: int, nth: int, body: dict[str, Any]) -> Reply:
         if body["response_format"]["json_schema"]["name"] == "explanation":
@@ -124,8 +126,7 @@ def test_detections_negatives_are_texts_in_which_the_latent_is_silent(
     assert min(truths.values()) >= 20
     apart = tmp_path / "saes" / "user--repo"  # as of an SAE from the hub, whose weights are elsewhere
     apart.mkdir()
-    for file in ("contexts.parquet", "latents.parquet"):
-        shutil.copy(folder / file, apart)
+    shutil.copytree(folder / "contexts", apart / "contexts")
     (again,) = interpret(asked(apart, server, scores=("detection",), latents=8, device="cpu"))
     assert again["detection"]["latents"] == detection["latents"]
 
@@ -163,7 +164,7 @@ def test_another_cache_is_refused_for_detection(
 ) -> None:
     server = serve(lambda latent, nth, body: good())
     folder = subject(tmp_path / "sae", 2, samples=12)
-    with pytest.raises(WrongInput, match="is not the one the contexts"):
+    with pytest.raises(WrongInput, match="has no contexts of that corpus"):
         interpret(asked(folder, server, scores=("detection",), cache=str(tiny_cache.path)))
     with pytest.raises((WrongInput, FailedRun), match="nowhere is not a cache folder"):
         interpret(asked(folder, server, scores=("detection",)))

@@ -38,7 +38,9 @@ def scripts_page(
     )
     common = {"cache": str(cache.path), "out": str(folder / "saes"), "device": "cpu"}
     train(settings_of({**common, "sae": "topk", "latents": 64, "k": 6, "batch_tokens": 512, "lr": 3e-3, "epochs": 4}))
-    contexts(ContextSettings(cache=str(cache.path), out=str(folder / "saes"), top=4, samples=2, device="cpu"))
+    contexts(
+        ContextSettings(cache=str(cache.path), out=str(folder / "saes"), choose="top", top=4, samples=2, device="cpu")
+    )
     page = folder / "report.html"
     write_report(ReportSettings(out=str(folder / "saes"), html=str(page), model=str(tiny_model), device="cpu"))
     return page

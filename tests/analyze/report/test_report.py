@@ -220,7 +220,13 @@ def test_page_carries_every_latent_with_its_contexts(saes: Path, tiny_model: Pat
     for latent in read_contexts(saes / "routesae").latents():
         piece = found[f"piece-1-{latent.latent // PIECE}"]
         told = piece["contexts"][str(latent.latent)]
-        given = [*latent.chosen[:4], *(latent.samples[kind][0] for kind in latent.samples if latent.samples[kind])]
+        top = {(c.row, c.position, c.layer): c for c in latent.top[:4]}
+        besides = [c for c in latent.chosen[:4] if (c.row, c.position, c.layer) not in top]
+        given = [
+            *top.values(),
+            *besides,
+            *(latent.samples[kind][0] for kind in latent.samples if latent.samples[kind]),
+        ]
         assert len(told) == len(given)
         for (_, activation, layer, row, position, _, at, words, active, values), context in zip(
             told, given, strict=True

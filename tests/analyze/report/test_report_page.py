@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from routesae.analyze.contexts.file import context_schema, write_contexts
 from routesae.analyze.inputs.identity import sae_identity
 from routesae.analyze.report.run import write_report
 from routesae.analyze.report.settings import ReportSettings
+from routesae.tests.made_up import write_made_up
 from routesae.train.folder.checkpoint import save_sae
 from routesae.train.saes import Recipe, build
 
@@ -48,7 +47,7 @@ def token_classes(latent: int) -> list[str]:
     return [f"{WORDS[latent % 8]}{latent % 500}", WORDS[latent // 8 % 8]]
 
 
-def contexts_of(latents: range) -> pa.RecordBatch:
+def contexts_of(latents: range) -> list[dict[str, Any]]:
     """Two contexts a latent, of three tokens; those of HOSTILE_LATENT made of HOSTILE."""
     rows = []
     for latent in latents:
@@ -58,7 +57,7 @@ def contexts_of(latents: range) -> pa.RecordBatch:
             rows.append(
                 {
                     "latent": latent,
-                    "kind": "chosen" if rank == 0 else "strong",
+                    "kind": "top" if rank == 0 else "strong",
                     "rank": 0,
                     "token_class": word if latent != HOSTILE_LATENT else HOSTILE[rank],
                     "activation": strongest,
@@ -73,7 +72,7 @@ def contexts_of(latents: range) -> pa.RecordBatch:
                     + [0.0] * (len(tokens) - 3),
                 }
             )
-    return pa.RecordBatch.from_pylist(rows, context_schema())
+    return rows
 
 
 def make_sae(folder: Path) -> None:
@@ -91,28 +90,19 @@ def make_sae(folder: Path) -> None:
     (folder / "interpretations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in answers))
     at_F = np.arange(LATENTS)
     active_F = np.where(at_F == LATENTS - 1, 0, at_F % 1000 + 1)
-    table = pa.table(
-        {
-            "latent": at_F,
-            "active": active_F,
-            "density": active_F / 100_000,
-            "max_activation": np.where(active_F > 0, at_F % 97 + 3.0, 0.0),
-            "mean_activation": np.where(active_F > 0, 1.0, 0.0),
-            "token_classes": np.full(LATENTS, 2),
-            "kept": at_F % 2 == 0,
-        }
-    )
-    facts = {
-        "format": 1,
-        "settings": {"threshold": 2.0, "window": 64, "per_class": 2, "min_contexts": 1},
-        "cache": {"path": "/nowhere"},
-        "sae": sae_identity(folder, sae),
-        "readings": 100_000,
-        "features": LATENTS // 2,
-        "chosen": LATENTS,
+    latents = {
+        "latent": at_F,
+        "active": active_F,
+        "density": active_F / 100_000,
+        "max_activation": np.where(active_F > 0, at_F % 97 + 3.0, 0.0),
+        "mean_activation": np.where(active_F > 0, 1.0, 0.0),
+        "token_classes": np.full(LATENTS, 2),
+        "kept": at_F % 2 == 0,
     }
-    pieces = (contexts_of(range(first, min(first + 2048, LATENTS - 1))) for first in range(0, LATENTS, 2048))
-    write_contexts(folder, facts, table, pieces)
+    rows = (contexts_of(range(first, min(first + 2048, LATENTS - 1))) for first in range(0, LATENTS, 2048))
+    write_made_up(
+        folder, rows, latents, sae=sae_identity(folder, sae) | {"folder": str(folder)}, features=LATENTS // 2
+    )
 
 
 @pytest.fixture(scope="module")
