@@ -13,10 +13,12 @@ import math
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import xxhash
 
 from routesae.reporting import WrongInput
 
@@ -136,6 +138,21 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def signed(value: Mapping[str, Any]) -> dict[str, Any]:
+    """The value with a hash of all the rest, so that whoever reads it again with `read_signed` knows it is the same."""
+    rest = {name: item for name, item in value.items() if name != "hash"}
+    plain = json.loads(json.dumps(_without_nan(rest)))  # as JSON gives it back: a key 3 is "3"
+    return {**rest, "hash": xxhash.xxh3_128_hexdigest(json.dumps(plain, sort_keys=True).encode())}
+
+
+def read_signed(path: Path | str, largest: int = LARGEST_BYTES) -> dict[str, Any]:
+    """Read a JSON object that was signed. Raises BadFile if it was altered, OSError if it cannot be read."""
+    value = read_json(path, largest)
+    if not isinstance(value, dict) or value.get("hash") != signed(value)["hash"]:
+        raise BadFile("it is not what was written: its hash is missing or differs")
+    return value
 
 
 def leads_out_of(folder: Path, path: Path) -> bool:

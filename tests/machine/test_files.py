@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from routesae.machine import files
-from routesae.machine.files import replacing, write_json
+from routesae.machine.files import BadFile, read_signed, replacing, signed, write_json
 
 KILLED = """
 import os, sys
@@ -174,3 +174,27 @@ def test_the_mode_is_that_of_any_new_file(umask: int, mode: int, tmp_path: Path)
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="absent"), replacing(tmp_path / "absent" / "a"):
         pass
+
+
+def test_a_flipped_bit_of_a_signed_file_is_noticed_or_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    value = signed({"score": 3.25, "shares": {3: 0.5, 12: float("nan")}, "names": ("a", "b"), "none": None})
+    write_json(path, value)
+    written, expected = path.read_bytes(), read_signed(path)
+    assert expected == {"score": 3.25, "shares": {"3": 0.5, "12": None}, "names": ["a", "b"], "none": None} | {
+        "hash": value["hash"]
+    }
+    noticed = 0
+    for bit in range(8 * len(written)):
+        flipped = bytearray(written)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        try:
+            assert read_signed(path) == expected
+        except BadFile:
+            noticed += 1
+    assert noticed > 7 * len(written)
+    for other in ({"score": 3.25}, [1], {**value, "score": 4}):
+        write_json(path, other)
+        with pytest.raises(BadFile, match="its hash is missing or differs"):
+            read_signed(path)
