@@ -16,23 +16,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from routesae.analyze.scores.replacement import Reconstruct, edits, require_spliceable, spliced_layers
+from routesae.analyze.scores.replacement import edits, require_spliceable
 from routesae.harvest.lm.passes import Edit
 from routesae.reporting import WrongInput
-from routesae.train.saes import SAE, Crosscoder, RouteSAE, SingleLayerSAE
-from routesae.train.saes.normalise import Hidden
+from routesae.train.saes import SAE, Crosscoder, RouteSAE
 from routesae.train.sparse.pairs import AllPairs, Latents
 
-CHANGES: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "add": lambda f_m, value: f_m + value,
-    "multiply": lambda f_m, value: f_m * value,
-    "set": lambda f_m, value: torch.full_like(f_m, value),
-    "ablate": lambda f_m, value: torch.zeros_like(f_m),
+CHANGES: dict[str, Callable[[float], tuple[float, float]]] = {  # factor and term: f' = factor · f + term
+    "add": lambda value: (1.0, value),
+    "multiply": lambda value: (value, 0.0),
+    "set": lambda value: (0.0, value),
+    "ablate": lambda value: (0.0, 0.0),
 }
 
 
@@ -84,60 +82,29 @@ class Clamp:
                     f"latent {change.latent} is changed twice, by {first} and {change}; give it one change"
                 )
         self.sae = sae
-        self.changes = tuple(changes)
         self.error_term = error_term
         self.latents_C = torch.tensor([change.latent for change in changes], dtype=torch.int64, device=sae.device)
+        factors_and_terms = [CHANGES[change.how](change.value) for change in changes]
+        self.factors_C, self.terms_C = torch.tensor(factors_and_terms, device=sae.device).view(-1, 2).T
 
     @property
     def layers_read(self) -> tuple[int, ...]:
         """Layers whose unmodified output `edits` needs: all that a router or a crosscoder reads, else none."""
         return self.sae.recipe.layers if isinstance(self.sae, RouteSAE | Crosscoder) else ()
 
-    @torch.no_grad()
     def edits(self, hidden: Mapping[int, Tensor], kept_BT: Tensor, place_BT: Tensor | None = None) -> dict[int, Edit]:
-        """{layer: edit} for one pass. hidden: {layer: hidden_BTD} of `layers_read`, from a pass without edits.
+        """{layer: edit} for one pass; hidden: of `layers_read`, from a pass without edits. See replacement.edits."""
+        return edits(self.sae, hidden, kept_BT, place_BT, change=self.changed)
 
-        kept_BT: bool, the positions to be replaced. place_BT: each token's id and position (normalise.places_of).
-        """
-        if not bool(kept_BT.any()):
-            return {}
-        if isinstance(self.sae, Crosscoder):
-            clean_LmD = torch.stack([hidden[layer][kept_BT] for layer in self.layers_read])
-            by_layer = self._by_crosscoder(self.sae, clean_LmD)
-        else:
-            by_layer = dict.fromkeys(spliced_layers(self.sae), self._by_dictionary)
-        return edits(self.sae, hidden, kept_BT, place_BT, reconstruct=by_layer)
-
-    def _by_dictionary(self, hidden_mD: Tensor, scale_m1: Tensor) -> Tensor:
-        dictionary = self.sae.shared if isinstance(self.sae, RouteSAE) else self.sae
-        assert isinstance(dictionary, SingleLayerSAE)
-        latents = dictionary.encode_at(hidden_mD, scale_m1)
-        return self._changed(hidden_mD, latents, dictionary.W_dec_FD, dictionary.decode_rows(latents))
-
-    def _by_crosscoder(self, sae: Crosscoder, hidden_LmD: Tensor) -> dict[int, Reconstruct]:
-        out = sae(Hidden(hidden_LmD))
-        new_mLD = self._changed(hidden_LmD.transpose(0, 1), out.latents, sae.W_dec_FD, out.reconstruction_ND)
-        return {layer: partial(_ready, new_mLD[:, at]) for at, layer in enumerate(self.layers_read)}
-
-    def _changed(self, hidden: Tensor, latents: Latents, W_dec: Tensor, reconstruction: Tensor) -> Tensor:
-        """What takes the place of hidden states [m, D], of a crosscoder [m, L, D].
-
-        reconstruction: of them by the unchanged latents, on the scale of the normalised input.
-        """
+    def changed(self, hidden: Tensor, latents: Latents, reconstruction: Tensor) -> Tensor:
+        """What takes the place of hidden states: a replacement.Change."""
         assert latents.frame is not None
         f_mC = active(latents, self.latents_C)
-        changed_mC = f_mC.clone()
-        for at, change in enumerate(self.changes):
-            changed_mC[:, at] = CHANGES[change.how](f_mC[:, at], change.value)
-        moved = ((changed_mC - f_mC) @ W_dec[self.latents_C]).view(hidden.shape)
+        changed_mC = f_mC * self.factors_C + self.terms_C
+        moved = ((changed_mC - f_mC) @ self.sae.dictionary.W_dec_FD[self.latents_C]).view(hidden.shape)
         if self.error_term:
             return hidden.float() + latents.frame.moved(moved)
-        return latents.frame.undo(reconstruction.view(hidden.shape) + moved)
-
-
-def _ready(new_mD: Tensor, hidden_mD: Tensor, scale_m1: Tensor) -> Tensor:
-    """A Reconstruct for what is known before."""
-    return new_mD
+        return latents.frame.undo(reconstruction + moved)
 
 
 def active(latents: Latents, latents_C: Tensor) -> Tensor:

@@ -13,17 +13,22 @@ Dimension letters: B rows, T context, L layers, m positions, D width.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from routesae.harvest.lm.passes import Edit
 from routesae.reporting import WrongInput
-from routesae.train.saes import SAE, Crosscoder, RouteSAE, SingleLayerSAE
+from routesae.train.saes import SAE, Crosscoder, RouteSAE
 from routesae.train.saes.normalise import Hidden
+from routesae.train.sparse.pairs import Latents
 
-Reconstruct = Callable[[Tensor, Tensor], Tensor]
-"""(hidden_mD, scale_m1) → what takes their place, in the LM's own scale."""
+Change = Callable[[Tensor, Latents, Tensor], Tensor]
+"""(hidden, their latents, their reconstruction on the scale of the normalised input) → what takes their place.
+
+Each is [m, D], for a crosscoder [m, L, D].
+"""
 
 
 def require_spliceable(sae: SAE) -> None:
@@ -45,29 +50,31 @@ def spliced_layers(sae: SAE) -> tuple[int, ...]:
     return layers if isinstance(sae, RouteSAE | Crosscoder) else (layers[len(layers) // 2],)
 
 
+def undone(hidden: Tensor, latents: Latents, reconstruction: Tensor) -> Tensor:
+    """The Change that puts the reconstruction in the hidden states' place."""
+    assert latents.frame is not None
+    return latents.frame.undo(reconstruction)
+
+
+@torch.no_grad()
 def edits(
     sae: SAE,
     hidden: Mapping[int, Tensor],
     kept_BT: Tensor,
     place_BT: Tensor | None = None,
     *,
-    reconstruct: Mapping[int, Reconstruct] | None = None,
+    change: Change = undone,
     zero: bool = False,
 ) -> dict[int, Edit]:
     """The splice of `sae` into one batch of rows: {layer: edit}, without layers at which no position is replaced.
 
-    hidden: the clean pass's {layer: hidden_BTD} of the SAE's layers. kept_BT: bool, positions that may be replaced.
-    place_BT: each token's id and position (`places_of`), for a random router. reconstruct: by layer, what gives the
-    replacements if not the SAE; hidden is then only read to route. zero: put zeros in their place, which is what
-    Recovered measures against.
+    hidden: the clean pass's {layer: hidden_BTD} of the SAE's layers; without a router or crosscoder it is not read.
+    kept_BT: bool, positions that may be replaced. place_BT: each token's id and position (`places_of`), for a random
+    router. zero: put zeros in their place, which is what Recovered measures against.
     """
-    layers = spliced_layers(sae)
-    if zero:
-        reconstruct = dict.fromkeys(layers, lambda hidden_mD, scale_m1: torch.zeros_like(hidden_mD))
-    elif reconstruct is None and isinstance(sae, Crosscoder):
-        reconstruct = _by_crosscoder(sae, {layer: hidden[layer][kept_BT] for layer in layers})
-    elif reconstruct is None:
-        reconstruct = dict.fromkeys(layers, _by_dictionary(sae))
+    layers, dictionary = spliced_layers(sae), sae.dictionary
+    if not bool(kept_BT.any()):
+        return {}
     # Of each layer the positions replaced, and what the SAE's input there is multiplied by.
     ones_BT = torch.ones(kept_BT.shape, device=kept_BT.device)
     sites = dict.fromkeys(layers, (kept_BT, ones_BT))
@@ -77,33 +84,22 @@ def edits(
         at_BT = routes.at_R.view(kept_BT.shape)
         scale_BT = ones_BT if routes.scale_R is None else routes.scale_R.view(kept_BT.shape)
         sites = {layer: (kept_BT & (at_BT == at), scale_BT) for at, layer in enumerate(layers)}
-    return {layer: _replacing(*site, reconstruct[layer]) for layer, site in sites.items() if bool(site[0].any())}
+    elif isinstance(sae, Crosscoder) and not zero:
+        clean_LmD = torch.stack([hidden[layer][kept_BT] for layer in layers])
+        out, clean_mLD = sae(Hidden(clean_LmD)), clean_LmD.transpose(0, 1)
+        new_LmD = change(clean_mLD, out.latents, out.reconstruction_ND.view(clean_mLD.shape)).transpose(0, 1)
 
-
-def _replacing(positions_BT: Tensor, scale_BT: Tensor, reconstruct: Reconstruct) -> Edit:
-    def edit(hidden_BTD: Tensor) -> Tensor:
-        edited_BTD = hidden_BTD.clone()
-        new_mD = reconstruct(hidden_BTD[positions_BT], scale_BT[positions_BT][:, None])
-        edited_BTD[positions_BT] = new_mD.to(hidden_BTD.dtype)
+    def edit(hidden_BTD: Tensor, layer: int) -> Tensor:
+        edited_BTD, (positions_BT, scale_BT) = hidden_BTD.clone(), sites[layer]
+        if zero:
+            edited_BTD[positions_BT] = 0
+        elif isinstance(sae, Crosscoder):
+            edited_BTD[positions_BT] = new_LmD[layers.index(layer)].to(hidden_BTD.dtype)
+        else:
+            hidden_mD = hidden_BTD[positions_BT]
+            latents = dictionary.encode_at(hidden_mD, scale_BT[positions_BT][:, None])
+            new_mD = change(hidden_mD, latents, dictionary.decode_rows(latents))
+            edited_BTD[positions_BT] = new_mD.to(hidden_BTD.dtype)
         return edited_BTD
 
-    return edit
-
-
-def _by_dictionary(sae: SAE) -> Reconstruct:
-    dictionary = sae.shared if isinstance(sae, RouteSAE) else sae
-    assert isinstance(dictionary, SingleLayerSAE)
-    return lambda hidden_mD, scale_m1: dictionary.decode(dictionary.encode_at(hidden_mD, scale_m1))
-
-
-def _by_crosscoder(sae: Crosscoder, clean: Mapping[int, Tensor]) -> dict[int, Reconstruct]:
-    """clean: {layer: hidden_mD} at the positions to be replaced, which is all that a crosscoder looks at."""
-    with torch.no_grad():
-        out = sae(Hidden(torch.stack(list(clean.values()))))
-    assert out.latents.frame is not None
-    new_mLD = out.latents.frame.undo(out.reconstruction_ND.view(-1, len(clean), sae.recipe.width))
-
-    def given(new_mD: Tensor) -> Reconstruct:
-        return lambda hidden_mD, scale_m1: new_mD
-
-    return {layer: given(new_mLD[:, at]) for at, layer in enumerate(clean)}
+    return {layer: partial(edit, layer=layer) for layer, site in sites.items() if bool(site[0].any())}

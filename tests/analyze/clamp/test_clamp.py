@@ -387,7 +387,7 @@ def test_a_change_reaches_inactive_latents_where_it_has_something_to_change(how:
     clamp = Clamp(sae, [Change(latent=5, how=how, value=3.0)])
     values_P, pairs = torch.tensor([1.0, 2.0, 4.0, 0.0]), Pairs.of(torch.tensor([[9, 5], [9, 5]]), LATENTS)
     nothing_ND = torch.zeros(2, WIDTH)
-    moved_ND = clamp._changed(nothing_ND, Latents(values_P, pairs, frame=Frame()), sae.W_dec_FD, nothing_ND)
+    moved_ND = clamp.changed(nothing_ND, Latents(values_P, pairs, frame=Frame()), nothing_ND)
     by = {"multiply": (4.0, 0.0), "ablate": (-2.0, 0.0), "add": (3.0, 3.0), "set": (1.0, 3.0)}[how]
     torch.testing.assert_close(moved_ND, torch.tensor(by)[:, None] * sae.W_dec_FD[5])
 
