@@ -141,7 +141,7 @@ def _without_nan(value: Any) -> Any:
 
 
 def signed(value: Mapping[str, Any]) -> dict[str, Any]:
-    """The value with a hash of all the rest, so that whoever reads it again with `read_signed` knows it is the same."""
+    """The value with a hash of all the rest, which `read_signed` compares."""
     rest = {name: item for name, item in value.items() if name != "hash"}
     plain = json.loads(json.dumps(_without_nan(rest)))  # as JSON gives it back: a key 3 is "3"
     return {**rest, "hash": xxhash.xxh3_128_hexdigest(json.dumps(plain, sort_keys=True).encode())}
