@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO := demo
 SAE_FLAGS := --cache $(DEMO)/shards --out $(DEMO)/saes --latents 4608 --k 64 --epochs 4 --lr 2e-3
 
-.PHONY: demo test slow clean
+.PHONY: demo test slow docs clean
 
 # The LM in float32, so that the README's figures do not depend on whether the CPU has AMX.
 demo: $(VENV)/installed
@@ -28,8 +28,12 @@ test: $(VENV)/installed
 slow: $(VENV)/installed
 	$(BIN)/pytest -m slow
 
+# The site, into site/; a broken link, a function without its page or a warning of any kind fails. The tests build it too.
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 clean:
-	rm -rf $(VENV) $(DEMO) build *.egg-info
+	rm -rf $(VENV) $(DEMO) build site *.egg-info
 
 # The demo model and corpus come without their dependencies: those compile llama.cpp and bring scikit-learn. Python
 # compiles what is imported; to compile all 25,000 files of these packages would take over a minute.

@@ -1,4 +1,4 @@
-"""Bytes and hours of a harvest and of an epoch of training for Llama-3.2-1B: the README's table on planning.
+"""Bytes and hours of a harvest and of an epoch of training for Llama-3.2-1B: the table in docs/guides/gpu-node.md.
 
     python benchmarks/planning.py
     python benchmarks/planning.py --tflops 312 --disk-gb-s 1.5 3

@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
-NOT_PACKAGED = ("tests", "benchmarks", "build", "dist")
+NOT_PACKAGED = ("tests", "benchmarks", "docs", "build", "dist", "site")
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
