@@ -13,14 +13,13 @@ from typing import Any
 import click
 
 from routesae import __version__
-from routesae.console.cache_commands import cache
-from routesae.console.commands import BLOCKS, CONFIG, DRY_RUN, JSON, PIPELINE, WATCH, Commands, command
-from routesae.console.terminal import shown, side_by_side, table
-from routesae.reporting import human_bytes
+from routesae.console.commands import BLOCKS, CONFIG, DRY_RUN, JSON, PIPELINE, WATCH, Commands, command, watching
+from routesae.console.terminal import echo, side_by_side, table
+from routesae.reporting import FailedRun, human_bytes
 
 
 @click.group(
-    "routesae", cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120}
+    "routesae", cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 10_000}
 )
 @click.version_option(__version__)
 @click.option("--quiet", is_flag=True, help="Only warnings, errors and results.")
@@ -34,13 +33,19 @@ def main(ctx: click.Context, quiet: bool, log_json: bool) -> None:
     routesae train --cache shards/         train an SAE on them, no LM in sight
     routesae analyze --metric KLDiv        score every SAE under saes/
     """
-    from routesae.console.watch import Watch, configure_logging
-
     # Buffers of many megabytes on huge pages: on small ones a CPU spends a third of a step on page faults. torch
     # reads this once, when it first allocates.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    ctx.obj = Watch(quiet=quiet, log_json=log_json)
-    configure_logging(ctx.obj)
+    ctx.obj = {"quiet": quiet, "log_json": log_json}
+
+
+def directions() -> tuple[dict[str, int], dict[str, str]]:
+    """Which way each column of the scores is better, and its unit."""
+    from routesae.analyze.scores.metrics import METRICS
+
+    columns = [(metric, column) for metric in METRICS.values() for column in metric.numbers]
+    better = {metric.column: metric.better for metric in METRICS.values()}
+    return better, {column: metric.unit for metric, column in columns}
 
 
 @command(main, "harvest.settings:HarvestSettings", BLOCKS, WATCH, run="harvest.run:harvest")
@@ -53,7 +58,7 @@ def harvest(settings: Any, cache: Any) -> None:
     Example: routesae harvest --model demo --data demo --tokens 200k --context 256
     """
     manifest = cache.manifest
-    click.echo(
+    echo(
         f"{cache.path}: {manifest.kept_tokens:,} tokens x {len(manifest.layers)} layers x {manifest.width} "
         f"in {manifest.shard_count} shards"
     )
@@ -71,11 +76,11 @@ def train(settings: Any, results: Any) -> None:
     """
     for result in results:
         if result.held_out is None:
-            click.echo(f"{result.folder}: no held-out rows to score it on")
+            echo(f"{result.folder}: no held-out rows to score it on")
         else:
             scores = result.held_out
             error, l0 = f"{scores.norm_mse:.4f}", f"{scores.l0:.1f}"
-            click.echo(f"{result.folder}: held-out NormMSE {error}, L0 {l0} on {scores.tokens:,} tokens")
+            echo(f"{result.folder}: held-out NormMSE {error}, L0 {l0} on {scores.tokens:,} tokens")
 
 
 @command(
@@ -97,8 +102,8 @@ def ablation(settings: Any, rows: list[dict[str, Any]]) -> None:
 
     Example: routesae ablation --cache shards/ --layer 12 --k 32 --k 64 --epochs 2
     """
-    click.echo(table(rows))
-    click.echo(f"{settings.out}: ablation.csv, ablation.json" + (", pareto.png, pareto.svg" if settings.plot else ""))
+    echo(*table(rows, *directions()))
+    echo(f"{settings.out}: ablation.csv, ablation.json" + (", pareto.png, pareto.svg" if settings.plot else ""))
 
 
 @command(main, "analyze.scores.settings:AnalyzeSettings", JSON, BLOCKS, WATCH, run="analyze.scores.run:analyze")
@@ -109,8 +114,8 @@ def analyze(settings: Any, results: dict[str, Any]) -> None:
 
     Example: routesae analyze --metric KLDiv --metric Recovered --tokens 20k --json scores.json
     """
-    click.echo(table([shown(row) for row in results["saes"]]))
-    click.echo(f"on {results['tokens_scored']:,} held-out tokens")
+    echo(*table(results["saes"], *directions()))
+    echo(f"on {results['tokens_scored']:,} held-out tokens")
 
 
 @command(main, "analyze.clamp.settings:ClampSettings", JSON, WATCH, run="analyze.clamp.run:clamp")
@@ -123,7 +128,7 @@ def clamp(settings: Any, results: dict[str, Any]) -> None:
     Example: routesae clamp --sae saes/topk --set 1234=30 --prompt 'My favourite place is'
     """
     for text in results["texts"]:
-        click.echo(side_by_side(text))
+        echo(*side_by_side(text))
 
 
 @command(main, "analyze.contexts.settings:ContextSettings", BLOCKS, WATCH, run="analyze.contexts.run:contexts")
@@ -135,9 +140,9 @@ def contexts(settings: Any, results: Any) -> None:
 
     Example: routesae contexts --sae saes/topk --threshold 4
     """
-    click.echo(table([result.row() for result in results]))
+    echo(*table([result.row() for result in results]))
     for result in results:
-        click.echo(f"{result.folder}: contexts.json, contexts.parquet, latents.parquet")
+        echo(f"{result.folder}: contexts.json, contexts.parquet, latents.parquet")
 
 
 @command(main, "analyze.interpret.settings:InterpretSettings", DRY_RUN, BLOCKS, WATCH)
@@ -151,17 +156,16 @@ def interpret(settings: Any, dry_run: bool = False) -> None:
     """
     from routesae.analyze.interpret.run import estimate, require_answers, row_of
     from routesae.analyze.interpret.run import interpret as run
-    from routesae.console.options import watching
 
     if dry_run:
         prompts, cost = estimate(settings)
         for name, prompt in prompts.items():
-            click.echo(f"---- {name}\n{prompt}")
-        click.echo(f"---- {cost}")
+            echo(f"---- {name}", *prompt.split("\n"))
+        echo(f"---- {cost}")
         return
     with watching(settings) as report:
         summaries = run(settings, report)
-    click.echo(table([row_of(summary) for summary in summaries]))
+    echo(*table([row_of(summary) for summary in summaries]))
     require_answers(summaries)
 
 
@@ -174,7 +178,7 @@ def report(settings: Any, page: Any) -> None:
 
     Example: routesae report --scores scores.json --model demo
     """
-    click.echo(f"{page.path}: {page.saes} SAEs, {page.latents:,} latents to look at, {human_bytes(page.bytes)}")
+    echo(f"{page.path}: {page.saes} SAEs, {page.latents:,} latents to look at, {human_bytes(page.bytes)}")
 
 
 @command(main, PIPELINE, WATCH, run="analyze.pipeline.run:run_pipeline")
@@ -187,9 +191,9 @@ def run(settings: Any, result: Any) -> None:
     Example: routesae run --config examples/pipeline.toml
     """
     if result.scores is not None:
-        click.echo(table([shown(row) for row in result.scores["saes"]]))
-    click.echo("; ".join(f"{stage}: {'done' if ran else 'unchanged'}" for stage, ran in result.stages.items()))
-    click.echo(f"{settings.out}: {', '.join(sorted(file.name for file in settings.out.iterdir() if file.is_file()))}")
+        echo(*table(result.scores["saes"], *directions()))
+    echo("; ".join(f"{stage}: {'done' if ran else 'unchanged'}" for stage, ran in result.stages.items()))
+    echo(f"{settings.out}: {', '.join(sorted(file.name for file in settings.out.iterdir() if file.is_file()))}")
 
 
 @command(main, "train.folder.settings:ConvertSettings")
@@ -205,7 +209,7 @@ def convert(settings: Any) -> None:
     converted = run(settings)
     recipe, layers = converted.recipe, ", ".join(map(str, converted.recipe.layers))
     size = f"{recipe.latents:,} latents of width {recipe.width}"
-    click.echo(f"{converted.folder}: {recipe.sae} of layer {layers}; {size}")
+    echo(f"{converted.folder}: {recipe.sae} of layer {layers}; {size}")
 
 
 @command(main, "train.folder.settings:PushSettings")
@@ -218,7 +222,108 @@ def push(settings: Any) -> None:
     """
     from routesae.train.folder.hub import push_sae
 
-    click.echo(push_sae(Path(settings.folder), settings.repo, private=settings.private, message=settings.message))
+    echo(push_sae(Path(settings.folder), settings.repo, private=settings.private, message=settings.message))
 
 
-main.add_command(cache)
+@main.group()
+def cache() -> None:
+    """Look at a cache, or prove it whole."""
+
+
+@command(cache)
+@click.argument("path", help="Folder or URL of the cache.")
+def info(path: str) -> None:
+    """Manifest, shards present and missing, bytes, statistics a layer.
+
+    Example: routesae cache info shards/
+    """
+    from routesae.harvest.cache.inspect import describe
+
+    description = describe(path)
+    for name, value in description.facts.items():
+        echo(f"{name:22} {value}")
+    echo("", *table(description.layers))
+
+
+@command(cache, WATCH, BLOCKS)
+@click.argument("path", help="Folder or URL of the cache.")
+@click.option("--digest", is_flag=True, help="Print one digest of what the cache holds, however it was written.")
+def verify(path: str, digest: bool = False) -> None:
+    """Check sizes, indexes and checksums of every shard; exit code 1 and a line for each that is bad.
+
+    Example: routesae cache verify shards/ --digest
+    """
+    from routesae.harvest.cache.verify import verify as run
+
+    with watching() as report:
+        result = run(path, report)
+    for problem in result.problems:
+        echo(problem)
+    if digest:
+        echo(f"sha256:{result.digest}")
+    if result.problems:
+        raise FailedRun(
+            f"{path}: {len(result.problems)} problems; `routesae cache repair {path}` removes bad shards, and the "
+            "same routesae harvest then writes what is missing"
+        )
+    if not digest:
+        echo(f"{path}: every shard is whole")
+
+
+@command(cache, WATCH)
+@click.argument("path", help="Folder or URL of the cache.")
+def repair(path: str) -> None:
+    """Remove the shards that `cache verify` finds bad, and nothing else; harvest then writes those again.
+
+    Example: routesae cache repair shards/
+    """
+    from routesae.harvest.cache.verify import repair as run
+
+    with watching() as report:
+        result = run(path, report)
+    for name in result.removed:
+        echo(f"removed {name}")
+    if result.missing:
+        echo(f"{path}: {result.missing} shards are missing; the same routesae harvest writes just those")
+    else:
+        echo(f"{path}: every shard is whole")
+
+
+@command(cache, WATCH, BLOCKS)
+@click.argument("sources", nargs=-1, required=True, help="Caches to take shards from.")
+@click.argument("target", help="Folder or URL of the cache to make.")
+@click.option("--link", is_flag=True, help="Make hard links instead of copies where both are on one file system.")
+def merge(sources: tuple[str, ...], target: str, link: bool = False) -> None:
+    """Make TARGET one cache of parts that were harvested apart; every checksum is compared.
+
+    The same command goes on where it was stopped, and further parts may come later.
+
+    Example: routesae cache merge node0/shards node1/shards shards/
+    """
+    _copy(sources, target, link=link)
+
+
+@command(cache, WATCH, BLOCKS)
+@click.argument("source", help="Folder or URL to copy from.")
+@click.argument("target", help="Folder or URL of the cache to make.")
+def copy(source: str, target: str) -> None:
+    """Copy a cache from a folder or URL to another; what arrived is read again and every checksum compared.
+
+    The same command goes on where it was stopped.
+
+    Example: routesae cache copy shards/ s3://bucket/shards
+    """
+    _copy((source,), target)
+
+
+def _copy(sources: tuple[str, ...], target: str, *, link: bool = False) -> None:
+    from routesae.harvest.cache.copying import copy as run
+
+    with watching() as report:
+        result = run(sources, target, link=link, report=report)
+    echo(f"{target}: {result.copied} shards copied")
+    if result.missing:
+        echo(
+            f"{target}: {result.missing} shards are not in {', '.join(sources)}; add further parts with routesae "
+            "cache merge, or harvest them"
+        )

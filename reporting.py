@@ -55,6 +55,20 @@ def human_bytes(n: float) -> str:
 
 
 def visible(text: str) -> str:
-    """The text with characters that are not seen, or that act where it is shown, as their codes: <U+202E>."""
+    """The text with characters that are not seen, or that act where it is shown, as their codes: <U+202E>.
+
+    Of accents that pile up on one letter, those after the fourth too: a hundred cover the lines around them.
+    """
     hidden = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format, half a surrogate pair, line and paragraph separator
-    return "".join(f"<U+{ord(c):04X}>" if unicodedata.category(c) in hidden else c for c in text)
+    shown, accents = [], 0
+    for c in text:
+        category = unicodedata.category(c)
+        accents = accents + 1 if category in ("Mn", "Me") else 0
+        shown.append(f"<U+{ord(c):04X}>" if category in hidden or accents > 4 else c)
+    return "".join(shown)
+
+
+def shortened(text: str, longest: int = 200) -> str:
+    """The text, or its two ends where it is longer than `longest` characters."""
+    half = (longest - 1) // 2
+    return text if len(text) <= longest else f"{text[: longest - 1 - half]}…{text[len(text) - half :]}"

@@ -6,24 +6,26 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from click.core import ParameterSource
 
-from routesae.reporting import FailedRun, Stopped, WrongInput
-
-if TYPE_CHECKING:
-    from pydantic.fields import FieldInfo
-
-    from routesae.machine.settings import Settings, Shown
+from routesae.console.options import DryRun, JsonFile, Watch
+from routesae.console.terminal import Styled, echo, styled
+from routesae.machine.settings import Setting, Settings, flag_of
+from routesae.machine.stop import Terminated
+from routesae.reporting import FailedRun, Report, Stopped, WrongInput, shortened
 
 FIRST = ("Model and corpus", "What is kept", "The dictionary", "This variant only", "Optimiser")  # groups of --help
 LAST = "The run"
-WATCH, BLOCKS, JSON = "console.watch:Watch", "harvest.cache.settings:BlockOptions", "console.options:JsonFile"
+BLOCKS, WATCH, JSON = "harvest.cache.settings:BlockOptions", "console.options:Watch", "console.options:JsonFile"
 CONFIG, PIPELINE, DRY_RUN = (f"console.options:{name}" for name in ("ConfigFile", "PipelineFile", "DryRun"))
 LONGEST_CHOICES = 28  # characters; longer lists of choices stand in the help text
+LONGEST_MESSAGE = 2_000  # characters
+HUNG_UP = 141  # what a shell says of a program that SIGPIPE ended
 
 
 def imported(path: str) -> Any:
@@ -47,14 +49,11 @@ class SettingsCommand(click.Command):
     @cached_property
     def generated(self) -> dict[str, tuple[str, click.Parameter]]:
         """Group and option of every setting, by field."""
-        from routesae.machine.settings import described
-
         found: dict[str, tuple[str, click.Parameter]] = {}
-        for path in self.settings:
-            of = imported(path)
-            for field, (info, shown) in described(of).items():
+        for of in map(imported, self.settings):
+            for field, one in of.described.items():
                 if field not in self.without and field not in found:
-                    found[field] = shown.group, make_option(of, field, info, shown)
+                    found[field] = one.group, make_option(of, field, one)
         return found
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
@@ -68,12 +67,12 @@ class SettingsCommand(click.Command):
         for name in dict.fromkeys(names):
             rows = [option.get_help_record(ctx) for group, option in options if group == name]
             if shown := [row for row in rows if row]:
-                with formatter.section(name):
+                with formatter.section(styled(name, bold=True)):
                     formatter.write_dl(shown)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The example, on a line of its own however long it is, to be copied whole."""
-        formatter.write(f"\nExample:\n  {self.epilog}\n")
+        formatter.write(f"\n{styled('Example', bold=True)}:\n  {self.epilog}\n")
 
     def typed(self, ctx: click.Context) -> dict[str, Any]:
         """The flags that were given, on the command line or in the environment."""
@@ -81,7 +80,6 @@ class SettingsCommand(click.Command):
         return {name: value for name, value in ctx.params.items() if ctx.get_parameter_source(name) in typed}
 
     def invoke(self, ctx: click.Context) -> Any:
-        from routesae.console.options import DryRun, JsonFile, set_up, taken, watching
         from routesae.machine.files import write_json
 
         flags = self.typed(ctx)
@@ -101,30 +99,55 @@ class SettingsCommand(click.Command):
         return ctx.invoke(self.callback, settings, result)
 
 
-def make_option(of: type[Settings], field: str, info: FieldInfo, shown: Shown) -> click.Parameter:
-    """The option, or argument, of one setting. It takes text; the settings class says what is wrong with it."""
-    from routesae.machine.settings import flag_of, kind_of
+def taken(of: type[Settings], flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags that belong to a class, taken out of the others."""
+    return {name: flags.pop(name) for name in list(flags) if name in of.described}
 
-    kind, several = kind_of(info)
-    if shown.positional:
-        return click.Argument([field], help=str(info.description))
-    flag, text = flag_of(of, field), str(info.description)
-    choices = "|".join(shown.choices)
+
+def set_up(ctx: click.Context, flags: dict[str, Any]) -> None:
+    """Act on the flags of Watch and BlockOptions, which hold for the whole process, and take them out."""
+    from routesae.console.watch import configure_logging
+    from routesae.harvest.cache.settings import BlockOptions
+
+    root, kept = ctx.find_root(), taken(BlockOptions, flags)
+    root.obj |= taken(Watch, flags)
+    configure_logging(Watch(**root.obj))
+    if kept:
+        from routesae.harvest.cache.store import blocks
+
+        blocks.options = blocks.options.replace(**kept)
+
+
+def watching(settings: Any = None) -> AbstractContextManager[Report]:
+    """What the running command reports to. It keeps the status file that --status names, or that of its folder."""
+    from routesae.console.watch import status_path, watched
+
+    ctx = click.get_current_context()
+    command = str(ctx.info_name)
+    return watched(Watch(**ctx.find_root().obj), command, status_path(command, settings))
+
+
+def make_option(of: type[Settings], field: str, one: Setting) -> click.Parameter:
+    """The option, or argument, of one setting. It takes text; the settings class says what is wrong with it."""
+    kind, several, _ = of.kinds[field]
+    if one.positional:
+        return click.Argument([field], help=one.help)
+    flag, text, choices = flag_of(of, field), one.help, "|".join(one.choices)
     if len(choices) > LONGEST_CHOICES:
-        text = f"{text[:-1]}: {', '.join(shown.choices)}."
+        text = f"{text[:-1]}: {', '.join(one.choices)}."
         choices = ""
-    if shown.only_for:
-        text = f"{shown.only_for}: {text}"
-    default = shown.unset if info.default in (None, ()) else default_text(info.default, several)
-    if default is not None and not info.is_required():
+    if one.only_for:
+        text = f"{one.only_for}: {text}"
+    default = one.unset if one.default in (None, ()) else default_text(one.default, several)
+    if default is not None and one.default is not ...:
         text += f"  [default: {default}]"
     if kind is bool:
-        flags = flag if info.default is False else f"{flag}/--no-{flag[2:]}"
-        return click.Option([flags, field], is_flag=True, default=None, help=text, envvar=shown.env)
-    metavar = choices or shown.metavar or {int: "N", float: "X"}.get(kind, "TEXT")
-    repeated = shown.swept or (several and kind not in (int, float))
+        flags = flag if one.default is False else f"{flag}/--no-{flag[2:]}"
+        return click.Option([flags, field], is_flag=True, default=None, help=text, envvar=one.env)
+    metavar = choices or one.metavar or {int: "N", float: "X"}.get(kind, "TEXT")
+    repeated = one.swept or (several and kind not in (int, float))
     return click.Option(
-        [flag, field], metavar=metavar + "..." * repeated, multiple=repeated, help=text, envvar=shown.env
+        [flag, field], metavar=metavar + "..." * repeated, multiple=repeated, help=text, envvar=one.env
     )
 
 
@@ -167,6 +190,10 @@ class Commands(click.Group):
 
     def main(self, *args: Any, **more: Any) -> Any:
         """Run, and end as a program does."""
+        stdout = sys.stdout
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")  # a terminal of ASCII has no ±
         try:
             code = super().main(*args, **{**more, "standalone_mode": False})
         except click.exceptions.NoArgsIsHelpError as error:
@@ -179,11 +206,15 @@ class Commands(click.Group):
             if context and not meant:
                 remedy = f"; `{context.command_path} --help` lists what there is"
             self.end(context, text[:1].lower() + text[1:].rstrip(".") + remedy, 2)
+        except click.Abort:
+            self.end(None, "stopped", 130)
+        except SystemExit:
+            if sys.stdout is not stdout:  # click saw that its reader hung up, as that of `routesae … | head` does
+                sys.exit(HUNG_UP)
+            raise
         sys.exit(code if isinstance(code, int) else 0)
 
     def invoke(self, ctx: click.Context) -> Any:
-        from routesae.console.watch import Terminated
-
         try:
             return super().invoke(ctx)
         except WrongInput as error:
@@ -191,6 +222,8 @@ class Commands(click.Group):
         except Stopped as error:
             self.end(ctx, error, error.code)
         except (FailedRun, OSError) as error:
+            if isinstance(error, BrokenPipeError) and hung_up():
+                raise
             self.end(ctx, error, 1)
         except Terminated as error:
             self.end(ctx, f"{error}; the same command begins again, harvest and train where they stood", 143)
@@ -199,9 +232,21 @@ class Commands(click.Group):
 
     def end(self, ctx: click.Context | None, message: object, code: int) -> None:
         """Say on standard error what ended the program. An empty message: another process of the run says it."""
-        from routesae.console.watch import Watch, message_of
+        text = shortened(str(message), LONGEST_MESSAGE)
+        if text and ctx and (ctx.find_root().obj or {}).get("log_json"):
+            from routesae.console.watch import json_line
 
-        if str(message):
-            watch = ctx.find_root().obj if ctx else None
-            click.echo(message_of(watch or Watch(), message, code), err=True)
+            level = "warning" if code in (0, 130, 143) else "error"
+            echo(json_line(level, text, exit_code=code), err=True)
+        elif text:
+            echo(Styled(styled("routesae:", sys.stderr, fg="red", bold=True) + styled(f" {text}")), err=True)
         sys.exit(code)
+
+
+def hung_up() -> bool:
+    """Whether nobody reads standard output any more."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return True
+    return False

@@ -5,21 +5,21 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from routesae import __version__
-from routesae.machine.files import write_json
-from routesae.machine.settings import RUN, Settings, setting
-from routesae.reporting import FailedRun, Progress, Report, Stopped, WrongInput
+from routesae.console.options import Watch
+from routesae.console.terminal import columns, styled
+from routesae.machine.files import read_bytes, write_json
+from routesae.machine.stop import terminating
+from routesae.reporting import FailedRun, Progress, Report, Stopped, WrongInput, shortened, visible
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -27,33 +27,21 @@ if TYPE_CHECKING:
 log = logging.getLogger("routesae")
 LOG_LINE_SECONDS = 10.0  # between progress lines where there is no terminal
 STATUS_SECONDS = 2.0  # between two writings of the status file
-STATUS = "status.json"
-
-
-class Watch(Settings):
-    """How a run is watched."""
-
-    quiet: bool = setting(False, RUN, "Only warnings, errors and results.")
-    log_json: bool = setting(False, RUN, "Log and progress on standard error as a JSON object a line.")
-    status: str | None = setting(
-        None,
-        RUN,
-        "File that says in JSON how far the run is.",
-        metavar="PATH",
-        unset="status.json in the folder that is filled",
-    )
-
-    def check(self) -> None:
-        if self.status is not None and not Path(self.status).absolute().parent.is_dir():
-            raise WrongInput(f"--status {self.status}: there is no folder {Path(self.status).parent} to write it to")
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, where no stage has work to bring home first. Not an Exception, so that no library swallows it."""
+NAME_LENGTHS = (60, 40, 30, 24, 18, 14, 10, 7)  # characters of a name, tried in this order until a bar fits
 
 
 class ToStderr(logging.StreamHandler[Any]):
     """The handler that the command line adds: a class of its own, so that it is recognised later."""
+
+
+class TextLines(logging.Formatter):
+    """Formats a log record as text that does not act on the terminal. A record of this package is one line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        ours = record.name.startswith("routesae") and not record.exc_info
+        shown = visible(text) if ours else "\n".join(map(visible, text.rstrip("\n").split("\n")))
+        return styled(shown, sys.stderr, fg="yellow") if ours and record.levelno >= logging.WARNING else shown
 
 
 class JsonLines(logging.Formatter):
@@ -78,8 +66,8 @@ def configure_logging(watch: Watch) -> None:
         logging.basicConfig(level=logging.WARNING, handlers=[ToStderr(sys.stderr)])
     for handler in logging.getLogger().handlers:
         if isinstance(handler, ToStderr):
-            handler.setFormatter(JsonLines() if watch.log_json else logging.Formatter("%(message)s"))
-    logging.captureWarnings(watch.log_json)  # Python's own warnings would not be JSON
+            handler.setFormatter(JsonLines() if watch.log_json else TextLines())
+    logging.captureWarnings(True)  # Python's own warnings go the same way
     logging.getLogger("routesae").setLevel(logging.WARNING if watch.quiet else logging.INFO)
     if watch.quiet or watch.log_json:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when huggingface_hub is imported
@@ -137,7 +125,7 @@ class Lines:
 
 
 class Bars:
-    """Shows progress as a bar with rate and time left, for a terminal."""
+    """Shows progress as a bar with time left and figures, for a terminal."""
 
     def __init__(self) -> None:
         self._bar: tqdm[Any] | None = None
@@ -148,16 +136,32 @@ class Bars:
 
         if self._bar is None or now.stage != self._stage or now.done < self._bar.n:
             self.close()
-            scale = now.unit == "tokens"
-            self._bar = tqdm(total=now.total, unit=f" {now.unit}", unit_scale=scale, desc=now.stage)
+            self._bar = tqdm(total=now.total, bar_format="{desc}{bar}", desc=visible(now.stage))
             self._stage = now.stage
-        self._bar.set_postfix(now.facts, refresh=False)
+        head = f"{100 * now.done / max(1, now.total):3.0f}%"
+        if paced["seconds_left"] is not None:
+            head += f" {tqdm.format_interval(paced['seconds_left'])} left"
+        self._bar.ncols = columns(sys.stderr) - 1
+        stage, facts = fitted(visible(now.stage), now.facts, self._bar.ncols - len(f" {head} "))
+        self._bar.set_description_str(f"{stage} {head}{facts} ", refresh=False)
         self._bar.update(now.done - self._bar.n)
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def fitted(stage: str, facts: Mapping[str, str], room: int) -> tuple[str, str]:
+    """A stage and its figures in `room` columns: names are shortened first, then the last figures left out."""
+    for most in range(len(facts), -1, -1):
+        for length in NAME_LENGTHS:
+            some = list(facts.items())[:most]
+            shown = "".join(f" {shortened(visible(name), length)}={visible(value)}" for name, value in some)
+            short = shortened(stage, max(12, length))
+            if len(short) + len(shown) <= room:
+                return short, shown
+    return short, ""
 
 
 class Status:
@@ -167,13 +171,12 @@ class Status:
     does not take it causes a warning only.
     """
 
-    def __init__(self, path: Path, command: str):
+    def __init__(self, path: Path | None, command: str):
         self.path = path
         self._head = {"routesae": __version__, "command": command, "pid": os.getpid(), "host": socket.gethostname()}
         self._head |= {"started": _now()}
         self._progress: dict[str, Any] = dict.fromkeys((*Progress._fields, "rate", "seconds_left"))
         self._wrote_at: float | None = None
-        self._broken = False
 
     def update(self, paced: dict[str, Any]) -> None:
         self._progress = paced
@@ -183,10 +186,11 @@ class Status:
     def end(self, error: BaseException | None) -> None:
         """Write how the run ended: finished, stopped or failed, and why."""
         if isinstance(error, WrongInput):
-            if self._wrote_at is not None:
-                self.path.unlink(missing_ok=True)
-        elif error is None:  # a run with nothing to do writes none, but corrects what an older run left
-            if self._wrote_at is not None or (self.path.is_file() and b'"finished"' not in self.path.read_bytes()):
+            if self._wrote_at is not None and self.path is not None:
+                with suppress(OSError):
+                    self.path.unlink(missing_ok=True)
+        elif error is None:
+            if self._wrote_at is not None or self._is_stale():
                 self._write("finished", None)
         elif isinstance(error, Stopped | KeyboardInterrupt):
             self._write("stopped", str(error) or None)
@@ -194,56 +198,74 @@ class Status:
             explained = isinstance(error, FailedRun | OSError)
             self._write("failed", str(error) if explained else f"{type(error).__name__}: {error}")
 
-    def _write(self, state: str, message: str | None) -> None:
-        if self._broken or not self.path.parent.is_dir():
-            return
-        content = {**self._head, "updated": _now(), "state": state, "message": message, **self._progress}
+    def _is_stale(self) -> bool:
+        """Whether an older run left a status that is not of its end. A run with nothing to do writes no other."""
         try:
-            write_json(self.path, content)
-        except OSError as error:
-            self._broken = True
+            return self.path is not None and b'"finished"' not in read_bytes(self.path)
+        except (OSError, ValueError):
+            return False
+
+    def _write(self, state: str, message: str | None) -> None:
+        try:
+            if self.path is not None and self.path.parent.is_dir():
+                content = {**self._head, "updated": _now(), "state": state, "message": message, **self._progress}
+                write_json(self.path, content)
+        except (OSError, ValueError) as error:
             log.warning("%s is no longer written: %s", self.path, error)
+            self.path = None
         self._wrote_at = time.monotonic()
 
 
-def status_in(folder: str | Path, worker: int | None = None) -> Path | None:
-    """Where a run that writes into `folder` keeps its status, or None where that is a URL.
+def status_path(command: str, settings: Any) -> Path | None:
+    """The status file of a command that fills a folder on a disk, or None. Of several workers each has its own.
 
-    worker: the number of this one of several that write into the same folder; torchrun's are in the environment.
+    That of a cache lies beside it, because zarr warns of files in its groups.
     """
-    rank = os.environ.get("RANK") if os.environ.get("WORLD_SIZE", "1") != "1" else None
-    number = rank if worker is None else str(worker)
-    return None if "://" in str(folder) else Path(folder) / (STATUS if number is None else f"status-{number}.json")
-
-
-def status_beside(folder: str | Path, worker: int | None = None) -> Path | None:
-    """The same for a cache: shards.status.json beside shards/, because zarr warns of files in its groups."""
-    inside = status_in(folder, worker)
-    return inside and inside.parent.absolute().with_name(f"{inside.parent.absolute().name}.{inside.name}")
+    number = os.environ.get("RANK") if os.environ.get("WORLD_SIZE", "1") != "1" else None
+    match command:
+        case "harvest":
+            number = number if settings.worker is None else str(settings.worker)
+        case "train" if os.environ.get("RANK", "0") != "0":  # of torchrun's processes, the first reports for all
+            return None
+        case "train" | "ablation" | "contexts" | "interpret" | "run":
+            pass
+        case _:
+            return None
+    folder = settings.out
+    if command in ("contexts", "interpret") and len(settings.saes) == 1 and Path(settings.saes[0]).is_dir():
+        folder = settings.saes[0]
+    name = "status.json" if number is None else f"status-{number}.json"
+    if "://" in str(folder):
+        return None
+    beside = Path(folder).absolute()
+    return beside.with_name(f"{beside.name}.{name}") if command == "harvest" else Path(folder) / name
 
 
 @contextmanager
 def watched(watch: Watch, command: str, status: Path | None = None) -> Iterator[Report]:
     """A Report that shows progress as `watch` says, and keeps the command's status file.
 
-    While open, SIGTERM raises Terminated, unless a stage that has work to save catches it first.
+    While open, SIGTERM raises Terminated, unless a stage that has work to save catches it first. No fault of the
+    terminal or of the status file ends the run, or hides what ended it.
     """
-    path = Path(watch.status) if watch.status else status
     bars = sys.stderr.isatty() and not watch.log_json
-    display = None if watch.quiet else Bars() if bars else Lines()
-    file, pacer = None if path is None else Status(path, command), Pacer()
+    display: Bars | Lines | None = None if watch.quiet else Bars() if bars else Lines()
+    file, pacer = Status(Path(watch.status) if watch.status else status, command), Pacer()
 
     def report(now: Progress) -> None:
+        nonlocal display
         paced = pacer(now)
-        if display is not None:
-            display.show(now, paced)
-        if file is not None:
-            file.update(paced)
+        try:
+            if display is not None:
+                display.show(now, paced)
+        except OSError:  # the terminal is gone
+            display = None
+        file.update(paced)
 
     ended: BaseException | None = None
     try:
         with ExitStack() as stack:
-            stack.enter_context(_terminated())
+            stack.enter_context(terminating())
             if bars:
                 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -253,30 +275,7 @@ def watched(watch: Watch, command: str, status: Path | None = None) -> Iterator[
         ended = error
         raise
     finally:
-        if display is not None:
-            display.close()
-        if file is not None:
-            file.end(ended)
-
-
-@contextmanager
-def _terminated() -> Iterator[None]:
-    def raise_it(number: int, frame: FrameType | None) -> None:
-        raise Terminated("stopped by SIGTERM")
-
-    try:
-        before = signal.signal(signal.SIGTERM, raise_it)
-    except ValueError:  # only the main thread may
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def message_of(watch: Watch, message: object, code: int) -> str:
-    """The last line of a run that ends with `code`."""
-    if not watch.log_json:
-        return f"routesae: {message}"
-    return json_line("warning" if code in (0, 130, 143) else "error", str(message), exit_code=code)
+        with suppress(OSError):
+            if display is not None:
+                display.close()
+        file.end(ended)

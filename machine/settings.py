@@ -1,75 +1,69 @@
 """One definition of a setting. Flags, `--help`, TOML keys, messages and what results record are all made from it.
 
     class HarvestSettings(Settings):
-        context: int = setting(512, group=CORPUS, help="Tokens in a row, that is, a sequence of the LM.", ge=2)
+        context: int = setting(512, CORPUS, "Tokens in a row, that is, a sequence of the LM.", ge=2)
 
 A field's type says what it takes: int (also "200k", "10M", "20B"), float, bool, str, or a tuple
 of these (a flag given several times, or numbers as "128,512"); `| None` where leaving it out means something.
+pydantic checks the values. It is imported with the first of them, because `--help` has no time for it.
 """
 
 from __future__ import annotations
 
 import difflib
-import tomllib
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from dataclasses import KW_ONLY, MISSING, asdict, dataclass, field, fields
 from pathlib import PurePath
 from types import NoneType
-from typing import Annotated, Any, Self, get_args, get_origin
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
-from pydantic.fields import FieldInfo
+from typing import Annotated, Any, ClassVar, NamedTuple, Self, get_args, get_origin, get_type_hints
 
 from routesae.machine.files import read_bytes
-from routesae.reporting import WrongInput
+from routesae.reporting import WrongInput, shortened
 
 MODEL, KEPT, DICTIONARY = "Model and corpus", "What is kept", "The dictionary"
 VARIANT, OPTIMISER, RUN = "This variant only", "Optimiser", "The run"
 SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9}
 LARGEST_COUNT = 10**15
+LARGEST_TOML_BYTES, MOST_DOTS = 1 << 18, 200  # tomllib takes the square of a dotted key's length
 TYPES = {"int_type": "a whole number", "float_type": "a number", "finite_number": "a finite number"}
 TYPES |= {"bool_type": "true or false", "string_type": "text", "tuple_type": "a list"}
 BOUNDS = {"greater_than_equal": "below", "greater_than": "not above", "less_than_equal": "above"}
 BOUNDS |= {"less_than": "not below"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shown:
-    """How a setting appears to users.
+@dataclass(frozen=True)
+class Setting:
+    """A setting as users know it.
 
-    flag: its spelling where that is not the field's name; "" for a setting that has no flag.
-    choices: the words it may be. unset: what None comes to, in words. only_for: the variant or trait that has it.
+    flag: its spelling where that is not the field's name. choices: the words it may be. only_for: the variant or
+    trait that has it. unset: what None comes to, in words; none: the word that says None.
     instead_of: the setting that says the same in another unit; at most one of the two is given.
-    swept: it may be given several times, and every combination is trained.
+    swept: it may be given several times, and every combination is trained. ge, gt, le, lt: its bounds.
     """
 
+    default: Any  # ... for none
     group: str
+    help: str
+    _: KW_ONLY
     flag: str | None = None
     metavar: str | None = None
     unset: str | None = None
+    none: str | None = None
     only_for: str | None = None
     instead_of: str | None = None
     choices: Collection[str] = ()
     swept: bool = False
     env: str | None = None
     positional: bool = False
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
 
 
-def setting(
-    default: Any,
-    group: str,
-    help: str,
-    *,
-    ge: float | None = None,
-    gt: float | None = None,
-    le: float | None = None,
-    lt: float | None = None,
-    **shown: Any,
-) -> Any:
-    """A field of a Settings class. ge, gt, le and lt are its bounds; the rest goes to Shown."""
-    extra: dict[str, Any] = {"shown": Shown(group=group, **shown)}
-    return Field(default, description=help, ge=ge, gt=gt, le=le, lt=lt, json_schema_extra=extra)
+def setting(default: Any, group: str, help: str, **more: Any) -> Any:
+    """A Setting, as the value of a field of a Settings class."""
+    return Setting(default, group, help, **more)
 
 
 # Settings that mean the same in several commands.
@@ -93,19 +87,54 @@ SAES = setting(
 )
 
 
-class Settings(BaseModel):
+class Kind(NamedTuple):
+    """What a field takes: one, or a tuple, of a type, and perhaps None instead."""
+
+    type: Any
+    several: bool
+    optional: bool
+
+
+def kind_of(hint: Any) -> Kind:
+    """The kind that a type hint says."""
+    optional = NoneType in get_args(hint)
+    kind = next(one for one in get_args(hint) if one is not NoneType) if optional else hint
+    several = get_origin(kind) is tuple
+    return Kind(get_args(kind)[0] if several else kind, several, optional)
+
+
+class Settings:
     """Settings of one command. Constructing one with a wrong or unknown value raises WrongInput, in one line."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    __dataclass_fields__: ClassVar[dict[str, Any]]  # each class below this one is a frozen dataclass
+    checker: ClassVar[Any]  # the pydantic model of the fields, made when it is first needed
+    kinds: ClassVar[dict[str, Kind]]  # of every field
+    described: ClassVar[dict[str, Setting]]  # those that users see
+
+    def __init_subclass__(cls) -> None:
+        for name, value in list(vars(cls).items()):
+            if isinstance(value, Setting):
+                default = MISSING if value.default is ... else value.default
+                setattr(cls, name, field(default=default, metadata={"setting": value}))
+        dataclass(frozen=True, init=False)(cls)
+        hints = get_type_hints(cls)
+        cls.checker = None
+        cls.kinds = {one.name: kind_of(hints[one.name]) for one in fields(cls)}
+        cls.described = {one.name: one.metadata["setting"] for one in fields(cls) if one.metadata}
 
     def __init__(self, **values: Any) -> None:
+        from pydantic import ValidationError
+
+        of = type(self)
         try:
-            super().__init__(**values)
+            of.checker = of.checker or _checker(of)
+            checked = of.checker(**{name: _from_text(of, name, value) for name, value in values.items()})
         except ValidationError as error:
-            raise WrongInput(_message(type(self), error.errors()[0])) from None
-        for name, (_, shown) in described(type(self)).items():
-            if shown.instead_of and getattr(self, name) is not None and getattr(self, shown.instead_of) is not None:
-                both = [f"{flag_of(type(self), one)} {getattr(self, one)}" for one in (name, shown.instead_of)]
+            raise WrongInput(_message(of, error.errors()[0])) from None
+        vars(self).update(checked)
+        for name, one in of.described.items():
+            if one.instead_of and getattr(self, name) is not None and getattr(self, one.instead_of) is not None:
+                both = [f"{flag_of(of, which)} {getattr(self, which)}" for which in (name, one.instead_of)]
                 raise WrongInput(f"{' and '.join(both)} exclude each other; give one of them")
         self.check()
 
@@ -119,25 +148,51 @@ class Settings(BaseModel):
 
     def to_dict(self) -> dict[str, Any]:
         """Every setting by its name, as JSON can hold it."""
-        return self.model_dump()
+        return asdict(self)
 
     def replace(self, **changes: Any) -> Self:
         """The same settings with some changed, checked again."""
-        return type(self)(**{**dict(self), **changes})
+        return type(self)(**{**vars(self), **changes})
 
-    @field_validator("*", mode="before")
-    @classmethod
-    def _from_text(cls, value: Any, info: ValidationInfo) -> Any:
-        """What a command line or a TOML file holds, as the field's type: "10M" is 10,000,000, "16,32" is (16, 32)."""
-        name = str(info.field_name)
-        kind, several = kind_of(cls.model_fields[name])
-        choices = described(cls)[name][1].choices if name in described(cls) else ()
-        if value is None or not several:
-            return _read(value, kind, choices)
+
+def flag_of(of: type[Settings], name: str) -> str:
+    """How users write a setting: --checkpoint-every, or FILE for an argument."""
+    one = of.described.get(name)
+    return name.upper() if one and one.positional else "--" + ((one and one.flag) or name.replace("_", "-"))
+
+
+def _checker(of: type[Settings]) -> Any:
+    """A pydantic model that checks types and bounds."""
+    from pydantic import ConfigDict, Field, create_model
+
+    config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
+    checks: dict[str, Any] = {}
+    for one in fields(of):
+        kind, several, optional = of.kinds[one.name]
+        bounds = {name: getattr(one.metadata.get("setting"), name, None) for name in ("ge", "gt", "le", "lt")}
+        bounded = Annotated[kind, Field(**bounds)]  # type: ignore[valid-type]
+        taken: Any = tuple[bounded, ...] if several else bounded
+        checks[one.name] = (taken | None if optional else taken, ... if one.default is MISSING else one.default)
+    return create_model(of.__name__, __config__=config, **checks)
+
+
+def _from_text(of: type[Settings], name: str, value: Any) -> Any:
+    """What a command line or a TOML file holds, as the field's type: "10M" is 10,000,000, "16,32" is (16, 32)."""
+    if name not in of.kinds:
+        raise WrongInput(unknown(name, of.kinds))
+    kind, several, _ = of.kinds[name]
+    one = of.described.get(name)
+    if value is None or (one and one.none and str(value).strip().lower() == one.none):
+        return None
+    try:
+        if not several:
+            return _read(value, kind, one.choices if one else ())
         if isinstance(value, str) and kind in (int, float):
             value = value.split(",")
         items = value if isinstance(value, list | tuple) else [value]
-        return tuple(_read(item, kind, choices) for item in items)
+        return tuple(_read(item, kind, one.choices if one else ()) for item in items)
+    except ValueError as error:
+        raise WrongInput(f"{flag_of(of, name)} {error}") from None
 
 
 def _read(value: Any, kind: Any, choices: Collection[str]) -> Any:
@@ -151,84 +206,65 @@ def _read(value: Any, kind: Any, choices: Collection[str]) -> Any:
         try:
             return float(value)
         except ValueError:
-            raise ValueError(f"{value!r} is not a number") from None
+            raise ValueError(f"{shortened(repr(value))} is not a number") from None
     return value
 
 
 def read_count(text: str) -> int:
     """200000, 200k, 10M or 1.5B as a number. Raises ValueError for anything else."""
+    from decimal import Decimal, InvalidOperation
+
     number, factor = text.strip().lower(), 1
     if number and number[-1] in SUFFIXES:
         number, factor = number[:-1], SUFFIXES[number[-1]]
     try:
         count = Decimal(number) * factor  # exact: 16.1k is 16,100, and as a float it is not
-        if count == int(count) and abs(count) <= LARGEST_COUNT:
+        if abs(count) <= LARGEST_COUNT and count == int(count):  # in this order: int() of 1e999999999 takes for ever
             return int(count)
     except (InvalidOperation, OverflowError, ValueError):
         pass
-    raise ValueError(f"{text!r} is not a whole number such as 200000, 200k or 10M")
-
-
-def kind_of(info: FieldInfo) -> tuple[Any, bool]:
-    """A field's type without `| None`, or the type of its items, and whether it is a tuple of them."""
-    kinds = [kind for kind in get_args(info.annotation) if kind is not NoneType]
-    kind = kinds[0] if NoneType in get_args(info.annotation) else info.annotation
-    if get_origin(kind) is not tuple:
-        return kind, False
-    item = get_args(kind)[0]
-    return (get_args(item)[0] if get_origin(item) is Annotated else item), True
-
-
-def described(of: type[Settings]) -> dict[str, tuple[FieldInfo, Shown]]:
-    """The settings of a class that users see, by field."""
-    fields = of.model_fields.items()
-    return {name: (info, info.json_schema_extra["shown"]) for name, info in fields if info.json_schema_extra}  # type: ignore
-
-
-def flag_of(of: type[Settings], name: str) -> str:
-    """How users write a setting: --checkpoint-every, or FILE for an argument."""
-    shown = described(of)[name][1] if name in described(of) else Shown(group="")
-    return name.upper() if shown.positional else "--" + (shown.flag or name.replace("_", "-"))
+    raise ValueError(f"{shortened(repr(text))} is not a whole number such as 200000, 200k or 10M")
 
 
 def _message(of: type[Settings], error: Any) -> str:
     """One line of what is wrong, from pydantic's account of it."""
-    name, value, kind, context = str(error["loc"][0]), error["input"], error["type"], error.get("ctx", {})
-    if kind == "extra_forbidden":
-        return unknown(name, of.model_fields)
-    flag = flag_of(of, name)
+    flag, value, kind = flag_of(of, str(error["loc"][0])), error["input"], error["type"]
     if kind == "missing":
         return f"{flag} is missing"
-    if kind == "value_error":
-        return str(context["error"]) if isinstance(context["error"], WrongInput) else f"{flag} {context['error']}"
     if kind in BOUNDS:
-        return f"{flag} {value:.10g} is {BOUNDS[kind]} {next(iter(context.values())):.10g}"
-    return f"{flag} {value!r} is not {TYPES.get(kind, error['msg'])}"
+        return f"{flag} {value:.10g} is {BOUNDS[kind]} {next(iter(error['ctx'].values())):.10g}"
+    return f"{flag} {shortened(repr(value))} is not {TYPES.get(kind, error['msg'])}"
 
 
-def not_one_of(value: object, choices: Collection[str]) -> str:
+def not_one_of(value: str, choices: Collection[str]) -> str:
     """Complain of a word that is none of the choices, and name the one that was perhaps meant."""
-    meant = difflib.get_close_matches(str(value), choices, n=1)
-    return f"{value!r} is none of {', '.join(choices)}" + (f"; did you mean {meant[0]!r}?" if meant else "")
+    meant = difflib.get_close_matches(value[:100], choices, n=1)
+    remedy = f"; did you mean {meant[0]!r}?" if meant else ""
+    return f"{shortened(repr(value))} is none of {', '.join(choices)}{remedy}"
 
 
 def unknown(name: str, names: Collection[str]) -> str:
     """Complain of a setting that does not exist."""
-    meant = difflib.get_close_matches(name, names, n=1)
+    meant = difflib.get_close_matches(name[:100], names, n=1)
     remedy = f"did you mean {meant[0]!r}?" if meant else f"the settings are {', '.join(sorted(names))}"
-    return f"unknown setting {name!r}; {remedy}"
+    return f"unknown setting {shortened(repr(name))}; {remedy}"
 
 
-def read_toml(path: str) -> dict[str, Any]:
-    """The TOML file of --config. Raises WrongInput where it cannot be read."""
+def read_toml(path: str, flag: str = "--config") -> dict[str, Any]:
+    """The TOML file that a flag names. Raises WrongInput where it cannot be read."""
+    import tomllib
+
     try:
-        return tomllib.loads(read_bytes(path).decode())
+        text = read_bytes(path, LARGEST_TOML_BYTES).decode()
+        if max(line.count(".") for line in f"{text}\n".splitlines()) > MOST_DOTS:
+            raise ValueError(f"a line has more than {MOST_DOTS} dots")
+        return tomllib.loads(text)
     except FileNotFoundError:
-        raise WrongInput(f"--config {path} does not exist") from None
+        raise WrongInput(f"{flag} {path} does not exist") from None
     except RecursionError:
-        raise WrongInput(f"--config {path} cannot be read: nested too deeply") from None
+        raise WrongInput(f"{flag} {path} cannot be read: nested too deeply") from None
     except (OSError, ValueError) as error:  # ValueError: not TOML, not text, too large, or not a regular file
-        raise WrongInput(f"--config {path} cannot be read: {error}") from error
+        raise WrongInput(f"{flag} {path} cannot be read: {shortened(str(error))}") from error
 
 
 def by_field(table: Mapping[str, Any], where: str, *classes: type[Settings]) -> dict[str, Any]:
@@ -236,8 +272,8 @@ def by_field(table: Mapping[str, Any], where: str, *classes: type[Settings]) -> 
 
     Raises WrongInput for a key that is not a setting of the classes. where: what messages call the table.
     """
-    names = {name.replace("_", "-"): name for of in classes for name in described(of)}
-    names |= {flag_of(of, name).lstrip("-"): name for of in classes for name in described(of)}
+    names = {name.replace("_", "-"): name for of in classes for name in of.described}
+    names |= {flag_of(of, name).lstrip("-"): name for of in classes for name in of.described}
     for key in table:
         if key.replace("_", "-") not in names:
             raise WrongInput(f"{where}: {unknown(key, names)}")

@@ -31,24 +31,30 @@ def stop_requests() -> Iterator[StopRequest]:
         yield lambda: noted[0] if noted else None
 
 
-class _Terminated(KeyboardInterrupt):
-    """Not an Exception, so that no library that expects failures catches it."""
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, where no stage has work to save first. Not an Exception, so that no library that expects failures
+    catches it.
+    """
+
+
+@contextmanager
+def terminating() -> Iterator[None]:
+    """While open, SIGTERM raises Terminated, but outside the main thread, where signals cannot be caught."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise Terminated("stopped by SIGTERM")
+
+    with _handlers(end, signal.SIGTERM):
+        yield
 
 
 @contextmanager
 def ending_at_once(message: str) -> Iterator[None]:
-    """While open, SIGTERM ends what is under way as Ctrl-C does, but as Stopped(message) with exit code 0.
-
-    Outside the main thread signals cannot be caught, and nothing happens.
-    """
-
-    def end(number: int, frame: FrameType | None) -> None:
-        raise _Terminated
-
+    """While open, SIGTERM ends what is under way as Ctrl-C does, but as Stopped(message) with exit code 0."""
     try:
-        with _handlers(end, signal.SIGTERM):
+        with terminating():
             yield
-    except _Terminated:
+    except Terminated:
         raise Stopped(message, 0) from None
 
 

@@ -14,8 +14,7 @@ import zarr
 
 from routesae.analyze.pipeline.settings import read_pipeline
 from routesae.cli import main
-from routesae.console.commands import BLOCKS, DRY_RUN, JSON, WATCH, SettingsCommand, imported
-from routesae.console.options import taken
+from routesae.console.commands import BLOCKS, DRY_RUN, JSON, WATCH, SettingsCommand, imported, taken
 from routesae.harvest.cache.reader import Cache
 from routesae.train.settings import settings_of
 

@@ -89,7 +89,7 @@ class StepLog:
             line["layer_shares"] = dict(zip(map(str, layers), shares_L.tolist(), strict=True))
             line["routing_entropy"] = entropy(shares_L)
             top = int(shares_L.argmax())
-            shown["top layer"] = f"{layers[top]}: {float(shares_L[top]):.0%}"
+            shown[f"layer {layers[top]}"] = f"{float(shares_L[top]):.0%}"
         shown["tokens/s"] = f"{line['tokens_per_second']:,.0f}"
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()

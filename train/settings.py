@@ -21,7 +21,6 @@ from routesae.machine.settings import (
     VARIANT,
     Settings,
     by_field,
-    described,
     flag_of,
     not_one_of,
     read_toml,
@@ -173,7 +172,7 @@ class RunSettings(Settings):
 
             if self.routed not in SINGLE_LAYER:
                 raise WrongInput(f"--routed {not_one_of(self.routed, SINGLE_LAYER)}")
-        for name, value in self:
+        for name, value in vars(self).items():
             if value is not None and (why := reason_against(name, self.sae, self.routed)):
                 raise WrongInput(f"{flag_of(RunSettings, name)} {value} is not for {self.sae}: {why}")
         if self.routing == "soft" and self.router not in (None, "published", "frozen"):
@@ -199,7 +198,7 @@ def reason_against(name: str, sae: str, routed: str | None) -> str | None:
     from routesae.train.saes import PENALISED, SINGLE_LAYER
 
     inner = (routed or "topk") if sae == "routesae" else sae
-    match described(RunSettings)[name][1].only_for:
+    match RunSettings.described[name].only_for:
         case None:
             return None
         case "one layer":
@@ -289,23 +288,19 @@ def settings_of(
     runs: list[tuple[dict[str, Any], set[str]]] = []
     for one in tables:
         own = by_field(one, f"{config}, [[run]]", RunSettings)
-        run = {
-            name: value for name, value in overridden(shared, own, flags).items() if name in RunSettings.model_fields
-        }
-        swept = {
-            name: run[name] for name, (_, shown) in described(RunSettings).items() if shown.swept and name in run
-        }
+        run = {name: value for name, value in overridden(shared, own, flags).items() if name in RunSettings.described}
+        swept = {name: run[name] for name, one in RunSettings.described.items() if one.swept and name in run}
         axes = [value if isinstance(value, list | tuple) else [value] for value in swept.values()]
         common = {name for name in run if name in flags or name not in own}
         runs += [({**run, **dict(zip(swept, values, strict=True))}, common) for values in product(*axes)]
-    of_pass = {name: v for name, v in overridden(shared, flags).items() if name not in RunSettings.model_fields}
+    of_pass = {name: v for name, v in overridden(shared, flags).items() if name not in RunSettings.described}
     return TrainSettings(runs=tuple(RunSettings(**run) for run in _applicable(runs)), **of_pass)
 
 
 def overridden(*layers: Mapping[str, Any]) -> dict[str, Any]:
     """Values of which the later win, also over the other of two alternatives: --tokens over an earlier `epochs`."""
-    fields = {**described(RunSettings), **described(TrainSettings)}
-    pairs = [(name, shown.instead_of) for name, (_, shown) in fields.items() if shown.instead_of]
+    fields = {**RunSettings.described, **TrainSettings.described}
+    pairs = [(name, one.instead_of) for name, one in fields.items() if one.instead_of]
     values: dict[str, Any] = {}
     for layer in layers:
         gone = {name for pair in pairs if any(one in layer for one in pair) for name in pair}

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 from urllib.parse import urlsplit
-
-from pydantic import field_validator
 
 from routesae.machine.settings import DEVICE, MODEL, OUT, RUN, SEED, Settings, setting
 from routesae.reporting import WrongInput
@@ -98,6 +95,7 @@ class InterpretSettings(ChatSettings):
         "Latents to ask about, a random sample of those that contexts kept; a larger one later keeps the smaller.",
         ge=1,
         metavar="N|all",
+        none="all",
     )
     examples: int = setting(64, QUESTIONS, "Contexts shown of a latent, the strongest.", ge=1)
     seed: int = SEED
@@ -121,8 +119,3 @@ class InterpretSettings(ChatSettings):
     prices: str | None = setting(None, COST, "TOML file of US dollars a million tokens, by model.", metavar="PATH")
     retry_unparsed: bool = setting(False, RUN, "Ask again where an answer was no answer to the question.")
     overwrite: bool = setting(False, RUN, "Begin anew; earlier answers are lost.")
-
-    @field_validator("latents", mode="before")
-    @classmethod
-    def _all(cls, value: Any) -> Any:
-        return None if isinstance(value, str) and value.strip().lower() == "all" else value

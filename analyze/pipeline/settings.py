@@ -25,7 +25,6 @@ from routesae.analyze.contexts.settings import ContextSettings
 from routesae.analyze.interpret.settings import InterpretSettings
 from routesae.analyze.report.settings import ReportSettings
 from routesae.analyze.scores.settings import AnalyzeSettings
-from routesae.harvest.cache.storage import is_url
 from routesae.harvest.settings import HarvestSettings
 from routesae.machine.settings import (
     DICTIONARY,
@@ -34,7 +33,6 @@ from routesae.machine.settings import (
     RUN,
     Settings,
     by_field,
-    described,
     read_toml,
     setting,
     unknown,
@@ -81,10 +79,12 @@ class PipelineSettings(Settings):
 
 def read_pipeline(config: str) -> PipelineSettings:
     """The settings in a TOML file. Raises WrongInput naming what is unknown in it, or impossible."""
+    from routesae.harvest.cache.storage import is_url  # imports numpy, for which --help has no time
+
     table = read_toml(config)
     for name, value in table.items():
-        if name not in PipelineSettings.model_fields:
-            raise WrongInput(f"{config}: {unknown(name, PipelineSettings.model_fields)}")
+        if name not in PipelineSettings.kinds:
+            raise WrongInput(f"{config}: {unknown(name, PipelineSettings.kinds)}")
         if name in STAGES and not isinstance(value, dict):
             raise WrongInput(f"{config}: {name} is not a table; write [{name}] above its keys")
         if name not in STAGES and not (isinstance(value, str) and value):
@@ -143,7 +143,7 @@ class AblationSettings(Settings):
     @classmethod
     def from_flags(cls, flags: dict[str, Any]) -> AblationSettings:
         """The flags that are not the ablation's own are train's."""
-        own = {name: value for name, value in flags.items() if name in described(cls)}
+        own = {name: value for name, value in flags.items() if name in cls.described}
         training = {name: value for name, value in flags.items() if name not in own}
         if "sae" in own or "config" not in training:
             training["sae"] = own.get("sae", VARIANTS)

@@ -37,8 +37,9 @@ class Metric:
     """What one name of --metric computes.
 
     column: its name in the results, if that is not the metric's. value: [R], or None if it does not apply to the SAE.
-    details: further numbers that are written beside it, [R] or one a layer [R, L]. zero_ablation: whether the LM also
-    runs with zeros in the SAE's place. by_row: whether it is a function of sums over rows, and so has an interval.
+    details: further numbers that are written beside it, [R] or one a layer [R, L], in the same unit.
+    zero_ablation: whether the LM also runs with zeros in the SAE's place.
+    by_row: whether it is a function of sums over rows, and so has an interval.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Metric:
     value: Function
     column: str = ""
     details: Mapping[str, Function] = field(default_factory=dict)
+    unit: str = ""
     needs_lm: bool = False
     zero_ablation: bool = False
     by_row: bool = True
@@ -116,6 +118,7 @@ METRICS: dict[str, Metric] = {
             meaning="entropy of the shares of tokens routed to each layer, in nats",
             better=NEITHER,
             column="Entropy",
+            unit="nats",
             value=_route_entropy,
             details={"Shares": _route_shares},
         ),
@@ -123,6 +126,7 @@ METRICS: dict[str, Metric] = {
             name="KLDiv",
             meaning="mean KL divergence of the LM's next token, clean against spliced, in nats",
             better=LOWER,
+            unit="nats",
             value=_kl_div,
             details={"KLDiv_seq": lambda sums: _kl_div(sums) * (sums["positions"] / sums["rows"])},
             needs_lm=True,
@@ -131,6 +135,7 @@ METRICS: dict[str, Metric] = {
             name="DeltaCE",
             meaning="cross-entropy of the LM, spliced minus clean, in nats a token",
             better=LOWER,
+            unit="nats",
             value=_delta_ce,
             details={"CE_clean": lambda sums: _mean_ce(sums, "clean")},
             needs_lm=True,

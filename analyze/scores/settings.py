@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from pydantic import Field
-
 from routesae.analyze.scores.metrics import CACHE_METRICS, LM_METRICS, METRICS
 from routesae.machine.settings import CACHE, DEVICE, LM_DTYPE, MODEL, OUT, RUN, SAES, SEED, Settings, setting
 
@@ -31,19 +27,21 @@ class AnalyzeSettings(Settings):
         False, SCORING, "Splice at every position, as the published code does, not just at those training used."
     )
     batch_sequences: int = setting(8, RUN, "Rows in a forward pass of the LM.", ge=1)
-    infer_k: tuple[Annotated[int, Field(ge=1)], ...] = setting(
+    infer_k: tuple[int, ...] = setting(
         (),
         SCORING,
         "Score with this many active latents a token, a row of the table for each.",
         unset="as trained",
         metavar="N,N…",
+        ge=1,
     )
-    theta: tuple[Annotated[float, Field(ge=0)], ...] = setting(
+    theta: tuple[float, ...] = setting(
         (),
         SCORING,
         "Score with the latents active above this, on the SAE's normalised input.",
         unset="as trained",
         metavar="X,X…",
+        ge=0,
     )
     seed: int = SEED
     model: str | None = setting(None, MODEL, "Where the LM is now.", unset="where the cache says")

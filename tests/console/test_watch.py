@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ import time
 import warnings
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,8 +22,10 @@ import zarr
 from click.testing import CliRunner
 
 from routesae.cli import main
-from routesae.console.watch import Pacer, Terminated, Watch, status_beside, status_in, watched
+from routesae.console.options import Watch
+from routesae.console.watch import Bars, Pacer, TextLines, fitted, status_path, watched
 from routesae.harvest.cache.reader import Cache
+from routesae.machine.stop import Terminated
 from routesae.reporting import FailedRun, Progress, Stopped, WrongInput
 
 SMALL = ("--latents", "64", "--k", "8", "--batch-tokens", "1024", "--device", "cpu")
@@ -95,7 +99,7 @@ def test_on_a_terminal_progress_is_a_bar_and_neither_with_quiet(
     with caplog.at_level("INFO", logger="routesae"), watched(Watch(), "train") as report:
         report(step(50))
         report(step(100))
-    assert "train topk: 100%" in (shown := capsys.readouterr().err)
+    assert "train topk 100%" in (shown := capsys.readouterr().err)
     assert "NormMSE=0.1" in shown
     for terminal in (True, False):
         on_terminal(monkeypatch, terminal)
@@ -103,6 +107,42 @@ def test_on_a_terminal_progress_is_a_bar_and_neither_with_quiet(
             report(step(100))
     assert capsys.readouterr().err == ""
     assert caplog.records == []
+
+
+def test_a_bar_names_its_sae_and_keeps_its_figures_at_80_columns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = {"NormMSE": "0.1234", "L0": "64.0", "dead": "12.5%", "layer 15": "13%", "tokens/s": "12,345"}
+    for columns in (80, 200):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        bars = Bars()
+        now = Progress("train routesae_hard_mean_16384_k64", 100, 100, "steps", facts)
+        bars.show(now, {"seconds_left": 0.0})
+        bars.close()
+        line = capsys.readouterr().err.split("\r")[-1].rstrip("\n")
+        assert len(line) <= columns
+        assert all(
+            fact in line
+            for fact in ("train ", "_k64", "NormMSE=0.1234", "L0=64.0", "dead=12.5%", "layer 15=13%", "00:00 left")
+        )
+    several = {f"{name}_layer15_4608_k64": "0.1234" for name in ("topk", "batchtopk", "jumprelu")}
+    stage, shown = fitted("train 3 SAEs", several, 60)
+    assert len(stage) + len(shown) <= 60
+    assert shown.count("0.1234") == 3
+
+
+def test_bars_and_log_lines_spell_out_what_acts_on_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    bars = Bars()
+    bars.show(Progress("report a\x1b[2J\n", 1, 1, "latents", {"x\x9b": "\u202e"}), {"seconds_left": None})
+    bars.close()
+    shown = capsys.readouterr().err
+    assert not set(shown) & set("\x1b\x9b\u202e")
+    assert "<U+001B>[2J<U+000A>" in shown
+    for name, lines in (("routesae.train.run", 1), ("transformers", 2)):
+        record = logging.LogRecord(name, logging.WARNING, "f", 1, "%s\n%s", ("a\x1b", "b\u2028c"), None)
+        text = TextLines().format(record)
+        assert text.replace("<U+000A>", "\n") == "a<U+001B>\nb<U+2028>c"
+        assert len(text.split("\n")) == lines
 
 
 def run_routesae(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -243,6 +283,48 @@ def test_a_run_with_nothing_to_do_corrects_an_older_status_and_makes_none(tmp_pa
     assert status(tmp_path / "status.json") == found
 
 
+@pytest.mark.parametrize("fault", ["unlink", "is_dir", "write", "read", "fifo", "surrogate"])
+@pytest.mark.parametrize("error", [WrongInput("--k 0"), FailedRun("mine"), None])
+def test_a_fault_of_the_status_file_never_hides_what_ended_the_run(
+    error: Exception | None, fault: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / ("s\udc80.json" if fault == "surrogate" else "s.json")
+
+    def broken(*arguments: object, **more: object) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    if fault == "fifo":
+        os.mkfifo(file)
+    where = {"unlink": "pathlib.Path.unlink", "is_dir": "pathlib.Path.is_dir"}
+    where |= {"write": "routesae.console.watch.write_json", "read": "routesae.console.watch.read_bytes"}
+    ended: BaseException | None = None
+    with monkeypatch.context() as patched:
+        try:
+            with watched(Watch(quiet=True), "train", file) as report:
+                if error is not None or fault != "read":
+                    report(step(1))
+                if fault in where:
+                    patched.setattr(where[fault], broken)
+                if error is not None:
+                    raise error
+        except BaseException as raised:
+            ended = raised
+    assert ended is error
+
+
+def test_a_terminal_that_is_gone_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    on_terminal(monkeypatch, True)
+
+    def gone(*arguments: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("sys.stderr.write", gone, raising=False)
+    with watched(Watch(), "train", tmp_path / "status.json") as report:
+        report(step(1))
+        report(step(100))
+    assert status(tmp_path / "status.json")["done"] == 100
+
+
 def test_a_status_that_cannot_be_written_does_not_end_the_run(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -259,15 +341,23 @@ def test_a_status_that_cannot_be_written_does_not_end_the_run(
 
 
 def test_where_the_status_goes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert status_in("saes/") == Path("saes/status.json")
-    assert status_in("s3://bucket/saes") is None
-    assert status_beside("s3://bucket/shards") is None
-    assert status_beside(f"{tmp_path}/shards/") == tmp_path / "shards.status.json"
-    assert status_beside(tmp_path / "shards", worker=3) == tmp_path / "shards.status-3.json"
+    def of(command: str, out: object, **more: Any) -> Path | None:
+        return status_path(command, SimpleNamespace(out=out, **{"worker": None, "saes": (), **more}))
+
+    assert of("train", "saes/") == Path("saes/status.json")
+    assert of("analyze", "saes/") is None
+    assert of("run", Path("demo")) == Path("demo/status.json")
+    assert of("contexts", "saes", saes=(str(tmp_path),)) == tmp_path / "status.json"
+    assert of("contexts", "saes", saes=("user/repo",)) == Path("saes/status.json")
+    assert of("train", "s3://bucket/saes") is None
+    assert of("harvest", "s3://bucket/shards") is None
+    assert of("harvest", f"{tmp_path}/shards/") == tmp_path / "shards.status.json"
+    assert of("harvest", tmp_path / "shards", worker=3) == tmp_path / "shards.status-3.json"
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    assert status_in("saes") == Path("saes/status-1.json")
-    assert status_in("saes", worker=0) == Path("saes/status-0.json")
+    assert of("harvest", "shards") == Path("shards.status-1.json").absolute()
+    assert of("harvest", "shards", worker=0) == Path("shards.status-0.json").absolute()
+    assert of("train", "saes") is None  # the first of torchrun's processes reports for all
     assert watched_file(Watch(quiet=True, status=tmp_path / "mine.json"), tmp_path) == {"mine.json"}
 
 

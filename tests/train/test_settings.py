@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from routesae.machine.settings import described
 from routesae.reporting import WrongInput
 from routesae.train.folder.settings import ConvertSettings
 from routesae.train.saes import PENALISED, SAES
@@ -143,7 +142,7 @@ NOT_FOR: dict[str, Any] = {
 
 
 def test_the_table_above_is_of_every_setting_that_is_not_for_all() -> None:
-    assert NOT_FOR.keys() == {name for name, (_, shown) in described(RunSettings).items() if shown.only_for}
+    assert NOT_FOR.keys() == {name for name, one in RunSettings.described.items() if one.only_for}
 
 
 @pytest.mark.parametrize("name", NOT_FOR)
@@ -159,7 +158,7 @@ def test_a_flag_that_is_for_none_of_the_runs_is_refused(name: str, tmp_path: Pat
 
 def test_names_shown_without_importing_torch_are_those_of_the_registry() -> None:
     assert variants() == list(SAES)
-    assert set(described(RunSettings)["router"][1].choices) == set(ROUTERS)
+    assert set(RunSettings.described["router"].choices) == set(ROUTERS)
 
 
 def test_layer_with_the_default_variant_is_refused() -> None:
