@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from routesae.analyze.clamp.settings import ClampSettings
+from routesae.analyze.inputs.lm import MESSAGES, Message, require_unicode, token_ids
 from routesae.harvest.corpus.tokens import Framing
 from routesae.reporting import FailedRun, WrongInput
 
@@ -33,8 +34,6 @@ log = logging.getLogger(__name__)
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 SPEAKERS = {"user": f"{HUMAN} ", "assistant": f"{ASSISTANT} "}
-Message = dict[str, str]
-"""Its role and its content, as chat templates take it."""
 
 
 class Prompt(NamedTuple):
@@ -71,15 +70,11 @@ def prompt_ids(prompt: Prompt, tokenizer: Any, framing: Framing, *, chat: bool) 
 
     A plain text is framed as harvest frames the start of a document.
     """
-    if not (chat and prompt.messages):
-        return [*framing.before, *tokenizer(prompt.text, add_special_tokens=False)["input_ids"]]
-    from jinja2 import TemplateError
-
+    text = prompt.messages if chat and prompt.messages else prompt.text
     try:
-        filled = tokenizer.apply_chat_template(list(prompt.messages), add_generation_prompt=True, tokenize=False)
-    except TemplateError as refusal:
-        raise WrongInput(f"{prompt.origin}: the chat template refuses it ({refusal}); give --no-chat") from refusal
-    return list(tokenizer(filled, add_special_tokens=False)["input_ids"])
+        return token_ids(text, tokenizer, framing, reply=True)
+    except WrongInput as refusal:
+        raise WrongInput(f"{prompt.origin}: {refusal}; give --no-chat") from refusal
 
 
 def _file_prompts(path: Path, text_field: str, hh: str) -> Iterator[Prompt]:
@@ -113,7 +108,7 @@ def _line_prompts(line: str, origin: str, text_field: str, hh: str) -> list[Prom
         raise WrongInput(f"{origin}: not JSON: {error}") from None
     if not isinstance(entry, dict):
         raise WrongInput(f"{origin}: a JSON {type(entry).__name__}, not an object")
-    _require_unicode(json.dumps(entry, ensure_ascii=False), origin)
+    require_unicode(json.dumps(entry, ensure_ascii=False), origin)
     chosen, rejected, text = entry.get("chosen"), entry.get("rejected"), entry.get(text_field)
     if isinstance(chosen, str) and isinstance(rejected, str):
         return _hh_prompts(chosen, rejected, origin, hh)
@@ -130,23 +125,15 @@ def _line_prompts(line: str, origin: str, text_field: str, hh: str) -> list[Prom
 def _plain(text: str, origin: str) -> Prompt:
     if not text.strip():
         raise WrongInput(f"{origin} is empty; give some text to continue")
-    _require_unicode(text, origin)
+    require_unicode(text, origin)
     return Prompt(origin, text, ({"role": "user", "content": text},))
-
-
-def _require_unicode(text: str, origin: str) -> None:
-    """Refuse the lone surrogates that JSON's \\ud800 or a stray byte of the shell makes; no tokenizer takes them."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise WrongInput(f"{origin}: holds a lone surrogate, which is not a character") from None
 
 
 def _messages(value: object, origin: str) -> list[Message]:
     messages = value if isinstance(value, list) and all(isinstance(message, dict) for message in value) else []
     if messages and all(isinstance(message.get(key), str) for message in messages for key in ("role", "content")):
         return [{"role": message["role"], "content": message["content"]} for message in messages]
-    raise WrongInput(f'{origin}: messages is not a list such as [{{"role": "user", "content": "Hello"}}]')
+    raise WrongInput(f"{origin}: messages is not {MESSAGES}")
 
 
 def _conversation(messages: list[Message], origin: str, replies: Mapping[str, str] | None = None) -> Prompt:

@@ -25,7 +25,6 @@ from routesae.analyze.clamp.prompts import Prompt, prompt_ids, read_prompts
 from routesae.analyze.clamp.settings import ClampSettings
 from routesae.analyze.clamp.steps import (
     Continuation,
-    Kept,
     Pick,
     generate,
     greedy,
@@ -33,8 +32,7 @@ from routesae.analyze.clamp.steps import (
     require_cached_attention,
     sampling,
 )
-from routesae.analyze.inputs.lm import LoadedLM, lm_of_sae, load_lm_of
-from routesae.harvest.corpus.tokens import framing
+from routesae.analyze.inputs.lm import LM, Kept, kept_of, lm_of_sae, load_lm_of
 from routesae.harvest.lm.model import config_hash, weights_hash
 from routesae.machine.device import pick_device
 from routesae.reporting import Progress, Report, WrongInput, silent
@@ -43,7 +41,6 @@ from routesae.train.folder.hub import fetch_sae
 
 log = logging.getLogger(__name__)
 
-SINK_POSITIONS = 1  # first positions of a row left as they are where cfg.json does not say; harvest's default
 GENERATIONS = 3  # of a batch: the original, the clamped, and the original again under the clamp
 
 
@@ -64,12 +61,10 @@ def clamp(settings: ClampSettings, report: Report = silent) -> dict[str, Any]:
     require_cached_attention(loaded.lm)
     has_template = getattr(loaded.tokenizer, "chat_template", None) is not None
     if settings.chat and not has_template:
-        raise WrongInput(f"--chat: the tokenizer of {loaded.model!r} has no chat template; leave it out")
+        raise WrongInput(f"--chat: the tokenizer of {loaded.name!r} has no chat template; leave it out")
     chat = has_template if settings.chat is None else settings.chat
-    frame = framing(loaded.tokenizer)
-    dropped_ids = () if record.facts.get("keep_special") else record.facts.get("special_ids", frame.special_ids)
-    kept = Kept(tuple(dropped_ids), int(record.facts.get("skip_positions", SINK_POSITIONS)))
-    ids = [prompt_ids(prompt, loaded.tokenizer, frame, chat=chat) for prompt in prompts]
+    kept = kept_of(record, loaded.framing)
+    ids = [prompt_ids(prompt, loaded.tokenizer, loaded.framing, chat=chat) for prompt in prompts]
     _require_room(prompts, ids, settings.max_new_tokens, loaded)
     texts: list[dict[str, Any]] = []
     for first in range(0, len(prompts), settings.batch_sequences):
@@ -85,12 +80,12 @@ def clamp(settings: ClampSettings, report: Report = silent) -> dict[str, Any]:
             "sha256": {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in sae.files()},
         },
         "model": {
-            "model": loaded.model,
+            "model": loaded.name,
             "revision": loaded.revision,
-            "config_hash": config_hash(loaded.lm.model.config),
+            "config_hash": config_hash(loaded.model.config),
             "weights_hash": weights_hash(loaded.lm),
             "device": str(loaded.lm.device),  # another device or precision may choose another token
-            "dtype": str(loaded.lm.model.dtype).removeprefix("torch."),
+            "dtype": str(loaded.model.dtype).removeprefix("torch."),
             "chat": chat,
             **kept._asdict(),
         },
@@ -110,29 +105,21 @@ def _pick_sae(settings: ClampSettings) -> Path:
     return folders[0]
 
 
-def _stop_ids(loaded: LoadedLM) -> tuple[int, ...]:
-    """Tokens that end a text, from the model's generation config or else the tokenizer."""
-    generation = getattr(loaded.lm.model, "generation_config", None)
-    ends = getattr(generation, "eos_token_id", None)
-    ends = loaded.tokenizer.eos_token_id if ends is None else ends
-    return () if ends is None else tuple(ends) if isinstance(ends, list) else (ends,)
-
-
-def _require_room(prompts: Sequence[Prompt], ids: Sequence[list[int]], new_tokens: int, loaded: LoadedLM) -> None:
-    room = getattr(loaded.lm.model.config.get_text_config(), "max_position_embeddings", None)
+def _require_room(prompts: Sequence[Prompt], ids: Sequence[list[int]], new_tokens: int, loaded: LM) -> None:
+    room = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
     for prompt, prompt_tokens in zip(prompts, ids, strict=True):
         if not prompt_tokens:
             raise WrongInput(f"{prompt.origin} has no token; give some text to continue")
         if room is not None and len(prompt_tokens) + new_tokens > room:
             raise WrongInput(
                 f"{prompt.origin}: {len(prompt_tokens)} tokens and --max-new-tokens {new_tokens} are more than the "
-                f"{room} positions of {loaded.model!r}; shorten one of them"
+                f"{room} positions of {loaded.name!r}; shorten one of them"
             )
 
 
 def _texts_of_batch(
     settings: ClampSettings,
-    loaded: LoadedLM,
+    loaded: LM,
     kept: Kept,
     change: Clamp,
     prompts: Sequence[Prompt],
@@ -156,7 +143,7 @@ def _texts_of_batch(
             [ids[row] for row in rows],
             pick=pick,
             max_new_tokens=limit,
-            stop_ids=_stop_ids(loaded),
+            stop_ids=loaded.stop_ids,
             kept=kept,
             clamp=clamp,
             on_step=lambda step: on_step(number * limit + step),

@@ -1,10 +1,11 @@
 """Generate continuations of a batch of prompts token by token, with an SAE's latents changed or as the LM is.
 
-A step feeds the new tokens of every row, the whole prompt at first and then one token, with a key/value cache:
+A step feeds the new tokens of every row, the whole prompt at first and then one token, with a key/value cache. Every
+forward pass of the LM that `steering` sees, of these steps or of anybody else, is two:
 
     1. clean pass     only where the SAE has a router or is a crosscoder: the LM runs over the new tokens unmodified,
-                      on the cache that the clamped steps before left. It gives the routes of the new tokens, or the
-                      hidden states that the crosscoder reads. Then the new tokens are cropped from the cache again.
+                      on a copy of the cache that the clamped steps before left. It gives the routes of the new
+                      tokens, or the hidden states that the crosscoder reads.
     2. clamped pass   the LM runs over the same tokens with the edits, and the cache keeps what this pass put there.
 
 So a token's clean state is the unmodified token after a clamped past; within the prompt, which is fed in one step, it
@@ -20,7 +21,9 @@ Dimension letters: B rows, T tokens fed in a step, S tokens so far, V vocabulary
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from copy import copy
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,22 +32,18 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from routesae.analyze.clamp.changes import Clamp
+from routesae.analyze.inputs.lm import Kept, left_padded
+from routesae.analyze.scores.replacement import spliced_layers
 from routesae.harvest.lm.model import LanguageModel
-from routesae.harvest.lm.passes import capturing, editing, logits
+from routesae.harvest.lm.passes import Edit, capturing, editing, logits
 from routesae.reporting import WrongInput
 from routesae.train.saes.normalise import places_of
 
 Pick = Callable[[int, Tensor], Tensor]
 """(step, log_p_BV on the LM's device) → the next token ids_B."""
 
+PASSED = ("attention_mask", "past_key_values")  # of what an LM's forward takes, by name
 CACHED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}  # whose past is keys and values alone
-
-
-class Kept(NamedTuple):
-    """The positions training used: all but the tokens of `dropped_ids` and the first `skip_positions` of a row."""
-
-    dropped_ids: tuple[int, ...]
-    skip_positions: int
 
 
 class Continuation(NamedTuple):
@@ -55,12 +54,12 @@ class Continuation(NamedTuple):
 
 
 def require_cached_attention(lm: LanguageModel) -> None:
-    """Raises WrongInput for an LM whose past cannot be cropped by a token, such as one with recurrent layers."""
+    """Raises WrongInput for an LM whose past cannot be copied and kept, such as one with recurrent layers."""
     kinds = set(getattr(lm.model.config.get_text_config(), "layer_types", None) or ())
     has_cache = "past_key_values" in inspect.signature(lm.body.forward).parameters
     if other := sorted(kinds - CACHED_LAYERS) or ([] if has_cache else ["no key/value cache"]):
         raise WrongInput(
-            f"{type(lm.model).__name__} has {', '.join(other)}: clamping crops single tokens from the LM's past, "
+            f"{type(lm.model).__name__} has {', '.join(other)}: clamping runs new tokens twice on the LM's past, "
             "which needs attention layers only; analyze and train work on it"
         )
 
@@ -83,9 +82,7 @@ def generate(
     """
     from transformers import DynamicCache
 
-    # Without a config every layer keeps its whole past, sliding ones too (the mask does the sliding), so that
-    # cropping by a token always leaves what was there before it.
-    cache = DynamicCache()
+    cache = DynamicCache()  # without a config every layer keeps its whole past; the mask does the sliding
     ids_BT, mask_BS = left_padded(prompts, lm.device)
     stops = torch.tensor(sorted(stop_ids), device=lm.device)
     live_B = mask_BS.any(1)
@@ -93,8 +90,8 @@ def generate(
     log_p: list[Tensor] = []
     lengths_B = torch.zeros(len(prompts), dtype=torch.int64, device=lm.device)
     for step in range(max_new_tokens):
-        # Rows that have ended are fed too, unedited and to no effect: no row sees another.
-        log_p_BV = feed(lm, cache, ids_BT, mask_BS=mask_BS, live_B=live_B, kept=kept, clamp=clamp)
+        # Rows that have ended are fed too, to no effect: no row sees another.
+        log_p_BV = feed(lm, cache, ids_BT, mask_BS=mask_BS, kept=kept, clamp=clamp)
         next_B = pick(step, log_p_BV)
         picked.append(next_B)
         log_p.append(log_p_BV.gather(1, next_B[:, None])[:, 0])
@@ -115,41 +112,73 @@ def feed(
     ids_BT: Tensor,
     *,
     mask_BS: Tensor,
-    live_B: Tensor,
     kept: Kept,
     clamp: Clamp | None,
 ) -> Tensor:
     """log_p_BV of the token after `ids_BT`, which are fed on top of the key/value `cache`.
 
-    mask_BS: bool, the tokens so far that are not padding, the new ones last. live_B: bool, the rows to be clamped.
+    mask_BS: bool, the tokens so far that are not padding, the new ones last.
     """
-    new = ids_BT.shape[1]
-    positions_BT = (mask_BS.cumsum(1) - 1).clamp(min=0)[:, -new:]
-    dropped = torch.tensor(kept.dropped_ids, dtype=torch.int64, device=lm.device)
-    kept_BT = mask_BS[:, -new:] & live_B[:, None] & (positions_BT >= kept.skip_positions)
-    kept_BT &= ~torch.isin(ids_BT, dropped)
     inputs: dict[str, Any] = {"attention_mask": mask_BS.long(), "past_key_values": cache, "use_cache": True}
     if "position_ids" in inspect.signature(lm.body.forward).parameters:
-        inputs["position_ids"] = positions_BT
-    edits = {}
-    if clamp is not None and bool(kept_BT.any()):
-        hidden: dict[int, Tensor] = {}
-        if clamp.layers_read:
-            with capturing(lm, clamp.layers_read, hidden.__setitem__):
-                lm.body(input_ids=ids_BT, **inputs)
-            cache.crop(-new)
-        edits = clamp.edits(hidden, kept_BT, places_of(ids_BT, positions_BT))
-    with editing(lm, edits):
+        inputs["position_ids"] = (mask_BS.cumsum(1) - 1).clamp(min=0)[:, -ids_BT.shape[1] :]
+    with nullcontext() if clamp is None else steering(lm, clamp, kept):
         final_BTD = lm.body(input_ids=ids_BT, **inputs)[0]
     return torch.log_softmax(logits(lm, final_BTD[:, -1]), dim=1)
 
 
-def left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """ids_BT, each row's tokens at its right end, and bool mask_BT, where they are. Padding is id 0, masked."""
-    tokens = [torch.tensor(ids) for ids in rows]
-    masks = [torch.ones(len(ids), dtype=torch.bool) for ids in rows]
-    ids_BT, mask_BT = (pad_sequence(each, batch_first=True, padding_side="left") for each in (tokens, masks))
-    return ids_BT.to(device), mask_BT.to(device)
+@contextmanager
+def steering(lm: LanguageModel, clamp: Clamp, kept: Kept) -> Iterator[None]:
+    """While open, every forward pass of the LM, also one of its `generate`, is clamped at the kept positions.
+
+    A token's position in its row is told from an attention mask [B, S] where there is one, else from the past.
+    Raises WrongInput from a pass that is not given token ids, or a mask of another shape.
+    """
+    body, signature, edits, is_clean = lm.body, inspect.signature(lm.body.forward), dict[int, Edit](), False
+
+    def decide(module: Any, args: Any, kwargs: Any) -> None:
+        nonlocal is_clean
+        if is_clean:
+            return
+        edits.clear()
+        bound = signature.bind(*args, **kwargs)
+        ids_BT, mask_BS, past = (bound.arguments.get(name) for name in ("input_ids", *PASSED))
+        if ids_BT is None or (mask_BS is not None and mask_BS.ndim != 2):
+            raise WrongInput("a clamped LM reads input_ids, and an attention_mask [rows, tokens]: call it with these")
+        if mask_BS is None:
+            before = 0 if past is None else past.get_seq_length()
+            mask_BS = torch.ones(len(ids_BT), before + ids_BT.shape[1], dtype=torch.bool, device=lm.device)
+        positions_BT = (mask_BS.long().cumsum(1) - 1).clamp(min=0)[:, -ids_BT.shape[1] :]
+        kept_BT = mask_BS[:, -ids_BT.shape[1] :].bool() & kept.at(ids_BT, positions_BT)
+        hidden: dict[int, Tensor] = {}
+        if clamp.layers_read and bool(kept_BT.any()):
+            if past is not None:
+                bound.arguments["past_key_values"] = _copied(past)
+            is_clean = True
+            try:
+                with capturing(lm, clamp.layers_read, hidden.__setitem__):
+                    body(*bound.args, **bound.kwargs)
+            finally:
+                is_clean = False
+        edits.update(clamp.edits(hidden, kept_BT, places_of(ids_BT, positions_BT)))
+
+    def edit_of(layer: int) -> Edit:
+        return lambda hidden_BTD: edits[layer](hidden_BTD) if layer in edits else hidden_BTD
+
+    handle = body.register_forward_pre_hook(decide, with_kwargs=True)
+    try:
+        with editing(lm, {layer: edit_of(layer) for layer in spliced_layers(clamp.sae)}):
+            yield
+    finally:
+        handle.remove()
+
+
+def _copied(past: Any) -> Any:
+    """A key/value cache that may be added to without a change to this one: it shares what is there, and copies none
+    of it, since layers put new tensors in the place of old ones."""
+    copied = copy(past)
+    copied.layers = [copy(layer) for layer in past.layers]
+    return copied
 
 
 def greedy(step: int, log_p_BV: Tensor) -> Tensor:

@@ -8,20 +8,33 @@ from elsewhere record at most a name, so only width and layers can be compared.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from routesae.harvest.cache.reader import Cache
+from routesae.harvest.corpus.tokens import Framing, framing, tokenizer_hash
+from routesae.harvest.lm import model as loading
+from routesae.harvest.lm.model import LanguageModel
 from routesae.machine.device import pick_device, pick_lm_dtype
 from routesae.reporting import WrongInput
 from routesae.train.folder.checkpoint import read_config
-from routesae.train.saes import Recipe
-
-if TYPE_CHECKING:
-    from routesae.harvest.lm.model import LanguageModel
+from routesae.train.saes import SAE, Recipe
 
 GIVE_MODEL = "give that LM with --model"
 GIVE_CACHE = "give the cache that the SAE was trained on with --cache"
+SINK_POSITIONS = 1  # first positions of a row left as they are where cfg.json does not say; harvest's default
+MESSAGES = 'a list such as [{"role": "user", "content": "Hello"}]'
+
+Message = Mapping[str, str]
+"""Its role and its content, as chat templates take it."""
+Text = str | Sequence[Message]
+"""A text, or a conversation that the tokenizer's chat template is filled with."""
 
 
 class LMRecord(NamedTuple):
@@ -43,13 +56,148 @@ class LMRecord(NamedTuple):
         return _mapping(self.facts.get("versions")).get("transformers")
 
 
-class LoadedLM(NamedTuple):
-    """An LM, its tokenizer, and where they were loaded from."""
+class Kept(NamedTuple):
+    """The positions training used: all but the tokens of `dropped_ids` and the first `skip_positions` of a row."""
+
+    dropped_ids: tuple[int, ...]
+    skip_positions: int
+
+    def at(self, ids_BT: Tensor, positions_BT: Tensor) -> Tensor:
+        """bool [B, T]. positions_BT: of each token in its row."""
+        dropped = torch.tensor(self.dropped_ids, dtype=torch.int64, device=ids_BT.device)
+        return (positions_BT >= self.skip_positions) & ~torch.isin(ids_BT, dropped)
+
+
+@dataclass(frozen=True)
+class LM:
+    """A causal LM and its tokenizer, in eval mode and without gradients of its weights.
+
+    lm: the model and its decoder blocks. name, revision: where both were loaded from. Calling it is a forward pass of
+    the transformers model `model`, and under `steer` both that and `generate` are steered.
+    """
 
     lm: LanguageModel
     tokenizer: Any
-    model: str
-    revision: str | None
+    name: str
+    revision: str | None = None
+
+    @property
+    def model(self) -> Any:
+        """The model of transformers."""
+        return self.lm.model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    @cached_property
+    def framing(self) -> Framing:
+        return framing(self.tokenizer)
+
+    @cached_property
+    def record(self) -> LMRecord:
+        """What tells it from other LMs; to be looked at before its weights change."""
+        facts = {
+            "config_hash": loading.config_hash(self.model.config),
+            "tokenizer_hash": tokenizer_hash(self.tokenizer),
+        }
+        layers = range(loading.model_layers(self.model.config) + 1)
+        weights = loading.weights_hash(self.lm)
+        return _loaded(LMRecord("", {}, weights, self.lm.width, layers), self.name, **facts)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text, from the model's generation config or else the tokenizer."""
+        ends = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        ends = self.tokenizer.eos_token_id if ends is None else ends
+        return () if ends is None else tuple(ends) if isinstance(ends, list) else (ends,)
+
+    def ids(self, text: Text, *, reply: bool = False) -> list[int]:
+        """Token ids of a text, framed as harvest frames the start of a document, or of a conversation in the chat
+        template; reply: with what the template has in front of the assistant's reply.
+
+        Raises WrongInput for what has no token, is no text or conversation, or is longer than the LM's context.
+        """
+        ids = token_ids(text, self.tokenizer, self.framing, reply=reply)
+        room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if not ids or (room is not None and len(ids) > room):
+            what = (
+                f"{len(ids)} tokens are more than the {room} positions" if ids else "a text without a token for that"
+            )
+            raise WrongInput(f"{what} of {self.name!r}; give a {'shorter' if ids else 'longer'} text")
+        return ids
+
+    def generate(self, texts: Text | Sequence[Text], *, max_new_tokens: int = 64, **options: Any) -> Any:
+        """Continue a text or conversation, or several at once, by the likeliest tokens; return a str, or a list.
+
+        options: further ones of transformers' `generate`, such as do_sample=True, temperature=0.7.
+        """
+        alone = isinstance(texts, str) or isinstance(texts[0], Mapping)
+        rows: Any = [texts] if alone else texts
+        ids_BT, mask_BT = left_padded([self.ids(text, reply=True) for text in rows], self.lm.device)
+        stops = set(self.stop_ids)
+        options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": sorted(stops) or None, **options}
+        out_BT = self.model.generate(
+            input_ids=ids_BT, attention_mask=mask_BT.long(), max_new_tokens=max_new_tokens, **options
+        )
+        continued = []
+        for ids in out_BT[:, ids_BT.shape[1] :].tolist():
+            end = next((at for at, token in enumerate(ids) if token in stops), len(ids))
+            continued.append(self.tokenizer.decode(ids[:end], skip_special_tokens=True))
+        return continued[0] if alone else continued
+
+
+def token_ids(text: Text, tokenizer: Any, framing: Framing, *, reply: bool) -> list[int]:
+    """As `LM.ids`, which may be none."""
+    if isinstance(text, str):
+        require_unicode(text)
+        return [*framing.before, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+    from jinja2 import TemplateError
+
+    fine = isinstance(text, Sequence) and all(isinstance(message, Mapping) for message in text)
+    if not fine or not all(isinstance(message.get(key), str) for message in text for key in ("role", "content")):
+        raise WrongInput(f"messages are not {MESSAGES}")
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise WrongInput("this LM's tokenizer has no chat template for messages; give a text")
+    for message in text:
+        require_unicode(message["content"])
+    try:
+        filled = tokenizer.apply_chat_template(list(text), add_generation_prompt=reply, tokenize=False)
+    except TemplateError as refusal:
+        raise WrongInput(f"the chat template refuses it ({refusal})") from refusal
+    return list(tokenizer(filled, add_special_tokens=False)["input_ids"])
+
+
+def require_unicode(text: str, origin: str = "the text") -> None:
+    """Refuse the lone surrogates that JSON's \\ud800 or a stray byte of the shell makes; no tokenizer takes them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise WrongInput(f"{origin}: holds a lone surrogate, which is not a character") from None
+
+
+def left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """ids_BT, each row's tokens at its right end, and bool mask_BT, where they are. Padding is id 0, masked."""
+    tokens = [torch.tensor(ids) for ids in rows]
+    masks = [torch.ones(len(ids), dtype=torch.bool) for ids in rows]
+    ids_BT, mask_BT = (pad_sequence(each, batch_first=True, padding_side="left") for each in (tokens, masks))
+    return ids_BT.to(device), mask_BT.to(device)
+
+
+def kept_of(record: LMRecord, framing: Framing) -> Kept:
+    """The positions that an SAE of the recorded LM was trained on, as far as it says."""
+    dropped = () if record.facts.get("keep_special") else record.facts.get("special_ids", framing.special_ids)
+    return Kept(tuple(dropped), int(record.facts.get("skip_positions", SINK_POSITIONS)))
+
+
+def require_lm_of(sae: SAE, lm: LM) -> Kept:
+    """The positions that the SAE was trained on. Raises WrongInput if it is on another device, or of another LM."""
+    if sae.device != lm.lm.device:
+        raise WrongInput(f"the SAE is on {sae.device} and the LM on {lm.lm.device}; load both on one device")
+    if sae.folder is None:
+        return kept_of(lm.record._replace(facts={}), lm.framing)
+    record = lm_of_sae(sae.folder, sae.recipe)
+    require_same_lm(record, lm.record, "load that LM with load_lm")
+    return kept_of(record, lm.framing)
 
 
 def lm_of_cache(cache: Cache) -> LMRecord:
@@ -113,36 +261,42 @@ def require_same_lm_as_cache(sae: LMRecord, cache: LMRecord) -> str | None:
 
 def load_tokenizer_of(records: Sequence[LMRecord], model: str | None) -> Any:
     """The tokenizer of the LM that all records are of; see load_lm_of."""
-    from routesae.harvest.corpus.tokens import tokenizer_hash
-    from routesae.harvest.lm.model import load_tokenizer
-
     name, revision = _place(records[0], model)
-    tokenizer = load_tokenizer(name, revision)
+    tokenizer = loading.load_tokenizer(name, revision)
     for record in records:
         require_same_lm(record, _loaded(record, name, tokenizer_hash=tokenizer_hash(tokenizer)), GIVE_MODEL)
     return tokenizer
 
 
-def load_lm_of(records: Sequence[LMRecord], model: str | None, *, device: str, lm_dtype: str) -> LoadedLM:
+def load_lm(model: str, *, revision: str | None = None, device: str = "auto", lm_dtype: str = "auto") -> LM:
+    """The LM and tokenizer of a hub id, folder, .gguf file or "demo".
+
+    device: "auto" (CUDA where there is any), "cpu", "cuda:1" …. lm_dtype: "float32", "bfloat16", or "auto", which is
+    bfloat16 on CUDA. Raises WrongInput where it cannot be loaded.
+    """
+    picked = pick_device(device)
+    lm = loading.load_lm(model, revision, device=picked, lm_dtype=pick_lm_dtype(lm_dtype, picked))
+    return LM(lm, loading.load_tokenizer(model, revision), model, revision)
+
+
+def load_lm_of(records: Sequence[LMRecord], model: str | None, *, device: str, lm_dtype: str) -> LM:
     """The whole LM that all records are of. model: where it is now, or None for where the first record says.
 
     Raises WrongInput if the record does not say where the LM is, or `model` is another one.
     """
-    from routesae.harvest.lm import model as lm
-
     name, revision = _place(records[0], model)
-    config = lm.load_config(name, revision)
-    width, layers = int(config.get_text_config().hidden_size), range(lm.model_layers(config) + 1)
+    config = loading.load_config(name, revision)
+    width, layers = int(config.get_text_config().hidden_size), range(loading.model_layers(config) + 1)
     for record in records:
-        found = _loaded(record, name, config_hash=lm.config_hash(config))
+        found = _loaded(record, name, config_hash=loading.config_hash(config))
         require_same_lm(record, found._replace(width=width, layers=layers), GIVE_MODEL)
     tokenizer = load_tokenizer_of(records, model)
     picked = pick_device(device)
-    loaded = lm.load_lm(name, revision, device=picked, lm_dtype=pick_lm_dtype(lm_dtype, picked))
-    weights = lm.weights_hash(loaded)
+    loaded = loading.load_lm(name, revision, device=picked, lm_dtype=pick_lm_dtype(lm_dtype, picked))
+    weights = loading.weights_hash(loaded)
     for record in records:
         require_same_lm(record, _loaded(record, name)._replace(weights=weights), GIVE_MODEL)
-    return LoadedLM(loaded, tokenizer, name, revision)
+    return LM(loaded, tokenizer, name, revision)
 
 
 def _place(record: LMRecord, model: str | None) -> tuple[str, str | None]:
@@ -159,4 +313,4 @@ def _loaded(record: LMRecord, model: str, **hashes: str) -> LMRecord:
     import transformers
 
     facts = {"model": model, "versions": {"transformers": transformers.__version__}, **hashes}
-    return LMRecord(f"model {model!r}", facts, None, record.width, record.layers)
+    return record._replace(name=f"model {model!r}", facts=facts)

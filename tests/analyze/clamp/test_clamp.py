@@ -15,15 +15,14 @@ from torch import Tensor
 from routesae.analyze.clamp.changes import Change, Clamp, active, parse_change
 from routesae.analyze.clamp.steps import (
     Continuation,
-    Kept,
     feed,
     generate,
     greedy,
-    left_padded,
     replaying,
     require_cached_attention,
     sampling,
 )
+from routesae.analyze.inputs.lm import Kept, left_padded
 from routesae.analyze.scores import replacement
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.lm.model import LanguageModel, find_blocks, load_lm
@@ -240,7 +239,7 @@ def test_each_token_is_that_of_recomputing_everything(llama: LanguageModel, name
 @pytest.mark.parametrize("name", ["routesae", "crosscoder"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_token_is_that_of_recomputing_everything_in_other_families(family: str, name: str) -> None:
-    """Gemma 2's window of 4 has long passed the prompt, so what is cropped is not all that must be as before."""
+    """Gemma 2's window of 4 has long passed the prompt, so the clean pass must leave more than that as it was."""
     lm, sae = tiny_lm(family), random_sae(name)
     for prompt, clamped in zip(PROMPTS, continued(lm, PROMPTS, Clamp(sae, CHANGES), steps=6), strict=True):
         require_equal(clamped, recomputed(lm, sae, prompt, 6, True))
@@ -279,7 +278,7 @@ def test_no_change_and_no_error_term_is_the_splice_of_the_metrics(llama: Languag
 def one_step(lm: LanguageModel, ids_BT: Tensor, mask_BT: Tensor, clamp: Clamp | None) -> Tensor:
     from transformers import DynamicCache
 
-    return feed(lm, DynamicCache(), ids_BT, mask_BS=mask_BT, live_B=mask_BT.any(1), kept=KEPT, clamp=clamp)
+    return feed(lm, DynamicCache(), ids_BT, mask_BS=mask_BT, kept=KEPT, clamp=clamp)
 
 
 def places_of_row(ids: list[int]) -> Tensor:
