@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -56,9 +57,10 @@ def clean_environment() -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel built from a copy of the files that git knows, so that nothing is written into the checkout."""
-    source, out = tmp_path_factory.mktemp("source") / "any-name", tmp_path_factory.mktemp("wheel")
+def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Source distribution, and the wheel built from it: of a copy of the files that git knows, so that nothing is
+    written into the checkout."""
+    source, out = tmp_path_factory.mktemp("source") / "any-name", tmp_path_factory.mktemp("dist")
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -70,10 +72,15 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, source / name)
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(source)]
     built = subprocess.run(command, cwd=source, env=clean_environment(), capture_output=True, text=True)
     assert built.returncode == 0, built.stdout + built.stderr
-    (path,) = out.glob("*.whl")
+    return out
+
+
+@pytest.fixture(scope="module")
+def wheel(distributions: Path) -> Path:
+    (path,) = distributions.glob("*.whl")
     return path
 
 
@@ -102,6 +109,15 @@ def test_wheel_holds_every_module_and_the_type_marker_and_nothing_else(wheel: Pa
     assert names == modules_on_disk() | data_on_disk() | {"routesae/py.typed"}
 
 
+def test_source_distribution_holds_the_package_and_what_says_what_it_is(distributions: Path) -> None:
+    (path,) = distributions.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {name.removeprefix("routesae/") for name in modules_on_disk() | data_on_disk()} <= names
+    assert {"README.md", "CHANGELOG.md", "CITATION.cff", "LICENSE", "pyproject.toml"} <= names
+    assert {name.partition("/")[0] for name in names} & set(NOT_PACKAGED) == set()
+
+
 def test_wheel_says_who_it_is(wheel: Path) -> None:
     project = PYPROJECT["project"]
     with zipfile.ZipFile(wheel) as archive:
@@ -118,6 +134,7 @@ def test_version_is_the_same_in_the_package_and_the_project() -> None:
     from routesae import __version__
 
     assert PYPROJECT["project"]["version"] == __version__
+    assert f"version: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_installed_wheel_answers_from_elsewhere_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
