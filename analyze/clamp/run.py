@@ -76,7 +76,7 @@ def clamp(settings: ClampSettings, report: Report = silent) -> dict[str, Any]:
         "changes": [asdict(change) for change in changes],
         "sae": {
             "folder": str(folder),
-            "recipe": asdict(sae.recipe),
+            "recipe": sae.recipe.to_dict(),
             "sha256": {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in sae.files()},
         },
         "model": {
