@@ -175,7 +175,7 @@ def notes_of(sae: SAE, folder: Path | None, latents: Iterable[int]) -> dict[int,
     if read_facts(folder, tokens_hash) is None:
         return {}
     contexts, lines, notes = read_contexts(folder, tokens_hash), read_interpretations(folder), dict[int, str]()
-    if contexts.facts["sae"]["weights"] != sae_identity(sae.folder, sae)["weights"]:
+    if contexts.facts["sae"]["weights"] != sae_identity(sae)["weights"]:
         raise WrongInput(f"{folder} has contexts of other weights; run routesae contexts again")
     for latent in contexts.latents(set(latents)):
         found = [*latent.top, *latent.chosen, *(context for sample in latent.samples.values() for context in sample)]
