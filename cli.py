@@ -154,8 +154,9 @@ def interpret(settings: Any, dry_run: bool = False) -> None:
 
     Example: routesae interpret --sae saes/routesae_hard_16384_k64 --model gpt-4o --max-cost 2
     """
-    from routesae.analyze.interpret.run import estimate, require_answers, row_of
+    from routesae.analyze.interpret.run import estimate
     from routesae.analyze.interpret.run import interpret as run
+    from routesae.analyze.interpret.summary import require_answers, row_of
 
     if dry_run:
         prompts, cost = estimate(settings)

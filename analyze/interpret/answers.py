@@ -70,24 +70,14 @@ class Predictions(_Answer):
     predictions: list[Annotated[StrictBool, BeforeValidator(_truth)]]
 
 
-def parse_explanation(text: str) -> Explanation:
-    """The explanation in `text`. Raises Unparsed if there is none, or more than one."""
-    return _the_one(Explanation, text)
-
-
-def parse_predictions(text: str, count: int) -> Predictions:
-    """The predictions in `text`. Raises Unparsed unless there are `count`."""
-    answer = _the_one(Predictions, text)
-    if len(answer.predictions) != count:
-        raise Unparsed(f"{len(answer.predictions)} predictions for {count} examples")
-    return answer
-
-
 Form = TypeVar("Form", bound=_Answer)
 
 
-def _the_one(form: type[Form], text: str) -> Form:
-    """The only answer of this form in `text`: behind the reasoning if there is one, else anywhere."""
+def parse(form: type[Form], text: str, count: int | None = None) -> Form:
+    """The only answer of this form in `text`: behind the reasoning if there is one, else anywhere.
+
+    count: how many predictions there must be. Raises Unparsed if there is no such answer, or more than one.
+    """
     problem = "there is no JSON object"
     tail = END_OF_REASONING.split(text)[-1]
     for values in (_objects(tail), _repaired(tail), _objects(text)):
@@ -101,6 +91,8 @@ def _the_one(form: type[Form], text: str) -> Form:
                 answers += [answer] if answer not in answers else []
         if len(answers) > 1:
             raise Unparsed(f"there are {len(answers)} different answers")
+        if answers and isinstance(answers[0], Predictions) and len(answers[0].predictions) != count:
+            raise Unparsed(f"{len(answers[0].predictions)} predictions for {count} examples")
         if answers:
             return answers[0]
     raise Unparsed(problem)

@@ -1,7 +1,7 @@
 """Ask a list of questions, several at once, and put each answer into a ledger as it comes.
 
-Whatever ends this early (Ctrl-C, SIGTERM, a key that is refused, a quota or budget used up) first lets the requests
-under way end: they are paid for.
+Whatever ends this early (Ctrl-C, SIGTERM, a key that is refused, a quota or budget used up, a full disk) first lets
+the requests under way end: they are paid for.
 """
 
 from __future__ import annotations
@@ -9,16 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel
-
-from routesae.analyze.interpret.answers import Unparsed
+from routesae.analyze.interpret.answers import Explanation, Predictions, Unparsed, parse
 from routesae.analyze.interpret.chat import Chat
-from routesae.analyze.interpret.ledger import Ledger, Line
-from routesae.analyze.interpret.prices import Price, Used
+from routesae.analyze.interpret.ledger import ANSWERED, UNANSWERED, UNPARSED, Ledger, Line
 from routesae.analyze.interpret.replies import CUT_SHORT, Answer
 from routesae.analyze.interpret.settings import InterpretSettings
 from routesae.machine.stop import StopRequest, stop_code
@@ -26,21 +23,21 @@ from routesae.reporting import FailedRun, Progress, Report, Stopped
 
 log = logging.getLogger(__name__)
 
-ANSWERED, UNPARSED, UNANSWERED = "answered", "unparsed", "unanswered"
 MAX_LOST_IN_A_ROW = 10  # more than that is the server's or the settings' fault, not the questions'
 STOP_POLL_SECONDS = 0.1
+ROOM_BYTES, ROOM_BYTES_PER_TOKEN = 1 << 13, 32  # of an answer's line: what is always in it; its text, twice, escaped
 
 
 class Question(NamedTuple):
     """One request. key: names it in the ledger. line: what else the ledger keeps of it.
 
-    prompts: the prompt, and then shorter ones for servers that do not take it. form, parse: what answers it.
+    prompts: the prompt, and then shorter ones for servers that do not take it. expected: how many predictions.
     """
 
     key: Mapping[str, Any]
     prompts: Iterator[str]
-    form: type[BaseModel]
-    parse: Callable[[str], BaseModel]
+    form: type[Explanation] | type[Predictions]
+    expected: int | None = None
     line: Mapping[str, Any] = {}
 
 
@@ -67,8 +64,7 @@ class Asking:
         if (request := self.stop()) is not None:
             done = self.counts.total()
             raise Stopped(f"stopped after {done} of {self.total}; {kept} continues", stop_code(request))
-        budget = self.chat.budget
-        if budget.exhausted:
+        if (budget := self.chat.budget).exhausted:
             raise FailedRun(
                 f"--max-cost {budget.max_dollars} would be exceeded: ${budget.spent:.4f} may be spent so far; {kept} "
                 "with a larger one continues"
@@ -86,8 +82,11 @@ class Asking:
                 worker.cancel()
 
     async def _work(self, questions: Iterator[Question]) -> None:
+        settings = self.chat.settings
+        room = settings.concurrency * (ROOM_BYTES + ROOM_BYTES_PER_TOKEN * settings.max_output_tokens)
         for question in questions:
             try:
+                self.ledger.reserve(room)
                 answer = await self.chat.ask(question.prompts, question.form.model_json_schema())
                 if answer is None:
                     return
@@ -105,7 +104,7 @@ class Asking:
         reason, says = answer.problem, dict[str, Any]()
         if answer.text is not None and reason is None:
             try:
-                says = question.parse(answer.text).model_dump()
+                says = parse(question.form, answer.text, question.expected).model_dump()
             except Unparsed as error:
                 reason = str(error)
         outcome = UNANSWERED if answer.text is None else ANSWERED if reason is None else UNPARSED
@@ -135,17 +134,5 @@ def settled(lines: Sequence[Line], names: Sequence[str], settings: InterpretSett
         tuple(line[name] for name in names)
         for line in lines
         if line["outcome"] in outcomes
-        and not (line.get("reason") == CUT_SHORT and line["max_output_tokens"] < settings.max_output_tokens)
+        and not (line["reason"] == CUT_SHORT and line["max_output_tokens"] < settings.max_output_tokens)
     }
-
-
-def used(lines: Sequence[Line]) -> Used:
-    """Tokens of the answers of these lines."""
-    return Used(sum(line["input_tokens"] for line in lines), sum(line["output_tokens"] for line in lines))
-
-
-def bill(lines: Sequence[Line], price: Price | None) -> dict[str, Any]:
-    """Tokens and dollars of a ledger, for its summary; the dollars are None if no price is known."""
-    tokens = used(lines)
-    cost = None if price is None else price.dollars(tokens)
-    return {"input_tokens": tokens.input, "output_tokens": tokens.output, "cost_usd": cost}

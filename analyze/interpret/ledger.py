@@ -1,99 +1,178 @@
 """A file of answers that were paid for, each of which is on the disk before the next question.
 
-    line 1        {"identity": {…}}: what was asked of which model; a file is only continued under the same
-    line 2 …      one JSON object an answer, in the order they came
+    line 1        {"identity": {…}, "hash": …}: what was asked of which model; a file is only continued under the same
+    line 2 …      {…, "hash": …}: an answer each, in the order they came
 
-A last line that a kill cut short is dropped when the file is opened again. Whoever opens a ledger holds the lock of
-its folder.
+The hash at the end of a line is the xxh3-64 of what stands before it, so that a damaged line is noticed. Behind the
+last line room is reserved, as zeros, for the answers under way. A last line that a kill cut short is dropped. Whoever
+opens a ledger holds the lock of its folder.
 """
 
 from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import xxhash
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
+
+from routesae.analyze.interpret.answers import Explanation, Predictions, first_problem
+from routesae.analyze.interpret.settings import MODES
 from routesae.harvest.cache.arrays import fsync
-from routesae.machine.files import refuse_link
+from routesae.machine.files import parse_json, read_bytes, refuse_link
 from routesae.reporting import FailedRun, WrongInput
 
+log = logging.getLogger(__name__)
+
 Line = dict[str, Any]
+ANSWERED, UNPARSED, UNANSWERED = "answered", "unparsed", "unanswered"
+LINES, SUMMARY = "interpretations.jsonl", "interpretations.json"
+LARGEST_BYTES = 1 << 30
+HASHED = re.compile(rb'(.+), "hash": "([0-9a-f]{16})"\}', re.DOTALL)
 
 
-@dataclass
+class _Head(BaseModel):
+    identity: dict[str, Any]
+
+
+class _Asked(BaseModel):
+    """What every answer's line must say; those of a scoring ledger say more."""
+
+    model_config = ConfigDict(strict=True)
+    latent: NonNegativeInt
+    outcome: Literal["answered", "unparsed", "unanswered"]
+    reason: str | None
+    input_tokens: NonNegativeInt
+    output_tokens: NonNegativeInt
+    max_output_tokens: int
+
+
+class _Scored(_Asked):
+    digest: str
+    batch: NonNegativeInt
+    batches: NonNegativeInt
+    truth: list[bool]
+
+
 class Ledger:
-    """The answers of one file, and the file open for more."""
+    """The answers of one file, and the file open for more. size: bytes of its lines."""
 
-    path: Path
-    file: FileIO
-    lines: list[Line]
+    def __init__(self, path: Path, file: int, lines: list[Line], size: int):
+        self.path, self.lines, self._file, self._size = path, lines, file, size
+
+    def reserve(self, size: int) -> None:
+        """Take so many bytes of the disk behind the last line. Raises FailedRun if it has not so many."""
+        try:
+            os.posix_fallocate(self._file, self._size, size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system that reserves nothing
+                self._fail(error)
 
     def add(self, line: Mapping[str, Any]) -> None:
         """Put an answer on the disk for good. Raises FailedRun if the disk does not take it."""
-        self._append(line)
+        body = json.dumps(line).encode()[:-1]
+        written = body + b', "hash": "%s"}\n' % xxhash.xxh3_64_hexdigest(body).encode()
+        try:
+            if os.pwrite(self._file, written, self._size) < len(written):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(self._file)
+        except OSError as error:
+            self._fail(error)
+        self._size += len(written)
         self.lines.append(dict(line))
 
-    def _append(self, line: Mapping[str, Any]) -> None:
-        written = json.dumps(line).encode() + b"\n"
-        end = self.file.seek(0, os.SEEK_END)
-        try:
-            if self.file.write(written) < len(written):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(self.file.fileno())
-        except OSError as error:
-            with suppress(OSError):
-                self.file.truncate(end)  # the next answer must not continue half a line
-            raise FailedRun(f"{self.path} cannot be written: {error}; the same command continues from it") from error
+    def _fail(self, error: OSError) -> None:
+        raise FailedRun(f"{self.path} cannot be written: {error}; the same command continues from it") from error
 
 
 @contextmanager
-def open_ledger(path: Path, identity: Mapping[str, Any], overwrite: bool = False) -> Iterator[Ledger]:
+def open_ledger(path: Path, identity: Mapping[str, Any]) -> Iterator[Ledger]:
     """The ledger at `path`, made if it is missing.
 
-    Raises WrongInput if the file has another identity, is damaged, or is a symbolic link.
+    Raises WrongInput if the file has another identity, is damaged, or is not a regular file.
     """
     refuse_link(path)
-    is_new = not path.exists()
-    with path.open("a+b", buffering=0) as file:
-        if overwrite:
-            file.truncate(0)
-        file.seek(0)
-        content = file.read()
-        before, lines = read_lines(path, content)
-        head = dict(identity) if before is None else before
-        for name in dict.fromkeys((*identity, *head)):
-            if head.get(name) != identity.get(name):
-                raise WrongInput(
-                    f"{path} was begun with {name} {head.get(name)!r}, now it is {identity.get(name)!r}; go back to "
-                    "that, or give --overwrite to lose what the file holds"
-                )
-        file.truncate(content.rfind(b"\n") + 1)
-        ledger = Ledger(path, file, lines)
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    file = os.open(path, flags, 0o666)
+    try:
+        before, lines, size = read_ledger(path)
+        ledger = Ledger(path, file, lines, size)
         if before is None:
-            ledger._append({"identity": dict(identity)})
-        if is_new:
+            ledger.add({"identity": dict(identity)})
+            ledger.lines.clear()
             fsync(path.parent)
-        yield ledger
+        for name in dict.fromkeys((*identity, *(before or {}))):
+            if before is not None and before.get(name) != identity.get(name):
+                raise WrongInput(
+                    f"{path} was begun with {name} {before.get(name)!r}, now it is {identity.get(name)!r}; go back "
+                    "to that, or give --overwrite to set aside what the folder has"
+                )
+        try:
+            yield ledger
+        finally:
+            with suppress(OSError):  # of what was reserved
+                os.ftruncate(file, ledger._size)
+    finally:
+        os.close(file)
 
 
-def read_lines(path: Path, content: bytes) -> tuple[Line | None, list[Line]]:
-    """Identity and answers of a ledger's bytes, without a torn last line. The identity is None if there is no line.
+def read_ledger(path: Path) -> tuple[Line | None, list[Line], int]:
+    """Identity and answers, and how many bytes they take; the identity is None if there is no line.
 
     Raises WrongInput naming a line that is damaged.
     """
+    try:
+        content = read_bytes(path, LARGEST_BYTES).rstrip(b"\0")
+    except ValueError as error:
+        raise WrongInput(f"{path} cannot be read: {error}") from None
+    *texts, torn = content.split(b"\n")
+    if torn:
+        log.warning("the last line of %s was cut short and is dropped; its question is asked again", path)
     lines: list[Line] = []
-    for number, text in enumerate(content.split(b"\n")[:-1], 1):
+    for number, text in enumerate(texts, 1):
         try:
-            line = json.loads(text)
-        except ValueError:
-            line = None
-        if not isinstance(line, dict) or (number == 1 and not isinstance(line.get("identity"), dict)):
-            raise WrongInput(f"line {number} of {path} is damaged; delete that line, or give --overwrite")
-        lines.append(line)
-    return (lines[0]["identity"], lines[1:]) if lines else (None, [])
+            lines.append(_read_line(text, path.name == LINES, is_head=number == 1))
+        except ValueError as error:
+            reason = first_problem(error) if isinstance(error, ValidationError) else error
+            raise WrongInput(
+                f"line {number} of {path} is damaged ({reason}); bring the file back from a copy, delete the line, "
+                "or give --overwrite to set aside what the folder has"
+            ) from None
+    identity = lines[0]["identity"] if lines else None
+    return identity, lines[1:], len(content) - len(torn)
+
+
+def _read_line(text: bytes, explains: bool, *, is_head: bool) -> Line:
+    """Raises ValueError if it is not as it was written, or says not what it must."""
+    hashed = HASHED.fullmatch(text)
+    if hashed is None or xxhash.xxh3_64_hexdigest(hashed[1]).encode() != hashed[2]:
+        raise ValueError("its hash differs")
+    line: Line = parse_json(hashed[1] + b"}")
+    (_Head if is_head else _Asked if explains else _Scored).model_validate(line)
+    if not is_head and line["outcome"] == ANSWERED:
+        (Explanation if explains else Predictions).model_validate(line)
+        if not explains and len(line["predictions"]) != len(line["truth"]):
+            raise ValueError(f"{len(line['predictions'])} predictions for {len(line['truth'])} texts")
+    return line
+
+
+def set_aside(folder: Path) -> None:
+    """Rename what interpret wrote into `folder`, so that the names say which model was asked."""
+    for name in (LINES, SUMMARY, *(f"{mode}.jsonl" for mode in MODES)):
+        old, model = folder / name, "unknown"
+        if not old.is_file():
+            continue
+        content = read_bytes(old, LARGEST_BYTES)
+        with suppress(ValueError, KeyError, TypeError):
+            head = content if name == SUMMARY else content.partition(b"\n")[0]
+            model = re.sub(r"[^\w.-]+", "-", str(parse_json(head)["identity"]["model"]))[:60]
+        new = old.with_name(f"{old.stem}.{model}-{xxhash.xxh3_64_hexdigest(content)}{old.suffix}")
+        old.rename(new)
+        log.warning("%s was set aside as %s", old, new.name)

@@ -6,12 +6,12 @@ import asyncio
 import re
 import tomllib
 from importlib.resources import files
-from pathlib import Path
 from typing import NamedTuple
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from routesae.analyze.interpret.answers import first_problem
+from routesae.machine.files import read_bytes
 from routesae.reporting import WrongInput
 
 MILLION = 1_000_000
@@ -45,8 +45,8 @@ def price_of(model: str, prices_file: str | None) -> Price | None:
     prices = table.validate_python(tomllib.loads(packaged))
     if prices_file is not None:
         try:
-            prices |= table.validate_python(tomllib.loads(Path(prices_file).read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
+            prices |= table.validate_python(tomllib.loads(read_bytes(prices_file).decode()))
+        except (OSError, ValueError, RecursionError) as error:
             reason = first_problem(error) if isinstance(error, ValidationError) else error
             raise WrongInput(
                 f"--prices {prices_file} cannot be used ({reason}); it is TOML where a model has input and output, "

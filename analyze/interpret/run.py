@@ -14,39 +14,39 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from importlib.resources import files
 from pathlib import Path
 from string import Template
 from typing import Any
 
 from routesae import __version__
 from routesae.analyze.contexts.file import Context, ContextsFile, read_contexts, read_facts
-from routesae.analyze.interpret.answers import CATEGORIES, Explanation, parse_explanation
-from routesae.analyze.interpret.asking import ANSWERED, UNANSWERED, UNPARSED, Asking, Question, bill, settled, used
+from routesae.analyze.interpret.answers import Explanation
+from routesae.analyze.interpret.asking import Asking, Question, settled
 from routesae.analyze.interpret.chat import Chat, open_chat
-from routesae.analyze.interpret.ledger import Line, open_ledger, read_lines
+from routesae.analyze.interpret.ledger import ANSWERED, LINES, SUMMARY, UNANSWERED, Line, open_ledger, set_aside
 from routesae.analyze.interpret.prices import Budget, Price, Used, price_of
 from routesae.analyze.interpret.scoring import (
     digest_of,
+    digests_of,
     one_line,
-    score_summary,
     scoring_identity,
     scoring_questions,
+    template_of,
     text_of,
     whole,
 )
-from routesae.analyze.interpret.settings import MODES, InterpretSettings
-from routesae.machine.files import write_json
+from routesae.analyze.interpret.settings import InterpretSettings
+from routesae.analyze.interpret.summary import bill, read_interpretations, score_summary, summarise, used
+from routesae.machine.files import read_bytes, signed, write_json
 from routesae.machine.lock import hold
 from routesae.machine.stop import StopRequest, stop_requests
-from routesae.reporting import FailedRun, Report, WrongInput, silent
+from routesae.reporting import Report, WrongInput, silent
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-LINES, SUMMARY = "interpretations.jsonl", "interpretations.json"
 BYTES_PER_TOKEN = 4.0  # of English, about; only for what is shown as an estimate
 TYPICAL_ANSWER_TOKENS = 80
 
@@ -54,8 +54,8 @@ TYPICAL_ANSWER_TOKENS = 80
 def interpret(settings: InterpretSettings, report: Report = silent) -> list[dict[str, Any]]:
     """Ask about every latent that has no answer yet. Returns the summary of each SAE, as written beside it.
 
-    Raises WrongInput if contexts, key or prompt are missing; FailedRun if the server or the budget ends it; Stopped
-    after Ctrl-C. In each case what was answered is kept and summed up. See `require_answers` for what was lost.
+    Raises WrongInput if contexts, key or prompt are missing; FailedRun if server, budget or disk end it; Stopped
+    after Ctrl-C. In each case what was answered is kept and summed up. See `require_answers` for what was not.
     """
     settings.key()  # before a file is begun
     budget = Budget(_price(settings), settings.max_cost)
@@ -72,24 +72,17 @@ def interpret(settings: InterpretSettings, report: Report = silent) -> list[dict
                 for subject in subjects:
                     try:
                         await subject.ask(chat, stop, report)
-                    finally:
-                        summaries.append(subject.write_summary(budget.price))
+                    except BaseException:
+                        try:
+                            subject.write_summary(budget.price)
+                        except OSError as error:  # which must not hide what ended the run
+                            log.warning("%s cannot be written: %s", subject.folder / SUMMARY, error)
+                        raise
+                    summaries.append(subject.write_summary(budget.price))
             return summaries
 
         with stop_requests() as stop:
             return asyncio.run(ask_all(stop))
-
-
-def lost(summary: Mapping[str, Any]) -> int:
-    """How many questions of a summary got no answer, those of its scores included."""
-    return sum(part["unanswered"] for part in (summary, *(summary[mode] for mode in MODES if mode in summary)))
-
-
-def require_answers(summaries: Sequence[Mapping[str, Any]]) -> None:
-    """Raises FailedRun if a question got no answer, although the run came to its end."""
-    if count := sum(map(lost, summaries)):
-        reason = next(summary["last_loss"] for summary in summaries if lost(summary))
-        raise FailedRun(f"{count} questions got no answer ({reason}); the same command asks them again")
 
 
 def estimate(settings: InterpretSettings) -> tuple[dict[str, str], str]:
@@ -108,15 +101,6 @@ def estimate(settings: InterpretSettings) -> tuple[dict[str, str], str]:
     return prompts, f"{len(prompts):,} prompts: about {tokens.input:,} tokens in and {tokens.output:,} out, {cost}"
 
 
-def read_interpretations(folder: Path) -> dict[int, Line]:
-    """The last line about each latent in an SAE's folder; empty if interpret has not run.
-
-    Raises WrongInput if the file is damaged.
-    """
-    path = folder / LINES
-    return {line["latent"]: line for line in read_lines(path, path.read_bytes())[1]} if path.exists() else {}
-
-
 class Subject:
     """One SAE whose latents are explained: its contexts and its ledgers, which close with `stack`. scores: by mode.
 
@@ -125,7 +109,7 @@ class Subject:
 
     def __init__(self, stack: ExitStack, contexts: ContextsFile, template: str, settings: InterpretSettings):
         self.contexts, self.template, self.settings = contexts, template, settings
-        self.picked = pick(contexts, settings)
+        self.folder, self.picked = contexts.folder, pick(contexts, settings)
         self.identity = {
             "format": FORMAT,
             **{name: getattr(settings, name) for name in ("model", "api_version", "temperature", "examples")},
@@ -133,30 +117,32 @@ class Subject:
             "prompt": digest_of(template),
             "contexts": contexts.fingerprint,
         }
-        folder = contexts.folder
-        stack.enter_context(hold(folder / ".interpret.lock", str(folder / LINES)))
-        self.ledger = stack.enter_context(open_ledger(folder / LINES, self.identity, settings.overwrite))
-        self.scores = {}
-        for mode in settings.scores:
-            identity = {**self.identity, **scoring_identity(mode, settings.seed)}
-            self.scores[mode] = stack.enter_context(
-                open_ledger(folder / f"{mode}.jsonl", identity, settings.overwrite)
+        stack.enter_context(hold(self.folder / ".interpret.lock", str(self.folder / LINES)))
+        if settings.overwrite:
+            set_aside(self.folder)
+        self.ledger = stack.enter_context(open_ledger(self.folder / LINES, self.identity))
+        self.scores = {
+            mode: stack.enter_context(
+                open_ledger(self.folder / f"{mode}.jsonl", {**self.identity, **scoring_identity(mode, settings.seed)})
             )
+            for mode in settings.scores
+        }
 
     async def ask(self, chat: Chat, stop: StopRequest, report: Report) -> None:
         """Ask what has no answer yet, and put the explanations to the test."""
-        name = self.contexts.folder.name
         done = settled(self.ledger.lines, ("latent",), self.settings)
         latents = [latent for latent in self.picked if (latent,) not in done]
-        await Asking(chat, self.ledger, stop, report, f"interpret {name}", len(latents)).ask(self.questions(latents))
+        stage = f"interpret {self.folder.name}"
+        await Asking(chat, self.ledger, stop, report, stage, len(latents)).ask(self.questions(latents))
         for mode, ledger in self.scores.items():
             questions = scoring_questions(mode, self.contexts, self.explained(), ledger.lines, self.settings)
-            await Asking(chat, ledger, stop, report, f"{mode} {name}", len(questions)).ask(iter(questions))
+            stage = f"{mode} {self.folder.name}"
+            await Asking(chat, ledger, stop, report, stage, len(questions)).ask(iter(questions))
 
     def questions(self, latents: Sequence[int]) -> Iterator[Question]:
         for latent in self.contexts.latents(latents) if latents else ():
             prompts = shorter_and_shorter(self.template, latent.chosen[: self.settings.examples])
-            yield Question({"latent": latent.latent}, prompts, Explanation, parse_explanation)
+            yield Question({"latent": latent.latent}, prompts, Explanation)
 
     def last_lines(self) -> dict[int, Line]:
         """The last line about each latent that was picked and asked about, in the order they were picked."""
@@ -175,7 +161,7 @@ class Subject:
         losses = [line["reason"] for ledger in ledgers for line in ledger.lines if line["outcome"] == UNANSWERED]
         summary: dict[str, Any] = {
             "routesae": __version__,
-            "sae": self.contexts.folder.name,
+            "sae": self.folder.name,
             "identity": self.identity,
             "latents_kept": sum(one.kept for one in self.contexts.summaries),
             "not_asked": len(self.picked) - len(asked),
@@ -184,8 +170,9 @@ class Subject:
             "last_loss": losses[-1] if losses else None,
         }
         for mode, ledger in self.scores.items():
-            summary[mode] = score_summary(ledger.lines, self.explained()) | bill(ledger.lines, price)
-        write_json(self.contexts.folder / SUMMARY, summary)
+            summary[mode] = score_summary(ledger.lines, digests_of(self.explained())) | bill(ledger.lines, price)
+        summary = signed(summary)
+        write_json(self.folder / SUMMARY, summary)
         return summary
 
 
@@ -229,10 +216,10 @@ def pick(contexts: ContextsFile, settings: InterpretSettings) -> list[int]:
 def read_template(prompt: str | None) -> str:
     """The user's prompt, or the packaged one. Raises WrongInput unless $examples is all that is to be filled in."""
     if prompt is None:
-        return files("routesae.analyze.interpret").joinpath("prompts/explanation.txt").read_text(encoding="utf-8")
+        return template_of("explanation")
     try:
-        template = Path(prompt).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        template = read_bytes(prompt).decode()
+    except (OSError, ValueError) as error:
         raise WrongInput(f"--prompt {prompt} cannot be read: {error}") from None
     names = Template(template).get_identifiers() if Template(template).is_valid() else ["…"]
     if names != ["examples"]:
@@ -246,11 +233,11 @@ def read_template(prompt: str | None) -> str:
 
 def prompt_of(template: str, contexts: Sequence[Context]) -> str:
     """The question about a latent with these contexts, strongest first."""
+    marks = [whole(context, context.at) for context in contexts]
     shown = "\n".join(
         f"{number}. Token: {one_line(mark.text)} | Activation: {context.activation:.2f} | "
         f"Context: {text_of(context, mark)}"
-        for number, context in enumerate(contexts, 1)
-        for mark in [whole(context, context.at)]
+        for number, (context, mark) in enumerate(zip(contexts, marks, strict=True), 1)
     )
     return Template(template).substitute(examples=shown)
 
@@ -267,41 +254,3 @@ def _price(settings: InterpretSettings) -> Price | None:
     if price is None and settings.max_cost is not None:
         raise WrongInput(f"--max-cost: the price of {settings.model} is not known; give it in a file for --prices")
     return price
-
-
-# ------------------------------------------------------------------------------------------------ what it comes to
-
-
-def summarise(lines: Sequence[Line]) -> dict[str, Any]:
-    """Counts and mean scores of the last lines of some latents, as the paper reports them.
-
-    Scores are means over the latents that were explained.
-    """
-    explained = [line for line in lines if line["outcome"] == ANSWERED]
-    scores = {name: [line["score"] for line in explained if line["category"] == name] for name in CATEGORIES}
-
-    def mean(values: list[int]) -> float | None:
-        return sum(values) / len(values) if values else None
-
-    return {
-        "latents_asked": len(lines),
-        "explained": len(explained),
-        "unparsed": sum(line["outcome"] == UNPARSED for line in lines),
-        "unanswered": sum(line["outcome"] == UNANSWERED for line in lines),
-        "score": mean([line["score"] for line in explained]),
-        "categories": {name: {"count": len(values), "score": mean(values)} for name, values in scores.items()},
-    }
-
-
-def row_of(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """The summary as a row of a table."""
-    modes = [mode for mode in MODES if mode in summary]
-    row = {"sae": summary["sae"], "kept": summary["latents_kept"]}
-    row |= {name: summary[name] for name in ("explained", "unparsed", "unanswered", "score")}
-    for name, of in summary["categories"].items():
-        row[name] = str(of["count"]) if of["score"] is None else f"{of['count']} ({of['score']:.2f})"
-    row |= {mode: summary[mode]["balanced_accuracy"] for mode in modes}
-    bills = [summary, *(summary[mode] for mode in modes)]
-    row["tokens"] = f"{sum(one['input_tokens'] + one['output_tokens'] for one in bills):,}"
-    costs = [one["cost_usd"] for one in bills]
-    return {**row, "cost": None if None in costs else f"${sum(costs):.4f}"}

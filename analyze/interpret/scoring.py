@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from importlib.resources import files
 from itertools import chain
 from string import Template
@@ -21,8 +20,8 @@ from typing import Any, NamedTuple
 from unicodedata import category
 
 from routesae.analyze.contexts.file import Context, ContextsFile, LatentContexts
-from routesae.analyze.interpret.answers import Predictions, parse_predictions
-from routesae.analyze.interpret.asking import ANSWERED, UNANSWERED, Question, settled
+from routesae.analyze.interpret.answers import Predictions
+from routesae.analyze.interpret.asking import Question, settled
 from routesae.analyze.interpret.ledger import Line
 from routesae.analyze.interpret.settings import InterpretSettings
 
@@ -49,9 +48,14 @@ def digest_of(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def template_of(mode: str) -> str:
-    """The packaged prompt of a mode."""
-    return files("routesae.analyze.interpret").joinpath(f"prompts/{mode}.txt").read_text(encoding="utf-8")
+def digests_of(explained: Mapping[int, str]) -> dict[int, str]:
+    """What names each explanation in a scoring ledger, by latent."""
+    return {latent: digest_of(explanation)[:16] for latent, explanation in explained.items()}
+
+
+def template_of(name: str) -> str:
+    """A packaged prompt: that of a mode, or of "explanation"."""
+    return files("routesae.analyze.interpret").joinpath(f"prompts/{name}.txt").read_text(encoding="utf-8")
 
 
 def scoring_identity(mode: str, seed: int) -> dict[str, Any]:
@@ -67,33 +71,21 @@ def scoring_questions(
     settings: InterpretSettings,
 ) -> list[Question]:
     """The questions about latents with enough examples that `lines` do not answer. explained: by latent."""
-    done = settled(lines, KEY, settings)
+    done, template, questions = settled(lines, KEY, settings), Template(template_of(mode)), []
     batches = {(line["latent"], line["digest"]): line["batches"] for line in lines}
-    keys = {latent: (latent, digest_of(explanation)[:16]) for latent, explanation in explained.items()}
-    open_latents = [
-        latent for latent, key in keys.items() if any((*key, n) not in done for n in range(batches.get(key, 1)))
-    ]
-    questions = []
-    for latent, examples in _examples(mode, contexts, open_latents, settings):
-        count = -(-len(examples) // BATCH)
-        for number in range(count):
-            batch = examples[number * BATCH : (number + 1) * BATCH]
+    digests = digests_of(explained)
+    unsettled = [key[0] for key in digests.items() if any((*key, n) not in done for n in range(batches.get(key, 1)))]
+    for latent, examples in _examples(mode, contexts, unsettled, settings):
+        parts = [examples[first : first + BATCH] for first in range(0, len(examples), BATCH)]
+        for number, batch in enumerate(parts):
+            key = (latent, digests[latent], number)
             texts = "\n".join(f"{n}. {example.text}" for n, example in enumerate(batch, 1))
-            prompt = Template(template_of(mode)).substitute(
-                explanation=explained[latent], count=len(batch), examples=texts
-            )
-            question = Question(
-                key=dict(zip(KEY, (*keys[latent], number), strict=True)),
-                prompts=iter((prompt,)),
-                form=Predictions,
-                parse=partial(parse_predictions, count=len(batch)),
-                line={
-                    "batches": count,
-                    "truth": [example.active for example in batch],
-                    "places": [example.place for example in batch],
-                },
-            )
-            questions += [question] if (*keys[latent], number) not in done else []
+            prompt = template.substitute(explanation=explained[latent], count=len(batch), examples=texts)
+            truth, places = [example.active for example in batch], [example.place for example in batch]
+            line = {"batches": len(parts), "truth": truth, "places": places}
+            if key not in done:
+                named = dict(zip(KEY, key, strict=True))
+                questions.append(Question(named, iter((prompt,)), Predictions, len(batch), line))
     return questions
 
 
@@ -127,7 +119,7 @@ def _examples(
                 place, text = min(silent, key=lambda item: abs(len(item[1]) - len(positive.text)))
                 silent.remove((place, text))
                 examples.append(Example(text, False, place))
-        if min(sum(example.active is truth for example in examples) for truth in (True, False)) >= LEAST:
+        if min(map([example.active for example in examples].count, (True, False))) >= LEAST:
             rng.shuffle(examples)
             yield latent.latent, examples
 
@@ -225,39 +217,3 @@ def one_line(text: str) -> str:
 
 def place_of(context: Context) -> Place:
     return context.row, context.position - context.at, len(context.tokens)
-
-
-def score_summary(lines: Sequence[Line], explained: Mapping[int, str]) -> dict[str, Any]:
-    """What a scoring ledger says of these explanations.
-
-    balanced_accuracy: mean over the latents of which every request was answered. latents: how many those are.
-    unfinished: latents with a request that was not. unanswered: requests without an answer. too_few_examples: latents
-    about which nothing was asked.
-    """
-    batches: dict[tuple[int, str], dict[int, Line]] = {}
-    for line in lines:
-        batches.setdefault((line["latent"], line["digest"]), {})[line["batch"]] = line
-    scores: dict[str, float] = {}
-    unfinished = unanswered = 0
-    for latent, explanation in explained.items():
-        asked = list(batches.get((latent, digest_of(explanation)[:16]), {}).values())
-        if asked and len(asked) == asked[0]["batches"] and all(line["outcome"] == ANSWERED for line in asked):
-            scores[str(latent)] = balanced_accuracy(asked)
-        else:
-            unfinished += bool(asked)
-            unanswered += sum(line["outcome"] == UNANSWERED for line in asked)
-    return {
-        "balanced_accuracy": sum(scores.values()) / len(scores) if scores else None,
-        "latents": len(scores),
-        "unfinished": unfinished,
-        "unanswered": unanswered,
-        "too_few_examples": len(explained) - len(scores) - unfinished,
-        "by_latent": scores,
-    }
-
-
-def balanced_accuracy(lines: Sequence[Mapping[str, Any]]) -> float:
-    """The mean of the shares of active and of silent examples that were predicted right."""
-    pairs = [pair for line in lines for pair in zip(line["truth"], line["predictions"], strict=True)]
-    right = [[prediction is truth for active, prediction in pairs if active is truth] for truth in (True, False)]
-    return sum(sum(predicted) / len(predicted) for predicted in right) / 2

@@ -118,4 +118,4 @@ class InterpretSettings(ChatSettings):
     )
     prices: str | None = setting(None, COST, "TOML file of US dollars a million tokens, by model.", metavar="PATH")
     retry_unparsed: bool = setting(False, RUN, "Ask again where an answer was no answer to the question.")
-    overwrite: bool = setting(False, RUN, "Begin anew; earlier answers are lost.")
+    overwrite: bool = setting(False, RUN, "Begin anew; earlier answers are set aside under another name.")

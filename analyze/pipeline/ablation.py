@@ -18,7 +18,8 @@ from routesae.analyze.contexts.run import contexts
 from routesae.analyze.contexts.settings import ContextSettings
 from routesae.analyze.pipeline.settings import AblationSettings
 from routesae.analyze.scores.metrics import METRICS
-from routesae.analyze.scores.run import DESCRIPTIONS, analyze
+from routesae.analyze.scores.results import DESCRIPTIONS
+from routesae.analyze.scores.run import analyze
 from routesae.analyze.scores.settings import AnalyzeSettings
 from routesae.harvest.cache.reader import Cache
 from routesae.machine.files import write_json

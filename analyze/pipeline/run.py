@@ -17,18 +17,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
 from routesae.analyze.contexts.file import FACTS, PARTS, place_of
 from routesae.analyze.contexts.run import contexts
-from routesae.analyze.contexts.settings import ContextSettings
 from routesae.analyze.inputs.identity import cache_identity, file_hash
-from routesae.analyze.interpret.run import SUMMARY, interpret, lost, require_answers
+from routesae.analyze.interpret.answers import first_problem
+from routesae.analyze.interpret.ledger import LINES, SUMMARY
+from routesae.analyze.interpret.run import interpret
+from routesae.analyze.interpret.summary import read_summary, require_answers
 from routesae.analyze.pipeline.settings import PipelineSettings
 from routesae.analyze.report.run import require_libraries, write_report
-from routesae.analyze.scores.run import DESCRIPTIONS, analyze, described
+from routesae.analyze.scores.results import DESCRIPTIONS, described, read_results
+from routesae.analyze.scores.run import analyze
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.run import harvest
 from routesae.machine.device import pick_device
-from routesae.machine.files import read_json, write_json
+from routesae.machine.files import read_signed, signed, write_json
+from routesae.machine.lock import hold
 from routesae.reporting import Report, WrongInput, silent
 from routesae.train.folder.checkpoint import CONFIG, find_saes, read_config
 from routesae.train.jobs import Job, jobs_of
@@ -37,8 +43,9 @@ from routesae.train.state import load_checkpoint, newest_step
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 RECORD, SCORES, REPORT = "pipeline.json", "scores.json", "report.html"
+LARGEST_RECORD = 1 << 26  # it lists every file of the corpus
 # Settings that say where and how fast, and change nothing of a cache.
 HOW_IT_RUNS = ("device", "batch_sequences", "worker", "workers")
 
@@ -55,56 +62,74 @@ class PipelineResult:
 def run_pipeline(settings: PipelineSettings, report: Report = silent) -> PipelineResult:
     """Run the stages that the settings have, or what has changed of them.
 
-    Raises WrongInput where something cannot be used or would be lost, and whatever the stages raise; what was done
-    stays, and the same call goes on.
+    Raises WrongInput where something cannot be used or would be lost, or another process runs a pipeline on the same
+    folder, and whatever the stages raise; what was done stays, and the same call goes on.
     """
-    out, stages = settings.out, {}
-    record = Record(out / RECORD)
+    out = settings.out
     if settings.report is not None:
         require_libraries()
-    if settings.interpret is not None and "interpret" not in record.steps:
+    if settings.interpret is not None and "interpret" not in Record(out / RECORD).steps:
         settings.interpret.key()  # a missing key is reported now and not after the harvest
     out.mkdir(parents=True, exist_ok=True)
+    with hold(out / ".pipeline.lock", f"the pipeline's out {out}"):
+        return _run(settings, Record(out / RECORD), report)
+
+
+def _run(settings: PipelineSettings, record: Record, report: Report) -> PipelineResult:
+    stages: dict[str, bool] = {}
+    scores, page = settings.out / SCORES, settings.out / REPORT
     if settings.harvest is not None:
         stages["harvest"] = _harvest(settings, record, report)
     cache = Cache(settings.cache)
     cache.require_whole()
     origin = {"cache": cache_identity(cache)["fingerprint"]}
+    folders = []
     if settings.train is not None:
         jobs = jobs_of(settings.train, cache, pick_device(settings.train.device))
-        stages["train"] = _train(settings, jobs, origin, record, report)
         folders = [job.folder for job in jobs]
-    else:
-        needed = any((settings.analyze, settings.contexts, settings.interpret, settings.report))
-        folders = find_saes(settings.saes) if needed else []
-    of_saes = {folder: {**origin, f"SAE {folder.name}": sae_files(folder)} for folder in folders}
+        stages["train"] = _train(settings, jobs, origin, record, report)
+    elif any((settings.analyze, settings.contexts, settings.interpret, settings.report)):
+        folders = find_saes(settings.saes)
+    of_saes = {folder: {**origin, f"SAE {folder.name}": hashes(folder)} for folder in folders}
     origin = {name: value for one in of_saes.values() for name, value in one.items()}
     saes = tuple(map(str, folders))
-    facts = {folder: place_of(folder, cache.manifest.to_dict()) / FACTS for folder in folders}
-    if (analyzing := settings.analyze) is not None:
-        analyzing = analyzing.replace(saes=saes)
-        step = Step("analyze", {**analyzing.to_dict(), **origin}, (out / SCORES,))
-        stages["analyze"] = record.run(step, lambda: write_json(out / SCORES, analyze(analyzing, report)))
+    facts = [place_of(folder, cache.manifest.to_dict()) / FACTS for folder in folders]
+
+    if (analyzing := settings.analyze and settings.analyze.replace(saes=saes)) is not None:
+        step = Step("analyze", {**analyzing.to_dict(), **origin}, (scores,))
+        stages["analyze"] = record.run([step], lambda stale: write_json(scores, analyze(analyzing, report)))
     if (collecting := settings.contexts) is not None:
-        stages["contexts"] = _contexts(collecting, of_saes, facts, record, report)
-    if (asking := settings.interpret) is not None:
-        asking = asking.replace(saes=saes)
-        read = [*facts.values()] + [Path(file) for file in [asking.prompt] if file]
-        summaries = tuple(folder / SUMMARY for folder in folders)
-        step = Step("interpret", {**asking.to_dict(), **origin, **hashes(*read)}, summaries)
-        unanswered = any(lost(json.loads(file.read_bytes())) for file in summaries if file.is_file())
-        stages["interpret"] = record.run(step, lambda: interpret(asking, report), again=unanswered)
+        shared = collecting.to_dict()
+        steps = [
+            Step(f"contexts {folder.name}", {**shared, **of_saes[folder]}, (of, *map(of.with_name, PARTS)))
+            for folder, of in zip(folders, facts, strict=True)
+        ]
+
+        def collect(stale: Sequence[Step]) -> None:
+            overwrite = collecting.overwrite or all(map(record.may_replace, stale))
+            left = tuple(str(folder) for folder, step in zip(folders, steps, strict=True) if step in stale)
+            contexts(collecting.replace(saes=left, overwrite=overwrite), report)
+
+        stages["contexts"] = record.run(steps, collect)
+    if (asking := settings.interpret and settings.interpret.replace(saes=saes)) is not None:
+        prompts = [Path(file) for file in (asking.prompt,) if file]
+        step = Step(
+            "interpret",
+            {**asking.to_dict(), **origin, **hashes(*facts, *prompts)},
+            tuple(folder / SUMMARY for folder in folders),
+        )
+        lost = any(summary.lost for folder in folders if (summary := read_summary(folder)) is not None)
+        stages["interpret"] = record.run([step], lambda stale: interpret(asking, report), again=lost)
     if settings.analyze is not None:
-        _describe_again(out / SCORES, cache.manifest.tokens_hash, record)
+        _describe_again(scores, cache.manifest.tokens_hash, record)
     if (showing := settings.report) is not None:
-        scores = str(out / SCORES) if (out / SCORES).is_file() else None
-        showing = showing.replace(saes=saes, html=str(out / REPORT), scores=scores)
-        read = [out / SCORES, *facts.values(), *(folder / SUMMARY for folder in folders)]
-        step = Step("report", {**showing.to_dict(), **origin, **hashes(*read)}, (out / REPORT,))
-        stages["report"] = record.run(step, lambda: write_report(showing, report))
+        showing = showing.replace(saes=saes, html=str(page), scores=str(scores) if scores.is_file() else None)
+        read = [scores, *facts, *(folder / SUMMARY for folder in folders)]
+        step = Step("report", {**showing.to_dict(), **origin, **hashes(*read)}, (page,))
+        stages["report"] = record.run([step], lambda stale: write_report(showing, report))
     if settings.interpret is not None:
-        require_answers([json.loads((folder / SUMMARY).read_bytes()) for folder in folders])
-    found = json.loads((out / SCORES).read_bytes()) if settings.analyze is not None else None
+        require_answers([summary for folder in folders if (summary := read_summary(folder)) is not None])
+    found = read_results(scores) if settings.analyze is not None else None
     return PipelineResult(stages=stages, saes=folders, scores=found)
 
 
@@ -114,117 +139,126 @@ def _harvest(settings: PipelineSettings, record: Record, report: Report) -> bool
     inputs = {name: value for name, value in asked.to_dict().items() if name not in HOW_IT_RUNS}
     inputs |= {"files of data": listing(asked.data), "files of model": listing(asked.model)}
     whole = (settings.cache / "zarr.json").exists() and not Cache(settings.cache).missing()
-    before = record.steps.get("harvest", {}).get("inputs", {})
+    before = record.steps["harvest"].inputs if "harvest" in record.steps else {}
     for name in ("data", "model"):
         same_name = before.get(name) == inputs[name] and before.get("out") == inputs["out"]
-        if same_name and whole and before[f"files of {name}"] != plain(inputs[f"files of {name}"]):
+        if same_name and whole and before.get(f"files of {name}") != plain(inputs[f"files of {name}"]):
             raise WrongInput(
                 f"{inputs[name]} has changed since {settings.cache} was harvested, and a cache is never replaced; "
                 f"give another out or cache, or delete {settings.cache}"
             )
     step = Step("harvest", inputs, (settings.cache / "zarr.json",))
-    return record.run(step, lambda: harvest(asked, report), again=not whole)
+    return record.run([step], lambda stale: harvest(asked, report), again=not whole)
 
 
 def _train(
     settings: PipelineSettings, jobs: Sequence[Job], origin: Mapping[str, Any], record: Record, report: Report
 ) -> bool:
-    """Train the SAEs that are not there as they are asked for. One that was not trained from here is not replaced."""
-    assert settings.train is not None
+    """Train the SAEs that are not there as they are asked for.
+
+    One that was not trained from here is not replaced, nor one about which answers were paid for.
+    """
+    training = settings.train
+    assert training is not None
     steps = []
     for job in jobs:
         inputs = {**job.identity["run"], **job.identity["recipe"], **job.identity["pass"], **origin}
-        step = Step(f"train {job.name}", inputs, (job.folder / CONFIG, *sorted(job.folder.glob("*.safetensors"))))
-        if step.name not in record.steps and job.folder.exists():
-            source = read_config(job.folder).get("metadata", {}).get("routesae", {}).get("source", {})
-            if source.get("identity") != job.identity:
+        steps.append(Step(f"train {job.name}", inputs, (job.folder,)))
+        if steps[-1].name not in record.steps and job.folder.exists():
+            if _identity_in(job.folder) != job.identity:
                 raise WrongInput(
                     f"{job.folder} is there with other settings, and was not trained from here, so it is not "
                     "replaced; give its [[train.run]] a name, or move it away"
                 )
-            record.keep(step)
-        steps.append(step)
-    again = record.stale(steps)
-    stale = [(step, job) for step, job in zip(steps, jobs, strict=True) if step in again]
-    if stale:
+            record.keep(steps[-1])
+
+    def work(stale: Sequence[Step]) -> None:
+        again = [job for job, step in zip(jobs, steps, strict=True) if step in stale]
+        for job in again:
+            if (job.folder / LINES).exists():
+                raise WrongInput(
+                    f"{job.folder} would be trained again, and holds answers that were paid for, {LINES}; give its "
+                    "[[train.run]] another name, or move the folder away"
+                )
         stopped = all(
             (at := newest_step([job.partial])) and load_checkpoint(job.partial, at)[1] == job.identity
-            for _, job in stale
+            for job in again
         )
-        runs = tuple(job.settings for _, job in stale)
-        train(settings.train.replace(runs=runs, resume=stopped, overwrite=not stopped), report)
-        for step, job in stale:
-            record.keep(step._replace(outputs=(job.folder / CONFIG, *sorted(job.folder.glob("*.safetensors")))))
-    return bool(stale)
+        runs = tuple(job.settings for job in again)
+        train(training.replace(runs=runs, resume=stopped, overwrite=not stopped), report)
+
+    return record.run(steps, work)
 
 
-def _contexts(
-    settings: ContextSettings,
-    of_saes: Mapping[Path, Mapping[str, Any]],
-    facts: Mapping[Path, Path],
-    record: Record,
-    report: Report,
-) -> bool:
-    shared = settings.to_dict()
-    steps = [
-        Step(f"contexts {folder.name}", {**shared, **inputs}, (facts[folder], *map(facts[folder].with_name, PARTS)))
-        for folder, inputs in of_saes.items()
-    ]
-    if stale := record.stale(steps):
-        overwrite = settings.overwrite or all(map(record.may_replace, stale))
-        saes = tuple(str(folder) for folder, step in zip(of_saes, steps, strict=True) if step in stale)
-        contexts(settings.replace(saes=saes, overwrite=overwrite), report)
-        record.keep(*stale)
-    return bool(stale)
+def _identity_in(folder: Path) -> Any:
+    """What cfg.json says the SAE was trained from, as far as it says so."""
+    found: Any = read_config(folder)
+    for name in ("metadata", "routesae", "source", "identity"):
+        found = found.get(name) if isinstance(found, dict) else None
+    return found
 
 
 def _describe_again(file: Path, tokens_hash: str, record: Record) -> None:
     """Put into the scores what contexts and interpret, which come after analyze, have found since."""
-    results = json.loads(file.read_bytes())
+    results = read_results(file)
     rows = [
         {name: value for name, value in row.items() if name not in DESCRIPTIONS}
         | described(Path(row["folder"]), tokens_hash)
         for row in results["saes"]
     ]
     if rows != results["saes"]:
-        write_json(file, results | {"saes": rows})
-        record.keep(Step("analyze", record.steps["analyze"]["inputs"], (file,)))
+        write_json(file, signed(results | {"saes": rows}))
+        record.keep(Step("analyze", record.steps["analyze"].inputs, (file,)))
 
 
 # ------------------------------------------------------------------------------------------------- what was done
 
 
 class Step(NamedTuple):
-    """A stage, or a stage for one SAE. outputs: the files it writes."""
+    """A stage, or a stage for one SAE. outputs: the files it writes, or the SAE's folder."""
 
     name: str
     inputs: Mapping[str, Any]
     outputs: tuple[Path, ...]
 
 
+class Ended(BaseModel):
+    """A step as it last ended. outputs: hashes of the files."""
+
+    model_config = ConfigDict(strict=True)
+    inputs: dict[str, Any]
+    outputs: dict[str, str | None]
+
+
+class _Content(BaseModel):
+    format: int
+    steps: dict[str, Ended]
+
+
 class Record:
-    """pipeline.json: {step: its inputs and outputs when it last ended}."""
+    """pipeline.json: how each step ended."""
 
     def __init__(self, path: Path):
         self.path = path
-        self.steps: dict[str, dict[str, Any]] = {}
+        self.steps: dict[str, Ended] = {}
         if not path.exists():
             return
         try:
-            content = read_json(path, largest=1 << 26)  # it lists every file of the corpus
-            if content["format"] == FORMAT:
-                self.steps = dict(content["steps"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise WrongInput(f"{path} cannot be read ({error!r}); delete it, and stages run again") from error
+            content = _Content.model_validate(read_signed(path, LARGEST_RECORD))
+        except (OSError, ValueError) as error:
+            reason = first_problem(error) if isinstance(error, ValidationError) else error
+            raise WrongInput(f"{path} cannot be read ({reason}); delete it, and stages run again") from error
+        if content.format == FORMAT:
+            self.steps = content.steps
 
     def stale(self, steps: Sequence[Step]) -> list[Step]:
         """The steps that have not ended, or not with these inputs, or whose output is not as they left it."""
         stale = []
         for step in steps:
             kept, inputs = self.steps.get(step.name), plain(step.inputs)
-            then = kept["inputs"] if kept else {}
+            then = kept.inputs if kept else {}
             changed = sorted(name for name in inputs.keys() | then.keys() if inputs.get(name) != then.get(name))
-            if kept and not changed and kept["outputs"] == hashes(*step.outputs):
+            if kept and not changed and kept.outputs == hashes(*step.outputs):
                 log.info("%s: unchanged, skipped", step.name)
                 continue
             if kept:
@@ -235,22 +269,23 @@ class Record:
 
     def may_replace(self, step: Step) -> bool:
         """Whether what is there of a step's outputs is what the step left."""
-        outputs = hashes(*step.outputs)
-        return not any(outputs.values()) or self.steps.get(step.name, {}).get("outputs") == outputs
+        outputs, kept = hashes(*step.outputs), self.steps.get(step.name)
+        return not any(outputs.values()) or (kept is not None and kept.outputs == outputs)
 
     def keep(self, *steps: Step) -> None:
         """Note steps that ended; on the disk at once."""
         for step in steps:
-            self.steps[step.name] = {"inputs": plain(step.inputs), "outputs": hashes(*step.outputs)}
-        write_json(self.path, {"format": FORMAT, "steps": self.steps})
+            self.steps[step.name] = Ended(inputs=plain(step.inputs), outputs=hashes(*step.outputs))
+        ended = {name: step.model_dump() for name, step in self.steps.items()}
+        write_json(self.path, signed({"format": FORMAT, "steps": ended}))
 
-    def run(self, step: Step, work: Callable[[], object], *, again: bool = False) -> bool:
-        """Do the work unless it is done; returns whether there was any. again: do it whatever the record says."""
-        if not again and not self.stale([step]):
-            return False
-        work()
-        self.keep(step)
-        return True
+    def run(self, steps: Sequence[Step], work: Callable[[list[Step]], object], *, again: bool = False) -> bool:
+        """Do the work of the stale steps, if any; returns whether there were. again: they are all stale."""
+        stale = list(steps) if again else self.stale(steps)
+        if stale:
+            work(stale)
+            self.keep(*stale)
+        return bool(stale)
 
 
 def plain(value: Any) -> Any:
@@ -258,14 +293,14 @@ def plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def hashes(*files: Path) -> dict[str, str | None]:
-    """The hash of each file, or None if it is not there."""
+def hashes(*paths: Path) -> dict[str, str | None]:
+    """The hash of each file, or None if it is not there; of a folder, those of what makes an SAE."""
+    files = [
+        file
+        for path in paths
+        for file in ((path / CONFIG, *sorted(path.glob("*.safetensors"))) if path.is_dir() else (path,))
+    ]
     return {str(file): file_hash(file) if file.is_file() else None for file in files}
-
-
-def sae_files(folder: Path) -> dict[str, str | None]:
-    """Hashes of what makes an SAE."""
-    return hashes(folder / CONFIG, *sorted(folder.glob("*.safetensors")))
 
 
 def listing(path: str) -> list[tuple[str, int, int]] | None:

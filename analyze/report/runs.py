@@ -13,10 +13,11 @@ import torch
 from routesae.analyze.contexts.file import ContextsFile, read_contexts, read_facts
 from routesae.analyze.inputs.identity import sae_identity
 from routesae.analyze.inputs.saes import sae_folders
-from routesae.analyze.interpret.run import SUMMARY, read_interpretations
+from routesae.analyze.interpret.ledger import SUMMARY
 from routesae.analyze.interpret.settings import MODES
+from routesae.analyze.interpret.summary import read_interpretations
 from routesae.analyze.scores.metrics import HIGHER, METRICS, NEITHER
-from routesae.analyze.scores.run import described
+from routesae.analyze.scores.results import described
 from routesae.reporting import WrongInput, visible
 from routesae.train.folder.checkpoint import METRICS_FILE, load_sae, read_config, read_recipe
 from routesae.train.saes import SAE, Recipe
@@ -67,7 +68,7 @@ class Run:
         """Load the weights. Raises WrongInput where they are not those that the contexts were made with."""
         sae = load_sae(self.folder, device)
         if self.contexts is not None:
-            weights = sae_identity(sae)["weights"]
+            weights = sae_identity(self.folder, sae)["weights"]
             if self.contexts.facts["sae"].get("weights", weights) != weights:
                 raise WrongInput(f"{self.folder} has other weights than its contexts; run routesae contexts again")
         return sae

@@ -15,31 +15,30 @@ from routesae.analyze.contexts.file import read_facts
 from routesae.analyze.inputs.identity import cache_identity, sae_identity, versions
 from routesae.analyze.inputs.lm import lm_of_cache, load_lm_of
 from routesae.analyze.inputs.saes import OpenSAE, open_saes
-from routesae.analyze.interpret.run import SUMMARY
 from routesae.analyze.scores.intervals import draws, measure
 from routesae.analyze.scores.metrics import METRICS
+from routesae.analyze.scores.results import described
 from routesae.analyze.scores.settings import AnalyzeSettings
 from routesae.analyze.scores.sparsity import at_sparsity
 from routesae.harvest.cache.manifest import kept_positions
 from routesae.harvest.cache.reader import Cache
 from routesae.machine.device import pick_device
-from routesae.machine.files import BadFile, read_json
-from routesae.reporting import Report, WrongInput, silent
+from routesae.machine.files import signed
+from routesae.reporting import FailedRun, Report, WrongInput, silent
 from routesae.train.evaluate import score_all_on_cache
 from routesae.train.saes import SAE
 
 log = logging.getLogger(__name__)
 
-DESCRIPTIONS = ("Features", "Score")  # columns that contexts and interpret add: see `described`
-
 
 def analyze(settings: AnalyzeSettings, report: Report = silent) -> dict[str, Any]:
-    """Returns the rows of the table under "saes", and beside them what they were computed from.
+    """Returns the rows of the table under "saes", and beside them what they were computed from; signed.
 
     Raises WrongInput if cache, SAEs, metrics and LM do not fit together.
     """
     cache = Cache(settings.cache)
     cache.require_whole()
+    identity = cache_identity(cache)
     device = pick_device(settings.device)
     opened = open_saes(settings.saes, Path(settings.out), cache, device)
     first, after = cache.manifest.train_rows, cache.manifest.rows
@@ -62,17 +61,20 @@ def analyze(settings: AnalyzeSettings, report: Report = silent) -> dict[str, Any
         by_sae = _row_sums_of_lm(settings, cache, saes, slice(first, after), zero_ablation, report)
         for key, row_sums in by_sae.items():
             _add(rows[key], *measure(of_lm, row_sums, drawn_RS))
-    return {
+    if cache_identity(Cache(settings.cache)) != identity:
+        raise FailedRun(f"{cache.path} was replaced while it was scored; run the same command again")
+    results = {
         "routesae": __version__,
         "versions": versions(),
         "settings": settings.to_dict(),
         "device": str(device),
-        "cache": cache_identity(cache),
+        "cache": identity,
         "rows_scored": [first, after],
         "tokens_scored": (after - first) * cache.manifest.context,
-        "identities": {name: sae_identity(sae.sae) for name, sae in opened.items()},
+        "identities": {name: sae_identity(sae.folder, sae.sae) for name, sae in opened.items()},
         "saes": [row | descriptions[row["sae"]] for row in rows.values()],
     }
+    return signed(results)
 
 
 def _views(
@@ -113,20 +115,6 @@ def _views(
         counted = ", ".join(f"{name} above {threshold:g}" for name, threshold in thresholds.items())
         log.warning("Features are not counted alike: %s; run routesae contexts with one --threshold", counted)
     return saes, rows
-
-
-def described(folder: Path, tokens_hash: str | None = None) -> dict[str, Any]:
-    """What is known of the latents of the SAE in `folder`: Features, how many the published rule keeps, if contexts
-    of the corpus were collected (see `read_facts`); Score, the explainer's mean, if they were explained."""
-    columns: dict[str, Any] = {}
-    if (facts := read_facts(folder, tokens_hash)) is not None:
-        columns["Features"] = facts["features"]
-    if (summary := folder / SUMMARY).is_file():
-        try:
-            columns["Score"] = read_json(summary)["score"]
-        except (OSError, BadFile, KeyError, TypeError) as error:
-            raise WrongInput(f"{summary} cannot be read ({error!r}); run routesae interpret again") from error
-    return columns
 
 
 def _add(row: dict[str, Any], numbers: Mapping[str, Any], intervals: Mapping[str, list[float]]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from click.testing import CliRunner, Result
 
+from routesae.analyze.interpret.ledger import open_ledger, read_ledger
 from routesae.analyze.interpret.settings import InterpretSettings
 from routesae.cli import main
 from routesae.tests.made_up import write_made_up
@@ -138,8 +139,15 @@ def asked(folder: Path, server: Server, **changes: Any) -> InterpretSettings:
     return InterpretSettings(**{**quick, "saes": (str(folder),), **changes})
 
 
+def write_answer(folder: Path, latent: int, **says: Any) -> None:
+    """A ledger as interpret leaves it, of one answer."""
+    counted = {"input_tokens": 9, "output_tokens": 1, "max_output_tokens": 512}
+    with open_ledger(folder / "interpretations.jsonl", {"model": "made-up"}) as ledger:
+        ledger.add({"latent": latent, "outcome": "answered", "reason": None, **GOOD, **counted, **says})
+
+
 def lines(folder: Path, name: str = "interpretations.jsonl") -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / name).read_text().splitlines()][1:]
+    return read_ledger(folder / name)[1]
 
 
 def arguments(folder: Path, server: Server, *more: object) -> list[str]:

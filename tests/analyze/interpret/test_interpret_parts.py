@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,15 +16,14 @@ from routesae.analyze.interpret.answers import (
     Explanation,
     Predictions,
     Unparsed,
-    parse_explanation,
-    parse_predictions,
+    parse,
 )
-from routesae.analyze.interpret.ledger import open_ledger, read_lines
+from routesae.analyze.interpret.ledger import Ledger, open_ledger, read_ledger, set_aside
 from routesae.analyze.interpret.prices import Budget, Price, Used, price_of
 from routesae.analyze.interpret.replies import read_answer, seconds_to_wait
 from routesae.analyze.interpret.scoring import held_out, place_of
 from routesae.analyze.interpret.settings import ChatSettings, InterpretSettings
-from routesae.reporting import WrongInput
+from routesae.reporting import FailedRun, WrongInput
 
 SAID = '{"category": "High-Level", "score": 3, "explanation": " lists "}'
 
@@ -59,7 +61,7 @@ PROSE = ("Here is my analysis: {a, b}.\n\n", "\n\nLet me know if you need more."
     ],
 )
 def test_one_explanation_is_read_wherever_it_stands(text: str) -> None:
-    assert parse_explanation(text) == Explanation(category="high-level", score=3, explanation="lists")
+    assert parse(Explanation, text) == Explanation(category="high-level", score=3, explanation="lists")
 
 
 @pytest.mark.parametrize(
@@ -85,13 +87,13 @@ def test_one_explanation_is_read_wherever_it_stands(text: str) -> None:
 )  # fmt: skip
 def test_what_is_no_explanation_is_never_taken_for_one(text: str, complaint: str) -> None:
     with pytest.raises(Unparsed, match=complaint):
-        parse_explanation(text)
+        parse(Explanation, text)
 
 
 def test_quotes_within_quotes_and_halves_of_characters_are_mended() -> None:
-    assert parse_explanation(SAID.replace("lists", 'says "Olympic"')).explanation == 'says "Olympic"'
+    assert parse(Explanation, SAID.replace("lists", 'says "Olympic"')).explanation == 'says "Olympic"'
     for half in ("\\ud83d", "\ud83d"):
-        assert parse_explanation(SAID.replace("lists", f"a{half} b \\ud83d\\ude00")).explanation == "a? b 😀"
+        assert parse(Explanation, SAID.replace("lists", f"a{half} b \\ud83d\\ude00")).explanation == "a? b 😀"
 
 
 def test_a_schema_asks_for_what_strict_servers_can_grant() -> None:
@@ -107,10 +109,10 @@ def test_predictions_are_as_many_as_were_asked_for_and_true_or_false() -> None:
         '{"predictions": ["True", "false"]}',
         "{'predictions': [True, False]}",
     ):
-        assert parse_predictions(text, 2).predictions == [True, False]
+        assert parse(Predictions, text, 2).predictions == [True, False]
     for text in ('{"predictions": [true]}', '{"predictions": [1, 0]}', '{"predictions": null}', "[true, false]"):
         with pytest.raises(Unparsed):
-            parse_predictions(text, 2)
+            parse(Predictions, text, 2)
 
 
 def test_counts_that_are_no_counts_stand_for_the_most_they_can_be() -> None:
@@ -142,50 +144,133 @@ def test_the_wait_that_a_body_asks_for(body: str, seconds: float) -> None:
 # ----------------------------------------------------------------------------------------------------- ledger
 
 
-def test_a_torn_last_line_is_dropped_and_what_follows_stands_on_its_own(tmp_path: Path) -> None:
-    path = tmp_path / "answers.jsonl"
-    with open_ledger(path, {"model": "a"}) as ledger:
-        ledger.add({"latent": 1})
+def answer(latent: int, **changes: object) -> dict[str, Any]:
+    """A line about a latent that has not been answered."""
+    counted = {"input_tokens": 9, "output_tokens": 1, "max_output_tokens": 512}
+    return {"latent": latent, "outcome": "unanswered", "reason": "busy", **counted, **changes}
+
+
+def explained(latent: int) -> dict[str, Any]:
+    said = {"category": "low-level", "score": 4, "explanation": "says so"}
+    return answer(latent, outcome="answered", reason=None, **said)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A ledger of one answer."""
+    with open_ledger(tmp_path / "interpretations.jsonl", {"model": "a"}) as ledger:
+        ledger.add(explained(1))
+    return tmp_path / "interpretations.jsonl"
+
+
+def test_a_torn_last_line_is_dropped_and_what_follows_stands_on_its_own(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     whole = path.read_bytes()
-    for torn in (b"{", b'{"latent": 2}', b"\x00\x00"):
+    for torn in (b"{", b'{"latent": 2}', b'{"latent": 2, "hash": "0"}\0\0\0'):
         path.write_bytes(whole + torn)
         with open_ledger(path, {"model": "a"}) as ledger:
-            assert ledger.lines == [{"latent": 1}]
-            ledger.add({"latent": 3})
-        assert read_lines(path, path.read_bytes()) == ({"model": "a"}, [{"latent": 1}, {"latent": 3}])
+            assert ledger.lines == [explained(1)]
+            ledger.add(answer(3))
+        assert "was cut short and is dropped" in caplog.text
+        assert read_ledger(path)[:2] == ({"model": "a"}, [explained(1), answer(3)])
     path.write_bytes(whole[:5])  # killed while the head was written
     with open_ledger(path, {"model": "b"}) as ledger:
         assert ledger.lines == []
 
 
-def test_a_damaged_line_is_named_and_nothing_is_lost(tmp_path: Path) -> None:
-    path = tmp_path / "answers.jsonl"
+def test_a_flipped_bit_of_a_ledger_is_named_and_nothing_is_lost(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with open_ledger(path, {"model": "a"}) as ledger:
-        ledger.add({"latent": 1})
-        ledger.add({"latent": 2})
-    damaged = path.read_bytes().replace(b'{"latent": 1}', b'{"latent": 1')
-    path.write_bytes(damaged)
-    with pytest.raises(WrongInput, match=r"line 2 of .* is damaged"), open_ledger(path, {"model": "a"}):
-        pass
-    assert path.read_bytes() == damaged
+        ledger.add(explained(2))
+    whole = path.read_bytes()
+    for bit in range(0, 8 * len(whole), 3):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        if bit // 8 == len(whole) - 1:  # the last line has lost its end
+            assert len(read_ledger(path)[1]) == 1
+            assert "was cut short" in caplog.text
+            continue
+        with pytest.raises(WrongInput, match=r"line [123] of .*jsonl is damaged"):
+            open_ledger(path, {"model": "a"}).__enter__()
+        assert path.read_bytes() == damaged
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"latent": 1},
+        {**explained(1), "latent": "1"},
+        explained(-1),
+        {**explained(1), "outcome": "fine"},
+        {**explained(1), "score": 9},
+        {**explained(1), "input_tokens": None},
+        {**explained(1), "category": "none"},
+        {name: value for name, value in explained(1).items() if name != "reason"},
+    ],
+)  # fmt: skip
+def test_a_strangers_line_that_says_not_what_it_must_is_one_line(path: Path, line: dict[str, Any]) -> None:
+    with open_ledger(path, {"model": "a"}) as ledger:
+        ledger.add(line)
+    with pytest.raises(WrongInput, match=r"line 3 of .*jsonl is damaged \(.*\); bring the file back") as refusal:
+        read_ledger(path)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_scoring_line_needs_as_many_predictions_as_truths(tmp_path: Path) -> None:
+    path = tmp_path / "fuzzing.jsonl"
+    scored = answer(1, outcome="answered", digest="0", batch=0, batches=1, truth=[True, False])
+    with open_ledger(path, {"model": "a"}) as ledger:
+        ledger.add({**scored, "predictions": [True, True]})
+        ledger.add({**scored, "predictions": [True]})
+    with pytest.raises(WrongInput, match=r"line 3 of .*1 predictions for 2 texts"):
+        read_ledger(path)
 
 
 def test_each_answer_is_on_the_disk_before_add_returns(tmp_path: Path) -> None:
-    path = tmp_path / "answers.jsonl"
+    path = tmp_path / "interpretations.jsonl"
     with open_ledger(path, {"model": "a"}) as ledger:
+        ledger.reserve(10_000)
         for n in range(3):
-            ledger.add({"latent": n})
-            assert json.loads(path.read_text().splitlines()[-1]) == {"latent": n}
+            ledger.add(answer(n))
+            assert read_ledger(path)[1][-1] == answer(n)  # killed now
+        assert path.stat().st_size > 10_000 > 3 * 300
+    assert path.read_bytes().endswith(b'"}\n')  # what was reserved is given back
 
 
-def test_a_ledger_about_something_else_is_refused_unless_overwritten(tmp_path: Path) -> None:
-    path = tmp_path / "answers.jsonl"
-    with open_ledger(path, {"model": "a"}) as ledger:
-        ledger.add({"latent": 1})
-    with pytest.raises(WrongInput, match=r"begun with model 'a', now it is 'b'.*--overwrite"):
+def test_a_ledger_about_something_else_is_refused(path: Path) -> None:
+    with pytest.raises(WrongInput, match=r"begun with model 'a', now it is 'b'.*--overwrite to set aside"):
         open_ledger(path, {"model": "b"}).__enter__()
-    with open_ledger(path, {"model": "b"}, overwrite=True) as ledger:
-        assert ledger.lines == []
+
+
+def test_what_is_set_aside_says_whose_it_was_and_is_whole(path: Path) -> None:
+    whole = path.read_bytes()
+    for _ in range(2):
+        set_aside(path.parent)
+        assert not path.exists()
+        with open_ledger(path, {"model": "org/b:c"}) as ledger:
+            ledger.add(explained(7))
+    kept = sorted(path.parent.glob("interpretations.*-*.jsonl"))
+    assert [file.name.rpartition("-")[0] for file in kept] == ["interpretations.a", "interpretations.org-b-c"]
+    assert kept[0].read_bytes() == whole
+
+
+@pytest.mark.parametrize("kind", ["fifo", "link", "folder"])
+def test_what_is_no_regular_file_is_refused_at_once(kind: str, path: Path) -> None:
+    elsewhere = path.rename(path.with_name("elsewhere"))
+    {"fifo": os.mkfifo, "link": lambda at: at.symlink_to(elsewhere), "folder": Path.mkdir}[kind](path)
+    with pytest.raises((WrongInput, OSError)) as refusal:
+        open_ledger(path, {"model": "a"}).__enter__()
+    assert str(path) in str(refusal.value)
+
+
+def test_a_full_disk_is_said_before_anything_is_asked(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with open_ledger(path, {"model": "a"}) as ledger, pytest.raises(FailedRun, match="No space left"):
+        Ledger.reserve(ledger, 1)
 
 
 # ------------------------------------------------------------------------------------------------------ prices
@@ -301,12 +386,13 @@ def context(row: int, first: int, length: int = 4, kind: str = "weak") -> Contex
 
 
 def test_held_out_texts_share_no_token_with_what_was_shown_or_with_one_another() -> None:
-    summary = LatentSummary(
-        latent=0, active=9, density=0.1, max_activation=1.0, mean_activation=1.0, token_classes=1, kept=True
-    )
+    counted: dict[str, Any] = {"latent": 0, "active": 9, "density": 0.1, "token_classes": 1, "kept": True}
+    values: dict[str, Any] = {"max_activation": 1.0, "mean_activation": 1.0, "histogram_first": 0, "histogram": (9,)}
+    summary = LatentSummary(**counted, **values)
     chosen = (context(0, 10, kind="chosen"), context(0, 30, kind="chosen"), context(5, 10, kind="chosen"))
     weak = [context(0, first) for first in (6, 7, 13, 14, 17, 31)] + [context(1, 10), context(5, 10)]
-    latent = LatentContexts(summary=summary, chosen=chosen, samples={"strong": (), "middle": (), "weak": tuple(weak)})
+    samples = {"strong": (), "middle": (), "weak": tuple(weak)}
+    latent = LatentContexts(summary=summary, chosen=chosen, top=(), samples=samples)
     found = [(row, first) for row, first, _ in map(place_of, held_out(latent, 2))]
     assert found == [(0, 6), (0, 14), (1, 10), (5, 10)]  # the third of those chosen was not shown
     assert [place_of(one)[:2] for one in held_out(latent, 3)] == found[:-1]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from routesae.analyze.interpret.run import read_interpretations
+from routesae.analyze.interpret.summary import read_interpretations
 from routesae.tests.analyze.interpret.chat_server import (
     GOOD,
     KEY,

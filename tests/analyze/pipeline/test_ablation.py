@@ -12,13 +12,14 @@ from xml.etree import ElementTree
 import pytest
 
 from routesae.analyze.contexts.file import read_contexts
-from routesae.analyze.interpret.run import SUMMARY
+from routesae.analyze.interpret.ledger import SUMMARY
 from routesae.analyze.pipeline.ablation import COLUMNS, ablation, draw_pareto
 from routesae.analyze.pipeline.settings import VARIANTS, AblationSettings
 from routesae.analyze.scores.metrics import METRICS
 from routesae.analyze.scores.run import analyze
 from routesae.analyze.scores.settings import AnalyzeSettings
 from routesae.harvest.cache.reader import Cache
+from routesae.machine.files import signed, write_json
 from routesae.reporting import WrongInput
 
 
@@ -84,7 +85,9 @@ def test_features_and_score_are_columns_of_the_table_and_the_files(
     strict = ablation(asked(tiny_cache, tmp_path, sae=("topk", "gated"), k=4, **contexts | {"threshold": 100.0}))
     assert [row["Features"] for row in strict] == [0, 0]  # contexts of another threshold are replaced
     assert [row["Features"] for row in ablation(settings)] == kept
-    (Path(saved(tmp_path)[0]["folder"]) / SUMMARY).write_text('{"score": 3.5}')
+    write_json(
+        Path(saved(tmp_path)[0]["folder"]) / SUMMARY, signed({"score": 3.5, "unanswered": 0, "last_loss": None})
+    )
     monkeypatch.setattr("routesae.analyze.pipeline.ablation.contexts", None)  # contexts of this threshold are there
     again = ablation(settings)
     assert [(row["Features"], row["Score"]) for row in again] == list(zip(kept, [3.5, None], strict=True))

@@ -18,6 +18,7 @@ from routesae.analyze.pipeline.run import PipelineResult, run_pipeline
 from routesae.analyze.pipeline.settings import read_pipeline
 from routesae.cli import main
 from routesae.harvest.cache.reader import Cache
+from routesae.machine.files import signed
 from routesae.reporting import FailedRun, Progress, Report, WrongInput, silent
 from routesae.train.run import train
 from routesae.train.settings import settings_of
@@ -257,7 +258,7 @@ def test_unanswered_questions_are_asked_again_and_answered_ones_are_not(
 
     def fake(settings: Any, report: Report) -> list[dict[str, Any]]:
         calls.append(settings.saes)
-        summary = {"unanswered": 1 if len(calls) == 1 else 0, "last_loss": "hung up", "score": 3.0}
+        summary = signed({"unanswered": 1 if len(calls) == 1 else 0, "last_loss": "hung up", "score": 3.0})
         for folder in settings.saes:
             (Path(folder) / "interpretations.json").write_text(json.dumps(summary))
         return [summary]

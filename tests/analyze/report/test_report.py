@@ -35,7 +35,9 @@ from routesae.analyze.report.settings import ReportSettings
 from routesae.cli import main
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.lm.model import LanguageModel, load_lm, load_tokenizer
+from routesae.machine.files import signed, write_json
 from routesae.reporting import WrongInput
+from routesae.tests.analyze.interpret.chat_server import write_answer
 from routesae.train.folder.checkpoint import load_sae
 from routesae.train.run import train
 from routesae.train.settings import settings_of
@@ -59,11 +61,10 @@ def saes(cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> Path:
         train(settings_of({**given, "latents": LATENTS, "k": 6, "batch_tokens": 512, "lr": 1e-3, "device": "cpu"}))
     picked = tuple(str(out / name) for name in ("crosscoder", "routesae"))
     contexts(ContextSettings(cache=str(cache.path), saes=picked, threshold=1.0, device="cpu"))
-    answer = {"outcome": "answered", "category": "low-level", "score": 4, "explanation": "words about </script>"}
-    lines = [{"identity": {}}, {"latent": 3, **answer}]
-    (out / "routesae" / "interpretations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    summary = {"score": 4.0, "detection": {"balanced_accuracy": 0.75, "latents": 1}}
-    (out / "routesae" / "interpretations.json").write_text(json.dumps(summary))
+    write_answer(out / "routesae", 3, explanation="words about </script>")
+    counts = {"unanswered": 0, "last_loss": None}
+    summary = {"score": 4.0, **counts, "detection": {"balanced_accuracy": 0.75, "latents": 1, **counts}}
+    write_json(out / "routesae" / "interpretations.json", signed(summary))
     return out
 
 

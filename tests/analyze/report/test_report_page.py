@@ -21,6 +21,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from routesae.analyze.inputs.identity import sae_identity
 from routesae.analyze.report.run import write_report
 from routesae.analyze.report.settings import ReportSettings
+from routesae.tests.analyze.interpret.chat_server import write_answer
 from routesae.tests.made_up import write_made_up
 from routesae.train.folder.checkpoint import save_sae
 from routesae.train.saes import Recipe, build
@@ -85,9 +86,7 @@ def make_sae(folder: Path) -> None:
     save_sae(folder, sae, {"model": HOSTILE[0], "corpus": HOSTILE[1], "held_out": held_out})
     lines = [{"tokens": 1000 * n, "norm_mse": 1 / n, "l0": 8.0, "dead": 0.0} for n in range(1, 9)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    answer = {"outcome": "answered", "category": HOSTILE[1], "score": 5, "explanation": "Zebras. " + "".join(HOSTILE)}
-    answers = [{"identity": {}}, {"latent": HOSTILE_LATENT, **answer}]
-    (folder / "interpretations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in answers))
+    write_answer(folder, HOSTILE_LATENT, explanation="Zebras. " + "".join(HOSTILE), score=5)
     at_F = np.arange(LATENTS)
     active_F = np.where(at_F == LATENTS - 1, 0, at_F % 1000 + 1)
     latents = {
@@ -100,7 +99,9 @@ def make_sae(folder: Path) -> None:
         "kept": at_F % 2 == 0,
     }
     rows = (contexts_of(range(first, min(first + 2048, LATENTS - 1))) for first in range(0, LATENTS, 2048))
-    write_made_up(folder, rows, latents, sae=sae_identity(sae) | {"folder": str(folder)}, features=LATENTS // 2)
+    write_made_up(
+        folder, rows, latents, sae=sae_identity(folder, sae) | {"folder": str(folder)}, features=LATENTS // 2
+    )
 
 
 @pytest.fixture(scope="module")

@@ -1,1 +1,0 @@
-"""Latents on one's own text, and the latents of two SAEs side by side."""
