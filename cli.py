@@ -14,7 +14,7 @@ import click
 
 from routesae import __version__
 from routesae.console.commands import BLOCKS, CONFIG, DRY_RUN, JSON, PIPELINE, WATCH, Commands, command, watching
-from routesae.console.terminal import echo, side_by_side, table
+from routesae.console.terminal import echo, side_by_side, table, wrapped
 from routesae.reporting import FailedRun, human_bytes
 
 
@@ -242,7 +242,7 @@ def info(path: str) -> None:
 
     description = describe(path)
     for name, value in description.facts.items():
-        echo(f"{name:22} {value}")
+        echo(*wrapped(f"{name:12} {value}", indent=13))
     echo("", *table(description.layers))
 
 

@@ -42,6 +42,11 @@ def columns(stream: TextIO | None = None) -> int:
         return shutil.get_terminal_size().columns
 
 
+def wrapped(text: str, indent: int) -> list[str]:
+    """A line as lines of the terminal's width, all but the first indented."""
+    return textwrap.wrap(visible(text), columns(), subsequent_indent=" " * indent)
+
+
 def number(value: float, interval: Sequence[float] | None = None) -> str:
     """A number to the digits that half its interval's width justifies, or to four: "0.0883 ±0.0012", "64.0"."""
     half = (interval[1] - interval[0]) / 2 if interval else 0.0
@@ -63,18 +68,18 @@ def table(
     """
     from tabulate import tabulate
 
-    names = list(dict.fromkeys(name for row in rows for name in row if name not in ("folder", "intervals")))
+    known = dict.fromkeys(name for row in rows for name in row if row[name] is not None)
+    names = [name for name in known if name not in ("folder", "intervals")]
     if not names:
         return []
     cells = {name: [_cell(row.get(name), row.get("intervals", {}).get(name)) for row in rows] for name in names}
-    heads = {name: f"{visible(name)}\n{(units or {}).get(name, '')}".rstrip() for name in names}
-    wide = {
-        name: max(len(line) for cell in (heads[name], *cells[name]) for line in cell.split("\n")) for name in names
-    }
     first, *others = names
-    room = max(NARROWEST, columns() - 2 - max((wide[name] for name in others), default=0))
-    wide[first] = min(wide[first], room)
-    cells[first] = ["\n".join(textwrap.wrap(cell, wide[first])) for cell in cells[first]]
+    cells[first] = ["\n".join(textwrap.wrap(cell, max(NARROWEST, columns() // 3))) for cell in cells[first]]
+    measured = {name for name in names if any(isinstance(row.get(name), float) for row in rows)}
+    heads = {name: visible(name) for name in names}
+    heads |= {name: f"{heads[name]}\n{unit}" for name, unit in (units or {}).items() if unit and name in measured}
+    lines_of = {name: "\n".join((f"  {heads[name]}", *cells[name])).split("\n") for name in names}
+    wide = {name: max(map(len, lines)) for name, lines in lines_of.items()}  # tabulate pads heads by two
     for name in others:
         if (best := _best(rows, name, (better or {}).get(name, 0))) is not None:
             cells[name][best] = styled(cells[name][best], fg="green", bold=True)

@@ -37,7 +37,7 @@ class StepLog:
         refuse_link(self.path)
         self.file = self.path.open("a+")
         self.tokens_done = 0  # up to the last line
-        self.lr = 0.0
+        self.lr, self.dead = 0.0, 0.0
         self.tokens = 0  # since the last line
         self.start = torch.zeros((), dtype=torch.float64, device=sae.device)  # NormMSE of the first step
         self.sums = torch.zeros(3, dtype=torch.float64, device=sae.device)  # loss, NormMSE, L0; each times tokens
@@ -71,6 +71,7 @@ class StepLog:
         self.require_finite()
         loss, error, l0 = (self.sums / self.tokens).tolist()
         self.tokens_done += self.tokens
+        self.dead = float(dead)
         seconds = time.perf_counter() - self.began
         line: dict[str, Any] = {
             "step": step,
@@ -78,12 +79,12 @@ class StepLog:
             "loss": loss,
             "norm_mse": error,
             "l0": l0,
-            "dead": float(dead),
+            "dead": self.dead,
             "lr": self.lr,
             "tokens_per_second": self.tokens / seconds,
             "data_wait": self.waited_seconds / seconds,
         }
-        shown = {"NormMSE": f"{error:.4f}", "L0": f"{l0:.1f}", "dead": f"{float(dead):.1%}"}
+        shown = {"NormMSE": f"{error:.4f}", "L0": f"{l0:.1f}", "dead": f"{self.dead:.1%}"}
         if self.routed_L.any():
             layers, shares_L = self.sae.recipe.layers, self.routed_L / self.tokens
             line["layer_shares"] = dict(zip(map(str, layers), shares_L.tolist(), strict=True))

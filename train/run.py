@@ -54,6 +54,7 @@ log = logging.getLogger(__name__)
 
 INITIAL_SAMPLE_TOKENS = 8192  # what b_dec's geometric median is taken over
 DEAD_AFTER_TOKENS = 10_000_000  # 2406.04093, appendix A.2
+MANY_DEAD = 0.3  # of the latents; a run that ends with more is remarked on
 WORSE = 1.25  # times the NormMSE of the first step; however short, a run that learns ends below
 _FAILED = 1 << 16  # what ranks agree on when one of them cannot go on; above the number of any signal
 
@@ -193,7 +194,7 @@ def fit(
     ranks, device = trainees[0].ranks, trainees[0].device
     shares = (share_of(plan, ranks.rank, ranks.world) for plan in islice(plans, begun, None))
     most = largest_share(settings.batch_tokens, ranks.world)
-    stage = f"train {trainees[0].sae.recipe.sae}" if len(trainees) == 1 else f"train {len(trainees)} SAEs"
+    stage = f"train {trainees[0].job.name}" if len(trainees) == 1 else f"train {len(trainees)} SAEs"
     saved = begun
     with stop_requests() as stop, closing(load(selection, shares, most, device)) as batches:
         for step in range(begun + 1, total_steps + 1):
@@ -249,7 +250,13 @@ def _end(ranks: Ranks, failure: Exception | None, reason: int, message: str) -> 
 
 def _finish(trainee: Trainee, sae: SAE, settings: TrainSettings, cache: Cache, report: Report) -> TrainResult:
     """Score the SAE, save it and give its folder its name. Raises FailedRun if it reconstructs no numbers."""
-    job = trainee.job
+    job, dead = trainee.job, trainee.log.dead
+    if dead > MANY_DEAD:
+        log.warning(
+            "%s: %.0f %% of its latents are dead: active on none of the last %d tokens; train on more tokens, or "
+            "with fewer --latents, a larger --k or another --lr",
+            *(job.name, 100 * dead, trainee.pace.dead_after_tokens),
+        )
     sae.fold()
     held_out = None
     if cache.manifest.train_rows < cache.manifest.rows:

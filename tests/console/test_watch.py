@@ -160,7 +160,9 @@ def test_with_log_json_every_line_of_a_run_is_an_object(tiny_cache: Cache, tmp_p
         datetime.fromisoformat(line["time"]).tzinfo and line["level"] == "info" and line["pid"] for line in lines
     )
     assert any(line["message"].startswith("training on cpu") for line in lines)
-    (last,) = (line for line in lines if line.get("stage") == "train routesae" and line["done"] == line["total"])
+    (last,) = (
+        line for line in lines if line.get("stage") == "train routesae_hard_64_k8" and line["done"] == line["total"]
+    )
     assert last["unit"] == "steps"
     assert last["rate"] > 0
     assert last["seconds_left"] == 0

@@ -552,13 +552,24 @@ def test_a_second_ctrl_c_interrupts_at_once(settings: Settings, tmp_path: Path) 
 @pytest.mark.parametrize("stage", ["train topk", "score on cache"])
 def test_a_stopped_run_leaves_no_loader_thread_though_its_traceback_is_kept(settings: Settings, stage: str) -> None:
     def interrupt_stage(progress: Progress) -> None:
-        if progress.stage == stage:
+        if progress.stage.startswith(stage):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt) as stopped:
         only(settings(batch_tokens=500), interrupt_stage)
     assert [thread.name for thread in threading.enumerate() if thread.name == "batch-loader"] == []
     assert stopped.tb is not None
+
+
+def test_a_dictionary_that_is_mostly_dead_is_remarked_on_with_the_remedy(
+    settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    for k, batch_tokens, warned in ((1, 8, True), (32, 512, False)):
+        caplog.clear()
+        only(settings(name=f"k{k}", k=k, batch_tokens=batch_tokens, tokens=1024, dead_after_tokens=1))
+        lines = [record.getMessage() for record in caplog.records if "are dead" in record.getMessage()]
+        assert bool(lines) == warned, lines
+        assert not warned or all(word in lines[0] for word in ("k1", " % of its latents", "--latents", "--k"))
 
 
 def test_ctrl_c_while_the_held_out_rows_are_scored_leaves_no_sae(settings: Settings, tmp_path: Path) -> None:
