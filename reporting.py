@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class WrongInput(ValueError):
@@ -39,6 +39,37 @@ class Progress(NamedTuple):
 
 
 Report = Callable[[Progress], None]
+
+
+class Table(list[dict[str, Any]]):
+    """Rows of named values: a list of dicts, which prints as a table and is shown as one in a notebook."""
+
+    def to_pandas(self) -> Any:
+        """The rows as a pandas DataFrame; pandas must be installed."""
+        from pandas import DataFrame
+
+        return DataFrame(list(self))
+
+    def _drawn(self, how: str) -> str:
+        from tabulate import tabulate
+
+        cells = [{name: _cell(value) for name, value in row.items()} for row in self]
+        drawn: str = tabulate(cells, headers="keys", tablefmt=how, disable_numparse=True)
+        return drawn
+
+    def __str__(self) -> str:
+        return self._drawn("simple")
+
+    def _repr_html_(self) -> str:
+        return self._drawn("html")  # which escapes what is in the cells
+
+
+def _cell(value: Any) -> str:
+    """On one line, to four digits."""
+    if value is None:
+        return "-"
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return shortened(visible(" ".join(text.split()) or text))
 
 
 def silent(progress: Progress) -> None:

@@ -114,7 +114,7 @@ def make_page(folder: Path, latents: int) -> Path:
         "format": FORMAT,
         "settings": {"threshold": 4.0, "window": WINDOW, "per_class": 2, "min_contexts": 5, "choose": "rule"},
         "cache": {"path": "/nowhere", "corpus": "made up", "tokens_hash": "0"},
-        "sae": {"folder": str(sae_folder), **sae_identity(sae_folder, sae)},
+        "sae": {"folder": str(sae_folder), **sae_identity(sae)},
         "readings": 1_000_000,
         "features": latents,
         "chosen": latents,

@@ -38,10 +38,12 @@ ORDER = (
     "analyze/interpret",
     "analyze/scores",
     "analyze/clamp",
+    "analyze/latents",
     "analyze/report",
     "analyze/pipeline",
     "analyze",
     "console",
+    "api",
     "cli",
     "__main__",
 )
@@ -78,11 +80,13 @@ def imports(tree: ast.AST) -> Iterator[str]:
 
 
 def parsed(file: Path) -> ast.Module:
-    return ast.parse((ROOT / file).read_text(), str(file))
+    """The module; of the package's own, which names the API for type checkers, only what runs on import."""
+    tree = ast.parse((ROOT / file).read_text(), str(file))
+    return import_time_tree(tree) if file == Path("__init__.py") else tree
 
 
-def import_time_tree(file: Path) -> ast.Module:
-    """What runs when the file is imported: without the bodies of functions and of `if TYPE_CHECKING`."""
+def import_time_tree(tree: ast.Module) -> ast.Module:
+    """What runs when a module is imported: without the bodies of functions and of `if TYPE_CHECKING`."""
 
     class Runs(ast.NodeTransformer):
         def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
@@ -94,9 +98,9 @@ def import_time_tree(file: Path) -> ast.Module:
         def visit_If(self, node: ast.If) -> ast.If | None:
             return None if "TYPE_CHECKING" in ast.unparse(node.test) else node
 
-    tree = Runs().visit(parsed(file))
-    assert isinstance(tree, ast.Module)
-    return tree
+    left = Runs().visit(tree)
+    assert isinstance(left, ast.Module)
+    return left
 
 
 def place_of(module: str) -> str:
@@ -170,7 +174,7 @@ def test_no_module_imports_a_language_model_library_when_it_is_imported() -> Non
     found = [
         f"{file} imports {name}"
         for file in files()
-        for name in imports(import_time_tree(file))
+        for name in imports(import_time_tree(parsed(file)))
         if name.split(".")[0] in LANGUAGE_MODEL_LIBRARIES
     ]
     assert found == []
@@ -180,7 +184,7 @@ def test_command_line_imports_no_room_when_it_is_imported() -> None:
     """`routesae --help` answers at once; a room brings torch."""
     assert {Path("cli.py"), Path("console/terminal.py")} < set(COMMAND_LINE)
     for file in COMMAND_LINE:
-        imported = {name for name in imports(import_time_tree(file)) if name.startswith("routesae")}
+        imported = {name for name in imports(import_time_tree(parsed(file))) if name.startswith("routesae")}
         own = ("__version__", "reporting.", "console.", "machine.settings.", "machine.stop.", "machine.files.")
         assert [name for name in imported if not name.removeprefix("routesae.").startswith(own)] == []
 

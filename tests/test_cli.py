@@ -26,6 +26,7 @@ from routesae.cli import main
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.settings import HarvestSettings
 from routesae.machine.files import read_json
+from routesae.tests.processes import Command
 from routesae.train.folder.checkpoint import save_sae
 from routesae.train.run import train
 from routesae.train.saes import Recipe, build
@@ -478,15 +479,15 @@ def test_a_corpus_too_small_for_one_row_is_refused(tiny_model: Path, tmp_path: P
     assert not out.exists()
 
 
-def test_a_model_the_hub_will_not_give_is_refused_with_the_ways_out(tiny_corpus: Path, tmp_path: Path) -> None:
-    arguments = ("harvest", "--model", "nobody/no-such-model", "--data", str(tiny_corpus))
-    run = routesae(*arguments, cwd=tmp_path, environment={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")})
-    output, errors = run.communicate(timeout=60)
-    assert (run.returncode, output) == (2, "")
-    (line,) = errors.splitlines()
+def test_a_model_the_hub_will_not_give_is_refused_with_the_ways_out(
+    tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    out = tmp_path / "shards"
+    line = refused("harvest", "--model", "nobody/no-such-model", "--data", tiny_corpus, "--out", out)
     assert line.startswith("routesae: model 'nobody/no-such-model' cannot be loaded")
     assert all(way in line for way in ("hf auth login", "local folder", ".gguf", "demo"))
-    assert not (tmp_path / "shards").exists()
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("device", ["cuda:3"])
@@ -549,20 +550,7 @@ def test_a_json_file_that_cannot_be_written_still_shows_the_table(
 # ------------------------------------------------------------------------------------------- real processes
 
 
-def routesae(*arguments: str, cwd: Path, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "routesae", *arguments],
-        cwd=cwd,
-        env={**os.environ, **(environment or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell that starts its jobs in the background has them ignore SIGINT, and that is inherited.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-
-
-def interrupted(run: subprocess.Popen[str], when: Callable[[], bool]) -> list[str]:
+def interrupted(run: Command, when: Callable[[], bool]) -> list[str]:
     """The lines on stderr of a process that gets SIGINT at the moment `when`, and must end with 130."""
     deadline = time.monotonic() + 60
     while not when():
@@ -580,7 +568,7 @@ def test_ctrl_c_leaves_a_cache_that_resumes(tiny_model: Path, tiny_corpus: Path,
     size = ("--tokens", "3k", "--context", "16", "--shard-tokens", "512", "--batch-sequences", "1")
     arguments = ("harvest", "--model", str(tiny_model), "--data", str(tiny_corpus), *size, "--out", "shards")
     shards = tmp_path / "shards"
-    lines = interrupted(routesae(*arguments, cwd=tmp_path), lambda: (shards / "shard-00001").exists())
+    lines = interrupted(Command(*arguments, cwd=tmp_path), lambda: (shards / "shard-00001").exists())
     assert len(lines) == 1
     assert "run the same command again to go on" in lines[0]
     missing = Cache(shards).missing()
@@ -596,7 +584,7 @@ def test_ctrl_c_leaves_a_cache_that_resumes(tiny_model: Path, tiny_corpus: Path,
 def test_ctrl_c_leaves_no_sae_but_a_checkpoint_that_the_same_goes_on_from(tiny_cache: Cache, tmp_path: Path) -> None:
     arguments = ("train", "--cache", str(tiny_cache.path), *SMALL, "--epochs", "100000", "--name", "long")
     metrics = tmp_path / "saes" / ".long.partial" / "metrics.jsonl"
-    run = routesae(*arguments, cwd=tmp_path)
+    run = Command(*arguments, cwd=tmp_path)
     (line,) = interrupted(run, lambda: metrics.exists() and metrics.stat().st_size > 0)
     found = re.fullmatch(r"routesae: stopped after step (\d+) of \d+; the same command with --resume goes on", line)
     assert found is not None, line

@@ -9,7 +9,7 @@ import json
 import logging
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ def jobs_of(settings: TrainSettings, cache: Cache, device: torch.device) -> list
         if folder in jobs:
             raise WrongInput(f"two SAEs of this run would be {folder}; name each in its [[run]] of a --config")
         decisive = {name: value for name, value in run.to_dict().items() if name != "name"}
-        identity = {"run": decisive, "recipe": asdict(recipe), "pass": shared, "cache": origin}
+        identity = {"run": decisive, "recipe": recipe.to_dict(), "pass": shared, "cache": origin}
         jobs[folder] = Job(run, recipe, folder, json.loads(json.dumps(identity)))
     return list(jobs.values())
 

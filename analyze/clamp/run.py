@@ -33,11 +33,11 @@ from routesae.analyze.clamp.steps import (
     sampling,
 )
 from routesae.analyze.inputs.lm import LM, Kept, kept_of, lm_of_sae, load_lm_of
+from routesae.analyze.inputs.saes import one_sae
 from routesae.harvest.lm.model import config_hash, weights_hash
 from routesae.machine.device import pick_device
 from routesae.reporting import Progress, Report, WrongInput, silent
-from routesae.train.folder.checkpoint import find_saes, load_sae
-from routesae.train.folder.hub import fetch_sae
+from routesae.train.folder.checkpoint import load_sae
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def clamp(settings: ClampSettings, report: Report = silent) -> dict[str, Any]:
     Raises WrongInput where SAE, changes, prompts and LM do not fit together.
     """
     changes = [parse_change(how, text) for how in CHANGES for text in getattr(settings, how)]
-    folder = _pick_sae(settings)
+    folder, _ = one_sae(settings.sae, Path(settings.out))
     sae = load_sae(folder, pick_device(settings.device))
     change = Clamp(sae, changes, error_term=settings.error_term)
     prompts = read_prompts(settings)
@@ -76,7 +76,7 @@ def clamp(settings: ClampSettings, report: Report = silent) -> dict[str, Any]:
         "changes": [asdict(change) for change in changes],
         "sae": {
             "folder": str(folder),
-            "recipe": asdict(sae.recipe),
+            "recipe": sae.recipe.to_dict(),
             "sha256": {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in sae.files()},
         },
         "model": {
@@ -91,18 +91,6 @@ def clamp(settings: ClampSettings, report: Report = silent) -> dict[str, Any]:
         },
         "texts": texts,
     }
-
-
-def _pick_sae(settings: ClampSettings) -> Path:
-    if settings.sae is not None:
-        return fetch_sae(settings.sae)
-    folders = find_saes(Path(settings.out))
-    if len(folders) > 1:
-        raise WrongInput(
-            f"{len(folders)} SAEs under {settings.out}, and clamp takes one; name it with --sae: "
-            f"{', '.join(map(str, folders[:8]))}{' …' * (len(folders) > 8)}"
-        )
-    return folders[0]
 
 
 def _require_room(prompts: Sequence[Prompt], ids: Sequence[list[int]], new_tokens: int, loaded: LM) -> None:

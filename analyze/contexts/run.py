@@ -86,7 +86,7 @@ def _facts(settings: ContextSettings, name: str, sae: OpenSAE, cache: Cache) -> 
         "routesae": __version__,
         "settings": settings.to_dict(),
         "cache": {"path": cache.address, **cache.manifest.to_dict()},
-        "sae": {"name": name, "folder": str(sae.folder.resolve()), **sae_identity(sae.folder, sae.sae)},
+        "sae": {"name": name, "folder": str(sae.folder.resolve()), **sae_identity(sae.sae)},
     }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
@@ -18,9 +17,9 @@ from routesae.train.saes import SAE
 _PIECE_BYTES = 1 << 24
 
 
-def sae_identity(folder: Path, sae: SAE) -> dict[str, Any]:
-    """The recipe, and an xxh3-128 of each file of weights, which tell it from another SAE."""
-    return {"recipe": asdict(sae.recipe), "weights": {name: file_hash(folder / name) for name in sorted(sae.files())}}
+def sae_identity(sae: SAE) -> dict[str, Any]:
+    """The recipe of a loaded SAE, and an xxh3-128 of each file of weights as it was read."""
+    return {"recipe": sae.recipe.to_dict(), "weights": dict(sorted(sae.hashes.items()))}
 
 
 def cache_identity(cache: Cache) -> dict[str, Any]:

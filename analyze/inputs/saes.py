@@ -46,6 +46,15 @@ def sae_folders(references: Sequence[str], out: Path) -> dict[str, tuple[Path, P
     return places
 
 
+def one_sae(reference: str | None, out: Path) -> tuple[Path, Path]:
+    """(folder, beside) of an SAE, or of the only one under `out`. Raises WrongInput if there are more."""
+    places = list(sae_folders((reference,) if reference is not None else (), out).values())
+    if len(places) > 1:
+        names = ", ".join(str(folder) for folder, _ in places[:8]) + " …" * (len(places) > 8)
+        raise WrongInput(f"{len(places)} SAEs under {out}, and this takes one; name it with --sae: {names}")
+    return places[0]
+
+
 def open_saes(references: Sequence[str], out: Path, cache: Cache, device: torch.device) -> dict[str, OpenSAE]:
     """Load the SAEs of `sae_folders`. Raises WrongInput if one cannot be loaded or was trained on another LM than the
     cache's, or the cache lacks a layer of it."""

@@ -68,7 +68,7 @@ class Run:
         """Load the weights. Raises WrongInput where they are not those that the contexts were made with."""
         sae = load_sae(self.folder, device)
         if self.contexts is not None:
-            weights = sae_identity(self.folder, sae)["weights"]
+            weights = sae_identity(sae)["weights"]
             if self.contexts.facts["sae"].get("weights", weights) != weights:
                 raise WrongInput(f"{self.folder} has other weights than its contexts; run routesae contexts again")
         return sae

@@ -71,7 +71,7 @@ def analyze(settings: AnalyzeSettings, report: Report = silent) -> dict[str, Any
         "cache": identity,
         "rows_scored": [first, after],
         "tokens_scored": (after - first) * cache.manifest.context,
-        "identities": {name: sae_identity(sae.folder, sae.sae) for name, sae in opened.items()},
+        "identities": {name: sae_identity(sae.sae) for name, sae in opened.items()},
         "saes": [row | descriptions[row["sae"]] for row in rows.values()],
     }
     return signed(results)

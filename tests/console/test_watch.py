@@ -7,8 +7,6 @@ import logging
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 import warnings
@@ -27,6 +25,7 @@ from routesae.console.watch import Bars, Pacer, TextLines, fitted, status_path, 
 from routesae.harvest.cache.reader import Cache
 from routesae.machine.stop import Terminated
 from routesae.reporting import FailedRun, Progress, Stopped, WrongInput
+from routesae.tests.processes import run_command
 
 SMALL = ("--latents", "64", "--k", "8", "--batch-tokens", "1024", "--device", "cpu")
 
@@ -145,14 +144,9 @@ def test_bars_and_log_lines_spell_out_what_acts_on_a_terminal(capsys: pytest.Cap
         assert len(text.split("\n")) == lines
 
 
-def run_routesae(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "routesae", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
-
-
 def test_with_log_json_every_line_of_a_run_is_an_object(tiny_cache: Cache, tmp_path: Path) -> None:
     train = ("train", "--cache", tiny_cache.path, *SMALL, "--log-every-steps", "2")
-    run = run_routesae(*train, "--log-json", cwd=tmp_path)
+    run = run_command(*train, "--log-json", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert re.fullmatch(r"saes/routesae_hard_64_k8: held-out NormMSE .*\n", run.stdout)
     lines = [json.loads(line) for line in run.stderr.splitlines()]
@@ -167,12 +161,12 @@ def test_with_log_json_every_line_of_a_run_is_an_object(tiny_cache: Cache, tmp_p
     assert last["rate"] > 0
     assert last["seconds_left"] == 0
     assert set(last["facts"]) >= {"NormMSE", "L0"}
-    again = run_routesae("--log-json", *train, cwd=tmp_path)
+    again = run_command("--log-json", *train, cwd=tmp_path)
     assert again.returncode == 2
     (refusal,) = (json.loads(line) for line in again.stderr.splitlines())
     assert (refusal["level"], refusal["exit_code"]) == ("error", 2)
     assert "--overwrite" in refusal["message"]
-    quiet = run_routesae(*train, "--overwrite", "--quiet", cwd=tmp_path)
+    quiet = run_command(*train, "--overwrite", "--quiet", cwd=tmp_path)
     assert (quiet.returncode, quiet.stderr) == (0, "")
 
 

@@ -6,8 +6,6 @@ import json
 import logging
 import re
 import shutil
-import subprocess
-import sys
 import time
 from collections import namedtuple
 from collections.abc import Callable
@@ -29,6 +27,7 @@ from routesae.harvest.lm.model import LanguageModel
 from routesae.harvest.run import harvest
 from routesae.harvest.settings import HarvestSettings, parse_layers
 from routesae.reporting import FailedRun, Progress, WrongInput
+from routesae.tests.processes import Command
 
 Array = npt.NDArray[Any]
 Settings = Callable[..., HarvestSettings]
@@ -263,13 +262,11 @@ def test_a_harvest_killed_at_any_moment_resumes_to_the_same_bytes(
         lambda out: (out / "shard-00000").exists(),
         lambda out: (out / "shard-00001").exists() and any(out.glob(".shard-*.partial")),
     ]
-    command = [sys.executable, "-m", "routesae", "harvest", "--model", str(tiny_model), "--data", str(tiny_corpus)]
+    command = ["harvest", "--model", str(tiny_model), "--data", str(tiny_corpus)]
     command += ["--tokens", "9000", "--context", "16", "--shard-tokens", "2048", "--layers", "2-5", "--device", "cpu"]
     command += ["--lm-dtype", "float32"]
     outs = [tmp_path / f"shards-{i}" for i in range(len(moments))]
-    running = {
-        out: subprocess.Popen([*command, "--out", str(out)], cwd=tmp_path, stderr=subprocess.DEVNULL) for out in outs
-    }
+    running = {out: Command(*command, "--out", out, cwd=tmp_path) for out in outs}
     try:
         while running:
             for out, moment in zip(outs, moments, strict=True):

@@ -8,7 +8,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -26,6 +25,7 @@ from routesae.harvest.cache.reader import Cache
 from routesae.harvest.run import harvest
 from routesae.harvest.settings import HarvestSettings
 from routesae.reporting import FailedRun, Progress, Stopped, WrongInput
+from routesae.tests.processes import Command
 from routesae.train.folder.checkpoint import load_sae, read_recipe
 from routesae.train.loading.batches import Selection, epoch_plans, load
 from routesae.train.optimiser import lr_factor
@@ -520,24 +520,15 @@ REAL = ["--sae", "topk", "--sae", "jumprelu", "--sae", "routesae", "--router", "
 REAL += ["--latents", "64", "--k", "8", "--batch-tokens", "500", "--log-every-steps", "5", "--device", "cpu"]
 
 
-def process(cache: Path, out: Path, *more: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "routesae", "train", "--cache", str(cache), *REAL, "--out", str(out), *more],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=out.parent,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell that starts its jobs in the background has them ignore SIGINT, and that is inherited.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+def process(cache: Path, out: Path, *more: str) -> Command:
+    return Command("train", "--cache", cache, *REAL, "--out", out, *more, cwd=out.parent)
 
 
 def newest(out: Path) -> int:
     return max((int(path.stem[5:]) for path in out.glob(".*.partial/step-*")), default=0)
 
 
-def wait_for_checkpoint(child: subprocess.Popen[str], out: Path, after: int, *, or_end: bool = False) -> None:
+def wait_for_checkpoint(child: Command, out: Path, after: int, *, or_end: bool = False) -> None:
     deadline = time.monotonic() + 60
     while newest(out) <= after:
         if child.poll() is not None:

@@ -18,21 +18,19 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from routesae.harvest.cache.arrays import fsync, fsync_tree
-from routesae.machine.files import BadFile, read_json, write_json
+from routesae.machine.files import BadFile, read_json, signed, write_json
 from routesae.reporting import WrongInput
-from routesae.train.folder.saelens import OFF, LensConfig, changed_fields, lens_config
-from routesae.train.saes import SAE, SAES, Recipe, build
-from routesae.train.saes.batchtopk import BatchTopK
+from routesae.train.folder.saelens import OFF, LensConfig, lens_config, lens_fields
+from routesae.train.folder.tensors import TensorFile, read_tensors, write_tensors
+from routesae.train.saes import SAE, Recipe, build
 from routesae.train.saes.single import WEIGHTS
 
 log = logging.getLogger(__name__)
 
 CONFIG, METRICS_FILE = "cfg.json", "metrics.jsonl"
+ALTERED = "is not what was saved; copy the SAE again, or make one of what it is now: routesae convert FOLDER"
 
 # A file of each layout of other tools that SAELens reads → SAELens' name of its loader.
 LAYOUTS = {
@@ -50,9 +48,9 @@ def other_layout(folder: Path) -> str | None:
 
 def save_sae(folder: Path, sae: SAE, source: Mapping[str, Any]) -> None:
     """Write `sae` into the existing folder. source: what it was trained from, kept under metadata.routesae."""
-    for name, tensors in sae.files().items():
-        save_file({key: tensor.float().cpu().contiguous() for key, tensor in tensors.items()}, folder / name)
-    write_json(folder / CONFIG, lens_config(sae, source))
+    sae.hashes = {name: write_tensors(folder / name, tensors) for name, tensors in sae.files().items()}
+    ours = signed({"recipe": sae.recipe.to_dict(), "source": dict(source), "files": sae.hashes})
+    write_json(folder / CONFIG, lens_config(sae, ours, source))
 
 
 def commit_folder(written: Path, folder: Path) -> None:
@@ -68,23 +66,31 @@ def commit_folder(written: Path, folder: Path) -> None:
 
 
 def load_sae(folder: Path, device: torch.device) -> SAE:
-    """The SAE in `folder`, ours or SAELens', on `device`.
+    """The SAE in `folder`, ours or SAELens', on `device`. Its `hashes` are of the bytes that it was read from.
 
-    Raises WrongInput if something is missing, cut or not finite, or would change the numbers and is not understood.
+    Raises WrongInput if something is missing, cut, altered or not finite, or would change the numbers and is not
+    understood.
     """
-    recipe, lens = _describe(folder)
+    config = read_config(folder)
+    recipe, lens = _described(folder, config)
     try:
         # Allocate only what the weights really hold, not what a stranger's cfg.json says.
         with torch.device("meta"):
             sae = build(recipe)
         expected = sae.files()
-        files = {name: _load(folder / name) for name in expected}
+        read = {name: _read_weights(folder / name) for name in expected}
+        saved = {} if lens is not None else config["metadata"]["routesae"].get("files", {})
+        for name, file in read.items():
+            if saved and saved.get(name) != file.hash:
+                raise WrongInput(f"{name} {ALTERED}")
+        files = {name: file.tensors for name, file in read.items()}
         sae.load_files(files if lens is None else {name: lens.tensors(tensors) for name, tensors in files.items()})
-        for name, tensors in files.items():
-            if unknown := sorted(tensors.keys() - expected[name].keys()):
+        for name, file in read.items():
+            if unknown := sorted(file.tensors.keys() - expected[name].keys()):
                 raise WrongInput(f"{name} holds {unknown[0]}, which is not understood here for a {recipe.sae}")
-            if bad := [key for key, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
+            if bad := [key for key, tensor in file.tensors.items() if not bool(tensor.isfinite().all())]:
                 raise WrongInput(f"{name}: {bad[0]} holds NaN or infinite values; the training that made it diverged")
+        sae.hashes = {name: file.hash for name, file in read.items()}
     except KeyError as missing:
         raise WrongInput(f"{folder / WEIGHTS} holds no {missing}; save the SAE again or copy it whole") from None
     except WrongInput as error:
@@ -97,38 +103,32 @@ def load_sae(folder: Path, device: torch.device) -> SAE:
     return sae.requires_grad_(False).eval().to(device)
 
 
-def _load(path: Path) -> dict[str, Tensor]:
+def _read_weights(path: Path) -> TensorFile:
     try:
-        return load_file(path)
+        return read_tensors(path)
     except FileNotFoundError:
         raise WrongInput(f"{path} is missing; train the SAE again or copy it whole") from None
-    except (SafetensorError, OSError) as error:
+    except (BadFile, OSError) as error:
         raise WrongInput(f"{path} cannot be read ({error}); it was cut or altered, copy it again") from error
 
 
 def read_recipe(folder: Path) -> Recipe:
     """What the SAE in `folder` is built from. Raises WrongInput if cfg.json does not say."""
-    return _describe(folder)[0]
+    return _described(folder, read_config(folder))[0]
 
 
-def _describe(folder: Path) -> tuple[Recipe, LensConfig | None]:
-    """The recipe, and SAELens' configuration if the weights follow that.
-
-    An SAE of ours that was changed and saved again is what it is now, not what its recipe says.
-    """
-    config = read_config(folder)
+def _described(folder: Path, config: Mapping[str, Any]) -> tuple[Recipe, LensConfig | None]:
+    """The recipe, and SAELens' configuration if the SAE is not ours."""
     metadata = config.get("metadata")
     try:
         if isinstance(metadata, dict) and "routesae" in metadata:
-            fields = metadata["routesae"]["recipe"]
-            fields |= {"layers": tuple(fields["layers"]), "prefixes": tuple(fields.get("prefixes", ()))}
-            recipe = Recipe(**fields)
+            recipe = Recipe(**metadata["routesae"]["recipe"])
             with torch.device("meta"):
-                changed = changed_fields(build(recipe), config)
-            if not changed and _has_one_threshold(folder, recipe):
-                return recipe, None
-            shown = ", ".join(changed) or "its thresholds"
-            log.warning("%s was changed after its training (%s): it is read as SAELens would read it", folder, shown)
+                fields = lens_fields(build(recipe))
+            for name in sorted((config.keys() | fields.keys()) - {"dtype", "device", "metadata"}):
+                if config.get(name) != fields.get(name):
+                    raise WrongInput(f"{name} {config.get(name)!r} {ALTERED}")
+            return recipe, None
         lens = LensConfig.model_validate(config)
         for name, value in (lens.metadata.model_from_pretrained_kwargs or {}).items():
             if value not in OFF:
@@ -142,21 +142,10 @@ def _describe(folder: Path) -> tuple[Recipe, LensConfig | None]:
         raise WrongInput(f"{folder / CONFIG}: {f'{field} {value}: ' if field else ''}{reason}") from error
     except WrongInput as error:
         raise WrongInput(f"{folder / CONFIG}: {error}") from error
-    except (KeyError, TypeError) as error:
-        raise WrongInput(f"{folder / CONFIG} does not describe a routesae SAE ({error})") from error
-
-
-def _has_one_threshold(folder: Path, recipe: Recipe) -> bool:
-    """Whether the latents of a batchtopk or matryoshka still share one threshold."""
-    shared = recipe.routed if recipe.sae == "routesae" else recipe.sae
-    if not issubclass(SAES[shared], BatchTopK):
-        return True
-    threshold = _load(folder / WEIGHTS).get("threshold")
-    return threshold is None or bool((threshold == threshold.flatten()[:1]).all())
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """cfg.json of the SAE in `folder`. Raises WrongInput if it is missing or not JSON."""
+    """cfg.json of the SAE in `folder`. Raises WrongInput if it is missing, not JSON or altered."""
     if folder.is_file():
         raise WrongInput(f"{folder} is a file, but an SAE is a folder; routesae convert makes one of a checkpoint")
     if other_layout(folder):
@@ -169,6 +158,13 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise WrongInput(f"{folder / CONFIG} cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise WrongInput(f"{folder / CONFIG} is not a JSON object")
+    metadata = config.get("metadata")
+    if isinstance(metadata, dict) and "routesae" in metadata:
+        ours = metadata["routesae"]
+        if not isinstance(ours, dict) or not isinstance(ours.get("recipe"), dict):
+            raise WrongInput(f"{folder / CONFIG} does not describe a routesae SAE: it has no recipe")
+        if "hash" in ours and ours != signed(ours):
+            raise WrongInput(f"{folder / CONFIG} {ALTERED}")
     return config
 
 

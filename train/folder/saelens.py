@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -107,31 +106,23 @@ def _layer_of(hook: str | None) -> int:
     raise WrongInput(f"hook_name {hook!r} is not the output of a decoder block, such as blocks.11.hook_resid_post")
 
 
-def lens_config(sae: SAE, source: Mapping[str, Any]) -> dict[str, Any]:
-    """cfg.json of ours. source: what the SAE was trained from, kept under metadata.routesae with its recipe."""
-    recipe = sae.recipe
-    layer = recipe.layers[0] if len(recipe.layers) == 1 else None
+def lens_config(sae: SAE, ours: Mapping[str, Any], source: Mapping[str, Any]) -> dict[str, Any]:
+    """cfg.json of ours. ours: what is kept under metadata.routesae. source: what the SAE was trained from."""
+    layers = sae.recipe.layers
     metadata = {
         "sae_lens_version": SAE_LENS_VERSION,
         "sae_lens_training_version": SAE_LENS_VERSION,
         "model_name": source.get("model"),
-        "hook_name": None if layer is None else hook_of(layer),
+        "hook_name": hook_of(layers[0]) if len(layers) == 1 else None,
         "context_size": source.get("context"),
         "dataset_path": source.get("corpus"),
-        "routesae": {"recipe": asdict(recipe), "source": dict(source)},
+        "routesae": dict(ours),
     }
-    return {**_fields(sae), "dtype": "float32", "device": "cpu", "metadata": metadata}
+    return {**lens_fields(sae), "dtype": "float32", "device": "cpu", "metadata": metadata}
 
 
-def changed_fields(sae: SAE, config: Mapping[str, Any]) -> list[str]:
-    """The fields of cfg.json that are no longer those of this SAE, because somebody changed and saved it again."""
-    now = {name: value for name, value in config.items() if name not in ("dtype", "device", "metadata")}
-    written = _fields(sae)
-    return sorted(name for name in now.keys() | written.keys() if now.get(name) != written.get(name))
-
-
-def _fields(sae: SAE) -> dict[str, Any]:
-    """What changes the numbers."""
+def lens_fields(sae: SAE) -> dict[str, Any]:
+    """The fields of cfg.json that change the numbers."""
     dictionary = sae.shared if isinstance(sae, RouteSAE) else sae
     kind: dict[str, Any] = {"architecture": sae.recipe.sae}  # what SAELens cannot hold, it refuses to open
     if isinstance(dictionary, SingleLayerSAE):

@@ -57,6 +57,7 @@ def read_strange(settings: ConvertSettings) -> tuple[SAE, dict[str, Any]]:
             raise WrongInput(f"SAELens cannot read {settings.file} ({reason})") from error
         if settings.layer is not None:
             theirs.cfg.metadata.hook_name = hook_of(settings.layer)
+        vars(theirs.cfg.metadata).pop("routesae", None)  # an SAE of ours that was changed is what SAELens has now
         theirs.save_model(saved)
         try:
             sae = load_sae(Path(saved), torch.device("cpu"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -63,6 +62,6 @@ def build(recipe: Recipe, generator: torch.Generator | None = None) -> SAE:
     if recipe.routed not in SINGLE_LAYER:
         raise WrongInput(f"--routed {recipe.routed!r} is none of {', '.join(SINGLE_LAYER)}")
     # What is shared reads one layer a token; which one it is differs from token to token.
-    shared = build(replace(recipe, sae=recipe.routed, layers=recipe.layers[:1]), generator)
+    shared = build(recipe.replace(sae=recipe.routed, layers=recipe.layers[:1]), generator)
     assert isinstance(shared, SingleLayerSAE)
     return RouteSAE(recipe, shared, generator)

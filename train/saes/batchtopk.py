@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from routesae.reporting import WrongInput
 from routesae.train.ranks.distributed import batch_least
 from routesae.train.saes.sae import Forward, Recipe
 from routesae.train.saes.single import WEIGHTS, SingleLayerSAE, checked
@@ -66,4 +67,6 @@ class BatchTopK(SingleLayerSAE):
     def load_files(self, files: dict[str, dict[str, Tensor]]) -> None:
         super().load_files(files)
         threshold_F = checked(files[WEIGHTS], {"threshold": (self.recipe.latents,)}, WEIGHTS)["threshold"]
+        if not bool((threshold_F == threshold_F[:1]).all()):
+            raise WrongInput(f"{WEIGHTS} holds thresholds that differ, and a {self.recipe.sae} has one")
         self.threshold = threshold_F[0].clone()

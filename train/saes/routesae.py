@@ -22,7 +22,6 @@ Dimension letters: L layers, N tokens, D width, F latents, R rows: a token's rea
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -124,7 +123,7 @@ class RouteSAE(SAE):
     @torch.no_grad()
     def fold_scale(self, scale: float) -> None:
         self.shared.fold_scale(scale)
-        self.shared.recipe = replace(self.shared.recipe, normalize="none")
+        self.shared.recipe = self.shared.recipe.replace(normalize="none")
         self.router_LD.mul_(scale)
 
     def files(self) -> dict[str, dict[str, Tensor]]:

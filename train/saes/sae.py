@@ -5,17 +5,16 @@ Dimension letters: L layers, N tokens, D width, F latents, K active latents.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import copy
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from routesae.machine.settings import DICTIONARY, OPTIMISER, VARIANT, Settings, setting
 from routesae.reporting import WrongInput
 from routesae.train.losses import Objective
 from routesae.train.ranks.distributed import local_rows
@@ -23,75 +22,46 @@ from routesae.train.saes.normalise import NORMALIZATIONS, Hidden, NormalisedLaye
 from routesae.train.sparse.pairs import Frame, Latents
 from routesae.train.sparse.search import Encoder, row_products
 
-ROUTINGS = ("hard", "soft")
-AGGREGATES = ("sum", "mean")
 ROUTERS = ("published", "top2", "frozen", "random")
 CONTROLS = ("frozen", "random")  # routers that do not learn
 PUBLISHED_DECODER_STEPS = 10  # the published RouteSAE code's `steps`: how rarely it renormalises the decoder
 
 
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(Settings):
     """What an SAE is built from and its objective; with its weights, all that is needed to have it again.
 
     Raises WrongInput if the parts do not fit.
     """
 
     sae: str
-    """Name in the registry (routesae.train.saes.SAES)."""
-    layers: tuple[int, ...]
-    """Layers of the cache it reads."""
-    width: int
-    """D, numbers a hidden state."""
-    latents: int
-    """F, size of the dictionary."""
-    k: int
-    """Active latents a token: exactly (topk), on average (batchtopk, matryoshka), aimed at (the others)."""
-    sparsity: float | None = None
-    """λ of the penalty; None for one that is steered until k latents are active."""
-    pre_act_loss: float = 0.0
-    """jumprelu: weight of what pulls dead latents' pre-activations up to their thresholds."""
-    prefixes: tuple[int, ...] = ()
-    """matryoshka: sizes of the nested dictionaries, the last one F."""
-    normalize: str = "token"
-    routing: str = "hard"
-    aggregate: str = "sum"
-    routed: str = "topk"
-    """routesae: the variant its layers share."""
-    router: str = "published"
-    """routesae: how the router learns (routesae.train.saes.routesae)."""
-    balance: float = 0.0
-    """routesae: weight of the load-balancing term."""
-    published: bool = False
-    """Train by the objective of the published RouteSAE code."""
+    layers: tuple[int, ...] = setting(..., DICTIONARY, "Layers of the cache it reads.", ge=0)
+    width: int = setting(..., DICTIONARY, "D, numbers a hidden state.", ge=1)
+    latents: int = setting(..., DICTIONARY, "F, size of the dictionary.", ge=1)
+    k: int = setting(
+        ..., DICTIONARY, "Active latents a token: exactly (topk), on average (batchtopk), or aimed at (others).", ge=1
+    )
+    sparsity: float | None = setting(None, VARIANT, "λ; None to steer it until k latents are active.", ge=0)
+    pre_act_loss: float = setting(0.0, VARIANT, "Weight of what pulls dead latents up to their thresholds.", ge=0)
+    prefixes: tuple[int, ...] = setting((), VARIANT, "Sizes of the nested dictionaries, the last one F.", ge=1)
+    normalize: str = setting("token", DICTIONARY, "Of the input.", choices=NORMALIZATIONS)
+    routing: str = setting("hard", VARIANT, "One layer a token, or all weighted.", choices=("hard", "soft"))
+    aggregate: str = setting("sum", VARIANT, "What of the layers the router sees.", choices=("sum", "mean"))
+    routed: str = setting("topk", VARIANT, "The variant that a routesae's layers share.")
+    router: str = setting("published", VARIANT, "How the router learns (saes/routesae.py).", choices=ROUTERS)
+    balance: float = setting(0.0, VARIANT, "Weight of the load-balancing term.", ge=0)
+    published: bool = setting(False, OPTIMISER, "Train by the objective of the published RouteSAE code.")
 
-    def __post_init__(self) -> None:
-        def require(fine: bool, message: str) -> None:
-            if not fine:
-                raise WrongInput(message)
-
-        require(isinstance(self.sae, str), f"SAE {self.sae!r} is no name")
-        whole = bool(self.layers) and all(type(layer) is int and layer >= 0 for layer in self.layers)
-        require(whole, f"layers {self.layers!r} are not one or more whole numbers")
-        for name in ("width", "latents", "k"):
-            value = getattr(self, name)
-            require(type(value) is int and value > 0, f"{name} {value!r} is not a whole number above 0")
-        numbers = self.latents * self.width * len(self.layers)  # of which torch itself cannot count more
-        require(numbers < 2**60, f"latents {self.latents} of width {self.width} are more than any memory holds")
-        remedy = "lower it or give more --latents"
-        require(self.k <= self.latents, f"--k {self.k} is more than the SAE's {self.latents} latents; {remedy}")
-        words = {"normalize": NORMALIZATIONS, "routing": ROUTINGS, "aggregate": AGGREGATES, "router": ROUTERS}
-        for name, values in words.items():
-            value = getattr(self, name)
-            require(value in values, f"--{name} {value!r} is none of {', '.join(values)}")
-        for name in ("sparsity", "pre_act_loss", "balance"):
-            value = getattr(self, name)
-            fine = value is None or (isinstance(value, int | float) and math.isfinite(value) and value >= 0)
-            require(fine, f"--{name.replace('_', '-')} {value!r} is not a number of 0 or more")
-        sizes = self.prefixes
-        nested = all(type(size) is int and size > 0 for size in sizes) and list(sizes) == sorted(set(sizes))
-        fine = not sizes or (nested and sizes[-1] == self.latents)
-        require(fine, f"--prefixes {sizes} must rise and end with the SAE's {self.latents} latents")
+    def check(self) -> None:
+        if not self.layers:
+            raise WrongInput("layers () are none; name one or more")
+        if self.latents * self.width * len(self.layers) >= 2**60:  # of which torch itself cannot count more
+            raise WrongInput(f"latents {self.latents} of width {self.width} are more than any memory holds")
+        if self.k > self.latents:
+            raise WrongInput(
+                f"--k {self.k} is more than the SAE's {self.latents} latents; lower it or give more --latents"
+            )
+        if self.prefixes and (*sorted({*self.prefixes, self.latents}),) != self.prefixes:
+            raise WrongInput(f"--prefixes {self.prefixes} must rise and end with the SAE's {self.latents} latents")
 
 
 class Reading(NamedTuple):
@@ -156,6 +126,7 @@ class SAE(nn.Module, ABC):
     proposal: torch.dtype | None = None  # precision of the encoder's product; None for the fastest (sparse/search.py)
     chosen: Callable[[Tensor, Encoder], Latents] | None = None  # replaces the activation, see `at_sparsity`
     folder: Path | None = None  # that it was loaded from
+    hashes: Mapping[str, str] = {}  # xxh3-128 of each file of weights that it was read from or written to
 
     def __init__(self, recipe: Recipe):
         super().__init__()
@@ -254,7 +225,7 @@ class SAE(nn.Module, ABC):
         """Put the scale of "dataset" normalisation into the weights: the same SAE, which reads h as it is."""
         if self.recipe.normalize == "dataset":
             self.fold_scale(self.scale)
-            self.scale, self.recipe = 1.0, replace(self.recipe, normalize="none")
+            self.scale, self.recipe = 1.0, self.recipe.replace(normalize="none")
 
     def at_sparsity(self, chosen: Callable[[Tensor, Encoder], Latents]) -> SAE:
         """A view for use, not for training, that shares the weights and whose latents are chosen(x_RC, encoder)."""

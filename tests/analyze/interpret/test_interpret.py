@@ -6,8 +6,6 @@ import json
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +32,7 @@ from routesae.tests.analyze.interpret.chat_server import (
     lines,
     subject,
 )
+from routesae.tests.processes import Command
 
 
 def test_a_resumed_run_asks_only_what_was_not_answered(tmp_path: Path, serve: Serve) -> None:
@@ -69,11 +68,11 @@ def test_no_answer_is_paid_twice_across_kill_and_resume(kills: int, tmp_path: Pa
     server, latents, moments = serve(act), 12 + 18 * kills, random.Random(0)
     folder = subject(tmp_path / "sae", latents)
     ledger = folder / "interpretations.jsonl"
-    command = [sys.executable, "-m", "routesae", *arguments(folder, server, "--concurrency", 3, "--latents", "all")]
+    command = arguments(folder, server, "--concurrency", 3, "--latents", "all")
     kept = b""
     for _ in range(kills):
         replied = server.replied.total()
-        run = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        run = Command(*command, cwd=tmp_path)
         wait_until(lambda replied=replied: server.replied.total() > replied, run)
         time.sleep(moments.uniform(0, 0.4))
         run.kill()
@@ -105,8 +104,7 @@ def test_ctrl_c_lets_the_answers_under_way_come_home(tmp_path: Path, serve: Serv
 
     server = serve(act)
     folder = subject(tmp_path / "sae", 40)
-    command = [sys.executable, "-m", "routesae", *arguments(folder, server, "--concurrency", 4)]
-    run = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    run = Command(*arguments(folder, server, "--concurrency", 4), cwd=tmp_path)
     wait_until(lambda: server.replied.total() >= 4, run)
     run.send_signal(signal.SIGINT)
     _, err = run.communicate(timeout=60)
@@ -117,7 +115,7 @@ def test_ctrl_c_lets_the_answers_under_way_come_home(tmp_path: Path, serve: Serv
     assert json.loads((folder / "interpretations.json").read_text())["not_asked"] == 40 - len(lines(folder))
 
 
-def wait_until(condition: Callable[[], bool], run: subprocess.Popen[Any]) -> None:
+def wait_until(condition: Callable[[], bool], run: Command) -> None:
     deadline = time.monotonic() + 90
     while not condition():
         assert run.poll() is None, "the run ended too early"

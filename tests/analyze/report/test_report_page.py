@@ -99,9 +99,7 @@ def make_sae(folder: Path) -> None:
         "kept": at_F % 2 == 0,
     }
     rows = (contexts_of(range(first, min(first + 2048, LATENTS - 1))) for first in range(0, LATENTS, 2048))
-    write_made_up(
-        folder, rows, latents, sae=sae_identity(folder, sae) | {"folder": str(folder)}, features=LATENTS // 2
-    )
+    write_made_up(folder, rows, latents, sae=sae_identity(sae) | {"folder": str(folder)}, features=LATENTS // 2)
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from routesae.harvest.cache.verify import repair, require_intact, verify
 from routesae.harvest.run import harvest
 from routesae.harvest.settings import HarvestSettings
 from routesae.reporting import FailedRun, WrongInput
+from routesae.tests.processes import Command
 
 
 @pytest.fixture
@@ -69,8 +68,7 @@ def test_the_digest_is_the_same_for_any_number_of_workers(
     asked = tiny_settings(out=str(tmp_path / "shards"))
     flags = ["--model", asked.model, "--data", asked.data, "--tokens", "9000", "--context", "16", "--layers", "2-5"]
     flags += ["--shard-tokens", "2048", "--device", "cpu", "--out", asked.out, "--workers", str(workers)]
-    command = [sys.executable, "-m", "routesae", "harvest", *flags]
-    running = [subprocess.Popen([*command, "--worker", str(index)]) for index in range(workers)]
+    running = [Command("harvest", *flags, "--worker", index, cwd=tmp_path) for index in range(workers)]
     assert [one.wait(timeout=200) for one in running] == [0] * workers
     assert verify(asked.out) == verify(str(tiny_cache.path))
 

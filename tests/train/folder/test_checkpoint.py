@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import xxhash
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
+from routesae.analyze.inputs.identity import sae_identity
 from routesae.reporting import WrongInput
 from routesae.tests.hidden import Normalised, normalise_layers
 from routesae.train.folder.checkpoint import find_saes, load_sae, read_config, read_recipe, save_sae
@@ -73,6 +77,17 @@ def edit_config(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:
     config = json.loads((folder / "cfg.json").read_text())
     edit(config)
     (folder / "cfg.json").write_text(json.dumps(config))
+
+
+def without_hashes(folder: Path) -> Path:
+    """As a folder of an earlier version, which says nothing of its files' hashes."""
+
+    def drop(config: dict[str, Any]) -> None:
+        for name in ("hash", "files"):
+            del config["metadata"]["routesae"][name]
+
+    edit_config(folder, drop)
+    return folder
 
 
 def edit_recipe(folder: Path, **changes: Any) -> None:
@@ -262,7 +277,7 @@ def test_a_truncated_file_is_named(tmp_path: Path, file: str, keep: float) -> No
 
 @pytest.mark.parametrize("file", ["sae_weights.safetensors", "router.safetensors"])
 def test_weights_under_other_names_are_refused(tmp_path: Path, file: str) -> None:
-    folder = saved(tmp_path, "hard")
+    folder = without_hashes(saved(tmp_path, "hard"))
     save_file({"b_dec": np.zeros(D, np.float32)}, folder / file)
     with pytest.raises(WrongInput, match=rf"{file} holds no (W_dec, W_enc, b_enc|router);"):
         load_sae(folder, CPU)
@@ -280,7 +295,7 @@ def test_weights_under_other_names_are_refused(tmp_path: Path, file: str) -> Non
     ],
 )
 def test_weights_of_other_shapes_are_refused(tmp_path: Path, weights: dict[str, tuple[int, ...]]) -> None:
-    folder = saved(tmp_path, "topk")
+    folder = without_hashes(saved(tmp_path, "topk"))
     changed = {key: np.zeros(shape, np.float32) for key, shape in weights.items()}
     save_file({**load_file(folder / "sae_weights.safetensors"), **changed}, folder / "sae_weights.safetensors")
     with pytest.raises(WrongInput, match=rf"{folder}.*where cfg.json says"):
@@ -288,7 +303,7 @@ def test_weights_of_other_shapes_are_refused(tmp_path: Path, weights: dict[str, 
 
 
 def test_a_router_for_other_layers_is_refused(tmp_path: Path) -> None:
-    folder = saved(tmp_path, "hard")
+    folder = without_hashes(saved(tmp_path, "hard"))
     save_file({"router": np.zeros((L + 1, D), np.float32)}, folder / "router.safetensors")
     with pytest.raises(WrongInput, match=rf"{folder}.*router.*\[4, 8\] where cfg.json says \[3, 8\]"):
         load_sae(folder, CPU)
@@ -305,45 +320,45 @@ def test_a_cfg_json_that_is_not_ours_is_named(tmp_path: Path, text: str) -> None
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"temperature": 1}, "unexpected keyword argument 'temperature'"),
+        ({"temperature": 1}, "unknown setting 'temperature'"),
         ({"sae": "transcoder"}, "'transcoder' is none of vanilla, gated, topk"),
         ({"sae": "routesae", "routed": "mlsae"}, "'mlsae' is none of vanilla, gated, topk"),
         ({"router": "best"}, "'best'"),
-        ({"sparsity": "0.1"}, "sparsity '0.1'"),
+        ({"sparsity": "much"}, "sparsity 'much'"),
         ({"normalize": "batch"}, "'batch'"),
         ({"prefixes": [8, 4]}, "prefixes"),
-        ({"prefixes": 24}, "not"),
         ({"sae": ["topk"]}, "sae|SAE"),
         ({"k": LATENTS + 1}, "25.*24 latents"),
         ({"k": 0}, "k 0"),
-        ({"k": "4"}, "k '4'"),
+        ({"k": "four"}, "k 'four'"),
         ({"latents": 24.0}, "latents 24.0"),
         ({"routing": "firm"}, "'firm'"),
-        ({"layers": 12}, "not"),
         ({"layers": []}, "layers"),
         ({"layers": [12, 13]}, "layers"),
-        ({"layers": ["12"]}, "layers"),
+        ({"layers": ["x"]}, "layers 'x'"),
+        ({"layers": {"a": 12}}, "layers"),
+        ({"sparsity": [0.1]}, "sparsity"),
     ],
     ids=str,
 )
 def test_a_recipe_that_cannot_be_built_is_refused_and_its_file_named(
     tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
-    folder = saved(tmp_path, "topk")
+    folder = without_hashes(saved(tmp_path, "topk"))
     edit_recipe(folder, **changes)
     with pytest.raises(WrongInput, match=rf"{folder / 'cfg.json'}.*({message})"):
         load_sae(folder, CPU)
 
 
 def test_a_recipe_without_a_field_is_refused(tmp_path: Path) -> None:
-    folder = saved(tmp_path, "topk")
+    folder = without_hashes(saved(tmp_path, "topk"))
     edit_config(folder, lambda config: config["metadata"]["routesae"]["recipe"].pop("k"))
-    with pytest.raises(WrongInput, match=r"cfg\.json .*missing.*'k'"):
+    with pytest.raises(WrongInput, match=r"cfg\.json: --k is missing"):
         read_recipe(folder)
 
 
 def test_a_recipe_without_what_has_a_default_is_read(tmp_path: Path) -> None:
-    folder = saved(tmp_path, "topk")
+    folder = without_hashes(saved(tmp_path, "topk"))
     needed = ("sae", "layers", "width", "latents", "k")
 
     def edit(config: dict[str, Any]) -> None:
@@ -372,11 +387,122 @@ def test_a_pickle_in_place_of_safetensors_is_refused_unopened(tmp_path: Path, fi
 def test_sizes_that_a_cfg_json_makes_up_are_refused_without_being_allocated(
     tmp_path: Path, name: str, size: int
 ) -> None:
-    folder = saved(tmp_path, name)
+    folder = without_hashes(saved(tmp_path, name))
     edit_recipe(folder, latents=size, width=1000)  # 10⁹ latents would be 4 TB a weight
     edit_config(folder, lambda config: config.update(d_in=1000, d_sae=size))
     with pytest.raises(WrongInput, match=str(folder)):
         load_sae(folder, CPU)
+
+
+# ------------------------------------------------------------------------------------- what was saved is what is read
+
+
+def loaded_or_refused(folder: Path) -> SAE | None:
+    try:
+        return load_sae(folder, CPU)
+    except WrongInput:
+        return None
+
+
+@pytest.mark.parametrize("name", ["topk", "hard", "crosscoder", "batchtopk"])
+def test_no_flipped_bit_of_any_file_goes_unnoticed(tmp_path: Path, name: str) -> None:
+    """Or it changes nothing that is read: the name of a field that says nothing of the SAE, or white space."""
+    folder = saved(tmp_path, name)
+    whole = load_sae(folder, CPU)
+    rng, unnoticed, flips = random.Random(0), 0, 0
+    for path in sorted(folder.iterdir()):
+        data = path.read_bytes()
+        for at in rng.sample(range(len(data)), 60):
+            flipped = bytearray(data)
+            flipped[at] ^= 1 << rng.randrange(8)
+            path.write_bytes(flipped)
+            flips += 1
+            back = loaded_or_refused(folder)
+            if back is None:
+                continue
+            unnoticed += path.suffix != ".json"
+            assert back.recipe == whole.recipe
+            assert all(torch.equal(now, was) for now, was in zip(back.parameters(), whole.parameters(), strict=True))
+        path.write_bytes(data)
+    assert (unnoticed, flips) == (0, 60 * len(list(folder.iterdir())))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"k": 3}, {"layers": [5, 6, 9]}, {"normalize": "none"}, {"aggregate": "sum"}, {"routing": "soft"}],
+    ids=str,
+)
+def test_a_recipe_changed_by_hand_is_refused_in_one_line(tmp_path: Path, changes: dict[str, Any]) -> None:
+    folder = saved(tmp_path, "hard")
+    edit_recipe(folder, **changes)
+    for read in (read_recipe, read_config, lambda folder: load_sae(folder, CPU)):
+        with pytest.raises(WrongInput, match=rf"{folder / 'cfg.json'} is not what was saved; copy the SAE again"):
+            read(folder)
+
+
+@pytest.mark.parametrize("changes", [{"k": 3}, {"normalize_activations": "none"}, {"d_sae": 25}], ids=str)
+def test_what_saelens_reads_changed_by_hand_is_refused_by_name(tmp_path: Path, changes: dict[str, Any]) -> None:
+    for folder in (saved(tmp_path, "topk"), without_hashes(saved(tmp_path, "hard"))):
+        edit_config(folder, lambda config: config.update(changes))
+        with pytest.raises(WrongInput, match=rf"cfg\.json: {next(iter(changes))} .* is not what was saved"):
+            load_sae(folder, CPU)
+
+
+def test_what_an_sae_is_said_to_be_trained_from_is_known_to_be_what_was_saved(tmp_path: Path) -> None:
+    folder = saved(tmp_path, "topk")
+    edit_config(folder, lambda config: config["metadata"]["routesae"]["source"]["held_out"].update(norm_mse=0.125))
+    with pytest.raises(WrongInput, match=r"cfg\.json is not what was saved"):
+        read_config(folder)
+
+
+def test_the_weights_of_another_sae_are_refused(tmp_path: Path) -> None:
+    """Of the same shapes: nothing but the hash tells them apart."""
+    folder, other = saved(tmp_path, "hard"), saved(tmp_path, "soft")
+    save_file({"router": np.zeros((L, D), np.float32)}, folder / "router.safetensors")
+    with pytest.raises(WrongInput, match=rf"{folder}: router.safetensors is not what was saved"):
+        load_sae(folder, CPU)
+    load_sae(other, CPU)
+
+
+def test_numbers_that_json_cannot_hold_are_saved_and_read_again(tmp_path: Path) -> None:
+    sae = make("topk")
+    save_sae(tmp_path, sae, {"held_out": {"fvu": float("nan"), "layer_shares": {10: 0.5, 9: 0.5}, "at": (1, 2)}})
+    source = read_config(tmp_path)["metadata"]["routesae"]["source"]
+    assert source["held_out"] == {"fvu": None, "layer_shares": {"10": 0.5, "9": 0.5}, "at": [1, 2]}
+
+
+def test_an_sae_is_signed_with_the_bytes_it_was_read_from(tmp_path: Path) -> None:
+    """Not with those that are in its folder when a result is written."""
+    folder = saved(tmp_path, "hard")
+    sae = load_sae(folder, CPU)
+    before = {name: xxhash.xxh3_128((folder / name).read_bytes()).hexdigest() for name in sae.files()}
+    save_file({"router": np.zeros((L, D), np.float32)}, folder / "router.safetensors")
+    assert sae.hashes == before
+    assert sae_identity(sae) == {"recipe": sae.recipe.to_dict(), "weights": before}
+
+
+def test_thresholds_that_differ_are_not_taken_for_one(tmp_path: Path) -> None:
+    folder = without_hashes(saved(tmp_path, "batchtopk"))
+    weights = load_file(folder / "sae_weights.safetensors")
+    weights["threshold"][3] += 1
+    save_file(weights, folder / "sae_weights.safetensors")
+    with pytest.raises(WrongInput, match="thresholds that differ"):
+        load_sae(folder, CPU)
+
+
+@pytest.mark.parametrize("file", ["cfg.json", "sae_weights.safetensors", "router.safetensors"])
+def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(tmp_path: Path, file: str) -> None:
+    folder = saved(tmp_path, "hard")
+    (folder / file).unlink()
+    os.mkfifo(folder / file)
+    with pytest.raises(WrongInput, match=rf"{file} cannot be read.*not a regular file"):
+        load_sae(folder, CPU)
+
+
+def test_all_files_of_an_sae_have_the_mode_of_any_new_file(tmp_path: Path) -> None:
+    folder = saved(tmp_path, "hard")
+    (folder / "other").touch()
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
 
 
 # ------------------------------------------------------------------------------------------------- find_saes

@@ -242,15 +242,17 @@ def raw(theirs: Any) -> None:
         ("jumprelu", raw),
     ],
 )
-def test_an_sae_of_ours_that_saelens_changed_is_what_it_is_now(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, change: Callable[[Any], None]
+def test_an_sae_of_ours_that_saelens_changed_is_refused_and_convert_makes_one_of_what_it_is_now(
+    tmp_path: Path, name: str, change: Callable[[Any], None]
 ) -> None:
     theirs = sae_lens.SAE.load_from_disk(ours_in(tmp_path / "ours", name), device="cpu")
     change(theirs)
     theirs.save_model(tmp_path / "again")
     again = sae_lens.SAE.load_from_disk(tmp_path / "again", device="cpu")
-    assert_same(load_sae(tmp_path / "again", CPU), again)
-    assert "was changed after its training" in caplog.text
+    with pytest.raises(WrongInput, match=r"again.* is not what was saved; .*routesae convert"):
+        load_sae(tmp_path / "again", CPU)
+    folder = convert(ConvertSettings(file=str(tmp_path / "again"), out=str(tmp_path), name="now")).folder
+    assert_same(load_sae(folder, CPU), again)
 
 
 @pytest.mark.parametrize("name", ["vanilla", "gated", "topk", "batchtopk", "jumprelu", "matryoshka"])

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 from routesae.harvest.cache.reader import Cache
 from routesae.reporting import Progress, WrongInput
+from routesae.tests.processes import Command
 from routesae.train import run
 from routesae.train.loading.batches import Block, Selection, epoch_plans, largest_share, share_of, tokens_of
 from routesae.train.ranks import distributed
@@ -87,7 +88,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start(world: int, *arguments: str | list[str]) -> list[subprocess.Popen[str]]:
+def start(world: int, folder: Path, *arguments: str | list[str]) -> list[Command]:
     """`routesae train` as torchrun starts it, without torchrun, which would end the others with the first.
 
     Lists among the arguments are for one rank each.
@@ -96,18 +97,16 @@ def start(world: int, *arguments: str | list[str]) -> list[subprocess.Popen[str]
     shared_arguments = [argument for argument in arguments if isinstance(argument, str)]
     shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [
-        subprocess.Popen(
-            [sys.executable, "-m", "routesae", "train", *own[rank], *shared_arguments],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+        Command(
+            *("train", *own[rank], *shared_arguments),
+            cwd=folder,
+            environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(world)
     ]
 
 
-def ended(ranks: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
+def ended(ranks: list[Command]) -> list[tuple[int, str, str]]:
     """Of each: exit code, standard output, and what it said that a person reads."""
     found = []
     for rank in ranks:
@@ -122,7 +121,7 @@ def newest(out: Path) -> int:
     return max((int(path.stem[5:]) for path in out.glob(".*.partial/step-*")), default=0)
 
 
-def wait_for(step: int, out: Path, ranks: list[subprocess.Popen[str]]) -> None:
+def wait_for(step: int, out: Path, ranks: list[Command]) -> None:
     deadline = time.monotonic() + 90
     while newest(out) < step:
         assert all(rank.poll() is None for rank in ranks), ended(ranks)
@@ -193,7 +192,7 @@ def test_sigterm_to_one_process_stops_both_at_the_same_step_and_another_number_g
 ) -> None:
     path, out = config(tmp_path, tiny_cache, ["topk", "top2"], 50, checkpoint_every_steps=20), tmp_path / "out"
     arguments = ("--config", str(path), "--out", str(out))
-    ranks = start(2, *arguments)
+    ranks = start(2, tmp_path, *arguments)
     wait_for(20, out, ranks)
     ranks[1].send_signal(signal.SIGTERM)
     (code, _, said), (other_code, other_output, other_said) = ended(ranks)
@@ -204,7 +203,7 @@ def test_sigterm_to_one_process_stops_both_at_the_same_step_and_another_number_g
     if then == 1:
         train_alone(path, out, resume=True)
     else:
-        assert [code for code, _, _ in ended(start(then, *arguments, "--resume"))] == [0] * then
+        assert [code for code, _, _ in ended(start(then, tmp_path, *arguments, "--resume"))] == [0] * then
     train_alone(path, tmp_path / "one")
     for name in ("topk", "top2"):
         assert_same_curve(out / name, tmp_path / "one" / name)
@@ -213,7 +212,7 @@ def test_sigterm_to_one_process_stops_both_at_the_same_step_and_another_number_g
 @pytest.mark.slow
 def test_a_killed_process_ends_the_other_with_a_line_and_one_alone_goes_on(tiny_cache: Cache, tmp_path: Path) -> None:
     path, out = config(tmp_path, tiny_cache, ["batchtopk"], checkpoint_every_steps=20), tmp_path / "out"
-    ranks = start(2, "--config", str(path), "--out", str(out))
+    ranks = start(2, tmp_path, "--config", str(path), "--out", str(out))
     wait_for(20, out, ranks)
     ranks[1].kill()
     (code, output, said), _ = ended(ranks)
@@ -231,7 +230,7 @@ def test_what_is_wrong_is_said_once_and_ends_both(tiny_cache: Cache, tmp_path: P
     (tmp_path / "out" / "topk").mkdir(parents=True)
     path, absent = config(tmp_path, tiny_cache, ["topk"]), str(tmp_path / "absent")
     cache = str(tiny_cache.path) if seen_by == "rank 0" else absent
-    ranks = start(2, "--config", str(path), "--out", str(tmp_path / "out"), "--cache", cache)
+    ranks = start(2, tmp_path, "--config", str(path), "--out", str(tmp_path / "out"), "--cache", cache)
     (code, _, said), (other_code, _, other_said) = ended(ranks)
     assert (code, other_code) == (2, 2)
     assert ("exists and is not an SAE" if seen_by == "rank 0" else absent) in said
@@ -244,9 +243,8 @@ def test_a_process_that_cannot_read_its_rows_ends_both_after_a_checkpoint_of_the
 ) -> None:
     path, out = config(tmp_path, tiny_cache, ["topk"], checkpoint_every_steps=20), tmp_path / "out"
     copy = shutil.copytree(tiny_cache.path, tmp_path / "of-rank-1")
-    ranks = start(
-        2, ["--cache", str(tiny_cache.path)], ["--cache", str(copy)], "--config", str(path), "--out", str(out)
-    )
+    caches = [["--cache", str(tiny_cache.path)], ["--cache", str(copy)]]
+    ranks = start(2, tmp_path, *caches, "--config", str(path), "--out", str(out))
     wait_for(20, out, ranks)
     for file in copy.glob("shard-*/layer_*/c/0/0"):
         os.truncate(file, 4096)
@@ -271,7 +269,7 @@ def test_weights_divided_between_two_processes_give_the_curves_and_a_checkpoint_
     names = ["topk", "top2", "published"]
     path, out = config(tmp_path, tiny_cache, names, 50, checkpoint_every_steps=20), tmp_path / "out"
     arguments = ("--config", str(path), "--out", str(out), "--shard")
-    ranks = start(2, *arguments)
+    ranks = start(2, tmp_path, *arguments)
     wait_for(20, out, ranks)
     ranks[0].send_signal(signal.SIGTERM)
     assert [code for code, _, _ in ended(ranks)] == [0, 0]
@@ -280,7 +278,7 @@ def test_weights_divided_between_two_processes_give_the_curves_and_a_checkpoint_
     if then == 1:
         train_alone(path, out, resume=True)
     else:
-        assert [code for code, _, _ in ended(start(then, *arguments, "--resume"))] == [0] * then
+        assert [code for code, _, _ in ended(start(then, tmp_path, *arguments, "--resume"))] == [0] * then
     train_alone(path, tmp_path / "one")
     for name in names:
         assert_same_curve(out / name, tmp_path / "one" / name)

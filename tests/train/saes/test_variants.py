@@ -4,7 +4,6 @@ a time in float64 and plain autograd, in values, losses and gradients. And the p
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -395,7 +394,7 @@ def test_lambda_is_steered_by_the_stated_rule() -> None:
 def test_a_steered_lambda_ignores_the_warm_up_and_a_given_one_obeys_it() -> None:
     recipe = Recipe(sae="vanilla", layers=(4,), width=D, latents=LATENTS, k=K)
     assert float(PenaltyWeight(recipe)(0.25)) == float(PenaltyWeight(recipe)(1.0)) > 0
-    given = PenaltyWeight(replace(recipe, sparsity=0.5))
+    given = PenaltyWeight(recipe.replace(sparsity=0.5))
     given.steer(torch.tensor(32.0), K)
     assert [float(given(factor)) for factor in (0.0, 0.25, 1.0)] == [0, 0.125, 0.5]
 

@@ -1,0 +1,1 @@
+"""Latents on one's own text, and the latents of two SAEs side by side."""

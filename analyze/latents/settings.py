@@ -1,0 +1,34 @@
+"""What `routesae latents` and `routesae compare` were asked for."""
+
+from __future__ import annotations
+
+from routesae.machine.settings import DEVICE, LM_DTYPE, MODEL, OUT, Settings, setting
+from routesae.reporting import WrongInput
+
+TEXT, MATCHING = "The text", "Which latents match"
+
+
+class LatentsSettings(Settings):
+    """Settings of one look at a text. Raises WrongInput where a value is impossible."""
+
+    sae: str | None = setting(
+        None,
+        MODEL,
+        "SAE folder, or user/repo[/folder][@revision] on the hub.",
+        metavar="PATH",
+        unset="the only one under --out",
+    )
+    out: str = OUT
+    text: str | None = setting(None, TEXT, "The text itself.")
+    file: str | None = setting(None, TEXT, "A file of text.", metavar="PATH")
+    messages: str | None = setting(
+        None, TEXT, 'A conversation, for the chat template: [{"role": "user", "content": "Hello"}].', metavar="JSON"
+    )
+    top: int = setting(5, TEXT, "Strongest latents of a token to list.", ge=1)
+    model: str | None = setting(None, MODEL, "Where the LM is now.", unset="where the SAE says")
+    device: str = DEVICE
+    lm_dtype: str = LM_DTYPE
+
+    def check(self) -> None:
+        if sum(one is not None for one in (self.text, self.file, self.messages)) != 1:
+            raise WrongInput("give the text by one of --text, --file and --messages")

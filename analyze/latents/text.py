@@ -1,0 +1,191 @@
+"""Which latents are active on a text: run the LM over it, encode each token, list the strongest latents.
+
+Only the positions that training used are encoded, so special tokens and a row's first position have no latents. What
+is said of a latent is its explanation where `routesae interpret` wrote one into the SAE's folder, or else its
+strongest context where `routesae contexts` did.
+
+Dimension letters: T tokens, n tokens that are encoded, L layers, D width.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from routesae.analyze.contexts.file import read_contexts, read_facts
+from routesae.analyze.contexts.windows import Vocabulary
+from routesae.analyze.inputs.identity import sae_identity
+from routesae.analyze.inputs.lm import LM, Text, lm_of_sae, load_lm_of, require_lm_of
+from routesae.analyze.inputs.saes import one_sae
+from routesae.analyze.interpret.run import read_interpretations
+from routesae.analyze.latents.settings import LatentsSettings
+from routesae.harvest.lm.passes import capturing, run_until
+from routesae.machine.device import pick_device
+from routesae.machine.files import read_bytes
+from routesae.reporting import Report, Table, WrongInput, silent, visible
+from routesae.train.folder.checkpoint import load_sae
+from routesae.train.saes import SAE, Crosscoder, RouteSAE
+from routesae.train.saes.normalise import Hidden, places_of
+from routesae.train.sparse.pairs import Latents
+
+NOTED = 100  # characters of a context or explanation in a table
+
+
+class TextLatents(Table):
+    """A row for each token and each of its strongest latents: position, token, latent, activation, layer, note.
+
+    A token that is not encoded, or on which no latent is active, has one row with a latent of None. activation: in
+    the units of the SAE's normalised input. layer: that the token was read from, None if from all. In a notebook it
+    shows the tokens coloured by their strongest latent, and the latents.
+
+    tokens: the text of each of the T tokens. kept: whether each is encoded. latents: of the n that are, [n, …].
+    """
+
+    def __init__(
+        self, rows: Iterable[Mapping[str, Any]], tokens: Sequence[str], kept: Sequence[bool], latents: Latents
+    ):
+        super().__init__(dict(row) for row in rows)
+        self.tokens, self.kept, self.latents = tuple(tokens), tuple(kept), latents
+
+    def by_token(self) -> list[list[dict[str, Any]]]:
+        """For each token the rows of its latents, strongest first; none where none is active."""
+        by_token: list[list[dict[str, Any]]] = [[] for _ in self.tokens]
+        for row in self:
+            if row["latent"] is not None:
+                by_token[row["position"]].append(row)
+        return by_token
+
+    def by_latent(self) -> Table:
+        """The latents listed, strongest first: where each is strongest, on how many tokens it is listed, its note."""
+        best: dict[int, dict[str, Any]] = {}
+        for row in sorted((row for row in self if row["latent"] is not None), key=lambda row: -row["activation"]):
+            seen = best.setdefault(row["latent"], {**row, "tokens": 0})
+            seen["tokens"] += 1
+        columns = ("latent", "activation", "token", "tokens", "note")
+        return Table({name: row[name] for name in columns} for row in best.values())
+
+    def __str__(self) -> str:
+        rows = (
+            {"token": token, "latents (activation)": ", ".join(f"{r['latent']} ({r['activation']:.1f})" for r in of)}
+            for token, of in zip(self.tokens, self.by_token(), strict=True)
+        )
+        return f"{Table(rows)}\n\n{self.by_latent()}"
+
+    def _repr_html_(self) -> str:
+        strongest = max((row["activation"] or 0 for row in self), default=0) or 1
+        spans = []
+        for token, of_token in zip(self.tokens, self.by_token(), strict=True):
+            said = "\n".join(f"{row['latent']}: {row['activation']:.1f} {_short(row['note'])}" for row in of_token)
+            share = of_token[0]["activation"] / strongest if of_token else 0
+            style = f"background:rgba(255,140,0,{share:.2f});white-space:pre-wrap"
+            spans.append(f'<span title="{escape(said)}" style="{style}">{escape(visible(token))}</span>')
+        return f"<p>{''.join(spans)}</p>{self.by_latent()._repr_html_()}"
+
+
+def latents(lm: LM, sae: SAE, text: Text, *, top: int = 5, beside: Path | None = None) -> TextLatents:
+    """The `top` strongest latents of each token of a text, or of a conversation in the LM's chat template.
+
+    beside: the folder of the SAE's contexts and explanations, its own if None. Raises WrongInput if SAE and LM do not
+    belong together, or the text is empty or longer than the LM's context.
+    """
+    kept, ids = require_lm_of(sae, lm), lm.ids(text)
+    if 0 in sae.layers:
+        raise WrongInput("the SAE reads layer 0, the embedding, and only outputs of decoder blocks are read here")
+    ids_1T = torch.tensor([ids], device=lm.lm.device)
+    position_1T = torch.arange(len(ids), device=ids_1T.device)[None]
+    kept_T = kept.at(ids_1T, position_1T)[0]
+    hidden: dict[int, Tensor] = {}
+    with capturing(lm.lm, sae.layers, hidden.__setitem__):
+        run_until(lm.lm, ids_1T, max(sae.layers))
+    hidden_LnD = torch.cat([hidden[layer][:, kept_T] for layer in sae.layers])
+    read = Hidden(hidden_LnD, place_N=places_of(ids_1T, position_1T)[0, kept_T], layers=sae.layers)
+    with torch.no_grad():
+        encoded = sae.encode(read)
+        strongest = encoded.top(top)
+        values, found = strongest.values.flatten(1), strongest.indices.flatten(1)
+        values, at = values.topk(min(top, values.shape[1]), dim=1)  # an mlsae has as many of each layer
+        found, at_layer = found.gather(1, at), at // strongest.values.shape[-1]
+        if isinstance(sae, RouteSAE) and sae.recipe.routing == "hard":
+            at_layer = sae.routes(read).at_R[:, None].expand_as(at)
+    tokens = pieces_of(lm.tokenizer, ids)
+    rows: list[dict[str, Any]] = [
+        {"position": position, "token": token, "latent": None, "activation": None, "layer": None, "note": None}
+        for position, token in enumerate(tokens)
+    ]
+    listed: list[dict[str, Any]] = []
+    mixed = isinstance(sae, Crosscoder) or sae.recipe.routing == "soft"
+    encoded_rows = iter(zip(values.tolist(), found.tolist(), at_layer.tolist(), strict=True))
+    for row, is_kept in zip(rows, kept_T.tolist(), strict=True):
+        active = [one for one in zip(*next(encoded_rows), strict=True) if one[0] > 0] if is_kept else []
+        listed += [
+            {**row, "latent": latent, "activation": value, "layer": None if mixed else sae.layers[layer]}
+            for value, latent, layer in active
+        ] or [row]
+    notes = notes_of(sae, beside or sae.folder, {row["latent"] for row in listed} - {None})
+    listed = [{**row, "note": notes.get(row["latent"])} for row in listed]
+    return TextLatents(listed, tokens, kept_T.tolist(), encoded)
+
+
+def latents_of_text(settings: LatentsSettings, report: Report = silent) -> TextLatents:
+    """The table of `routesae latents`."""
+    text: Text | None = settings.text
+    if settings.file is not None:
+        try:
+            text = read_bytes(settings.file).decode()
+        except (OSError, ValueError) as error:
+            raise WrongInput(f"--file {settings.file} cannot be read: {error}") from error
+    elif settings.messages is not None:
+        try:
+            text = json.loads(settings.messages)
+        except (ValueError, RecursionError) as error:
+            raise WrongInput(f"--messages is not JSON: {error}") from None
+    folder, beside = one_sae(settings.sae, Path(settings.out))
+    sae = load_sae(folder, pick_device(settings.device))
+    record = lm_of_sae(folder, sae.recipe)
+    lm = load_lm_of([record], settings.model, device=settings.device, lm_dtype=settings.lm_dtype)
+    assert text is not None
+    return latents(lm, sae, text, top=settings.top, beside=beside)
+
+
+def pieces_of(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """The text of each token; joined they are the whole."""
+    pieces: list[str] = _vocabulary(tokenizer).pieces(np.array(ids, np.int32), np.array([len(ids)])).tolist()
+    return pieces
+
+
+@lru_cache(2)
+def _vocabulary(tokenizer: Any) -> Vocabulary:
+    return Vocabulary(tokenizer)
+
+
+def notes_of(sae: SAE, folder: Path | None, latents: Iterable[int]) -> dict[int, str]:
+    """What is said of some latents in an SAE's folder. Raises WrongInput where that is of other weights."""
+    if folder is None or sae.folder is None:
+        return {}
+    trained_on = lm_of_sae(sae.folder, sae.recipe).facts.get("tokens_hash")
+    tokens_hash = trained_on if trained_on and read_facts(folder, trained_on) else None
+    if read_facts(folder, tokens_hash) is None:
+        return {}
+    contexts, lines, notes = read_contexts(folder, tokens_hash), read_interpretations(folder), dict[int, str]()
+    if contexts.facts["sae"]["weights"] != sae_identity(sae)["weights"]:
+        raise WrongInput(f"{folder} has contexts of other weights; run routesae contexts again")
+    for latent in contexts.latents(set(latents)):
+        found = [*latent.top, *latent.chosen, *(context for sample in latent.samples.values() for context in sample)]
+        notes[latent.latent] = max(found, key=lambda context: context.activation).marked("«", "»")
+    explained = {latent: lines[latent].get("explanation") for latent in latents if latent in lines}
+    return notes | {latent: said for latent, said in explained.items() if said}
+
+
+def _short(note: str | None) -> str:
+    """Its part around the marks, on one line."""
+    text = " ".join((note or "").split())
+    start = max(0, text.find("«") - NOTED // 2)
+    return f"{'…' * (start > 0)}{text[start : start + NOTED]}{'…' * (len(text) > start + NOTED)}"
