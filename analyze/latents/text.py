@@ -25,7 +25,7 @@ from routesae.analyze.contexts.windows import Vocabulary
 from routesae.analyze.inputs.identity import sae_identity
 from routesae.analyze.inputs.lm import LM, Text, lm_of_sae, load_lm_of, require_lm_of
 from routesae.analyze.inputs.saes import one_sae
-from routesae.analyze.interpret.run import read_interpretations
+from routesae.analyze.interpret.summary import read_interpretations
 from routesae.analyze.latents.settings import LatentsSettings
 from routesae.harvest.lm.passes import capturing, run_until
 from routesae.machine.device import pick_device
