@@ -8,15 +8,37 @@ The names in `__all__` are the Python API, routesae/api.py. Each is imported whe
 package imports nothing else.
 """
 
+# ruff: noqa: F403, F405
 import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from routesae.api import LM, SAE, TextLatents, WrongInput, latents, load_lm, load_sae, steer
+    from routesae.api import *
 
-__all__ = ["LM", "SAE", "TextLatents", "WrongInput", "latents", "load_lm", "load_sae", "steer"]
+__all__ = [
+    "LM",
+    "SAE",
+    "Batches",
+    "Cache",
+    "Comparison",
+    "Document",
+    "LayerRows",
+    "Table",
+    "TextLatents",
+    "WrongInput",
+    "analyze",
+    "compare",
+    "contexts",
+    "harvest",
+    "latents",
+    "load_lm",
+    "load_sae",
+    "report",
+    "steer",
+    "train",
+]
 __version__ = "0.1.0"
 
 

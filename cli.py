@@ -131,6 +131,40 @@ def clamp(settings: Any, results: dict[str, Any]) -> None:
         echo(*side_by_side(text))
 
 
+@command(main, "analyze.latents.settings:LatentsSettings", JSON, WATCH, run="analyze.latents.text:latents_of_text")
+def latents(settings: Any, found: Any) -> None:
+    """List the latents that are active on a text of one's own, token by token.
+
+    What is said of a latent is its explanation, or its strongest context, where interpret or contexts has been there.
+
+    Example: routesae latents --sae saes/topk --text 'The striker scored twice.'
+    """
+    from routesae.analyze.latents.text import short
+
+    for_tokens = [
+        {
+            "token": token,
+            "latents (activations)": ", ".join(f"{row['latent']} ({row['activation']:.1f})" for row in of),
+        }
+        for token, of in zip(found.tokens, found.by_token(), strict=True)
+    ]
+    noted = [{"latent": f"{row.pop('latent')}  {short(row.pop('note'))}", **row} for row in found.by_latent()]
+    echo(*table(for_tokens), "", *table(noted))
+
+
+@command(main, "analyze.latents.settings:CompareSettings", JSON, BLOCKS, WATCH, run="analyze.latents.compare:compare")
+def compare(settings: Any, found: Any) -> None:
+    """Match the latents of two SAEs, by their decoder rows and by when they are active, and count what is shared.
+
+    Shared are latents that are each other's nearest and at least --threshold alike. The SAEs may read different
+    layers.
+
+    Example: routesae compare saes/topk_layer15_4608_k64 saes/jumprelu_layer15_4608_k64
+    """
+    echo(*table(found["counts"]), "", *table(found["pairs"][:10]))
+    echo(f"{found['a']} is A, {found['b']} is B; activations on {found['tokens']:,} held-out tokens")
+
+
 @command(main, "analyze.contexts.settings:ContextSettings", BLOCKS, WATCH, run="analyze.contexts.run:contexts")
 def contexts(settings: Any, results: Any) -> None:
     """Write the text that every latent is active on, from the cache and the tokenizer alone.

@@ -53,7 +53,8 @@ class Table(list[dict[str, Any]]):
     def _drawn(self, how: str) -> str:
         from tabulate import tabulate
 
-        cells = [{name: _cell(value) for name, value in row.items()} for row in self]
+        names = dict.fromkeys(name for row in self for name, value in row.items() if not isinstance(value, dict))
+        cells = [{name: _cell(row.get(name)) for name in names} for row in self]
         drawn: str = tabulate(cells, headers="keys", tablefmt=how, disable_numparse=True)
         return drawn
 

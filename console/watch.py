@@ -132,7 +132,7 @@ class Bars:
         self._stage: str | None = None
 
     def show(self, now: Progress, paced: dict[str, Any]) -> None:
-        from tqdm import tqdm
+        from tqdm.auto import tqdm  # in a notebook its own bar
 
         if self._bar is None or now.stage != self._stage or now.done < self._bar.n:
             self.close()

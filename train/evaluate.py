@@ -7,7 +7,7 @@ Dimension letters: L layers, N tokens, D width, F latents, S rows of tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, fields
 from typing import Any
@@ -78,24 +78,35 @@ def score_all_on_cache(
         raise WrongInput(f"{cache.path} has no kept token in rows {first_row} to {after_row - 1}; harvest more text")
     device = next(iter(saes.values())).device
     sums = {name: _Sums(sae.recipe, after_row - first_row, device) for name, sae in saes.items()}
-    position_N = np.concatenate([selection.positions(shard) for shard in range(len(selection.shards))])
-    context = cache.manifest.context
-    row_N = torch.from_numpy(position_N // context - first_row).to(device)
-    place_N = None
-    if any(sae.recipe.router == "random" for sae in saes.values()):
-        token_ids_N = cache.tokens().reshape(-1)[position_N]
-        place_N = places_of(*(torch.from_numpy(of_N).to(device) for of_N in (token_ids_N, position_N % context)))
     done = 0
+    for hidden, position_N in read_in_order(selection, saes.values(), device):
+        for name, sae in saes.items():
+            sums[name].add(sae(hidden), position_N // cache.manifest.context - first_row)
+        done += hidden.tokens
+        report(Progress("score on cache", done, tokens, "tokens", {}))
+    return {name: of_sae.scores(tokens) for name, of_sae in sums.items()}
+
+
+def read_in_order(
+    selection: Selection, saes: Iterable[SAE], device: torch.device
+) -> Iterator[tuple[Hidden, torch.Tensor]]:
+    """Every selected token once, in stored order, for these SAEs: hidden states, and position_N in the tokens.
+
+    They are valid until the next ones are asked for.
+    """
+    cache, done = selection.cache, 0
+    position_N = np.concatenate([selection.positions(shard) for shard in range(len(selection.shards))])
+    place_N, at_N = None, torch.from_numpy(position_N).to(device)
+    if any(sae.recipe.router == "random" for sae in saes):
+        token_ids_N = torch.from_numpy(cache.tokens().reshape(-1)[position_N]).to(device)
+        place_N = places_of(token_ids_N, at_N % cache.manifest.context)
     plans = cut_plans(iter(selection.blocks()), BATCH_TOKENS)
     with closing(load(selection, plans, BATCH_TOKENS, device)) as batches:
         for batch in batches:
-            n = batch.hidden_LND.shape[1]
-            hidden = Hidden(*batch, None if place_N is None else place_N[done : done + n], layers=layers)
-            for name, sae in saes.items():
-                sums[name].add(sae(hidden), row_N[done : done + n])
-            done += n
-            report(Progress("score on cache", done, tokens, "tokens", {}))
-    return {name: of_sae.scores(tokens) for name, of_sae in sums.items()}
+            part = slice(done, done + batch.hidden_LND.shape[1])
+            hidden = Hidden(*batch, None if place_N is None else place_N[part], layers=selection.layers)
+            yield hidden, at_N[part]
+            done = part.stop
 
 
 class _Sums:

@@ -42,7 +42,6 @@ from routesae.train.saes.normalise import places_of
 Pick = Callable[[int, Tensor], Tensor]
 """(step, log_p_BV on the LM's device) → the next token ids_B."""
 
-PASSED = ("attention_mask", "past_key_values")  # of what an LM's forward takes, by name
 CACHED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}  # whose past is keys and values alone
 
 
@@ -134,15 +133,16 @@ def steering(lm: LanguageModel, clamp: Clamp, kept: Kept) -> Iterator[None]:
     A token's position in its row is told from an attention mask [B, S] where there is one, else from the past.
     Raises WrongInput from a pass that is not given token ids, or a mask of another shape.
     """
-    body, signature, edits, is_clean = lm.body, inspect.signature(lm.body.forward), dict[int, Edit](), False
+    body, edits, is_clean = lm.body, dict[int, Edit](), False
+    names = list(inspect.signature(body.forward).parameters)
 
     def decide(module: Any, args: Any, kwargs: Any) -> None:
         nonlocal is_clean
         if is_clean:
             return
         edits.clear()
-        bound = signature.bind(*args, **kwargs)
-        ids_BT, mask_BS, past = (bound.arguments.get(name) for name in ("input_ids", *PASSED))
+        inputs = dict(zip(names, args, strict=False)) | kwargs
+        ids_BT, mask_BS, past = (inputs.get(name) for name in ("input_ids", "attention_mask", "past_key_values"))
         if ids_BT is None or (mask_BS is not None and mask_BS.ndim != 2):
             raise WrongInput("a clamped LM reads input_ids, and an attention_mask [rows, tokens]: call it with these")
         if mask_BS is None:
@@ -153,11 +153,11 @@ def steering(lm: LanguageModel, clamp: Clamp, kept: Kept) -> Iterator[None]:
         hidden: dict[int, Tensor] = {}
         if clamp.layers_read and bool(kept_BT.any()):
             if past is not None:
-                bound.arguments["past_key_values"] = _copied(past)
+                inputs["past_key_values"] = _copied(past)
             is_clean = True
             try:
                 with capturing(lm, clamp.layers_read, hidden.__setitem__):
-                    body(*bound.args, **bound.kwargs)
+                    body(**inputs)
             finally:
                 is_clean = False
         edits.update(clamp.edits(hidden, kept_BT, places_of(ids_BT, positions_BT)))

@@ -131,8 +131,8 @@ class LM:
 
         options: further ones of transformers' `generate`, such as do_sample=True, temperature=0.7.
         """
-        alone = isinstance(texts, str) or isinstance(texts[0], Mapping)
-        rows: Any = [texts] if alone else texts
+        alone = isinstance(texts, str) or (len(texts) > 0 and isinstance(texts[0], Mapping))
+        rows: Any = [texts] if alone or not texts else texts
         ids_BT, mask_BT = left_padded([self.ids(text, reply=True) for text in rows], self.lm.device)
         stops = set(self.stop_ids)
         options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": sorted(stops) or None, **options}
@@ -153,7 +153,7 @@ def token_ids(text: Text, tokenizer: Any, framing: Framing, *, reply: bool) -> l
         return [*framing.before, *tokenizer(text, add_special_tokens=False)["input_ids"]]
     from jinja2 import TemplateError
 
-    fine = isinstance(text, Sequence) and all(isinstance(message, Mapping) for message in text)
+    fine = isinstance(text, Sequence) and text and all(isinstance(message, Mapping) for message in text)
     if not fine or not all(isinstance(message.get(key), str) for message in text for key in ("role", "content")):
         raise WrongInput(f"messages are not {MESSAGES}")
     if getattr(tokenizer, "chat_template", None) is None:

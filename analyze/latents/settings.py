@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from routesae.machine.settings import DEVICE, LM_DTYPE, MODEL, OUT, Settings, setting
+from routesae.machine.settings import CACHE, DEVICE, LM_DTYPE, MODEL, OUT, Settings, setting
 from routesae.reporting import WrongInput
 
 TEXT, MATCHING = "The text", "Which latents match"
@@ -32,3 +32,16 @@ class LatentsSettings(Settings):
     def check(self) -> None:
         if sum(one is not None for one in (self.text, self.file, self.messages)) != 1:
             raise WrongInput("give the text by one of --text, --file and --messages")
+
+
+class CompareSettings(Settings):
+    """Settings of one comparison of two SAEs. Raises WrongInput where a value is impossible."""
+
+    a: str = setting(..., MODEL, "SAE folder, or user/repo[/folder][@revision] on the hub.", positional=True)
+    b: str = setting(..., MODEL, "The other one.", positional=True)
+    cache: str = CACHE
+    tokens: int = setting(20_000, MATCHING, "Held-out tokens to correlate activations over, in whole rows.", ge=1)
+    threshold: float = setting(
+        0.7, MATCHING, "Cosine of decoder rows, or correlation, of latents that count as shared.", gt=0, le=1
+    )
+    device: str = DEVICE

@@ -83,7 +83,7 @@ class TextLatents(Table):
         strongest = max((row["activation"] or 0 for row in self), default=0) or 1
         spans = []
         for token, of_token in zip(self.tokens, self.by_token(), strict=True):
-            said = "\n".join(f"{row['latent']}: {row['activation']:.1f} {_short(row['note'])}" for row in of_token)
+            said = "\n".join(f"{row['latent']}: {row['activation']:.1f} {short(row['note'])}" for row in of_token)
             share = of_token[0]["activation"] / strongest if of_token else 0
             style = f"background:rgba(255,140,0,{share:.2f});white-space:pre-wrap"
             spans.append(f'<span title="{escape(said)}" style="{style}">{escape(visible(token))}</span>')
@@ -184,8 +184,8 @@ def notes_of(sae: SAE, folder: Path | None, latents: Iterable[int]) -> dict[int,
     return notes | {latent: said for latent, said in explained.items() if said}
 
 
-def _short(note: str | None) -> str:
-    """Its part around the marks, on one line."""
+def short(note: str | None) -> str:
+    """A note's part around the marks, on one line."""
     text = " ".join((note or "").split())
     start = max(0, text.find("«") - NOTED // 2)
     return f"{'…' * (start > 0)}{text[start : start + NOTED]}{'…' * (len(text) > start + NOTED)}"

@@ -1,0 +1,215 @@
+"""A cache as a notebook reads it: a layer's rows, a document in reading order, shuffled batches.
+
+Shards hold the kept positions of their tokens in a shuffled order. Here nobody has to undo that: what is read by
+document is in the order of the text, and rows know their positions.
+
+Dimension letters: n kept tokens of the cache, m rows read, T tokens of a document, N tokens of a batch, L layers, D
+width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from routesae.analyze.inputs.lm import lm_of_cache, load_tokenizer_of
+from routesae.analyze.latents.text import pieces_of
+from routesae.harvest.cache import reader
+from routesae.harvest.cache.manifest import kept_positions
+from routesae.machine.device import CACHE_DTYPES, pick_device
+from routesae.reporting import WrongInput
+from routesae.train.loading.batches import Selection, empty_batch, epoch_plans, load
+from routesae.train.loading.rows import RowReader, reads_of_rows
+
+
+class Cache:
+    """Hidden states of an LM over a corpus, as harvest wrote them to a folder or URL (s3://…).
+
+    layers: those harvested, from 1. width: D. tokens: n, those with hidden states. documents: how many there are.
+    model: where the tokenizer is now, None for where the cache says. Raises WrongInput where there is no cache.
+    """
+
+    def __init__(self, path: str | Path, *, model: str | None = None):
+        self.stored, self._model = reader.Cache(path), model
+        manifest = self.stored.manifest
+        self.path, self.layers, self.width = self.stored.path, manifest.layers, manifest.width
+        self.tokens, self.documents = manifest.kept_tokens, manifest.documents
+
+    def __repr__(self) -> str:
+        size = f"{self.tokens:,} tokens x {len(self.layers)} layers x {self.width}"
+        return f"Cache({str(self.path)!r}): {size}, {self.documents:,} documents"
+
+    def hidden(self, layer: int) -> LayerRows:
+        """All n rows of a layer, read from the shards as they are asked for. Raises WrongInput if it is not there."""
+        return LayerRows(Selection(self.stored, 0, self.stored.manifest.rows, (layer,)))
+
+    def document(self, number: int) -> Document:
+        """The document of that number, from 0; the corpus may end within the last."""
+        if not 0 <= number < self.documents:
+            raise WrongInput(f"document {number}: {self.path} has documents 0 to {self.documents - 1}")
+        manifest, ends = self.stored.manifest, np.append(self.stored.document_starts(), self.stored.tokens().size)
+        first, after = int(ends[number]), int(ends[number + 1])
+        rows = slice(first // manifest.context, -(-after // manifest.context))
+        ids_ST = np.asarray(self.stored.tokens()[rows])
+        kept_ST = kept_positions(ids_ST, dropped_ids=manifest.dropped_ids, skip_positions=manifest.skip_positions)
+        here = slice(first - rows.start * manifest.context, after - rows.start * manifest.context)
+        ids = ids_ST.reshape(-1)[here].tolist()
+        own = [token for token in ids if token not in manifest.special_ids]
+        return Document(
+            number=number,
+            corpus=manifest.corpus,
+            row=rows.start,
+            position=here.start,
+            text=self._tokenizer.decode(own, clean_up_tokenization_spaces=False),
+            tokens=tuple(pieces_of(self._tokenizer, ids)),
+            token_ids=torch.tensor(ids),
+            kept=torch.from_numpy(kept_ST.reshape(-1)[here].copy()),
+            hidden=_ByLayer(self.stored, first, after),
+        )
+
+    def batches(
+        self,
+        layers: int | Sequence[int] | None = None,
+        *,
+        batch_tokens: int = 4096,
+        seed: int = 0,
+        held_out: bool = False,
+        device: str = "cpu",
+    ) -> Batches:
+        """Shuffled batches of some layers or all, see Batches. held_out: of the rows that training never reads."""
+        manifest = self.stored.manifest
+        several = self.layers if layers is None else (layers,) if isinstance(layers, int) else tuple(layers)
+        rows = (manifest.train_rows, manifest.rows) if held_out else (0, manifest.train_rows)
+        selection = Selection(self.stored, *rows, several)
+        if len(selection) == 0 or batch_tokens < 1:
+            raise WrongInput(f"batches of {batch_tokens} tokens of the {len(selection)} in these rows: there is none")
+        return Batches(selection, batch_tokens, seed, pick_device(device))
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return load_tokenizer_of([lm_of_cache(self.stored)], self._model)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """One document of a cache, in reading order.
+
+    number: in the corpus, from 0. row, position: where it begins in the cache's tokens. text: without special tokens.
+    tokens: the text of each of its T tokens, special ones too. token_ids: int64 [T]. kept: bool [T], the positions
+    that have hidden states. hidden: {layer: float32 [T, D]}, NaN where they are not kept; a layer is read when it is
+    asked for: `sae.encode(document.hidden[12][document.kept])`.
+    """
+
+    number: int
+    corpus: str
+    row: int
+    position: int
+    text: str
+    tokens: tuple[str, ...]
+    token_ids: Tensor
+    kept: Tensor
+    hidden: Mapping[int, Tensor]
+
+    def __repr__(self) -> str:
+        where = f"{self.corpus}, row {self.row}, position {self.position}"
+        return f"Document {self.number} of {where}: {len(self.tokens)} tokens, {self.text[:60]!r}…"
+
+
+class LayerRows:
+    """The rows of a layer, all n or those of a selection, in the shuffled order in which the shards hold them.
+
+    rows[i] is [D]; rows[2:5] and rows[[7, 3]] are [m, D], in the cache's dtype (of int8 float16). positions: int64
+    [n], where each row's token stands: row · context + position in the cache's tokens.
+    """
+
+    def __init__(self, selection: Selection):
+        self._selection, self._reader = selection, RowReader(selection.cache.manifest, selection.layers)
+        self._ends = np.cumsum([selection.count(shard) for shard in range(len(selection.shards))])
+        self.shape = (len(selection), selection.cache.manifest.width)
+        self.dtype = CACHE_DTYPES[selection.cache.manifest.dtype]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @cached_property
+    def positions(self) -> Tensor:
+        of_shards = [self._selection.positions(shard) for shard in range(len(self._selection.shards))]
+        return torch.from_numpy(np.concatenate(of_shards))
+
+    def __getitem__(self, at: int | slice | Sequence[int] | Tensor) -> Tensor:
+        """Raises IndexError, and FailedRun where a file is gone, cut or altered."""
+        rows: npt.NDArray[np.int64] = np.arange(len(self))[at.numpy() if isinstance(at, Tensor) else at]
+        wanted = np.atleast_1d(rows)
+        order = np.argsort(wanted, kind="stable")
+        ascending = wanted[order]
+        shard_m = np.searchsorted(self._ends, ascending, "right")
+        batch = empty_batch(self._selection, max(1, len(wanted)))
+        for shard in np.unique(shard_m).tolist():
+            first, after = np.searchsorted(shard_m, [shard, shard + 1]).tolist()
+            stored = ascending[first:after] - (self._ends[shard] - self._selection.count(shard))
+            selected = self._selection.rows[shard]
+            stored = stored if selected is None else selected[stored]
+            reads = reads_of_rows(self._selection.shards[shard], stored, first)
+            self._reader.read(reads, *(values.numpy() for values in batch))
+        hidden_mD = batch.hidden_LND[0, torch.from_numpy(np.argsort(order))]
+        return hidden_mD if rows.ndim else hidden_mD[0]
+
+
+class _ByLayer(Mapping[int, Tensor]):
+    """{layer: float32 [T, D]} of flat positions first … after-1 of a cache's tokens; each layer is read once."""
+
+    def __init__(self, cache: reader.Cache, first: int, after: int):
+        self._cache, self._first, self._after = cache, first, after
+        self._read: dict[int, Tensor] = {}
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._cache.manifest.layers)
+
+    def __len__(self) -> int:
+        return len(self._cache.manifest.layers)
+
+    def __getitem__(self, layer: int) -> Tensor:
+        if layer not in self._read:
+            context = self._cache.manifest.context
+            span = self._first // context, -(-self._after // context)
+            rows = LayerRows(Selection(self._cache, *span, (layer,)))
+            here = (rows.positions >= self._first) & (rows.positions < self._after)
+            hidden_TD = torch.full((self._after - self._first, rows.shape[1]), torch.nan)
+            hidden_TD[rows.positions[here] - self._first] = rows[torch.nonzero(here).squeeze(1)].float()
+            self._read[layer] = hidden_TD
+        return self._read[layer]
+
+
+class Batches:
+    """Batches of hidden states in a seeded random order, the very ones that `routesae train` trains on.
+
+    A batch is [N, D] of one layer and [N, L, D] of several, as an SAE over these layers reads it, in the cache's
+    dtype; the last of an epoch has what is left. len() is the number of batches of an epoch. Each time it is iterated
+    over is the next epoch, in another order; `epoch` is the one that comes next. For a torch DataLoader's place, not
+    for its inside: blocks are read ahead by threads here.
+    """
+
+    def __init__(self, selection: Selection, batch_tokens: int, seed: int, device: torch.device):
+        self._selection, self.batch_tokens, self.seed, self.device = selection, batch_tokens, seed, device
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return -(-len(self._selection) // self.batch_tokens)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        plans = epoch_plans(self._selection, seed=self.seed, epoch=self.epoch, batch_tokens=self.batch_tokens)
+        self.epoch += 1
+        with closing(load(self._selection, plans, self.batch_tokens, self.device)) as batches:
+            for batch in batches:  # whose memory is used again
+                hidden_NLD = batch.hidden_LND.transpose(0, 1)
+                alone = hidden_NLD[:, 0] if hidden_NLD.shape[1] == 1 else hidden_NLD
+                yield alone.clone(memory_format=torch.contiguous_format)
