@@ -21,6 +21,7 @@ import json
 import logging
 import zlib
 from collections.abc import Iterator, Mapping
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,11 +29,13 @@ from typing import Any, NamedTuple
 from routesae.analyze.clamp.settings import ClampSettings
 from routesae.analyze.inputs.lm import MESSAGES, Message, require_unicode, token_ids
 from routesae.harvest.corpus.tokens import Framing
+from routesae.machine.files import BadFile, open_regular, parse_json
 from routesae.reporting import FailedRun, WrongInput
 
 log = logging.getLogger(__name__)
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+LONGEST_LINE = 1 << 24  # bytes
 SPEAKERS = {"user": f"{HUMAN} ", "assistant": f"{ASSISTANT} "}
 
 
@@ -82,9 +85,12 @@ def _file_prompts(path: Path, text_field: str, hh: str) -> Iterator[Prompt]:
     if not name.endswith((".txt", ".jsonl", ".jsonl.gz")):
         raise WrongInput(f"{path} is not a file of prompts: its name must end in .txt, .jsonl or .jsonl.gz")
     try:
-        with gzip.open(path, "rb") if name.endswith(".gz") else path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
+        with open_regular(path) as file:
+            lines: Any = gzip.GzipFile(fileobj=file) if name.endswith(".gz") else file
+            for number, line in enumerate(iter(partial(lines.readline, LONGEST_LINE), b""), start=1):
                 origin = f"{path}:{number}"
+                if len(line) == LONGEST_LINE:
+                    raise WrongInput(f"{origin}: a line of more than {LONGEST_LINE:,} bytes, which no LM reads")
                 try:
                     text = line.decode().rstrip("\r\n")
                 except UnicodeDecodeError as error:
@@ -97,15 +103,17 @@ def _file_prompts(path: Path, text_field: str, hh: str) -> Iterator[Prompt]:
                     yield from _line_prompts(text, origin, text_field, hh)
     except FileNotFoundError:
         raise WrongInput(f"{path} does not exist; give a .txt, .jsonl or .jsonl.gz") from None
+    except BadFile as error:
+        raise WrongInput(f"{path} is {error}; give a .txt, .jsonl or .jsonl.gz") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise FailedRun(f"{path} cannot be read to its end: {error}; fetch or write it again") from error
 
 
 def _line_prompts(line: str, origin: str, text_field: str, hh: str) -> list[Prompt]:
     try:
-        entry: Any = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise WrongInput(f"{origin}: not JSON: {error}") from None
+        entry = parse_json(line.encode())
+    except BadFile as error:
+        raise WrongInput(f"{origin}: {error}") from None
     if not isinstance(entry, dict):
         raise WrongInput(f"{origin}: a JSON {type(entry).__name__}, not an object")
     require_unicode(json.dumps(entry, ensure_ascii=False), origin)

@@ -184,9 +184,15 @@ def left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Te
 
 
 def kept_of(record: LMRecord, framing: Framing) -> Kept:
-    """The positions that an SAE of the recorded LM was trained on, as far as it says."""
+    """The positions that an SAE of the recorded LM was trained on, as far as it says. Raises WrongInput if it says
+    nonsense."""
     dropped = () if record.facts.get("keep_special") else record.facts.get("special_ids", framing.special_ids)
-    return Kept(tuple(dropped), int(record.facts.get("skip_positions", SINK_POSITIONS)))
+    skipped = record.facts.get("skip_positions", SINK_POSITIONS)
+    if not isinstance(dropped, list | tuple) or not all(type(one) is int and one >= 0 for one in (skipped, *dropped)):
+        raise WrongInput(
+            f"{record.name}: special_ids {dropped!r} or skip_positions {skipped!r} are no token positions"
+        )
+    return Kept(tuple(dropped), skipped)
 
 
 def require_lm_of(sae: SAE, lm: LM) -> Kept:

@@ -21,6 +21,7 @@ from routesae.reporting import WrongInput
 from routesae.train.evaluate import require_fit
 from routesae.train.folder.checkpoint import CONFIG, load_sae
 from routesae.train.loading.batches import Selection, cut_plans, load
+from routesae.train.saes import SAE
 from routesae.train.saes.normalise import Hidden, places_of
 
 POOL_TOKENS = 16_384  # enough for ten texts of any latent that is not active nearly everywhere
@@ -30,7 +31,7 @@ BATCH_TOKENS = 512  # all F latents of so many exist at once
 class Silence:
     """What the SAE says of `latents` in the last rows of the cache that `contexts` are of.
 
-    Raises WrongInput if the cache is another one.
+    Raises WrongInput if cache or SAE is another one.
     """
 
     def __init__(self, contexts: ContextsFile, latents: Collection[int], path: str | None, device: str):
@@ -38,12 +39,14 @@ class Silence:
         cache = Cache(path or facts["cache"]["path"])
         if cache.manifest.tokens_hash != facts["cache"]["tokens_hash"]:
             raise WrongInput(f"--cache {path} is not the one the contexts in {contexts.folder} are of; give that one")
+        # The contexts of an SAE from the hub are in a folder of their own.
+        folder = contexts.folder if (contexts.folder / CONFIG).exists() else Path(facts["sae"]["folder"])
+        sae = load_sae(folder, pick_device(device))
+        if sae.hashes != facts["sae"]["weights"]:
+            raise WrongInput(f"{folder} has other weights than its contexts; run routesae contexts again")
         self.context = cache.manifest.context
         self.first_row = max(0, cache.manifest.rows - POOL_TOKENS // self.context)
-        # The contexts of an SAE from the hub are in a folder of their own.
-        weights = contexts.folder if (contexts.folder / CONFIG).exists() else Path(facts["sae"]["folder"])
-        active_WP = active_positions(weights, cache, self.first_row, list(latents), device)
-        self.active = dict(zip(latents, active_WP, strict=True))
+        self.active = dict(zip(latents, active_positions(sae, cache, self.first_row, list(latents)), strict=True))
 
     def holds(self, latent: int, place: tuple[int, int, int]) -> bool:
         """Whether the latent is silent on a window (row, first position, length), which is in the last rows."""
@@ -52,25 +55,25 @@ class Silence:
         return row >= self.first_row and not self.active[latent][at : at + length].any()
 
 
-def active_positions(
-    folder: Path, cache: Cache, first_row: int, latents: Sequence[int], device: str
-) -> npt.NDArray[np.bool_]:
+@torch.no_grad()
+def active_positions(sae: SAE, cache: Cache, first_row: int, latents: Sequence[int]) -> npt.NDArray[np.bool_]:
     """bool [W, P]: on which positions of the cache's rows from `first_row` on each of `latents` is active."""
-    sae = load_sae(folder, pick_device(device))
     require_fit(sae, cache)
-    manifest = cache.manifest
-    first = first_row * manifest.context
-    active_WP = np.zeros((len(latents), manifest.rows * manifest.context - first), np.bool_)
+    manifest, done = cache.manifest, 0
+    active_WP = np.zeros((len(latents), (manifest.rows - first_row) * manifest.context), np.bool_)
     selection = Selection(cache, first_row, manifest.rows, sae.recipe.layers)
-    positions = [selection.positions(shard) for shard in range(len(selection.shards))]
-    tokens = cache.tokens().reshape(-1)
-    plans = list(cut_plans(iter(selection.blocks()), BATCH_TOKENS))
-    with torch.no_grad(), closing(load(selection, iter(plans), BATCH_TOKENS, sae.device)) as batches:
-        for plan, batch in zip(plans, batches, strict=True):
-            position_N = np.concatenate([positions[block.shard][block.first : block.after] for block in plan])
-            place_N = places_of(*map(torch.from_numpy, (tokens[position_N], position_N % manifest.context)))
-            found = sae(Hidden(*batch, place_N.to(sae.device))).latents
-            active_RW = (found.dense()[:, list(latents)] > 0).cpu().numpy()
-            for active_NW in np.split(active_RW, len(active_RW) // len(position_N)):  # mlsae, random: once a layer
-                active_WP[:, position_N - first] |= active_NW.T
+    position_N = np.concatenate([selection.positions(shard) for shard in range(len(selection.shards))])
+    token_ids_N = cache.tokens().reshape(-1)[position_N]
+    place_N = places_of(*map(torch.from_numpy, (token_ids_N, position_N % manifest.context))).to(sae.device)
+    plans = cut_plans(iter(selection.blocks()), BATCH_TOKENS)
+    with closing(load(selection, plans, BATCH_TOKENS, sae.device)) as batches:
+        for batch in batches:
+            at = slice(done, done + batch.hidden_LND.shape[1])
+            done = at.stop
+            dense_RF = sae(Hidden(*batch, place_N[at])).latents.dense()
+            active_RW = (dense_RF[:, list(latents)] > 0).cpu().numpy()
+            for active_NW in np.split(
+                active_RW, len(active_RW) // (at.stop - at.start)
+            ):  # mlsae, random: a layer each
+                active_WP[:, position_N[at] - first_row * manifest.context] |= active_NW.T
     return active_WP

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from routesae.analyze.scores.results import DESCRIPTIONS
 from routesae.analyze.scores.run import analyze
 from routesae.analyze.scores.settings import AnalyzeSettings
 from routesae.harvest.cache.reader import Cache
-from routesae.machine.files import write_json
+from routesae.machine.files import replacing, write_json
 from routesae.reporting import Report, WrongInput, silent
 from routesae.train.jobs import folders
 from routesae.train.run import train
@@ -58,10 +59,12 @@ def ablation(settings: AblationSettings, report: Report = silent) -> list[dict[s
     known = [name for name in COLUMNS if any(name in row for row in results["saes"])]
     rows = [{name: row.get(name) for name in known} for row in results["saes"]]
     write_json(out / "ablation.json", results)
-    with (out / "ablation.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, known)
-        writer.writeheader()
-        writer.writerows(rows)
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, known)
+    writer.writeheader()
+    writer.writerows(rows)
+    with replacing(out / "ablation.csv") as file:
+        file.write(table.getvalue().encode())
     if settings.plot:
         draw_pareto(rows, [out / "pareto.png", out / "pareto.svg"])
     return rows
@@ -87,4 +90,5 @@ def draw_pareto(rows: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> Non
     axes.grid(alpha=0.3)
     axes.legend(title="SAE", loc="center left", bbox_to_anchor=(1, 0.5))
     for file in files:
-        figure.savefig(file, dpi=160)
+        with replacing(file) as image:
+            figure.savefig(image, dpi=160, format=file.suffix[1:])

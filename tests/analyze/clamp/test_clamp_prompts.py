@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,21 @@ def test_a_line_that_is_not_json_is_refused_naming_it(tmp_path: Path, line: byte
     (tmp_path / "p.jsonl").write_bytes(b'{"prompt": "fine"}\n' + line)
     with pytest.raises(WrongInput, match=f"p.jsonl:2: {message}"):
         read(tmp_path / "p.jsonl")
+
+
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    for name in ("pipe.jsonl", "pipe.jsonl.gz", "pipe.txt"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(WrongInput, match=rf"{name} is not a regular file; give a .txt"):
+            read(tmp_path / name)
+
+
+def test_a_line_that_no_memory_holds_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("routesae.analyze.clamp.prompts.LONGEST_LINE", 1000)
+    file = tmp_path / "bomb.jsonl.gz"
+    file.write_bytes(gzip.compress(b'{"prompt": "fine"}\n{"prompt": "' + b"a" * 2000 + b'"}\n'))
+    with pytest.raises(WrongInput, match=r"bomb.jsonl.gz:2: a line of more than 1,000 bytes"):
+        read(file)
 
 
 def test_files_that_are_none_are_refused(tmp_path: Path) -> None:

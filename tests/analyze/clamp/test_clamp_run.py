@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,13 @@ from click.testing import CliRunner, Result
 from routesae import __version__
 from routesae.analyze.clamp.run import clamp
 from routesae.analyze.clamp.settings import ClampSettings
+from routesae.analyze.inputs.lm import LMRecord, kept_of
 from routesae.cli import main
 from routesae.harvest.cache.reader import Cache
+from routesae.harvest.corpus.tokens import Framing
 from routesae.harvest.lm.model import load_lm, load_tokenizer, weights_hash
-from routesae.reporting import Progress, WrongInput
+from routesae.machine.files import signed
+from routesae.reporting import Progress, WrongInput, visible
 from routesae.train.folder.checkpoint import load_sae, read_config, save_sae
 from routesae.train.run import train
 from routesae.train.saes import Recipe, build
@@ -49,10 +53,11 @@ def clamped(folder: Path, *, report: Any = None, **changes: Any) -> dict[str, An
 
 
 def with_config(folder: Path, to: Path, change: Any) -> Path:
-    """A copy of an SAE whose cfg.json `change` has altered."""
+    """A copy of an SAE whose cfg.json `change` has altered, and signed."""
     shutil.copytree(folder, to)
     config = read_config(to)
     change(config)
+    config["metadata"]["routesae"] = signed(config["metadata"]["routesae"])
     (to / "cfg.json").write_text(json.dumps(config))
     return to
 
@@ -258,6 +263,13 @@ def test_positions_are_those_that_training_used(saes: Path, tmp_path: Path) -> N
     assert before["texts"][0]["delta_log_p"] != after["texts"][0]["delta_log_p"]
 
 
+@pytest.mark.parametrize("odd", [{"skip_positions": "1"}, {"special_ids": [-1]}, {"special_ids": {"a": 1}}])
+def test_positions_that_are_none_are_refused(odd: dict[str, Any]) -> None:
+    record = LMRecord("the LM of a stranger", odd, None, 32, (3,))
+    with pytest.raises(WrongInput, match=r"the LM of a stranger: special_ids .* are no token positions"):
+        kept_of(record, Framing((), (), (0, 1)))
+
+
 # -------------------------------------------------------------------------------------------------- wrong input
 
 
@@ -310,7 +322,7 @@ def test_the_command_shows_both_texts_and_writes_them(saes: Path, tmp_path: Path
     written = json.loads(file.read_text())
     expected = clamped(saes / "routesae", set=("5=-4", "9=8"), multiply=(), ablate=())
     assert written == json.loads(json.dumps(expected))
-    blocks = result.stdout.split("> ")[1:]
+    blocks = re.split("^> ", result.stdout, flags=re.MULTILINE)[1:]
     for prompt, block, text in zip(PROMPTS, blocks, written["texts"], strict=True):
         given_line, *lines = block.splitlines()
         assert given_line == prompt
@@ -320,7 +332,7 @@ def test_the_command_shows_both_texts_and_writes_them(saes: Path, tmp_path: Path
         cells = lines[3 : lines.index("", 3)]
         for kind, part in (("original", slice(0, column)), ("clamped", slice(column, None))):
             shown = "".join(line[part] for line in cells)
-            assert "".join(shown.split()) == "".join(text[kind].split())
+            assert "".join(shown.split()) == "".join("".join(map(visible, text[kind].split("\n"))).split())
         assert f"{text['log_p']:.2f} nats, clamped {text['log_p_clamped']:.2f}: {text['delta_log_p']:+.2f}" in block
 
 
@@ -328,7 +340,7 @@ def test_the_only_sae_is_the_default_and_several_must_be_told_apart(saes: Path, 
     flags = ("--prompt", "a row", "--ablate", 3, "--max-new-tokens", 2, "--device", "cpu")
     several = invoke("--out", saes, *flags)
     assert several.exit_code == 2
-    assert f"4 SAEs under {saes}, and clamp takes one; name it with --sae: {saes / 'crosscoder'}, " in several.stderr
+    assert f"4 SAEs under {saes}, and this takes one; name it with --sae: {saes / 'crosscoder'}, " in several.stderr
     shutil.copytree(saes / "topk", tmp_path / "topk")
     assert invoke("--out", tmp_path, *flags).exit_code == 0
 

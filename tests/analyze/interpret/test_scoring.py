@@ -137,7 +137,7 @@ def test_a_latent_of_an_mlsae_is_silent_only_where_it_is_so_on_every_layer(tiny_
     recipe = Recipe(sae="mlsae", layers=tiny_cache.manifest.layers, width=tiny_cache.manifest.width, latents=64, k=4)
     save_sae(tmp_path, build(recipe, torch.Generator().manual_seed(0)), {})
     first_row, latents = tiny_cache.manifest.rows - 300, [5, 3, 60]  # the rows begin within a shard
-    found = active_positions(tmp_path, tiny_cache, first_row, latents, "cpu")
+    found = active_positions(load_sae(tmp_path, torch.device("cpu")), tiny_cache, first_row, latents)
     of_layer = [active_positions_of_every_token(tmp_path, tiny_cache, layer) for layer in recipe.layers]
     every = [active[latents, first_row * tiny_cache.manifest.context :] for active in of_layer]
     assert (found == np.any(every, 0)).all()
@@ -157,6 +157,20 @@ def active_positions_of_every_token(folder: Path, cache: Cache, layer: int = 3) 
         base = shard.record.rows[0] * cache.manifest.context
         active[:, np.asarray(shard.read("order")) + base] = found.numpy().T
     return active
+
+
+def test_an_sae_that_was_replaced_is_not_taken_for_that_of_the_contexts(
+    tiny_cache: Cache, settings: Callable[..., TrainSettings], serve: Serve, tmp_path: Path
+) -> None:
+    train(settings(layer=3, name="topk"))
+    folder = tmp_path / "saes" / "topk"
+    contexts(ContextSettings(cache=str(tiny_cache.path), saes=(str(folder),), threshold=0.25, device="cpu"))
+    kept = shutil.move(folder / "contexts", tmp_path / "contexts")
+    train(settings(layer=3, name="topk", seed=1, overwrite=True))
+    shutil.move(kept, folder / "contexts")
+    server = serve(lambda latent, nth, body: good())
+    with pytest.raises(WrongInput, match="topk has other weights than its contexts"):
+        interpret(asked(folder, server, scores=("detection",), latents=2, device="cpu"))
 
 
 def test_another_cache_is_refused_for_detection(
