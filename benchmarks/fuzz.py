@@ -41,12 +41,14 @@ from routesae.analyze.contexts.file import (
     read_contexts,
     write_contexts,
 )
+from routesae.harvest.cache import storage
 from routesae.harvest.cache.arrays import BadArray, chunk_hashes, data_file, hash_of, write_array
 from routesae.harvest.cache.inspect import describe
 from routesae.harvest.cache.manifest import CHUNK_HASHES, SCALE, hashed_arrays, shard_arrays
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.cache.verify import verify, verify_shard
 from routesae.reporting import FailedRun, WrongInput
+from routesae.tests.shards import change_attributes
 from routesae.train.folder.checkpoint import load_sae, save_sae
 from routesae.train.loading.batches import Selection, read_sample
 from routesae.train.saes import Recipe, build
@@ -242,7 +244,7 @@ def readers(scratch: Path) -> list[Reader]:
         cache.tokens()
         cache.document_starts()
         for shard in cache.shards():
-            shard.positions(1, 2)
+            shard.positions()
 
     def read_shard() -> None:
         verify_shard(Cache(plain), 1)
@@ -305,15 +307,15 @@ def readers(scratch: Path) -> list[Reader]:
 def reseal(folder: Path, index: int) -> None:
     """Make the checksums of a shard those of what it holds, as a stranger who knows how to hash does."""
     shard = Cache(folder).shard(index)
-    chunks = {name: shard.chunk_hashes(name) for name in shard_arrays(shard.manifest) if name != CHUNK_HASHES}
+    chunks = {
+        name: storage.chunk_hashes(shard.array(name)) for name in shard_arrays(shard.manifest) if name != CHUNK_HASHES
+    }
     columns = hashed_arrays(shard.manifest)
     hashes_CA = np.stack([chunks[name] for name in columns], axis=1)
     shutil.rmtree(shard.path / CHUNK_HASHES)
     write_array(shard.path / CHUNK_HASHES, hashes_CA, chunk_rows=len(hashes_CA), attributes={"columns": columns})
     chunks[CHUNK_HASHES] = chunk_hashes(hashes_CA)
-    metadata = json.loads((shard.path / "zarr.json").read_bytes())
-    metadata["attributes"]["hashes"] = {name: hash_of(of) for name, of in chunks.items()}
-    (shard.path / "zarr.json").write_text(json.dumps(metadata))
+    change_attributes(shard.storage.folder(), hashes={name: hash_of(of) for name, of in chunks.items()})
 
 
 def write_tiny_contexts(folder: Path) -> Path:

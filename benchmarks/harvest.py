@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # before torch is imported, as the command line has it
 
@@ -74,7 +75,7 @@ def main() -> None:
         lm_dtype = pick_lm_dtype(settings.lm_dtype, device, bfloat16_units=has_bfloat16_units())
         with Claims(Path(settings.out)) as claims:
             config = lm.load_config(settings.model)
-            cache = open_or_begin(Output(settings.out), settings, config, lm_dtype, claims, silent, lambda *_: 0)
+            cache = open_or_begin(Output(settings.out), settings, config, lm_dtype, claims, silent, prove)
         print(f"{device}, {lm_dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}")
         if args.only != "writer":
             beside_the_lm(cache, settings, device, args.rounds)
@@ -82,16 +83,19 @@ def main() -> None:
             beside_plain_writes(Path(folder), cache.manifest, args.writer_tokens, args.rounds)
 
 
+def prove(*_: object) -> dict[str, Any]:
+    return {"hidden_states_offset": 0, "weights_hash": "x", "exact_weights_hash": "x"}
+
+
 def beside_the_lm(cache: Cache, settings: HarvestSettings, device: torch.device, rounds: int) -> None:
     manifest = cache.manifest
     model = lm.load_lm(settings.model, device=device, lm_dtype=manifest.lm_dtype)
-    weights = lm.weights_hash(model)
     model = lm.cut_after(model, manifest.layers[-1])
     shards = list(range(SHARDS_A_ROUND))
 
     def harvested() -> None:
         with Claims(cache.path) as claims:
-            harvest_shards(cache, model, weights, claims, settings, silent)
+            harvest_shards(Output(settings.out), cache, model, claims, settings, silent)
 
     def clear() -> None:
         for index in shards:
@@ -127,7 +131,7 @@ def beside_plain_writes(folder: Path, manifest: Manifest, tokens: int, rounds: i
             index=0,
             rows=(0, rows),
             kept=len(order),
-            weights_hash="",
+            weights_hash=manifest.exact_weights_hash,
             batch_sequences=8,
             statistics={str(layer): NO_STATISTICS for layer in manifest.layers},
             hashes=hashes,

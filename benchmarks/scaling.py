@@ -34,6 +34,8 @@ from typing import Any
 import record
 from processes import measure
 
+from routesae.tests.shards import change_attributes
+
 AXES = {"F": "latents", "k": "k", "L": "layers", "batch": "batch_tokens", "cache": "shards"}
 LABELS = {"F": "latents F", "k": "k", "L": "layers L", "batch": "tokens a batch", "cache": "tokens in the cache"}
 
@@ -124,10 +126,9 @@ def first_shards(cache: Path, count: int, out: Path) -> int:
     for name in names:
         shutil.copytree(cache / name, out / name, copy_function=os.link)
     shards = [json.loads((out / name / "zarr.json").read_text())["attributes"] for name in names]
-    group = json.loads((cache / "zarr.json").read_text())
+    shutil.copyfile(cache / "zarr.json", out / "zarr.json")
     kept = sum(shard["kept"] for shard in shards)
-    group["attributes"] |= {"rows": shards[-1]["rows"][1], "kept_tokens": kept}
-    (out / "zarr.json").write_text(json.dumps(group))
+    change_attributes(out, rows=shards[-1]["rows"][1], kept_tokens=kept)
     return kept
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -22,10 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from routesae.harvest.cache import arrays
-from routesae.harvest.cache.manifest import LayerStatistics, Manifest, ShardRecord, shard_name, shard_order
-from routesae.harvest.cache.writer import begin_cache, write_shard
-from routesae.tests.shards import float_shard
+from routesae.harvest.cache.manifest import LayerStatistics, ShardRecord, shard_name, shard_order
+from routesae.harvest.cache.writer import write_shard
+from routesae.tests.shards import begin, change_attributes, float_shard
 
 SHARDS, SHARD_ROWS, CONTEXT, WIDTH = 3001, 8, 129, 1024  # 1,024 kept tokens a shard, 2 MB a layer of it
 LAYERS = tuple(range(4, 20))
@@ -95,9 +95,11 @@ def stand_in(path: Path) -> Path:
     rng = np.random.default_rng(0)
     rows = SHARDS * SHARD_ROWS
     token_ids_sT = rng.integers(100, 1000, (SHARD_ROWS, CONTEXT)).astype(np.int32)
-    text = dict.fromkeys(("model", "config_hash", "tokenizer_hash", "tokens_hash", "corpus", "split"), "stand-in")
+    text = dict.fromkeys(("model", "config_hash", "tokenizer_hash", "corpus", "split"), "stand-in")
     counts = dict.fromkeys(("min_chars", "documents_short", "documents_malformed", "seed"), 0)
-    manifest = Manifest(
+    manifest = begin(
+        path,
+        np.tile(token_ids_sT, (SHARDS, 1)),
         **text,
         **counts,
         revision=None,
@@ -113,17 +115,12 @@ def stand_in(path: Path) -> Path:
         overflow="error",
         text_field="text",
         corpus_fingerprint="stand-in",
-        documents=1,
         tokens_asked=rows * CONTEXT,
         special_ids=(0,),
         keep_special=False,
         skip_positions=1,
         versions={},
     )
-    (path / ".prepared").mkdir(parents=True)
-    arrays.write_array(path / ".prepared" / "tokens", np.tile(token_ids_sT, (SHARDS, 1)))
-    arrays.write_array(path / ".prepared" / "document_starts", np.zeros(1, np.int64))
-    begin_cache(path, manifest, path / ".prepared")
     order = shard_order(token_ids_sT, manifest, 0)
     hidden = [(layer, rng.standard_normal((len(order), WIDTH), np.float32).astype("<f2")) for layer in LAYERS]
 
@@ -134,7 +131,7 @@ def stand_in(path: Path) -> Path:
             index=0,
             rows=(0, SHARD_ROWS),
             kept=len(order),
-            weights_hash="0" * 64,
+            weights_hash="x",
             batch_sequences=8,
             statistics=layer_statistics,
             hashes=hashes,
@@ -153,9 +150,8 @@ def link_shard(first: Path, to: Path, index: int) -> None:
         for name in names:
             if made != to:
                 os.link(Path(folder, name), made / name)
-    metadata = json.loads((first / "zarr.json").read_bytes())
-    metadata["attributes"] |= {"index": index, "rows": [index * SHARD_ROWS, (index + 1) * SHARD_ROWS]}
-    (to / "zarr.json").write_text(json.dumps(metadata, indent=2))
+    shutil.copyfile(first / "zarr.json", to / "zarr.json")
+    change_attributes(to, index=index, rows=[index * SHARD_ROWS, (index + 1) * SHARD_ROWS])
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ from routesae.harvest.cache.manifest import (
 )
 from routesae.harvest.cache.quantise import encoded, row_statistics
 from routesae.harvest.cache.reader import Cache
-from routesae.harvest.cache.writer import begin_cache, write_shard
+from routesae.harvest.cache.writer import write_shard
+from routesae.tests.shards import begin
 
 CONTEXT = 256
 PIECE_ROWS = 4096  # random rows, repeated to the length of a shard
@@ -46,10 +47,13 @@ def synthetic_cache(
 
     dtype: float16, or int8 of the same numbers.
     """
-    names = ("model", "config_hash", "tokenizer_hash", "tokens_hash", "corpus", "split", "text_field")
+    names = ("model", "config_hash", "tokenizer_hash", "corpus", "split", "text_field")
     nought = ("min_chars", "documents_short", "documents_malformed", "seed", "skip_positions")
     rows = -(-tokens // CONTEXT)
-    manifest = Manifest(
+    tokens_ST = np.zeros((rows, CONTEXT), np.int32)
+    manifest = begin(
+        path,
+        tokens_ST,
         **dict.fromkeys(names, "synthetic"),
         **dict.fromkeys(nought, 0),
         revision=None,
@@ -64,18 +68,11 @@ def synthetic_cache(
         dtype=dtype,
         overflow="error",
         corpus_fingerprint="",
-        documents=1,
         tokens_asked=tokens,
         special_ids=(),
         keep_special=True,
         versions={},
     )
-    tokens_ST = np.zeros((rows, CONTEXT), np.int32)
-    prepared = path / "prepared"
-    prepared.mkdir(parents=True)
-    arrays.write_array(prepared / "tokens", tokens_ST)
-    arrays.write_array(prepared / "document_starts", np.zeros(1, np.int64))
-    begin_cache(path, manifest, prepared)
     rng = np.random.default_rng(0)
     piece_nD = rng.standard_normal((PIECE_ROWS, width), np.float32).astype(np.float16)
     for index in range(manifest.shard_count):
@@ -106,7 +103,7 @@ def _write(path: Path, manifest: Manifest, tokens_ST: arrays.Array, piece_nD: ar
             index=index,
             rows=(first, after),
             kept=n,
-            weights_hash="",
+            weights_hash="x",
             batch_sequences=1,
             statistics={str(layer): of_each for layer in manifest.layers},
             hashes=hashes,

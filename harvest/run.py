@@ -11,19 +11,21 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from routesae.harvest.cache.arrays import BadArray
 from routesae.harvest.cache.claims import Claims
-from routesae.harvest.cache.reader import Cache
-from routesae.harvest.cache.writer import remove_partial_shards
+from routesae.harvest.cache.manifest import shard_name
+from routesae.harvest.cache.reader import Cache, damaged, root_array
+from routesae.harvest.cache.writer import ROOT_ARRAYS, remove_partial_shards
 from routesae.harvest.filling.begin import open_or_begin, require_disk
-from routesae.harvest.filling.output import Output, StagedCache
-from routesae.harvest.filling.shards import harvest_shards, refuse_other_weights
+from routesae.harvest.filling.output import Output
+from routesae.harvest.filling.shards import harvest_shards
 from routesae.harvest.lm import model as lm
 from routesae.harvest.lm import probe
 from routesae.harvest.settings import HarvestSettings, share_of
 from routesae.machine.device import has_bfloat16_units, pick_device, pick_lm_dtype
 from routesae.machine.faults import disk_faults
 from routesae.machine.stop import ending_at_once
-from routesae.reporting import Report, silent
+from routesae.reporting import FailedRun, Report, WrongInput, silent
 
 log = logging.getLogger(__name__)
 
@@ -43,34 +45,62 @@ def harvest(settings: HarvestSettings, report: Report = silent) -> Cache:
     folder = output.folder
     early = ending_at_once("stopped before a shard was begun; run the same command again to go on")
     config = lm.load_config(settings.model)
-    loaded: list[lm.LanguageModel] = []
+    loaded: list[tuple[lm.LanguageModel, str]] = []  # and the exact hash of its weights
 
-    def prove(tokenizer: Any, layers: Sequence[int]) -> int | None:
-        revision = getattr(config, "_commit_hash", None)
-        loaded.append(lm.load_lm(settings.model, revision, device=device, lm_dtype=lm_dtype))
-        return probe.prove(loaded[0], settings.model, tokenizer, layers, settings.context)
+    def load(revision: str | None) -> None:
+        model = lm.load_lm(settings.model, revision, device=device, lm_dtype=lm_dtype)
+        loaded.append((model, lm.weights_hash(model, exact=True)))
 
-    with early, disk_faults(folder, lambda: _kept(output)), Claims(folder) as claims:
+    def prove(tokenizer: Any, layers: Sequence[int]) -> dict[str, Any]:
+        load(getattr(config, "_commit_hash", None))
+        (model, exact) = loaded[0]
+        offset = probe.prove(model, settings.model, tokenizer, layers, settings.context)
+        return {"hidden_states_offset": offset, "weights_hash": lm.weights_hash(model), "exact_weights_hash": exact}
+
+    claims = Claims(folder)
+    with early, disk_faults(folder, lambda: _kept(output), lambda: claims.has_taken), claims:
         is_resumed = output.is_begun()
         open_or_begin(output, settings, config, lm_dtype, claims, report, prove)
-        remove_partial_shards(folder, claims.is_live)
+        remove_partial_shards(folder, claims)
         cache = output.opened()
-        if isinstance(cache, StagedCache):
-            cache.publish_left(claims)
+        cache.tokens(), cache.document_starts()  # refused where they are not what was written
+        output.publish_left(cache, claims)
         if missing := len(cache.missing()):
             if is_resumed:
                 count = cache.manifest.shard_count
                 log.info("%d of %d shards are there already", count - missing, count)
                 require_disk(output, cache.manifest, missing)
-            revision = cache.manifest.revision
-            model = loaded.pop() if loaded else lm.load_lm(settings.model, revision, device=device, lm_dtype=lm_dtype)
-            weights = lm.weights_hash(model)
-            refuse_other_weights(cache, weights, settings)
+            if not loaded:
+                load(cache.manifest.revision)
+            model, weights = loaded.pop()
+            if weights != cache.manifest.exact_weights_hash:
+                raise WrongInput(
+                    f"{settings.out} was begun with other weights than {settings.model} has now; "
+                    "give the model it was begun with, or another --out"
+                )
             model = lm.cut_after(model, cache.manifest.layers[-1])  # the only reference: the rest is freed
-            harvest_shards(cache, model, weights, claims, settings, report)
-            remove_partial_shards(folder, claims.is_live)
-        claims.sweep(lambda name: (folder / name).exists())
-    return Cache(output.store or output.folder)  # as others read it
+            harvest_shards(output, cache, model, claims, settings, report)
+            remove_partial_shards(folder, claims)
+        cache.require_unchanged()
+        return _whole(Cache(output.store or folder))
+
+
+def _whole(cache: Cache) -> Cache:
+    """The cache as others read it, after a look at every file (size, index). Raises FailedRun where one is gone."""
+    name = ""
+    try:
+        cache.require_whole()
+        for name in ROOT_ARRAYS:
+            root_array(cache.storage, cache.manifest, name)
+        for shard in cache.shards():
+            for array in shard.record.hashes:
+                name = f"{shard_name(shard.record.index)}/{array}"
+                shard.array(array)
+    except BadArray as bad:
+        raise FailedRun(str(damaged(f"{cache.path}/{name}", bad))) from bad
+    except WrongInput as bad:
+        raise FailedRun(str(bad)) from bad
+    return cache
 
 
 def _kept(output: Output) -> str:

@@ -14,11 +14,12 @@ _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 @contextmanager
-def disk_faults(path: Path, kept: Callable[[], str]) -> Iterator[None]:
-    """While open, turn an OSError about `path` into FailedRun if the disk is full or the folder is gone, and into
-    WrongInput if it cannot be written. Other errors pass.
+def disk_faults(path: Path, kept: Callable[[], str], has_begun: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """While open, turn an OSError about `path` into FailedRun if the disk is full or the folder is gone or can no
+    longer be written, and into WrongInput if it never could. Other errors pass.
 
-    kept: says what the run leaves on the disk; called only after an error.
+    kept: says what the run leaves on the disk. has_begun: whether the run has written anything. Both are called only
+    after an error.
     """
     try:
         yield
@@ -30,6 +31,11 @@ def disk_faults(path: Path, kept: Callable[[], str]) -> Iterator[None]:
         if error.errno in _FULL:
             raise FailedRun(
                 f"no room left at {path} ({reason}): {kept()}; make room and run the same command again"
+            ) from error
+        if error.errno in _FORBIDDEN and has_begun():
+            raise FailedRun(
+                f"{path} can no longer be written ({reason}): {kept()}; make it writable and run the same command "
+                "again"
             ) from error
         if error.errno in _FORBIDDEN:
             raise WrongInput(

@@ -8,7 +8,6 @@ hung. So whatever a claim is for is written under a random name and committed by
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -18,31 +17,24 @@ from routesae.machine.lock import Lock, Owner
 
 
 class Claims:
-    """The claims in `folder`. As a context it releases at its end all that were taken through it."""
+    """The claims in `folder`. Its end as a context ends its own, those of the dead and those on what is done."""
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.has_taken = False  # any claim, ever
         self._locks: dict[str, Lock] = {}
 
     def take(self, name: str) -> Lock | None:
         """Claim `name`; return None if it is claimed. Raises OSError if the folder takes no file."""
         lock = self._lock(name)
-        return lock if not lock.held() and lock.take() else None
-
-    def is_live(self, name: str) -> bool:
-        """Whether somebody who is alive, perhaps this process, has claimed `name`."""
-        return self.owner(name) is not None
+        if lock.held() or not lock.take():
+            return None
+        self.has_taken = True
+        return lock
 
     def owner(self, name: str) -> Owner | None:
-        """Return who has claimed `name`, or None if it is free."""
+        """Return who is alive, perhaps this process, and has claimed `name`, or None if it is free."""
         return self._lock(name).look()
-
-    def sweep(self, is_done: Callable[[str], bool]) -> None:
-        """Delete the claims on what is done: those that killed owners left."""
-        for path in self.folder.glob(".*.claim*"):
-            if is_done(path.name[1:].partition(".")[0]):
-                with suppress(OSError):  # its owner deletes it just now, or the folder is read-only
-                    path.unlink()
 
     def __enter__(self) -> Self:
         return self
@@ -52,6 +44,13 @@ class Claims:
     ) -> None:
         for lock in self._locks.values():
             lock.release()
+        is_cache = (self.folder / "zarr.json").exists()
+        for path in self.folder.glob(".*.claim*"):
+            with suppress(OSError):  # its owner deletes it just now, or the folder is read-only
+                if is_cache and (self.folder / path.name[1:].partition(".")[0]).exists():
+                    path.unlink()  # what it was for is done
+                else:
+                    Lock(path).look()
 
     def _lock(self, name: str) -> Lock:
         # One object a name: it times how long nobody has renewed another machine's claim.

@@ -8,30 +8,31 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from routesae.harvest.cache import arrays
 from routesae.harvest.cache.claims import Claims
 from routesae.harvest.cache.manifest import Manifest, shard_arrays, shard_name
-from routesae.harvest.cache.reader import Cache, Shard, damaged, open_storage
-from routesae.harvest.cache.storage import chunk_hashes, is_url
+from routesae.harvest.cache.reader import Cache, Shard, damaged, open_storage, root_array
+from routesae.harvest.cache.storage import Storage, is_url
 from routesae.harvest.cache.store.bucket import BucketFolder
 from routesae.harvest.cache.store.disk import DiskFolder
 from routesae.harvest.cache.verify import hash_shard, verify_root
 from routesae.harvest.cache.writer import (
+    ROOT_ARRAYS,
     TOKENS,
     begin_cache,
-    commit_shard,
     is_uncommitted,
-    partial_folder,
     remove_partial_shards,
+    staging,
+    writing_shard,
 )
 from routesae.machine.faults import disk_faults
 from routesae.reporting import FailedRun, Progress, Report, WrongInput, human_bytes, silent
 
-ROOT_ARRAYS = ("tokens", "document_starts")
 VECTORS = ("document_starts", "order")  # arrays of one dimension; all others have two
 
 
@@ -82,7 +83,7 @@ def _copy_to_disk(source: Cache, wanted: list[Shard], target: Path, report: Repo
         if not (target / "zarr.json").exists():
             begin_copy(source, target)
         with Claims(target) as claims:
-            remove_partial_shards(target, claims.is_live)
+            remove_partial_shards(target, claims)
             for done, shard in enumerate(wanted, 1):
                 if (claim := claims.take(shard_name(shard.record.index))) is not None:  # else another writes it now
                     copy_shard(shard, target, link=link)
@@ -95,20 +96,13 @@ def begin_copy(source: Cache, target: Path) -> Cache:
     damaged, or the folder is something else."""
     if target.exists() and not (target.is_dir() and is_uncommitted(target)):
         raise WrongInput(f"{target} exists and is not a routesae cache; give a new folder")
-    if not is_url(source.path) and (problems := verify_root(source)[0]):  # else judged once it is here
-        raise WrongInput(f"{source.path}: {problems[0]}")
     target.mkdir(parents=True, exist_ok=True)
-    prepared = partial_folder(target, TOKENS)
-    try:
-        for name in (file for array in ROOT_ARRAYS for file in _files(array)):
-            source.storage.fetch(name, prepared / name)
+    with staging(target, TOKENS) as prepared:
+        _fetch(source.storage, partial(root_array, source.storage, source.manifest), ROOT_ARRAYS, prepared)
+        if problems := verify_root(DiskFolder(prepared, target), source.manifest)[0]:
+            raise WrongInput(f"{source.path}: {problems[0]}")
         begin_cache(target, source.manifest, prepared)
-    finally:
-        shutil.rmtree(prepared, ignore_errors=True)
-    copied = Cache(target)
-    if problems := verify_root(copied)[0]:
-        raise WrongInput(f"{target}: {problems[0]}; delete it and copy again")
-    return copied
+    return Cache(target)
 
 
 def copy_shard(shard: Shard, target: Path, *, link: bool = False) -> None:
@@ -116,24 +110,24 @@ def copy_shard(shard: Shard, target: Path, *, link: bool = False) -> None:
 
     Raises WrongInput where what arrived is not what its record says.
     """
-    name = shard_name(shard.record.index)
-    partial = partial_folder(target, name)
-    try:
-        for array in shard_arrays(shard.manifest):
-            try:
-                shard.array(array)  # which also finds links that lead out of the cache
-                for file in _files(array):
-                    shard.storage.fetch(file, partial / file, link=link)
-            except (arrays.BadArray, FileNotFoundError) as bad:
-                raise damaged(f"{shard.path}/{array}", arrays.BadArray(str(bad))) from bad
-        if problems := hash_shard(Shard(DiskFolder(partial, target), shard.manifest, shard.record))[0]:
+    with writing_shard(target, shard_name(shard.record.index)) as folder:
+        _fetch(shard.storage, shard.array, shard_arrays(shard.manifest), folder, link=link)
+        if problems := hash_shard(Shard(DiskFolder(folder, target), shard.manifest, shard.record))[0]:
             raise damaged(shard.path, arrays.BadArray(problems[0]))
-        (partial / "zarr.json").write_bytes(shard.storage.read("zarr.json"))
-        arrays.fsync_tree(partial)
-        commit_shard(partial, target / name)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    arrays.fsync(target)
+        arrays.write_group(folder, shard.record.to_dict())
+
+
+def _fetch(
+    source: Storage, array: Callable[[str], object], names: Iterable[str], target: Path, *, link: bool = False
+) -> None:
+    """Copy arrays into a new folder. array: checks one of the source, and finds links that lead out of its cache."""
+    for name in names:
+        try:
+            array(name)
+            for file in _files(name):
+                source.fetch(file, target / file, link=link)
+        except (arrays.BadArray, FileNotFoundError) as bad:
+            raise damaged(f"{source.path}/{name}", arrays.BadArray(str(bad))) from bad
 
 
 def _copy_to_store(source: Cache, wanted: list[Shard], target: BucketFolder, report: Report) -> None:
@@ -162,15 +156,9 @@ def begin_in_store(source: Cache, target: BucketFolder) -> None:
     """Put the tokens of the cache folder `source` into a place of the store that holds nothing else, then its
     manifest. Raises WrongInput where the tokens are damaged or something is there."""
     require_unused(target)
-    if problems := verify_root(source)[0]:
+    if problems := verify_root(source.storage, source.manifest)[0]:
         raise WrongInput(f"{source.path}: {problems[0]}")
-    shape, recorded = (source.manifest.rows, source.manifest.context), source.manifest.tokens_hash
-
-    def wrong() -> list[str]:
-        arrived = arrays.hash_of(chunk_hashes((target / TOKENS).array(shape, "<i4")))
-        return [] if arrived == recorded else [f"{TOKENS}: {arrays.CHECKSUM_DIFFERS}"]
-
-    send(source.folder, target, ROOT_ARRAYS, wrong)
+    send(source.folder, target, ROOT_ARRAYS, lambda: verify_root(target, source.manifest)[0])
 
 
 def require_unused(target: BucketFolder) -> None:
@@ -215,8 +203,7 @@ def require_same_cache(one: Cache, other: Cache) -> None:
 
 
 def _one_of_each(caches: Sequence[Cache]) -> dict[int, Shard]:
-    """Every shard that a cache has, by index. Raises WrongInput where two have it and it is not the same, or was
-    written by another LM than the others."""
+    """Every shard that a cache has, by index. Raises WrongInput where two have it and it is not the same."""
     shards: dict[int, Shard] = {}
     for cache in caches:
         for shard in cache.shards():
@@ -225,9 +212,6 @@ def _one_of_each(caches: Sequence[Cache]) -> dict[int, Shard]:
                 raise WrongInput(
                     f"{first.path} and {shard.path} differ, though they are the same shard; delete the wrong one"
                 )
-            some = next(iter(shards.values()))
-            if some.record.weights_hash != shard.record.weights_hash:
-                raise WrongInput(f"{some.path} and {shard.path} were written by LMs of different weights")
     return dict(sorted(shards.items()))
 
 

@@ -18,7 +18,7 @@ from routesae.harvest.cache.arrays import BadArray
 from routesae.reporting import WrongInput
 
 Ids = npt.NDArray[np.int32]
-FORMAT_VERSION: Final = 3  # 1 had no token_mean and token_std, 2 hashed every byte twice
+FORMAT_VERSION: Final = 4  # 1 had no token_mean and token_std, 2 hashed every byte twice, 3 not all of them once
 VAL_FRACTION = 0.05  # the last rows of tokens: never trained on, read by analyze
 DTYPES = {"float16": "<f2", "float32": "<f4", "int8": "|i1"}
 STATISTICS = ("token_mean", "token_std")
@@ -47,13 +47,17 @@ class Manifest(_Stored):
     Raises WrongInput for a value that is impossible. Whoever reads the counts makes memory of them, hence the bounds.
     """
 
-    format_version: Literal[3] = FORMAT_VERSION
+    format_version: Literal[4] = FORMAT_VERSION
     model: str
     """Hub id, path or "demo", as given to harvest."""
     revision: str | None
     """Commit of the model on the hub; None for a local one."""
     config_hash: str
     tokenizer_hash: str
+    weights_hash: str
+    """Of the LM that writes every shard (routesae.harvest.lm.model.weights_hash)."""
+    exact_weights_hash: str
+    """The same in the precision that the LM ran in."""
     lm_dtype: str
     """Precision the LM ran in: float32 or bfloat16."""
     model_layers: int = Field(ge=1, le=1 << 16)
@@ -73,7 +77,8 @@ class Manifest(_Stored):
     kept_tokens: Count
     """Positions harvested, over all shards."""
     tokens_hash: str
-    """The hash of the array tokens."""
+    document_starts_hash: str
+    """The hashes of those arrays (routesae.harvest.cache.arrays.array_hash)."""
     dtype: Literal["float16", "float32", "int8"]
     overflow: Overflow
     seed: int = Field(ge=0, le=1 << 128)
@@ -128,6 +133,11 @@ class Manifest(_Stored):
         return () if self.keep_special else self.special_ids
 
     @property
+    def root_hashes(self) -> dict[str, str]:
+        """By name of the array."""
+        return {"tokens": self.tokens_hash, "document_starts": self.document_starts_hash}
+
+    @property
     def token_bytes(self) -> int:
         """Bytes a kept token takes in its shard."""
         return token_bytes(len(self.layers), self.width, self.dtype)
@@ -179,7 +189,7 @@ class ShardRecord(_Stored):
     kept: Count
     """n, positions kept."""
     weights_hash: str
-    """Of the LM that wrote it (routesae.harvest.lm.model.weights_hash)."""
+    """Of the LM that wrote it: the manifest's exact one."""
     batch_sequences: Count
     """Rows a forward pass: part of the rounding, so recorded, but no reason to refuse a resume."""
     statistics: dict[str, LayerStatistics]
@@ -199,6 +209,8 @@ class ShardRecord(_Stored):
         except (ValidationError, TypeError) as error:
             said = _first(error) if isinstance(error, ValidationError) else _short(error)
             raise BadArray(f"its attributes are not a shard's record: {said}") from None
+        if record.weights_hash != manifest.exact_weights_hash:
+            raise BadArray("it was written by an LM of other weights than the rest of the cache")
         first, after = manifest.shard_range(index)
         if record.index != index or record.rows != (first, after):
             raise BadArray(f"its record is of shard {record.index}, rows {record.rows}")

@@ -1,4 +1,4 @@
-"""The layout of a cache, format 3, and its reader. It knows nothing of language models.
+"""The layout of a cache, format 4, and its reader. It knows nothing of language models.
 
     shards/
       zarr.json             a Zarr v3 group; its attributes are the Manifest (routesae.harvest.cache.manifest)
@@ -9,7 +9,7 @@
         order/              int32 [n]: stored row r is flat position order[r] of token_ids
         layer_04/ …         float16 [n, D]: one array a layer, rows in that same order
         token_mean/         float32 [n, L]: the mean of each of those rows, one column a layer
-        token_std/          float32 [n, L]: and its standard deviation (routesae.harvest.cache.statistics)
+        token_std/          float32 [n, L]: and its standard deviation (routesae.harvest.cache.quantise)
         chunk_hashes/       uint64 [⌈n / 256⌉, A]: xxh3-64 of the stored bytes of every 256 rows of the A arrays from
                             layer_04 on that have n rows, without padding; its attribute `columns` names them
 
@@ -22,7 +22,8 @@ With --dtype int8 the layers are int8, decoded by three arrays more (routesae.ha
 Every array is one raw file (routesae.harvest.cache.arrays); routesae.harvest.cache.writer writes them. A folder named
 shard-NNNNN is whole or does not exist: it is written under a dot-name, fsynced and renamed. `order` is one seeded
 permutation of the shard's kept positions, so that a trainer gets shuffled rows out of contiguous reads. Manifest and
-records hold the hash of every array: xxh3-64 of its chunk hashes, as little-endian uint64, one for every 256 rows.
+records hold the hash of every array (xxh3-64 of its chunk hashes, as little-endian uint64, one for every 256 rows),
+and one of themselves. Whoever reads an array compares it: chunk by chunk where rows are read, else as a whole.
 
 In an object store (s3://bucket/shards and the like, routesae.harvest.cache.store) the same names are objects. There a
 shard exists once its zarr.json does, which is put last.
@@ -34,7 +35,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -51,10 +51,11 @@ from routesae.harvest.cache.manifest import (
     row_arrays,
     shard_name,
 )
-from routesae.harvest.cache.storage import Storage, StoredArray, chunk_hashes, is_url
+from routesae.harvest.cache.storage import Storage, StoredArray, is_url
 from routesae.harvest.cache.store.disk import DiskFolder
-from routesae.machine.files import parse_json
-from routesae.reporting import WrongInput
+from routesae.reporting import FailedRun, WrongInput
+
+UNSIGNED_FORMATS = (None, 1, 2, 3)  # refused, but not as damaged: other Zarr groups, and caches of before
 
 
 def open_storage(path: Path | str) -> Storage:
@@ -97,26 +98,16 @@ class Shard:
         return self._arrays[name]
 
     def read(self, name: str) -> arrays.Array:
-        """Array `name` whole: memory-mapped from a disk, in memory out of an object store.
+        """Array `name` whole, compared with its hash: memory-mapped from a disk, in memory out of an object store."""
+        return self.array(name).whole()
 
-        It is compared with its checksum, unless it is one of those that are read by rows.
-        """
-        values = self.array(name).read()
-        if name not in hashed_arrays(self.manifest) and arrays.array_hash(values) != self.record.hashes[name]:
-            raise arrays.BadArray(f"{name}: {arrays.CHECKSUM_DIFFERS}")
-        return values
-
-    def chunk_hashes(self, name: str) -> arrays.ChunkHashes:
-        """uint64 [C]: of array `name` as it is now, read in pieces."""
-        return chunk_hashes(self.array(name))
-
-    def positions(self, first_row: int, after_row: int) -> npt.NDArray[np.int64] | None:
-        """Stored rows whose token stands in rows [first_row, after_row) of tokens; None where all do."""
+    def positions(self) -> npt.NDArray[np.int64]:
+        """int64 [n]: flat positions in tokens of the stored rows, in their order."""
+        order, context = self.read("order"), self.manifest.context
         first, after = self.record.rows
-        if first_row <= first and after <= after_row:
-            return None
-        row = self.read("order") // self.manifest.context + first
-        return np.flatnonzero((first_row <= row) & (row < after_row))
+        if len(order) and not (order.min() >= 0 and order.max() < (after - first) * context):
+            raise arrays.BadArray("order: names positions that the shard does not have")
+        return np.asarray(order, np.int64) + first * context
 
 
 class Cache:
@@ -127,10 +118,15 @@ class Cache:
 
     def __init__(self, path: Storage | Path | str):
         self.storage = open_storage(path) if isinstance(path, str | Path) else path
+        self.shards_at = self.storage  # elsewhere for a harvest whose shards go to an object store
         self.path = self.storage.path
+        self._root: dict[str, arrays.Array] = {}
         try:
-            self.manifest = Manifest.from_dict(_group_attributes(self.storage.read("zarr.json")))
-        except (FileNotFoundError, arrays.BadArray):
+            self._group = self.storage.read("zarr.json")
+            self.manifest = Manifest.from_dict(arrays.read_group(self._group, UNSIGNED_FORMATS))
+        except (FileNotFoundError, arrays.BadArray) as bad:
+            if arrays.CHECKSUM_DIFFERS in str(bad):
+                raise _lost(f"{self.path}/zarr.json", bad) from None
             raise WrongInput(
                 f"{self.path} is not a cache folder (no readable zarr.json); make one with routesae harvest "
                 f"--out {self.path}"
@@ -147,14 +143,11 @@ class Cache:
         return self.storage.address
 
     def has_shard(self, index: int) -> bool:
-        return self.storage.has_shard(shard_name(index))
-
-    def publish(self, index: int) -> None:
-        """Called once shard `index` is committed on disk. Here everyone sees it now; a staged cache sends it."""
+        return self.shards_at.has_shard(shard_name(index))
 
     def missing(self) -> list[int]:
         """Indices of the shards that are not there yet."""
-        present = self.storage.shard_names()
+        present = self.shards_at.shard_names()
         return [i for i in range(self.manifest.shard_count) if shard_name(i) not in present]
 
     def require_layers(self, layers: Iterable[int]) -> None:
@@ -173,22 +166,34 @@ class Cache:
                 f"{shard_name(missing[0])}); run the same routesae harvest again and it writes just those"
             )
 
-    def weights_hash(self) -> str | None:
-        """Of the LM that wrote the shards, which all agree; None while there is no shard."""
-        return next((shard.record.weights_hash for shard in self.shards()), None)
+    def weights_hash(self) -> str:
+        """Of the LM that wrote the shards."""
+        return self.manifest.weights_hash
+
+    def require_unchanged(self) -> None:
+        """Raises FailedRun where another cache, or nothing, is now where this one was opened."""
+        try:
+            if self.storage.read("zarr.json") == self._group:
+                return
+            what = "was replaced by another cache"
+        except (FileNotFoundError, arrays.BadArray):
+            what = "was deleted or unmounted"
+        raise FailedRun(
+            f"{self.path} {what} while it was written; bring it back and run the same command again, or begin anew"
+        )
 
     def shard(self, index: int) -> Shard:
         """Raises BadArray where the shard's record is missing or not one."""
         name = shard_name(index)
         try:
-            attributes = _group_attributes(self.storage.record(name))
+            attributes = arrays.read_group(self.shards_at.record(name))
         except FileNotFoundError:
             raise arrays.BadArray("zarr.json missing or unreadable") from None
-        return Shard(self.storage / name, self.manifest, ShardRecord.from_dict(attributes, self.manifest, index))
+        return Shard(self.shards_at / name, self.manifest, ShardRecord.from_dict(attributes, self.manifest, index))
 
     def shards(self) -> Iterator[Shard]:
         """Every shard that is there, in order. Raises WrongInput naming the first that is damaged."""
-        present = self.storage.shard_names()
+        present = self.shards_at.shard_names()
         for index in range(self.manifest.shard_count):
             if shard_name(index) in present:
                 try:
@@ -197,28 +202,32 @@ class Cache:
                     raise damaged(f"{self.path}/{shard_name(index)}", bad) from bad
 
     def tokens(self) -> Ids:
-        """int32 [S, T], memory-mapped."""
+        """int32 [S, T], memory-mapped and compared with its hash. Raises WrongInput where it is damaged."""
         return self._read("tokens")
 
     def document_starts(self) -> npt.NDArray[np.int64]:
-        """int64 [documents]: flat positions in tokens at which documents begin, ascending."""
+        """int64 [documents]: flat positions in tokens at which documents begin, ascending. Raises as `tokens`."""
         return self._read("document_starts")
 
-    def root_array(self, name: str) -> StoredArray:
-        """tokens or document_starts. Raises BadArray."""
-        manifest = self.manifest
-        if name == "tokens":
-            return (self.storage / name).array((manifest.rows, manifest.context), "<i4", manifest.tokens_hash)
-        return (self.storage / name).array((manifest.documents,), "<i8")
-
     def _read(self, name: str) -> arrays.Array:
-        try:
-            return self.root_array(name).read()
-        except arrays.BadArray as bad:
-            raise WrongInput(
-                f"{self.path}/{name} is damaged: {bad}. The cache cannot be repaired without it; harvest it again, "
-                "into a new folder"
-            ) from bad
+        if name not in self._root:
+            try:
+                self._root[name] = root_array(self.storage, self.manifest, name).whole()
+            except arrays.BadArray as bad:
+                raise _lost(f"{self.path}/{name}", bad) from bad
+        return self._root[name]
+
+
+def root_array(storage: Storage, manifest: Manifest, name: str) -> StoredArray:
+    """tokens or document_starts of a cache whose folder is `storage`. Raises BadArray."""
+    shape, dtype = ((manifest.rows, manifest.context), "<i4") if name == "tokens" else ((manifest.documents,), "<i8")
+    return (storage / name).array(shape, dtype, manifest.root_hashes[name])
+
+
+def _lost(path: str, bad: Exception) -> WrongInput:
+    return WrongInput(
+        f"{path} is damaged: {bad}. The cache cannot be repaired without it; harvest it again, into a new folder"
+    )
 
 
 def damaged(path: Path | str, bad: arrays.BadArray) -> WrongInput:
@@ -227,18 +236,3 @@ def damaged(path: Path | str, bad: arrays.BadArray) -> WrongInput:
         f"{path} is damaged: {bad}. `routesae cache verify` lists every bad shard, `routesae cache repair` removes "
         "them, and the same routesae harvest then writes just those"
     )
-
-
-def _group_attributes(data: bytes) -> dict[str, Any]:
-    """The attributes of a Zarr group, out of its zarr.json. Raises BadArray where it is none.
-
-    Plain JSON rather than zarr: a cache of 3,000 shards opens in the time of 3,000 small reads.
-    """
-    try:
-        metadata = parse_json(data)
-        attributes, kind = metadata["attributes"], metadata["node_type"]
-    except (ValueError, KeyError, TypeError):
-        attributes = kind = None
-    if kind != "group" or not isinstance(attributes, dict):
-        raise arrays.BadArray("zarr.json missing or unreadable")
-    return attributes

@@ -42,11 +42,11 @@ class OpenRows(Protocol):
 class StoredArray(Protocol):
     """An array. Its metadata, size and index are checked before the first read: every read may raise BadArray."""
 
-    def read(self) -> Array:
-        """The whole array, memory-mapped; out of an object store from a local copy, which is kept for a while."""
+    def whole(self) -> Array:
+        """The array, compared with its hash: memory-mapped; out of an object store from a local copy, which stays."""
 
     def pieces(self) -> Iterator[Array]:
-        """All rows in order, in pieces of whole chunks."""
+        """All rows in order, in pieces of whole chunks, as they are now."""
 
     def open(self) -> OpenRows: ...
 
@@ -91,9 +91,8 @@ class Storage(Protocol):
     def record(self, name: str) -> bytes:
         """The zarr.json of a shard. Raises as `read`."""
 
-    def array(self, shape: tuple[int, ...], dtype: npt.DTypeLike, content: str = "") -> StoredArray:
-        """The array in this folder. content: its recorded hash, by which local copies are known. Raises BadArray, or
-        its reads do."""
+    def array(self, shape: tuple[int, ...], dtype: npt.DTypeLike, content: str) -> StoredArray:
+        """The array in this folder. content: its recorded hash. Raises BadArray, or its reads do."""
 
 
 def is_url(text: object) -> bool:

@@ -16,17 +16,18 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from routesae.harvest.cache.arrays import CHECKSUM_DIFFERS, CHUNK_ROWS, BadArray, fsync, hash_of
-from routesae.harvest.cache.manifest import CHUNK_HASHES, hashed_arrays, kept_flat, shard_arrays, shard_name
-from routesae.harvest.cache.reader import Cache, Shard
-from routesae.harvest.cache.storage import chunk_hashes
+from routesae.harvest.cache.arrays import CHECKSUM_DIFFERS, CHUNK_ROWS, BadArray, ChunkHashes, fsync, hash_of
+from routesae.harvest.cache.claims import Claims
+from routesae.harvest.cache.manifest import CHUNK_HASHES, Manifest, hashed_arrays, kept_flat, shard_name
+from routesae.harvest.cache.reader import Cache, Shard, root_array
+from routesae.harvest.cache.storage import Storage, StoredArray, chunk_hashes
+from routesae.harvest.cache.writer import remove_partial_shards, staging
 from routesae.reporting import FailedRun, Progress, Report, WrongInput, silent
 
 log = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ class Repaired(NamedTuple):
 def verify(path: str | Path, report: Report = silent) -> Verified:
     """Problems and digest. Reads all of the cache. Raises WrongInput where `path` is not a cache."""
     cache = Cache(path)
-    problems, root = verify_root(cache)
+    problems, root = verify_root(cache.storage, cache.manifest)
     shards = []
     for index, shard_problems, hashes in _verified(cache, "verify", report):
         problems += shard_problems
@@ -89,28 +90,26 @@ def repair(path: str, report: Report = silent) -> Repaired:
     Raises WrongInput where `path` is no cache, FailedRun where its tokens are damaged: no shard can be judged then.
     """
     cache = Cache(path)
-    for left in cache.folder.glob(".shard-*.damaged"):  # of a repair that was killed
-        _delete(left)
-    if problems := verify_root(cache)[0]:
+    folder, removed = cache.folder, []
+    remove_partial_shards(folder, Claims(folder))  # also what a repair that was killed had put aside
+    if problems := verify_root(cache.storage, cache.manifest)[0]:
         raise FailedRun(f"{path}: {'; '.join(problems)}. It cannot be repaired; harvest it again, into a new folder")
-    removed = []
     for index, shard_problems, _ in _verified(cache, "repair", report):
         if shard_problems and cache.has_shard(index):
             problems += shard_problems
             for problem in shard_problems:
                 log.warning("%s", problem)
-            # Out of the cache at once, then deleted; of a link, the link alone.
             name = shard_name(index)
-            aside = (cache.folder / name).rename(cache.folder / f".{name}.damaged")
-            fsync(cache.folder)
-            _delete(aside)
+            with staging(folder, name) as aside:  # out of the cache at once, then deleted; of a link, the link alone
+                (folder / name).rename(aside / name)
+                fsync(folder)
             removed.append(name)
     return Repaired(problems, removed, len(cache.missing()))
 
 
 def require_intact(cache: Cache, report: Report = silent) -> None:
     """Raises WrongInput naming the first thing whose checksum differs. Reads all of the cache."""
-    problems = verify_root(cache)[0]
+    problems = verify_root(cache.storage, cache.manifest)[0]
     for _, shard_problems, _ in _verified(cache, "verify", report):
         if problems := problems or shard_problems:
             raise WrongInput(
@@ -127,25 +126,10 @@ def _verified(cache: Cache, stage: str, report: Report) -> Iterator[tuple[int, l
         report(Progress(stage, index + 1, cache.manifest.shard_count, "shards", {}))
 
 
-def _delete(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
-
-
-def verify_root(cache: Cache) -> tuple[list[str], Hashes]:
+def verify_root(storage: Storage, manifest: Manifest) -> tuple[list[str], Hashes]:
     """What is wrong with tokens and document_starts, a line each, and the hash of what each really holds."""
-    problems = []
-    hashes: Hashes = {"tokens": None, "document_starts": None}
-    for name in hashes:
-        try:
-            hashes[name] = hash_of(chunk_hashes(cache.root_array(name)))
-        except BadArray as bad:
-            problems.append(f"{name}: {bad}")
-    if hashes["tokens"] not in (None, cache.manifest.tokens_hash):
-        problems.append(f"tokens: {CHECKSUM_DIFFERS}")
-    if hashes["document_starts"] and not (np.diff(cache.document_starts()) > 0).all():
+    problems, hashes, _ = _compared(manifest.root_hashes, lambda name: root_array(storage, manifest, name))
+    if not problems and not (np.diff(root_array(storage, manifest, "document_starts").whole()) > 0).all():
         problems.append("document_starts: not ascending")
     return problems, hashes
 
@@ -174,21 +158,27 @@ def verify_shard(cache: Cache, index: int) -> tuple[list[str], Hashes]:
 
 def hash_shard(shard: Shard) -> tuple[list[str], Hashes]:
     """The hash of what each array of the shard really holds, and a line for each that is not what was recorded."""
-    problems = []
-    hashes: Hashes = {}
-    chunks = {}
-    for name in shard_arrays(shard.manifest):
-        try:
-            chunks[name] = shard.chunk_hashes(name)
-            hashes[name] = hash_of(chunks[name])
-            if hashes[name] != shard.record.hashes[name]:
-                problems.append(f"{name}: {CHECKSUM_DIFFERS}")
-        except (BadArray, OSError, ValueError) as bad:
-            hashes[name] = None
-            problems.append(f"{name}: {bad}")
+    problems, hashes, chunks = _compared(shard.record.hashes, shard.array)
     if not problems:  # a trainer would refuse rows that chunk_hashes, itself as recorded, does not agree with
         stored_CA = shard.read(CHUNK_HASHES)
         for column, name in enumerate(hashed_arrays(shard.manifest)):
             if len(wrong := np.flatnonzero(stored_CA[:, column] != chunks[name])):
                 problems.append(f"{CHUNK_HASHES}: not those of {name}, from row {wrong[0] * CHUNK_ROWS} on")
     return problems, hashes
+
+
+def _compared(
+    recorded: Mapping[str, str], array: Callable[[str], StoredArray]
+) -> tuple[list[str], Hashes, dict[str, ChunkHashes]]:
+    """A line for each array that is not what was recorded, their hashes, and those of their chunks."""
+    problems, hashes, chunks = list[str](), Hashes(), dict[str, ChunkHashes]()
+    for name, expected in recorded.items():
+        hashes[name] = None
+        try:
+            chunks[name] = chunk_hashes(array(name))
+            hashes[name] = hash_of(chunks[name])
+            if hashes[name] != expected:
+                problems.append(f"{name}: {CHECKSUM_DIFFERS}")
+        except (BadArray, OSError, ValueError) as bad:
+            problems.append(f"{name}: {bad}")
+    return problems, hashes, chunks

@@ -1,12 +1,18 @@
-"""Writes a cache onto a disk: its root first, then shard by shard, each whole or absent (layout: cache/reader.py)."""
+"""Writes a cache onto a disk: its root first, then shard by shard, each whole or absent (layout: cache/reader.py).
+
+What is being written lies in a dot-folder of a random name, one level down, so that Zarr readers of the cache do not
+see it:
+
+    shards/.shard-00003.8f2c….partial/shard-00003/
+"""
 
 from __future__ import annotations
 
 import logging
-import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -14,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from routesae.harvest.cache import arrays
+from routesae.harvest.cache.claims import Claims
 from routesae.harvest.cache.manifest import (
     CHUNK_HASHES,
     FORMULA,
@@ -26,41 +33,57 @@ from routesae.harvest.cache.manifest import (
 log = logging.getLogger(__name__)
 
 TOKENS = "tokens"
-STAGED_MANIFEST, STAGED_TOKENS = ".manifest", ".tokens*.partial"  # the second a pattern: each harvester has its own
+ROOT_ARRAYS = (TOKENS, "document_starts")
+STAGED_TOKENS = f".{TOKENS}.*.partial"
 
 
-def partial_folder(path: Path, name: str) -> Path:
-    """Make a new folder below `path` to write `name` in, which no other process has: two may be writing the same."""
-    folder = path / f".{name}.{os.getpid()}-{secrets.token_hex(4)}.partial"
-    folder.mkdir()
-    return folder
+@contextmanager
+def staging(path: Path, name: str) -> Iterator[Path]:
+    """A new folder `name` to write in, which no other process has. What is left of it at the end is deleted."""
+    outer = path / f".{name}.{secrets.token_hex(8)}.partial"
+    outer.mkdir()
+    try:
+        (inner := outer / name).mkdir()
+        yield inner
+    finally:
+        shutil.rmtree(outer, ignore_errors=True)  # a disk that is full gets back what did not fit
 
 
 def begin_cache(path: Path, manifest: Manifest, prepared: Path) -> None:
-    """Make `path` a cache: move the arrays below `prepared` into it, then the manifest, last.
-
-    The manifest is staged first, so that what a kill leaves behind can be told from a stranger's folder.
-    """
-    staging = path / STAGED_MANIFEST
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
-    arrays.write_group(staging, manifest.to_dict())
-    for array in sorted(prepared.iterdir()):
-        shutil.rmtree(path / array.name, ignore_errors=True)
-        array.rename(path / array.name)
-    prepared.rmdir()
-    arrays.fsync_tree(path)
-    (staging / "zarr.json").rename(path / "zarr.json")
-    staging.rmdir()
+    """Make `path` a cache: move the root's arrays, which lie in the staged folder `prepared`, into it, then the
+    manifest. What a kill leaves behind can be told from a stranger's folder by what is staged beside it."""
+    arrays.write_group(prepared, manifest.to_dict())
+    arrays.fsync_tree(prepared)
+    for name in ROOT_ARRAYS:
+        shutil.rmtree(path / name, ignore_errors=True)
+        (prepared / name).rename(path / name)
+    arrays.fsync(path)
+    (prepared / "zarr.json").rename(path / "zarr.json")
     arrays.fsync(path)
 
 
 def is_uncommitted(path: Path) -> bool:
     """Whether the folder holds nothing but what a run killed before its manifest was in place can leave."""
     names = {entry.name for entry in path.iterdir()}
-    moved = ["tokens", "document_starts"] if STAGED_MANIFEST in names else []
-    known = [STAGED_MANIFEST, STAGED_TOKENS, f".{TOKENS}.claim*", *moved]
-    return all(any(fnmatch(name, pattern) for pattern in known) for name in names)
+    staged = {name for name in names if fnmatch(name, STAGED_TOKENS)}
+    moved = ROOT_ARRAYS if staged else ()
+    return all(name in moved or fnmatch(name, f".{TOKENS}.claim*") for name in names - staged)
+
+
+@contextmanager
+def writing_shard(path: Path, name: str) -> Iterator[Path]:
+    """A folder to write shard `name` in, which is committed by a rename when the block ends: a kill at any moment
+    leaves a whole shard or none. Where another harvester was quicker, its shard stays."""
+    with staging(path, name) as partial:
+        yield partial
+        arrays.fsync_tree(partial)
+        try:
+            partial.rename(path / name)
+        except OSError:
+            if not (path / name).is_dir():
+                raise
+            log.info("%s is there already, by another harvester", path / name)
+    arrays.fsync(path)
 
 
 def write_shard(
@@ -70,40 +93,21 @@ def write_shard(
     values: Iterable[tuple[str, arrays.Array]],
     record: Callable[[Mapping[str, str]], ShardRecord],
 ) -> ShardRecord:
-    """Write shard `index` and commit it by a rename; a kill at any moment leaves a whole shard or none.
-
-    Where another harvester has committed the same shard meanwhile, that one stays.
+    """Write shard `index`.
 
     values: every array of the shard but chunk_hashes, by name, each taken when it is its turn.
     record: makes the shard's attributes once the hashes are known.
     """
-    partial = partial_folder(path, shard_name(index))
-    try:
+    with writing_shard(path, shard_name(index)) as partial:
         written = record(_write_arrays(partial, manifest, values))
-        # The group's own zarr.json comes last: until then no zarr reader takes the dot-folder for a group.
         arrays.write_group(partial, written.to_dict())
-        for name in written.hashes:  # a folder deleted under the writer is made anew by the next array
+        for name in written.hashes:  # somebody may be deleting the folder under the writer
             (partial / name / "zarr.json").stat()
-        arrays.fsync_tree(partial)
-        commit_shard(partial, path / shard_name(index))
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # a disk that is full gets back what did not fit
-    arrays.fsync(path)
     return written
 
 
-def commit_shard(partial: Path, shard: Path) -> None:
-    """Rename a finished dot-folder to the shard; where another was quicker, that one stays."""
-    try:
-        partial.rename(shard)
-    except OSError:
-        if not shard.is_dir():
-            raise
-        log.info("%s is there already, by another harvester", shard)
-
-
 def _write_arrays(partial: Path, manifest: Manifest, values: Iterable[tuple[str, arrays.Array]]) -> dict[str, str]:
-    """Write the arrays into a shard's dot-folder, each while the last reaches the disk; returns their hashes."""
+    """Write the arrays into a shard's folder, each while the last reaches the disk; return their hashes."""
     chunks: dict[str, arrays.ChunkHashes] = {}
     by_row = hashed_arrays(manifest)
     with arrays.syncing() as sync:
@@ -123,11 +127,8 @@ def _write_arrays(partial: Path, manifest: Manifest, values: Iterable[tuple[str,
     return {name: arrays.hash_of(of) for name, of in chunks.items()}
 
 
-def remove_partial_shards(path: Path, is_claimed: Callable[[str], bool]) -> None:
-    """Delete what killed harvesters left under dot-names, and nothing of one that lives.
-
-    is_claimed: whether a harvester that lives has a claim on a name such as "shard-00003".
-    """
+def remove_partial_shards(path: Path, claims: Claims) -> None:
+    """Delete what killed harvesters left under dot-names, and nothing of one that lives and has claimed its shard."""
     for partial in list(path.glob(".shard-*.partial")):  # listed first: whoever made one had claimed it by then
-        if not is_claimed(partial.name[1:].partition(".")[0]):
+        if claims.owner(partial.name[1:].partition(".")[0]) is None:
             shutil.rmtree(partial, ignore_errors=True)

@@ -13,9 +13,7 @@ from typing import Any
 import numpy as np
 
 from routesae.harvest.cache import arrays
-from routesae.harvest.cache.arrays import array_hash
 from routesae.harvest.cache.manifest import kept_positions
-from routesae.harvest.cache.store.disk import DiskArray
 from routesae.harvest.corpus.texts import TextCounts, read_documents
 from routesae.harvest.corpus.tokens import Fingerprint, framing, pack, tokenize
 from routesae.harvest.settings import HarvestSettings
@@ -23,7 +21,7 @@ from routesae.reporting import Progress, Report, WrongInput
 
 log = logging.getLogger(__name__)
 
-ROWS_A_WRITE = 1024
+ROWS_A_WRITE = 4 * arrays.CHUNK_ROWS
 
 
 def write_tokens(folder: Path, settings: HarvestSettings, tokenizer: Any, report: Report) -> dict[str, Any]:
@@ -42,7 +40,7 @@ def write_tokens(folder: Path, settings: HarvestSettings, tokenizer: Any, report
     wanted = settings.tokens // settings.context  # no document is read beyond what these rows need
     packed = islice(pack(documents_ids, context=settings.context, row_start=frame.row_start), wanted)
     dropped = () if settings.keep_special else frame.special_ids
-    starts: list[int] = []
+    starts, chunks = list[int](), list[arrays.ChunkHashes]()
     kept = rows = 0
     with arrays.ArrayWriter(folder / "tokens", (settings.context,), "<i4") as writer:
         while block := list(islice(packed, ROWS_A_WRITE)):
@@ -53,6 +51,7 @@ def write_tokens(folder: Path, settings: HarvestSettings, tokenizer: Any, report
             is_kept_BT = kept_positions(token_ids_BT, dropped_ids=dropped, skip_positions=settings.skip_positions)
             kept += int(is_kept_BT.sum())
             writer.write(token_ids_BT)
+            chunks.append(arrays.chunk_hashes(token_ids_BT))
             facts = {"documents": f"{counts.documents:,}"}
             report(Progress("tokenise", rows * settings.context, settings.tokens, "tokens", facts))
         counts.check_malformed()
@@ -76,11 +75,13 @@ def write_tokens(folder: Path, settings: HarvestSettings, tokenizer: Any, report
             held,
             f"{settings.tokens:,}",
         )
-    arrays.write_array(folder / "document_starts", np.array(starts, "<i8"), chunk_rows=max(1, len(starts)))
+    document_starts = np.array(starts, "<i8")
+    arrays.write_array(folder / "document_starts", document_starts, chunk_rows=max(1, len(starts)))
     return {
         "rows": rows,
         "kept_tokens": kept,
-        "tokens_hash": array_hash(DiskArray(folder / "tokens", (rows, settings.context), "<i4").read()),
+        "tokens_hash": arrays.hash_of(np.concatenate(chunks)),
+        "document_starts_hash": arrays.array_hash(document_starts),
         "special_ids": frame.special_ids,
         "corpus_fingerprint": fingerprint.hexdigest(),
         "documents": len(starts),

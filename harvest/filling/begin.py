@@ -21,7 +21,7 @@ from routesae.harvest.cache import arrays
 from routesae.harvest.cache.claims import Claims
 from routesae.harvest.cache.manifest import SETTINGS, Manifest, token_bytes
 from routesae.harvest.cache.reader import Cache
-from routesae.harvest.cache.writer import STAGED_TOKENS, TOKENS, begin_cache, is_uncommitted, partial_folder
+from routesae.harvest.cache.writer import STAGED_TOKENS, TOKENS, begin_cache, is_uncommitted, staging
 from routesae.harvest.corpus.packing import write_tokens
 from routesae.harvest.corpus.tokens import tokenizer_hash
 from routesae.harvest.filling.output import STAGED_SHARDS, Output
@@ -32,7 +32,9 @@ from routesae.reporting import Progress, Report, WrongInput, human_bytes
 
 log = logging.getLogger(__name__)
 
-Prove = Callable[[Any, Sequence[int]], int | None]  # of a tokenizer and layers (routesae.harvest.lm.probe.prove)
+Prove = Callable[[Any, Sequence[int]], dict[str, Any]]
+"""Tries the LM out with a tokenizer at some layers; returns the manifest's fields about what it is."""
+
 DISK_RESERVE = 1.01  # indexes, metadata and the file system's own rounding
 POLL_SECONDS = 0.5  # between looks at what another harvester does
 
@@ -48,7 +50,6 @@ def open_or_begin(
 ) -> Cache:
     """The cache in `output.folder`, begun here or by another harvester if it is new.
 
-    prove: tries the LM out before a cache is begun.
     Raises WrongInput if it was begun with other settings, or the model or corpus cannot be used.
     """
     path, is_waiting = output.folder, False
@@ -76,7 +77,7 @@ def open_or_begin(
             is_waiting = True
             for folder in path.glob(STAGED_TOKENS):  # how far the other has come, by the size of its file
                 with suppress(OSError):
-                    done = arrays.data_file(folder / TOKENS, 2).stat().st_size // 4
+                    done = arrays.data_file(folder / TOKENS / TOKENS, 2).stat().st_size // 4
                     report(Progress("tokenise elsewhere", min(done, settings.tokens), settings.tokens, "tokens", {}))
             time.sleep(POLL_SECONDS)
             continue
@@ -120,26 +121,23 @@ def _begin(
     )
     revision = getattr(config, "_commit_hash", None)
     tokenizer = lm.load_tokenizer(settings.model, revision)
-    offset = prove(tokenizer, layers)
+    proved = prove(tokenizer, layers)
     for left in output.folder.glob(STAGED_TOKENS):  # of harvesters that died: the claim is ours
         shutil.rmtree(left, ignore_errors=True)
-    prepared = partial_folder(output.folder, TOKENS)
-    try:
+    with staging(output.folder, TOKENS) as prepared:
         manifest = Manifest(
             **fields,
+            **proved,
             **write_tokens(prepared, settings, tokenizer, report),
             revision=revision,
             tokenizer_hash=tokenizer_hash(tokenizer),
             model_layers=lm.model_layers(config),
             width=width,
-            hidden_states_offset=offset,
             versions={"routesae": __version__, **{p: version(p) for p in ("torch", "transformers")}},
         )
         require_disk(output, manifest, manifest.shard_count)
         if claim.held():  # else another took over, while this process was suspended
             begin_cache(output.folder, manifest, prepared)
-    finally:
-        shutil.rmtree(prepared, ignore_errors=True)
 
 
 def require_disk(output: Output, manifest: Manifest, shards: int) -> None:

@@ -95,7 +95,7 @@ class ShardBuffer:
 
     # --------------------------------------------------------------------------------------------------- committing
 
-    def commit(self, cache: Cache, weights_hash: str, batch_sequences: int) -> ShardRecord:
+    def commit(self, cache: Cache, batch_sequences: int) -> ShardRecord:
         """Check, copy to the host layer by layer, and write the shard. May run in a thread of its own.
 
         Raises FailedRun if a kept value is not finite or does not fit the cache's dtype, naming layer, document and
@@ -119,7 +119,7 @@ class ShardBuffer:
                     index=self.index,
                     rows=self.manifest.shard_range(self.index),
                     kept=len(self.order),
-                    weights_hash=weights_hash,
+                    weights_hash=self.manifest.exact_weights_hash,
                     batch_sequences=batch_sequences,
                     statistics={str(layer): self._layer_statistics(at) for at, layer in enumerate(layers)},
                     hashes=dict(hashes),

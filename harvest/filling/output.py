@@ -72,42 +72,26 @@ class Output:
             return cache
         if not self.store.exists("zarr.json"):
             begin_in_store(cache, self.store)
-        staged = StagedCache(self.folder, self.store)
         try:
-            require_same_cache(cache, staged.remote)
+            require_same_cache(cache, Cache(self.store))
         except WrongInput as differs:
             raise WrongInput(f"{differs}; delete {self.folder}, which nothing needs, or give another --out") from None
-        return staged
+        cache.shards_at = self.store
+        return cache
 
-
-class StagedCache(Cache):
-    """A cache folder whose shards go to the store. A shard is missing until the store has it."""
-
-    def __init__(self, folder: Path, store: BucketFolder):
-        super().__init__(folder)
-        self.store = store
-        self.remote = Cache(store)
-
-    def has_shard(self, index: int) -> bool:
-        return self.remote.has_shard(index)
-
-    def missing(self) -> list[int]:
-        return self.remote.missing()
-
-    def weights_hash(self) -> str | None:
-        return self.remote.weights_hash()
-
-    def publish(self, index: int) -> None:
-        """Send a shard that is committed here, unless the store has it, and delete it here."""
+    def publish(self, cache: Cache, index: int) -> None:
+        """Send a shard that is committed here to the store, unless that has it, and delete it here."""
+        if self.store is None:
+            return
         staged = self.folder / shard_name(index)
-        if not self.remote.has_shard(index):
-            send(staged, self.store / staged.name, shard_arrays(self.manifest))
-            log.info("%s is in %s", staged.name, self.remote.path)
+        if not cache.has_shard(index):
+            send(staged, self.store / staged.name, shard_arrays(cache.manifest))
+            log.info("%s is in %s", staged.name, self.store)
         shutil.rmtree(staged)
 
-    def publish_left(self, claims: Claims) -> None:
+    def publish_left(self, cache: Cache, claims: Claims) -> None:
         """Send what earlier harvests committed here and did not send, but not what another is working on."""
-        for folder in sorted(self.folder.glob("shard-*")):
-            index = folder.name.removeprefix("shard-")
-            if index.isdecimal() and int(index) < self.manifest.shard_count and not claims.is_live(folder.name):
-                self.publish(int(index))
+        for index in range(cache.manifest.shard_count if self.store is not None else 0):
+            name = shard_name(index)
+            if (self.folder / name).exists() and claims.owner(name) is None:
+                self.publish(cache, index)

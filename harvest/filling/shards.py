@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -22,12 +23,13 @@ from routesae.harvest.cache.claims import Claims
 from routesae.harvest.cache.manifest import shard_name
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.filling.buffer import ShardBuffer
+from routesae.harvest.filling.output import Output
 from routesae.harvest.lm.model import LanguageModel
 from routesae.harvest.settings import HarvestSettings, Share, share_of
 from routesae.machine.lock import Lock
 from routesae.machine.memory import keep_freed_memory
 from routesae.machine.stop import stop_code, stop_requests
-from routesae.reporting import FailedRun, Progress, Report, Stopped, WrongInput, human_bytes
+from routesae.reporting import FailedRun, Progress, Report, Stopped, human_bytes
 
 log = logging.getLogger(__name__)
 
@@ -36,15 +38,11 @@ STOP_WITHIN_SECONDS = 20.0  # then a shard not filled yet is dropped; SLURM kill
 # (benchmarks/harvest.py).
 START_SEQUENCES = {"cuda": 64, "cpu": 8}
 POLL_SECONDS = 0.5  # between looks at shards that other harvesters work on
+TRIES = 3  # of a shard that is deleted while the run is on
 
 
 def harvest_shards(
-    cache: Cache,
-    model: LanguageModel,
-    weights: str,
-    claims: Claims,
-    settings: HarvestSettings,
-    report: Report,
+    output: Output, cache: Cache, model: LanguageModel, claims: Claims, settings: HarvestSettings, report: Report
 ) -> None:
     """Write the shards that are missing, beside any other harvesters; return once all are there.
 
@@ -78,13 +76,12 @@ def harvest_shards(
                 work.wait()
             else:
                 index, claim = item
-                refuse_other_weights(cache, weights, settings)
                 try:
                     buffer = batching.fill(model, cache, index, step)
                 except _OutOfTime:
                     break
                 writing.result()
-                writing = writer.submit(_write, buffer, cache, claim, weights, batching.sequences)
+                writing = writer.submit(_write, buffer, output, cache, claim, batching.sequences)
                 del buffer
             if stop():
                 break
@@ -96,19 +93,11 @@ def harvest_shards(
         raise Stopped(f"stopped: {there}; run the same command again to go on", stop_code(request))
 
 
-def refuse_other_weights(cache: Cache, weights: str, settings: HarvestSettings) -> None:
-    """Raises WrongInput if the shards that are there were written by an LM with other weights."""
-    if cache.weights_hash() not in (None, weights):
-        raise WrongInput(
-            f"{settings.out} was begun with other weights than {settings.model} has now; "
-            "give the model it was begun with, or another --out"
-        )
-
-
-def _write(buffer: ShardBuffer, cache: Cache, claim: Lock, weights: str, batch_sequences: int) -> None:
+def _write(buffer: ShardBuffer, output: Output, cache: Cache, claim: Lock, batch_sequences: int) -> None:
     try:
-        buffer.commit(cache, weights, batch_sequences)
-        cache.publish(buffer.index)
+        cache.require_unchanged()
+        buffer.commit(cache, batch_sequences)
+        output.publish(cache, buffer.index)
     except OSError:
         if claim.held() or not cache.has_shard(buffer.index):
             raise
@@ -173,14 +162,15 @@ class Work:
 
     def __init__(self, cache: Cache, claims: Claims, share: Share, report: Report):
         self._cache, self._claims, self._report = cache, claims, report
-        self._shards = share.order(cache.missing())
-        self._begun: set[int] = set()  # here
+        self._shards = share.order(range(cache.manifest.shard_count))
+        self._asked = set[int]()  # the shards that were missing at any time
+        self._tries = Counter[int]()  # of the shards begun here
         self._rows_here = self._rows_elsewhere = self._reported = 0
-        self._rows = self._rows_of(self._shards)
         self._facts = {"worker": str(share)} if share.workers > 1 else {}
 
     def claimed(self) -> Iterator[tuple[int, Lock] | None]:
-        """Claim and yield shard after shard until all are there; yield None while others have claimed the rest."""
+        """Claim and yield shard after shard until all are there; yield None while the rest is claimed, here or by
+        others. Raises FailedRun where a shard that was written does not stay."""
         while left := self._left():
             has_any = False
             for index in left:
@@ -189,7 +179,15 @@ class Work:
                 if self._cache.has_shard(index):  # committed between the look and the claim
                     claim.release()
                     continue
-                self._begun.add(index)
+                if self._tries[index] == TRIES:
+                    raise FailedRun(
+                        f"{self._cache.path}/{shard_name(index)} was deleted {TRIES} times while this ran; find out "
+                        "by what, and run the same command again"
+                    )
+                if self._tries[index]:
+                    log.warning("%s was deleted while this ran: it is written again", shard_name(index))
+                    self._rows_here -= self._rows_of([index])
+                self._tries[index] += 1
                 has_any = True
                 yield index, claim
             if not has_any:
@@ -201,7 +199,7 @@ class Work:
         self._rows_here += rows
         self._reported = done = self._rows_here + self._rows_elsewhere
         size = human_bytes(manifest.kept_tokens * manifest.token_bytes * done / manifest.rows)
-        done, total = done * manifest.context, self._rows * manifest.context
+        done, total = done * manifest.context, self._rows_of(self._asked) * manifest.context
         self._report(Progress("harvest", done, total, "tokens", {"size": size, **self._facts, **(facts or {})}))
 
     def finish(self) -> None:
@@ -211,19 +209,18 @@ class Work:
 
     def wait(self) -> None:
         """Wait a moment for other harvesters. The next look takes over what one of them leaves when it dies."""
-        left = self._left()
-        owners = {str(owner) for index in left if (owner := self._claims.owner(shard_name(index)))}
-        self.report(facts={"waiting for": " and ".join(sorted(owners)) or "others"})
-        if left:
+        if left := self._left():
+            owners = {str(owner) for index in left if (owner := self._claims.owner(shard_name(index)))}
+            self.report(facts={"waiting for": " and ".join(sorted(owners)) or "others"})
             time.sleep(POLL_SECONDS)
 
     def _left(self) -> list[int]:
-        """Shards that are not there yet and were not begun here."""
+        """Shards that are not there, or not there any more."""
         missing = set(self._cache.missing())
-        others = [index for index in self._shards if index not in self._begun]
-        self._rows_elsewhere = self._rows_of([index for index in others if index not in missing])
-        return [index for index in others if index in missing]
+        self._asked |= missing
+        self._rows_elsewhere = self._rows_of(self._asked - missing - self._tries.keys())
+        return [index for index in self._shards if index in missing]
 
-    def _rows_of(self, shards: list[int]) -> int:
+    def _rows_of(self, shards: Iterable[int]) -> int:
         ranges = map(self._cache.manifest.shard_range, shards)
         return sum(after - first for first, after in ranges)

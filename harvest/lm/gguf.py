@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from routesae.harvest.cache.arrays import fsync_tree
 from routesae.reporting import WrongInput
 
 log = logging.getLogger(__name__)
@@ -25,6 +26,9 @@ def source(model: str) -> str:
             raise WrongInput(f"model {model} does not exist; give a .gguf file, a folder, a hub id, or demo")
         return str(_converted(path))
     if path.is_dir():
+        for entry in path.iterdir():  # transformers opens what it finds, and would wait for a pipe for ever
+            if entry.exists() and not (entry.is_file() or entry.is_dir()):
+                raise WrongInput(f"{entry} is neither a file nor a folder; take it out of the model's folder")
         return str(path)
     if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise WrongInput(f"model {model} is not a folder with a model; give a folder, a hub id, a .gguf file or demo")
@@ -64,6 +68,7 @@ def _converted(gguf: Path) -> Path:
         plain.save_pretrained(partial)
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(partial)
         partial.chmod(0o755)
+        fsync_tree(partial)
         if not folder.is_dir():  # another process may have been faster
             partial.rename(folder)
     finally:

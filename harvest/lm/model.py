@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import xxhash
 from torch import nn
 
 from routesae.harvest.lm.gguf import source
@@ -30,7 +31,7 @@ _INCIDENTAL_CONFIG = (
     "use_cache",
     "architectures",
 )
-_HASHED_VALUES = 64  # of every parameter, for weights_hash
+_HASHED_AT_ONCE = 1 << 24  # values of a parameter, for weights_hash
 
 
 @dataclass(frozen=True)
@@ -164,13 +165,20 @@ def config_hash(config: Any) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def weights_hash(lm: LanguageModel) -> str:
-    """sha256 over the first 64 values of every parameter of the whole LM, as bfloat16.
+def weights_hash(lm: LanguageModel, *, exact: bool = False) -> str:
+    """xxh3-128 over every parameter and stored buffer of the whole LM: as bfloat16, or `exact`, as it was loaded.
 
-    Tells a fine-tuned model from its base, which share a config; the same for every precision loaded.
+    Tells a fine-tuned model from its base, which share a config. The first is the same for every precision loaded.
     """
-    probe = torch.cat([p.detach().flatten()[:_HASHED_VALUES].to(torch.bfloat16) for p in lm.model.parameters()])
-    return hashlib.sha256(probe.view(torch.int16).cpu().numpy().tobytes()).hexdigest()
+    hasher = xxhash.xxh3_128()
+    stored = {tensor.data_ptr(): tensor for tensor in lm.model.state_dict().values()}  # tied ones once
+    for tensor in stored.values():
+        hasher.update(str(tuple(tensor.shape)).encode())
+        for piece in tensor.detach().flatten().split(_HASHED_AT_ONCE):
+            if piece.is_floating_point() and not exact:
+                piece = piece.to(torch.bfloat16)
+            hasher.update(piece.view(torch.uint8).cpu().numpy())
+    return hasher.hexdigest()
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import logging
 import re
 import shutil
 import time
+import warnings
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -18,16 +19,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from routesae.harvest.cache import arrays
 from routesae.harvest.cache.manifest import Manifest, layer_name
 from routesae.harvest.cache.quantise import encoded, row_statistics
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.cache.verify import verify
 from routesae.harvest.filling.buffer import ShardBuffer
-from routesae.harvest.lm.model import LanguageModel
+from routesae.harvest.filling.output import Output
+from routesae.harvest.lm.model import LanguageModel, load_lm, weights_hash
 from routesae.harvest.run import harvest
 from routesae.harvest.settings import HarvestSettings, parse_layers
 from routesae.reporting import FailedRun, Progress, WrongInput
 from routesae.tests.processes import Command
+from routesae.tests.shards import change_attributes
 
 Array = npt.NDArray[Any]
 Settings = Callable[..., HarvestSettings]
@@ -183,8 +187,9 @@ def test_a_harvest_stopped_between_the_tokens_and_the_manifest_goes_on(
 ) -> None:
     for path in begun.glob("shard-*"):
         shutil.rmtree(path)
-    (begun / ".manifest").mkdir()
-    (begun / "zarr.json").rename(begun / ".manifest" / "zarr.json")
+    staged = begun / ".tokens.12ab.partial" / "tokens"
+    staged.mkdir(parents=True)
+    (begun / "zarr.json").rename(staged / "zarr.json")
     harvest(tiny_settings(out=str(begun)))
     assert contents(begun) == contents(tiny_cache.path)
 
@@ -193,7 +198,7 @@ def test_a_harvest_stopped_while_tokenising_begins_again(
     begun: Path, tiny_cache: Cache, tiny_settings: Settings, tmp_path: Path
 ) -> None:
     (tmp_path / "new").mkdir()
-    (begun / "tokens").rename(tmp_path / "new" / ".tokens.partial")
+    (begun / "tokens").rename(tmp_path / "new" / ".tokens.12ab.partial")
     harvest(tiny_settings(out=str(tmp_path / "new")))
     assert contents(tmp_path / "new") == contents(tiny_cache.path)
 
@@ -488,6 +493,8 @@ def test_a_model_that_puts_out_nan_stops_the_run(
     harvest(settings)
     shutil.rmtree(out / "shard-00000")
     changed_model(tiny_model, tmp_path / "model", spoil)  # after its proof, as a rare token may do
+    spoiled = load_lm(str(model), device=torch.device("cpu"), lm_dtype="float32")
+    change_attributes(out, exact_weights_hash=weights_hash(spoiled, exact=True))
     with pytest.raises(FailedRun, match=r"NaN or infinite.*layer 4, document .*--lm-dtype float32"):
         harvest(settings)
     assert Cache(tmp_path / "shards").missing() == [0]
@@ -531,10 +538,10 @@ def test_values_at_the_edge_of_float16(
     buffer.fill(LanguageModel(model, model.blocks, 32, torch.device("cpu")), 8, lambda rows: None)
     if stored is None:
         with pytest.raises(FailedRun, match="layer 2, document"):
-            buffer.commit(cache, "", 8)
+            buffer.commit(cache, 8)
         assert not cache.has_shard(0)
     else:
-        record = buffer.commit(cache, "", 8)
+        record = buffer.commit(cache, 8)
         assert (cache.shard(0).read("layer_05") == sign * stored).all()
         assert record.statistics["5"].clipped == (0 if value <= LARGEST else record.kept * 32)
 
@@ -596,3 +603,145 @@ def test_impossible_settings_are_wrong_input_naming_option_and_value(name: str, 
         HarvestSettings(**{name: value})
     assert f"--{name.replace('_', '-')}" in str(error.value)
     assert str(value) in str(error.value)
+
+
+# ------------------------------------------------------------------------- what others do to the folder meanwhile
+
+
+def once(do: Callable[[], object], at: int) -> Callable[[Progress], None]:
+    """Does it when the harvest has come to `at` tokens."""
+    done: list[object] = []
+
+    def report(now: Progress) -> None:
+        if now.stage == "harvest" and now.done >= at and not done:
+            done.append(do())
+
+    return report
+
+
+@pytest.mark.parametrize("index", [0, 3])
+def test_a_shard_that_is_deleted_while_it_runs_is_written_again(
+    index: int, begun: Path, tiny_cache: Cache, tiny_settings: Settings
+) -> None:
+    """Whether this run wrote it or another before."""
+    for written in (0, 1, 2):
+        shutil.rmtree(begun / f"shard-0000{written}")
+    cache = harvest(
+        tiny_settings(out=str(begun)), once(lambda: shutil.rmtree(begun / f"shard-0000{index}"), at=2 * 2048 + 512)
+    )
+    assert cache.missing() == []
+    assert contents(begun) == contents(tiny_cache.path)
+    assert not list(begun.glob(".*"))
+
+
+def test_one_that_is_deleted_again_and_again_ends_the_run(
+    begun: Path, tiny_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree(begun / "shard-00003")
+    monkeypatch.setattr(Output, "publish", lambda self, cache, index: shutil.rmtree(begun / f"shard-0000{index}"))
+    with pytest.raises(FailedRun, match="shard-00003 was deleted 3 times while this ran") as failed:
+        harvest(tiny_settings(out=str(begun)))
+    assert "\n" not in str(failed.value)
+
+
+@pytest.mark.parametrize("path", ["shard-00000/layer_03", "shard-00000/zarr.json", "tokens", "document_starts/c/0"])
+def test_what_is_deleted_of_a_shard_or_of_the_tokens_while_it_runs_is_a_failed_run(
+    path: str, begun: Path, tiny_settings: Settings
+) -> None:
+    shutil.rmtree(begun / "shard-00004")
+
+    def delete() -> None:
+        if (begun / path).is_dir():
+            shutil.rmtree(begun / path)
+        else:
+            (begun / path).unlink()
+
+    with pytest.raises(FailedRun, match=path.partition("/")[0]) as failed:
+        harvest(tiny_settings(out=str(begun)), once(delete, at=128))
+    assert "\n" not in str(failed.value)
+
+
+@pytest.mark.parametrize("name", ["tokens", "document_starts"])
+def test_a_resumed_harvest_refuses_tokens_that_are_not_those_it_was_begun_with(
+    name: str, begun: Path, tiny_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would write shards of other text. It says so before the LM is loaded."""
+    shutil.rmtree(begun / "shard-00002")
+    (file,) = [path for path in (begun / name / "c").rglob("*") if path.is_file()]
+    data = bytearray(file.read_bytes())
+    data[16] ^= 1
+    file.write_bytes(data)
+    monkeypatch.setattr("routesae.harvest.lm.model.load_lm", None)
+    with pytest.raises(WrongInput, match=f"{name} is damaged: checksum differs.*harvest it again"):
+        harvest(tiny_settings(out=str(begun)))
+    assert Cache(begun).missing() == [2]
+
+
+def test_a_folder_that_becomes_read_only_in_mid_run_is_a_failed_run(
+    begun: Path, tiny_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for index in (1, 2):
+        shutil.rmtree(begun / f"shard-0000{index}")
+    rename = Path.rename
+
+    def refused(self: Path, target: Path) -> Path:
+        if self.name == "shard-00002":
+            raise OSError(30, "Read-only file system", str(target))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(
+        FailedRun, match=r"can no longer be written \(Read-only file system\): 4 of 5 shards are there"
+    ):
+        harvest(tiny_settings(out=str(begun)))
+    assert not list(begun.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda lm: lm.model.layers[5].mlp.down_proj.weight[-1, -1].add_(0.5),
+        lambda lm: lm.model.layers[0].mlp.down_proj.weight[-1, -1].mul_(1 + 1e-6),
+    ],
+    ids=["one value", "less than bfloat16 tells"],
+)
+def test_a_harvester_whose_lm_differs_in_one_value_writes_nothing(
+    change: Callable[[Any], object], begun: Path, tiny_model: Path, tiny_settings: Settings, tmp_path: Path
+) -> None:
+    for index in range(5):
+        shutil.rmtree(begun / f"shard-0000{index}")
+    change_attributes(begun, model=str(tmp_path / "model"))
+    changed_model(tiny_model, tmp_path / "model", change)
+    with pytest.raises(WrongInput, match=r"was begun with other weights than .*model has now"):
+        harvest(tiny_settings(out=str(begun), model=str(tmp_path / "model")))
+    assert Cache(begun).missing() == [0, 1, 2, 3, 4]
+
+
+def test_what_is_being_written_is_no_group_and_under_no_name_that_can_be_told(
+    begun: Path, tiny_settings: Settings
+) -> None:
+    """Zarr readers do not list a shard before it is whole, and nobody can put a link in its place."""
+    import zarr
+
+    for index in (1, 2):
+        shutil.rmtree(begun / f"shard-0000{index}")
+    names: list[str] = []
+    listed: list[set[str]] = []
+
+    def record(*arguments: Any) -> None:
+        names.extend(path.name for path in begun.glob(".shard-*.partial"))
+        listed.append(set(zarr.open_group(str(begun), mode="r").group_keys()))
+
+    write_group = arrays.write_group
+
+    def written(folder: Path, attributes: Any) -> None:
+        write_group(folder, attributes)
+        record()
+
+    with pytest.MonkeyPatch.context() as patched, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Object at")
+        patched.setattr(arrays, "write_group", written)
+        harvest(tiny_settings(out=str(begun)))
+    assert len(set(names)) == 2
+    assert all(re.fullmatch(r"\.shard-0000[12]\.[0-9a-f]{16}\.partial", name) for name in names)
+    assert all(name.startswith("shard-") for group in listed for name in group)

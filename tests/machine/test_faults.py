@@ -36,6 +36,15 @@ def test_what_a_disk_says_is_told_with_the_remedy(
         assert "\n" not in str(told.value)
 
 
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
+def test_a_folder_that_becomes_read_only_in_mid_run_is_a_failed_run(number: int, tmp_path: Path) -> None:
+    with (
+        pytest.raises(FailedRun, match=r"can no longer be written \(.*\): 3 shards; make it writable"),
+        disk_faults(tmp_path, lambda: "3 shards", lambda: True),
+    ):
+        raise OSError(number, os.strerror(number), str(tmp_path / "x"))
+
+
 def test_what_another_file_suffers_is_not_laid_on_the_cache(tmp_path: Path) -> None:
     with pytest.raises(PermissionError), disk_faults(tmp_path / "shards", lambda: ""):
         raise PermissionError(errno.EACCES, "Permission denied", "/somewhere/corpus.jsonl")

@@ -20,6 +20,7 @@ from routesae.harvest.cache.store.disk import DiskFolder
 from routesae.harvest.cache.verify import repair, verify
 from routesae.machine.files import LARGEST_BYTES, BadFile, parse_json, read_json, refuse_link, write_json
 from routesae.reporting import WrongInput
+from routesae.tests.shards import change_attributes
 
 
 @contextmanager
@@ -39,9 +40,7 @@ def folder(tiny_cache: Cache, tmp_path: Path) -> Path:
 
 
 def change(path: Path, **fields: Any) -> None:
-    document = json.loads(path.read_text())
-    document["attributes"].update(fields)
-    path.write_text(json.dumps(document))
+    change_attributes(path.parent, **fields)
 
 
 # ---------------------------------------------------------------------------------------------------- JSON
@@ -208,10 +207,10 @@ def test_metadata_of_another_array_than_is_written_here_is_refused(
     alter: Callable[[dict[str, Any]], object], tmp_path: Path
 ) -> None:
     write_array(tmp_path / "a", np.zeros((600, 4), np.float16))
-    DiskFolder(tmp_path / "a").array((600, 4), "<f2")
+    DiskFolder(tmp_path / "a").array((600, 4), "<f2", "")
     set_metadata(tmp_path / "a", alter)
     with within(20_000_000), pytest.raises(BadArray):
-        DiskFolder(tmp_path / "a").array((600, 4), "<f2")
+        DiskFolder(tmp_path / "a").array((600, 4), "<f2", "")
 
 
 def test_an_index_of_a_terabyte_is_not_read(tmp_path: Path) -> None:
@@ -221,7 +220,7 @@ def test_an_index_of_a_terabyte_is_not_read(tmp_path: Path) -> None:
     set_metadata(tmp_path / "a", lambda m: m["chunk_grid"]["configuration"].update(chunk_shape=list(shape)))
     os.truncate(data_file(tmp_path / "a", 2), 2**36 * 20 + 4)
     with within(20_000_000), pytest.raises(BadArray, match="chunks, more than"):
-        DiskFolder(tmp_path / "a").array(shape, "<i4")
+        DiskFolder(tmp_path / "a").array(shape, "<i4", "")
 
 
 def test_a_pipe_in_place_of_the_data_is_not_opened(tmp_path: Path) -> None:
@@ -229,7 +228,7 @@ def test_a_pipe_in_place_of_the_data_is_not_opened(tmp_path: Path) -> None:
     data_file(tmp_path / "a", 2).unlink()
     os.mkfifo(data_file(tmp_path / "a", 2))
     with pytest.raises(BadArray, match="not a regular file"):
-        DiskFolder(tmp_path / "a").array((600, 4), "<f2")
+        DiskFolder(tmp_path / "a").array((600, 4), "<f2", "")
 
 
 # ---------------------------------------------------------------------------------------------------- links

@@ -74,12 +74,11 @@ class Selection:
             first, after = shard.record.rows
             if after <= first_row or after_row <= first:
                 continue
-            try:
-                rows = shard.positions(first_row, after_row)
-            except arrays.BadArray as bad:
-                raise damaged(shard.path, bad) from bad
             self.shards.append(shard)
-            self.rows.append(rows)
+            self.rows.append(None)
+            if first < first_row or after_row < after:
+                row = self.positions(-1) // cache.manifest.context
+                self.rows[-1] = np.flatnonzero((first_row <= row) & (row < after_row))
 
     def count(self, shard: int) -> int:
         """Selected rows of the shard-th of `self.shards`."""
@@ -94,10 +93,10 @@ class Selection:
         """Flat positions in `tokens` of the selected rows of the shard-th of `self.shards`, in stored order."""
         opened, rows = self.shards[shard], self.rows[shard]
         try:
-            order = np.asarray(opened.read("order"), np.int64) + opened.record.rows[0] * self.cache.manifest.context
+            positions = opened.positions()
         except arrays.BadArray as bad:
             raise damaged(opened.path, bad) from bad
-        return order if rows is None else order[rows]
+        return positions if rows is None else positions[rows]
 
     def block_table(self) -> npt.NDArray[np.int64]:
         """[blocks, 3]: shard, first and after of every block; every selected row once, in stored order."""

@@ -24,7 +24,7 @@ import numpy.typing as npt
 import torch
 import xxhash
 
-from routesae.harvest.cache.arrays import CHECKSUM_DIFFERS, CHUNK_ROWS, BadArray, ChunkHashes, array_hash
+from routesae.harvest.cache.arrays import CHUNK_ROWS, BadArray, ChunkHashes
 from routesae.harvest.cache.manifest import (
     CHANNEL_ARRAYS,
     CHUNK_HASHES,
@@ -90,9 +90,8 @@ class RowReader:
         # Plain functions, not methods: a cycle would hold files open for as long as the collector pleases.
         self._opened: Open = lru_cache(_open_file_limit())(lambda shard, name: shard.array(name).open())
         chunks = -(-manifest.shard_rows * manifest.context // CHUNK_ROWS)
-        hashes = partial(_chunk_hashes, self._opened)
-        self._hashes = lru_cache(max(1, HASHES_BYTES // (8 * len(hashed) * chunks)))(hashes)
-        channels = partial(_channels, self._opened, self._columns)
+        self._hashes = lru_cache(max(1, HASHES_BYTES // (8 * len(hashed) * chunks)))(_chunk_hashes)
+        channels = partial(_channels, self._columns)
         self._channels = lru_cache(max(1, CHANNELS_BYTES // (8 * len(self._names) * manifest.width)))(channels)
         self._announced: set[Shard] = set()  # whose small arrays were
         self._scratch = threading.local()
@@ -162,7 +161,14 @@ class RowReader:
 
     def _read_chunks(self, shard: Shard, name: str, first: int, out_mW: Rows) -> None:
         hashes_C = self._hashes(shard)[self._hash_columns[name]]
-        _read_checked(self._opened(shard, name), first, out_mW, partial(_wrong_chunk, hashes_C, first, out_mW))
+        rows = self._opened(shard, name)
+        rows.read(first, out_mW)
+        wrong = _wrong_chunk(hashes_C, first, out_mW)
+        if wrong is not None and rows.drop(first, first + len(out_mW)):  # a local copy: perhaps it alone is wrong
+            rows.read(first, out_mW)
+            wrong = _wrong_chunk(hashes_C, first, out_mW)
+        if wrong is not None:
+            raise BadArray(wrong)
 
     def _memory(self, name: str, shape: tuple[int, int], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         """Memory of this thread, used again and again: fresh pages cost more than what is copied into them."""
@@ -183,17 +189,6 @@ def _reading(shard: Shard, name: str) -> Iterator[None]:
         raise FailedRun(str(damaged(f"{shard.path}/{name}", BadArray(str(bad))))) from bad
 
 
-def _read_checked(rows: OpenRows, first: int, out_mW: Rows, problem: Callable[[], str | None]) -> None:
-    """Read rows, and once more where `problem` names one and they came from a local copy; BadArray if it stays."""
-    rows.read(first, out_mW)
-    said = problem()
-    if said is not None and rows.drop(first, first + len(out_mW)):
-        rows.read(first, out_mW)
-        said = problem()
-    if said is not None:
-        raise BadArray(said)
-
-
 def _wrong_chunk(hashes_C: ChunkHashes, first: int, rows_mW: Rows) -> str | None:
     for at in range(0, len(rows_mW), CHUNK_ROWS):
         chunk_mW = rows_mW[at : at + CHUNK_ROWS]
@@ -204,28 +199,19 @@ def _wrong_chunk(hashes_C: ChunkHashes, first: int, rows_mW: Rows) -> str | None
     return None
 
 
-def _read_small(opened: Open, shard: Shard, name: str) -> npt.NDArray[Any]:
-    """All rows of an array that is not read by rows, compared with the hash in the shard's record."""
-    shape, dtype = shard.form(name)
-    values = np.empty(shape, dtype)
-
-    def problem() -> str | None:
-        return None if array_hash(values) == shard.record.hashes[name] else CHECKSUM_DIFFERS
-
-    with _reading(shard, name):
-        _read_checked(opened(shard, name), 0, values, problem)
-    return values
-
-
-def _chunk_hashes(opened: Open, shard: Shard) -> ChunkHashes:
+def _chunk_hashes(shard: Shard) -> ChunkHashes:
     """uint64 [A, C]. Raises FailedRun where they are damaged."""
-    return np.ascontiguousarray(_read_small(opened, shard, CHUNK_HASHES).T)
+    with _reading(shard, CHUNK_HASHES):
+        return np.array(shard.read(CHUNK_HASHES).T, order="C")  # not a view of the mapped file
 
 
-def _channels(opened: Open, columns: list[int], shard: Shard) -> list[Channels]:
+def _channels(columns: list[int], shard: Shard) -> list[Channels]:
     """Of each layer of a selection. Raises FailedRun where they are damaged."""
-    mean_LD, std_LD = (torch.from_numpy(_read_small(opened, shard, name)[columns]) for name in CHANNEL_ARRAYS)
-    return [Channels(*one) for one in zip(mean_LD, std_LD, strict=True)]
+    read = []
+    for name in CHANNEL_ARRAYS:
+        with _reading(shard, name):
+            read.append(torch.from_numpy(shard.read(name)[columns]))
+    return [Channels(*one) for one in zip(*read, strict=True)]
 
 
 def _open_file_limit() -> int:

@@ -15,7 +15,7 @@ import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
 from math import prod
@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from routesae.harvest.cache.arrays import CHUNK_ROWS, Array, BadArray, array_hash, data_name
+from routesae.harvest.cache.arrays import CHECKSUM_DIFFERS, CHUNK_ROWS, Array, BadArray, array_hash, data_name
 from routesae.harvest.cache.storage import Stored, checked
 from routesae.harvest.cache.store.blocks import IN_FLIGHT, PIECE_BYTES, Block, blocks
 from routesae.machine.files import LARGEST_BYTES
@@ -173,18 +173,18 @@ class BucketFolder:
                 file.write(piece)
 
     def shard_names(self) -> set[str]:
+        def look(name: str) -> None:
+            with suppress(FileNotFoundError):
+                self.record(name)
+
         listed = {name for name in self.folders() if name.startswith("shard-")}
         if unknown := sorted(listed - self._records.keys()):
             with ThreadPoolExecutor(min(IN_FLIGHT, len(unknown)), thread_name_prefix="shard-records") as pool:
-                list(pool.map(self.has_shard, unknown))
+                list(pool.map(look, unknown))
         return listed & self._records.keys()
 
     def has_shard(self, name: str) -> bool:
-        try:
-            self.record(name)
-        except FileNotFoundError:
-            return False
-        return True
+        return (self / name).exists("zarr.json")
 
     def record(self, name: str) -> bytes:
         if name not in self._records:
@@ -194,7 +194,7 @@ class BucketFolder:
                 self._records[name] = str(bad).encode()  # not JSON, so the shard is refused where it is opened
         return self._records[name]
 
-    def array(self, shape: tuple[int, ...], dtype: npt.DTypeLike, content: str = "") -> BucketArray:
+    def array(self, shape: tuple[int, ...], dtype: npt.DTypeLike, content: str) -> BucketArray:
         return BucketArray(self, shape, dtype, content)
 
     # ------------------------------------------------------------------------------------------------- writing
@@ -266,70 +266,58 @@ class BucketArray:
         self._lock = threading.Lock()
         self._stored: Stored | None = None
 
-    def _checked(self) -> Stored:
-        with self._lock:
-            if self._stored is None:
-                self._stored = checked(self._folder, self._shape, self._dtype)
-            return self._stored
-
     def _fetched(self, first: int, after: int) -> Iterator[Data]:
         """The bytes of rows first … after-1, some megabytes of whole chunks at a time."""
+        with self._lock:
+            stored = self._stored = self._stored or checked(self._folder, self._shape, self._dtype)
         step = self._chunk_bytes * max(1, PIECE_BYTES // self._chunk_bytes)
-        yield from self._folder.ranges(
-            self._name, self._checked(), first * self._row_bytes, after * self._row_bytes, step
-        )
+        yield from self._folder.ranges(self._name, stored, first * self._row_bytes, after * self._row_bytes, step)
 
     def pieces(self) -> Iterator[Array]:
         for piece in self._fetched(0, self._shape[0]):
             yield np.frombuffer(memoryview(piece), self._dtype).reshape(-1, *self._shape[1:])
 
-    def read(self) -> Array:
+    def whole(self) -> Array:
         block = self._block(0, self._shape[0])
-        values = blocks().mapped(block, self._dtype, self._shape)
-        if self._content and array_hash(values) != self._content:  # on the way, or on this disk
-            blocks().drop(block.key)
+        for _ in range(2):
             values = blocks().mapped(block, self._dtype, self._shape)
-        return values
+            if array_hash(values) == self._content:
+                return values
+            blocks().drop(block.key)  # a bit flipped on the way, or on this disk
+        raise BadArray(CHECKSUM_DIFFERS)
 
-    def open(self) -> BucketRows:
-        return BucketRows(self)
-
-    def _block(self, first: int, after: int) -> Block:
-        """Rows first … after-1, to be fetched when they are needed, under a name that is found again."""
-        content = f"{self._folder} {self._content or self._checked().etag} {first} {after} {self._row_bytes}"
-        key = xxhash.xxh3_128_hexdigest(content.encode())
-        return Block(key, (after - first) * self._row_bytes, lambda: self._fetched(first, after))
-
-    def blocks(self, first: int, after: int) -> Iterator[tuple[int, Block]]:
-        """The blocks that hold the rows, each with its first row."""
-        for begin in range(first // self._block_rows * self._block_rows, after, self._block_rows):
-            yield begin, self._block(begin, min(begin + self._block_rows, self._shape[0]))
-
-
-class BucketRows:
-    """The rows of an array, for many reads."""
-
-    def __init__(self, array: BucketArray):
-        self._array = array
+    def open(self) -> BucketArray:
+        return self
 
     def read(self, first: int, out_mW: npt.NDArray[np.generic]) -> None:
-        row_bytes, after = out_mW[:1].nbytes, first + len(out_mW)
-        for begin, block in self._array.blocks(first, after):
+        after = first + len(out_mW)
+        for begin, block in self._blocks(first, after):
             try:
                 file = blocks().open(block)
             except WrongInput as refused:  # in the middle of a run it is not the command that is wrong
                 raise FailedRun(str(refused)) from refused
-            low, high = max(first, begin), min(after, begin + block.size // row_bytes)
-            file.read((low - begin) * row_bytes, out_mW[low - first : high - first])
+            low, high = max(first, begin), min(after, begin + block.size // self._row_bytes)
+            file.read((low - begin) * self._row_bytes, out_mW[low - first : high - first])
 
     def advise(self, first: int, after: int) -> None:
-        for _, block in self._array.blocks(first, after):
+        for _, block in self._blocks(first, after):
             blocks().announce(block)
 
     def drop(self, first: int, after: int) -> bool:
-        for _, block in self._array.blocks(first, after):
+        for _, block in self._blocks(first, after):
             blocks().drop(block.key)
         return True
+
+    def _block(self, first: int, after: int) -> Block:
+        """Rows first … after-1, to be fetched when they are needed, under a name that is found again."""
+        content = f"{self._folder} {self._content} {first} {after} {self._row_bytes}"
+        key = xxhash.xxh3_128_hexdigest(content.encode())
+        return Block(key, (after - first) * self._row_bytes, lambda: self._fetched(first, after))
+
+    def _blocks(self, first: int, after: int) -> Iterator[tuple[int, Block]]:
+        """The blocks that hold the rows, each with its first row."""
+        for begin in range(first // self._block_rows * self._block_rows, after, self._block_rows):
+            yield begin, self._block(begin, min(begin + self._block_rows, self._shape[0]))
 
 
 def _whole(data: T, length: int) -> T:

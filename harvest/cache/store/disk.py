@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import stat
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from math import prod
@@ -19,18 +18,22 @@ from typing import IO
 import numpy as np
 import numpy.typing as npt
 
-from routesae.harvest.cache.arrays import Array, BadArray, data_file
+from routesae.harvest.cache.arrays import CHECKSUM_DIFFERS, Array, BadArray, array_hash, data_file
 from routesae.harvest.cache.storage import Stored, checked
-from routesae.machine.files import LARGEST_BYTES, BadFile, leads_out_of, read_bytes
+from routesae.machine.files import LARGEST_BYTES, BadFile, leads_out_of, open_regular, read_bytes
 
 NO_MMAP = (errno.ENODEV, errno.ENOSYS, errno.ENOTSUP, errno.EACCES, errno.EINVAL)
 
 
 class OpenFile:
-    """A file's rows, for several threads. It is closed once nobody holds this object, whichever thread that was."""
+    """A regular file's rows, for several threads. It is closed once nobody holds this object, in whichever thread.
 
-    def __init__(self, path: Path, flags: int = os.O_RDONLY, row_bytes: int = 1):
-        self.descriptor = os.open(path, flags | os.O_CLOEXEC, 0o644)
+    Raises BadFile where it is no regular file, and OSError.
+    """
+
+    def __init__(self, path: Path, row_bytes: int = 1):
+        with open_regular(path) as file:
+            self.descriptor = os.dup(file.fileno())
         self._row_bytes = row_bytes
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:  # as the process ends `os` may be gone
@@ -68,20 +71,23 @@ def map_file(file: Path | IO[bytes], dtype: npt.DTypeLike, shape: tuple[int, ...
 
 
 class DiskArray:
-    """An array in a folder."""
+    """An array in a folder. content: its hash."""
 
-    def __init__(self, path: Path, shape: tuple[int, ...], dtype: npt.DTypeLike):
-        self._path, self._shape = data_file(path, len(shape)), shape
+    def __init__(self, path: Path, shape: tuple[int, ...], dtype: npt.DTypeLike, content: str):
+        self._path, self._shape, self._content = data_file(path, len(shape)), shape, content
         self._dtype = np.dtype(dtype).newbyteorder("<")
 
-    def read(self) -> Array:
-        return map_file(self._path, self._dtype, self._shape)
+    def whole(self) -> Array:
+        values = map_file(self._path, self._dtype, self._shape)
+        if array_hash(values) != self._content:
+            raise BadArray(CHECKSUM_DIFFERS)
+        return values
 
     def pieces(self) -> Iterator[Array]:
-        yield self.read()
+        yield map_file(self._path, self._dtype, self._shape)
 
     def open(self) -> OpenFile:
-        return OpenFile(self._path, row_bytes=prod(self._shape[1:]) * self._dtype.itemsize)
+        return OpenFile(self._path, prod(self._shape[1:]) * self._dtype.itemsize)
 
 
 class DiskFolder:
@@ -106,24 +112,19 @@ class DiskFolder:
             return read_bytes(self.path / name, largest)
         except (FileNotFoundError, NotADirectoryError):
             raise FileNotFoundError(f"{self.path / name} is missing") from None
-        except BadFile as bad:
-            raise BadArray(f"{name} unreadable: {bad}") from None
-        except OSError as error:
-            raise BadArray(f"{name} unreadable: {error.strerror}") from None
+        except (BadFile, OSError) as bad:
+            raise BadArray(f"{name} unreadable: {getattr(bad, 'strerror', None) or bad}") from None
 
     def tail(self, name: str, length: int) -> tuple[Stored, bytes]:
-        path = self.path / name
         try:
-            status = path.stat()
-            if not stat.S_ISREG(status.st_mode):
-                raise BadArray("the data is not a regular file")
-            with path.open("rb") as file:
-                file.seek(max(0, status.st_size - length))
-                return Stored(status.st_size), file.read(length)
+            with open_regular(self.path / name) as file:
+                size = os.fstat(file.fileno()).st_size
+                file.seek(max(0, size - length))
+                return Stored(size), file.read(length)
         except (FileNotFoundError, NotADirectoryError):
-            raise FileNotFoundError(f"{path} is missing") from None
-        except OSError as error:
-            raise BadArray(f"data file unreadable: {error.strerror}") from None
+            raise FileNotFoundError(f"{self.path / name} is missing") from None
+        except (BadFile, OSError) as bad:
+            raise BadArray(f"data file unreadable: {getattr(bad, 'strerror', None) or bad}") from None
 
     def fetch(self, name: str, target: Path, *, link: bool = False) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -146,8 +147,8 @@ class DiskFolder:
     def record(self, name: str) -> bytes:
         return (self / name).read("zarr.json")
 
-    def array(self, shape: tuple[int, ...], dtype: npt.DTypeLike, content: str = "") -> DiskArray:
+    def array(self, shape: tuple[int, ...], dtype: npt.DTypeLike, content: str) -> DiskArray:
         if leads_out_of(self._root, data_file(self.path, len(shape))):
             raise BadArray("a symbolic link leads out of the cache; put the file itself there")
         checked(self, shape, dtype)
-        return DiskArray(self.path, shape, dtype)
+        return DiskArray(self.path, shape, dtype, content)

@@ -28,6 +28,7 @@ from routesae.analyze.scores.settings import AnalyzeSettings
 from routesae.cli import main
 from routesae.harvest.cache.reader import Cache
 from routesae.reporting import WrongInput
+from routesae.tests.shards import change_attributes
 from routesae.train.run import TrainResult, train
 from routesae.train.saes import SAES
 from routesae.train.settings import settings_of
@@ -363,10 +364,8 @@ def test_one_row_has_no_intervals(tiny_cache: Cache, saes: Path) -> None:
 def test_the_fingerprint_of_a_cache_changes_with_its_hidden_states(tiny_cache: Cache, tmp_path: Path) -> None:
     copied = Cache(shutil.copytree(tiny_cache.path, tmp_path / "shards"))
     assert cache_identity(copied)["fingerprint"] == cache_identity(tiny_cache)["fingerprint"]
-    attributes = copied.path / "shard-00001" / "zarr.json"
-    record = json.loads(attributes.read_text())
-    record["attributes"]["hashes"]["layer_03"] = "0" * 16  # as other hidden states would have it
-    attributes.write_text(json.dumps(record))
+    hashes = {**copied.shard(1).record.hashes, "layer_03": "0" * 16}  # as other hidden states would have it
+    change_attributes(copied.folder / "shard-00001", hashes=hashes)
     assert cache_identity(copied)["fingerprint"] != cache_identity(tiny_cache)["fingerprint"]
 
 

@@ -48,7 +48,7 @@ def example(shape: tuple[int, ...], dtype: str) -> Array:
 
 
 def opened(folder: Path, shape: tuple[int, ...], dtype: str) -> DiskArray:
-    return DiskFolder(folder).array(shape, dtype)
+    return DiskFolder(folder).array(shape, dtype, "")
 
 
 def raw(folder: Path) -> bytes:
@@ -109,7 +109,7 @@ def test_zarr_and_memmap_read_exactly_what_was_written(
     assert np.array_equal(read[:], array)
     memmap = np.memmap(data_file(tmp_path / "a", len(shape)), dtype, "r", shape=shape)
     assert np.array_equal(memmap, array)
-    mapped = opened(tmp_path / "a", shape, dtype).read()
+    mapped = next(opened(tmp_path / "a", shape, dtype).pieces())
     assert isinstance(mapped, np.memmap)
     assert np.array_equal(mapped, array)
     opened(tmp_path / "a", shape, dtype)
@@ -140,9 +140,11 @@ def test_the_file_is_byte_for_byte_what_zarr_itself_writes(
 
 def test_the_metadata_of_a_group_is_what_zarr_itself_writes(tmp_path: Path) -> None:
     attributes = {"layers": [1, 2], "model": "ü", "revision": None, "mean": 0.1}
-    zarr.open_group(str(tmp_path / "theirs"), mode="w", zarr_format=3, attributes=attributes)
     (tmp_path / "ours").mkdir()
     write_group(tmp_path / "ours", attributes)
+    checksum = xxhash.xxh3_64_hexdigest(json.dumps(attributes, sort_keys=True).encode())
+    signed = {**attributes, "checksum": checksum}
+    zarr.open_group(str(tmp_path / "theirs"), mode="w", zarr_format=3, attributes=signed)
     assert (tmp_path / "ours" / "zarr.json").read_bytes() == (tmp_path / "theirs" / "zarr.json").read_bytes()
 
 
@@ -173,13 +175,13 @@ def test_rows_written_piece_by_piece_give_the_same_files(
 def test_rows_of_another_byte_order_or_stride_are_written_as_the_same_numbers(tmp_path: Path) -> None:
     array = example((40, 6), "<f4")
     write_array(tmp_path / "a", np.asfortranarray(array)[::2, ::-1].astype(">f4"))
-    assert np.array_equal(opened(tmp_path / "a", (20, 6), "<f4").read(), array[::2, ::-1])
+    assert np.array_equal(next(opened(tmp_path / "a", (20, 6), "<f4").pieces()), array[::2, ::-1])
 
 
 def test_an_array_of_no_rows_is_an_array(tmp_path: Path) -> None:
     write_array(tmp_path / "a", np.empty((0, 4), "<f2"))
     opened(tmp_path / "a", (0, 4), "<f2")
-    assert opened(tmp_path / "a", (0, 4), "<f2").read().shape == (0, 4)
+    assert next(opened(tmp_path / "a", (0, 4), "<f2").pieces()).shape == (0, 4)
     assert zarr.open_array(str(tmp_path / "a"), mode="r")[:].shape == (0, 4)
 
 
@@ -279,7 +281,7 @@ def test_chunk_hashes_are_xxh3_of_each_256_rows(shape: tuple[int, ...], dtype: s
     array = example(shape, dtype)
     expected = [xxhash.xxh3_64_intdigest(array[at : at + 256].tobytes()) for at in range(0, len(array), 256)]
     write_array(tmp_path / "a", array)
-    for same in (array, opened(tmp_path / "a", shape, dtype).read(), np.asfortranarray(array)):
+    for same in (array, next(opened(tmp_path / "a", shape, dtype).pieces()), np.asfortranarray(array)):
         assert (chunk_hashes(same).dtype, chunk_hashes(same).tolist()) == (np.uint64, expected)
 
 
@@ -327,4 +329,4 @@ def test_a_file_system_without_mappings_is_read_into_memory(
         raise OSError(error, os.strerror(error))
 
     monkeypatch.setattr(np, "memmap", refused)
-    assert np.array_equal(opened(tmp_path / "a", (600, 7), "<f2").read(), array)
+    assert np.array_equal(next(opened(tmp_path / "a", (600, 7), "<f2").pieces()), array)

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from routesae.harvest.cache.arrays import array_hash, data_file, write_array
+from routesae.harvest.cache.arrays import array_hash, data_file, read_group, write_array
 from routesae.harvest.cache.inspect import describe
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.cache.verify import verify
 from routesae.harvest.run import harvest
 from routesae.harvest.settings import HarvestSettings
 from routesae.reporting import Progress, WrongInput
+from routesae.tests.shards import change_attributes
 
 
 @pytest.fixture
@@ -57,9 +58,8 @@ def read_kept(shard: Path) -> int:
 
 
 def record_hash(shard: Path, name: str, values: Any) -> None:
-    metadata = json.loads((shard / "zarr.json").read_text())
-    metadata["attributes"]["hashes"][name] = array_hash(values)
-    (shard / "zarr.json").write_text(json.dumps(metadata))
+    record = read_group((shard / "zarr.json").read_bytes())
+    change_attributes(shard, hashes={**record["hashes"], name: array_hash(values)})
 
 
 def swap(order: Any) -> Any:
@@ -126,10 +126,10 @@ def test_verify_names_just_what_is_damaged(
     assert what in problem
 
 
-def test_verify_finds_altered_tokens_and_the_shard_that_no_longer_matches(folder: Path) -> None:
-    flip(the_file(folder / "tokens"), 128 * 16 * 4 + 8)  # in the rows of shard 1
-    problems = verify(str(folder)).problems
-    assert [problem.split(": ")[0] for problem in problems] == ["tokens", "shard-00001/token_ids"]
+@pytest.mark.parametrize(("name", "at"), [("tokens", 128 * 16 * 4 + 8), ("document_starts", 8 * 7)])
+def test_verify_finds_what_is_altered_of_the_tokens_and_blames_no_shard(name: str, at: int, folder: Path) -> None:
+    flip(the_file(folder / name), at)
+    assert [problem.split(": ")[0] for problem in verify(str(folder)).problems] == [name]
 
 
 def test_verify_names_every_bad_shard_at_once(folder: Path) -> None:

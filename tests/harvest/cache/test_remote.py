@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from routesae.cli import main
 from routesae.harvest.cache.copying import copy
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.cache.settings import BlockOptions
+from routesae.harvest.cache.storage import chunk_hashes
 from routesae.harvest.cache.store import blocks
 from routesae.harvest.cache.store.blocks import Block, BlockCache
 from routesae.harvest.cache.store.bucket import BucketFolder
@@ -276,7 +279,7 @@ def test_an_object_that_is_short_changed_or_gone_is_named(small_remote: Cache, s
     for fault in ("short", "short and says so"):
         s3.fault = lambda request, fault=fault: fault if request.range and "/layer_03/c" in request.path else None
         with pytest.raises((FailedRun, Exception), match=r"bytes|does not answer") as raised:
-            Cache(s3_url).shard(0).chunk_hashes("layer_03")
+            chunk_hashes(Cache(s3_url).shard(0).array("layer_03"))
         assert type(raised.value).__name__ in ("FailedRun", "BadArray")
     s3.fault = lambda request: None
     shard = Cache(s3_url).shard(0)
@@ -288,13 +291,13 @@ def test_an_object_that_is_short_changed_or_gone_is_named(small_remote: Cache, s
     with pytest.raises(Exception, match="the object was changed while it was read"):
         list(array.pieces())
     with pytest.raises(Exception, match="chunk index altered"):
-        Cache(s3_url).shard(0).chunk_hashes("layer_03")
+        chunk_hashes(Cache(s3_url).shard(0).array("layer_03"))
     folder.put("layer_03/c/0/0", data[:-1])
     with pytest.raises(Exception, match=f"{len(data) - 1:,} bytes where {len(data):,} belong"):
-        Cache(s3_url).shard(0).chunk_hashes("layer_03")
+        chunk_hashes(Cache(s3_url).shard(0).array("layer_03"))
     obstore.delete(folder._store(), folder._key("layer_03/c/0/0"))
     with pytest.raises(Exception, match="data file missing"):
-        Cache(s3_url).shard(0).chunk_hashes("layer_03")
+        chunk_hashes(Cache(s3_url).shard(0).array("layer_03"))
 
 
 # ------------------------------------------------------------------------------------------------------ the blocks
@@ -314,11 +317,10 @@ def test_blocks_used_longest_ago_make_room(tmp_path: Path) -> None:
     cache = BlockCache(tmp_path, 100)
     for key in ("aa1", "bb2", "cc3"):
         fill(cache, key, bytes(30))
-    fill(cache, "aa1", b"x" * 30)
-    assert fill(cache, "aa1", b"x" * 30) == bytes(30)  # kept, so not fetched
+    assert on_disk(cache) == {"aa1", "bb2", "cc3"}
+    assert fill(cache, "aa1", b"x" * 30) == bytes(30)  # kept, so not fetched, and used last
     fill(cache, "dd4", bytes(30))
-    assert on_disk(cache) == {"aa1", "cc3", "dd4"}
-    assert cache.bytes == 90
+    assert on_disk(cache) == {"aa1", "dd4"}  # a block more than is needed goes at once
     with pytest.raises(WrongInput, match="--cache-bytes 100 is too little"):
         fill(cache, "ee5", bytes(101))
 
@@ -331,7 +333,6 @@ def test_an_array_that_is_mapped_stays_readable_when_it_made_room(tmp_path: Path
         fill(cache, f"bb{number}", bytes(30))
     assert "aa1" not in on_disk(cache)
     assert mapped.tobytes() == bytes(25) + b"y" * 15
-    assert cache.bytes <= 100
 
 
 def test_tokens_that_are_kept_are_compared_with_their_checksum_by_the_next_process(
@@ -339,7 +340,7 @@ def test_tokens_that_are_kept_are_compared_with_their_checksum_by_the_next_proce
 ) -> None:
     for damage, requests in ((None, True), (None, False), (3, True), (3, True)):
         blocks._blocks_with.cache_clear()
-        for kept in tmp_path.glob("kept/blocks/0/??/*") if damage else ():
+        for kept in tmp_path.glob("kept/blocks/??/*") if damage else ():
             data = bytearray(kept.read_bytes())
             data[damage] ^= 1
             kept.write_bytes(data)
@@ -348,22 +349,43 @@ def test_tokens_that_are_kept_are_compared_with_their_checksum_by_the_next_proce
         assert any("/tokens/c" in one.path and "=-" not in one.range for one in s3.requests) == requests
 
 
-def test_the_next_process_finds_the_blocks_and_takes_none_that_was_cut(tmp_path: Path) -> None:
+def test_another_process_finds_the_blocks_and_takes_none_that_was_cut(tmp_path: Path) -> None:
     first = BlockCache(tmp_path, 100)
     fill(first, "aa1", b"a" * 30)
     fill(first, "bb2", b"b" * 30)
-    beside = BlockCache(tmp_path, 100)  # while the first has the folder
-    assert beside.folder != first.folder
-    del first
-    damaged = tmp_path / "0" / "bb" / "bb2"
+    damaged = tmp_path / "bb" / "bb2"
     damaged.write_bytes(damaged.read_bytes()[1:])
-    (tmp_path / "0" / "aa" / "cc3.partial").write_bytes(b"cut")
-    after = BlockCache(tmp_path, 100)
-    assert after.folder == tmp_path / "0"
-    assert fill(after, "aa1", b"z" * 30) == b"a" * 30
-    assert fill(after, "bb2", b"b" * 30) == b"b" * 30
-    assert after.bytes == 60
-    assert on_disk(after) == {"aa1", "bb2"}
+    (tmp_path / "aa" / ".cc3.12ab.partial").write_bytes(b"cut")  # by one that was killed
+    beside = BlockCache(tmp_path, 100)
+    assert fill(beside, "aa1", b"z" * 30) == b"a" * 30
+    assert fill(beside, "bb2", b"b" * 30) == b"b" * 30
+    assert on_disk(beside) == {"aa1", "bb2"}
+
+
+def test_two_processes_that_write_one_block_both_read_it_and_one_is_kept(tmp_path: Path) -> None:
+    caches = [BlockCache(tmp_path, 100) for _ in range(2)]
+    at_once = threading.Barrier(2)
+
+    def pieces() -> Iterator[bytes]:
+        yield b"a" * 10
+        at_once.wait(10)  # both are writing now
+        yield b"b" * 20
+
+    with ThreadPoolExecutor(2) as both:
+        opened = list(both.map(lambda cache: cache.open(Block("aa1", 30, pieces)), caches))
+    assert [os.pread(file.descriptor, 99, 0) for file in opened] == [b"a" * 10 + b"b" * 20] * 2
+    assert on_disk(caches[0]) == {"aa1"}
+
+
+def test_no_block_is_written_through_a_link(tmp_path: Path) -> None:
+    stranger = tmp_path / "stranger"
+    stranger.write_bytes(b"mine")
+    cache = BlockCache(tmp_path / "blocks", 100)
+    (tmp_path / "blocks" / "aa").mkdir()
+    for name in ("aa1", "aa1.partial"):
+        (tmp_path / "blocks" / "aa" / name).symlink_to(stranger)
+    assert fill(cache, "aa1", b"a" * 30) == b"a" * 30
+    assert stranger.read_bytes() == b"mine"
 
 
 def test_a_full_disk_names_the_options(tmp_path: Path) -> None:
@@ -371,7 +393,6 @@ def test_a_full_disk_names_the_options(tmp_path: Path) -> None:
     shutil.rmtree(cache.folder)
     with pytest.raises(FailedRun, match=r"does not take a block.*--cache-dir or fewer --cache-bytes"):
         fill(cache, "aa1", bytes(10))
-    assert cache.bytes == 0
 
 
 def test_the_options_hold_for_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

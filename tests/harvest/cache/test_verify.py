@@ -19,6 +19,7 @@ from routesae.harvest.run import harvest
 from routesae.harvest.settings import HarvestSettings
 from routesae.reporting import FailedRun, WrongInput
 from routesae.tests.processes import Command
+from routesae.tests.shards import change_attributes
 
 
 @pytest.fixture
@@ -38,9 +39,7 @@ def flip(file: Path, at: int = 1000) -> None:
 
 
 def change(path: Path, **fields: Any) -> None:
-    document = json.loads(path.read_text())
-    document["attributes"].update(fields)
-    path.write_text(json.dumps(document))
+    change_attributes(path.parent, **fields)
 
 
 def inodes(folder: Path) -> dict[str, tuple[int, int]]:
@@ -164,10 +163,12 @@ def test_repair_leaves_a_good_cache_as_it_is(folder: Path) -> None:
     assert inodes(folder) == before
 
 
-def test_repair_removes_no_shard_where_the_tokens_are_what_is_wrong(folder: Path) -> None:
-    flip(data_of(folder / "tokens"))
+@pytest.mark.parametrize(("name", "at"), [("tokens", 1000), ("document_starts", 9)])
+def test_repair_removes_no_shard_where_the_tokens_are_what_is_wrong(name: str, at: int, folder: Path) -> None:
+    flip(data_of(folder / name), at)
+    assert verify(str(folder)).problems[0] == f"{name}: checksum differs from the one recorded"
     before = inodes(folder)
-    with pytest.raises(FailedRun, match=r"tokens: checksum differs.*cannot be repaired; harvest it again"):
+    with pytest.raises(FailedRun, match=rf"{name}: checksum differs.*cannot be repaired; harvest it again"):
         repair(str(folder))
     assert inodes(folder) == before
 

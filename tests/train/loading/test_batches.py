@@ -18,13 +18,12 @@ import numpy as np
 import pytest
 import torch
 
-from routesae.harvest.cache import arrays
 from routesae.harvest.cache.manifest import Manifest, ShardRecord
 from routesae.harvest.cache.quantise import row_statistics
 from routesae.harvest.cache.reader import Cache
-from routesae.harvest.cache.writer import begin_cache, write_shard
+from routesae.harvest.cache.writer import write_shard
 from routesae.reporting import FailedRun, WrongInput
-from routesae.tests.shards import NO_STATISTICS, float_shard
+from routesae.tests.shards import NO_STATISTICS, begin, float_shard
 from routesae.train.loading import rows
 from routesae.train.loading.batches import (
     BLOCK_ROWS,
@@ -47,8 +46,8 @@ def make_cache(path: Path, **changes: Any) -> Cache:
 
     Every row's first position and every id 7 are dropped. Exact in float16.
     """
-    text = dict.fromkeys(("model", "config_hash", "tokenizer_hash", "tokens_hash", "corpus", "split"), "x")
-    counts = dict.fromkeys(("kept_tokens", "min_chars", "documents", "documents_short", "documents_malformed"), 0)
+    text = dict.fromkeys(("model", "config_hash", "tokenizer_hash", "corpus", "split"), "x")
+    counts = dict.fromkeys(("kept_tokens", "min_chars", "documents_short", "documents_malformed"), 0)
     given: dict[str, Any] = {
         "rows": 200,
         "context": 32,
@@ -57,7 +56,11 @@ def make_cache(path: Path, **changes: Any) -> Cache:
         "dtype": "float16",
         "seed": 0,
     } | changes
-    manifest = Manifest(
+    rng = np.random.default_rng(1)
+    tokens_ST = rng.integers(0, 30, (given["rows"], given["context"]), dtype=np.int32)
+    manifest = begin(
+        path,
+        tokens_ST,
         **{**text, **counts, **given},
         revision=None,
         lm_dtype="float32",
@@ -72,13 +75,6 @@ def make_cache(path: Path, **changes: Any) -> Cache:
         skip_positions=1,
         versions={},
     )
-    rng = np.random.default_rng(1)
-    tokens_ST = rng.integers(0, 30, (manifest.rows, manifest.context), dtype=np.int32)
-    prepared = path / "prepared"
-    prepared.mkdir(parents=True)
-    arrays.write_array(prepared / "tokens", tokens_ST)
-    arrays.write_array(prepared / "document_starts", np.zeros(1, np.int64))
-    begin_cache(path, manifest, prepared)
     for index in range(manifest.shard_count):
         first, after = manifest.shard_range(index)
         token_ids_sT = tokens_ST[first:after]
@@ -93,7 +89,7 @@ def make_cache(path: Path, **changes: Any) -> Cache:
                 index=index,
                 rows=rows,
                 kept=kept,
-                weights_hash="",
+                weights_hash="x",
                 batch_sequences=1,
                 statistics={str(layer): NO_STATISTICS for layer in manifest.layers},
                 hashes=hashes,
@@ -133,7 +129,7 @@ def epoch(selection: Selection, batch_tokens: int, *, seed: int = 0, epoch: int 
 
 
 def mappings_of(folder: Path) -> list[str]:
-    return [line for line in Path("/proc/self/maps").read_text().splitlines() if str(folder) in line]
+    return [line for line in Path("/proc/self/maps").read_text().splitlines() if f"{folder}/shard-" in line]
 
 
 FORMS = ("float16", "float32")
@@ -470,7 +466,7 @@ def descriptors_of(folder: Path) -> list[str]:
     for name in os.listdir("/proc/self/fd"):
         with suppress(FileNotFoundError):  # a reader thread has closed it meanwhile
             targets.append(str(Path("/proc/self/fd", name).readlink()))
-    return [target for target in targets if target.startswith(str(folder))]
+    return [target for target in targets if target.startswith(f"{folder}/shard-")]
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads /proc/self/fd")

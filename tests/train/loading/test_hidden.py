@@ -18,7 +18,7 @@ from routesae.harvest.cache.reader import Cache
 from routesae.harvest.cache.writer import write_shard
 from routesae.reporting import FailedRun
 from routesae.tests.object_store import Proxy, put_folder
-from routesae.tests.shards import float_shard
+from routesae.tests.shards import change_attributes, float_shard
 from routesae.train.loading import rows as loading
 from routesae.train.loading.batches import Selection, epoch_plans, load
 from routesae.train.run import train
@@ -41,8 +41,7 @@ def decoded_cache(int8_cache: Cache, tmp_path_factory: pytest.TempPathFactory) -
     """The same, written as a float16 cache."""
     path = tmp_path_factory.mktemp("decoded") / "shards"
     begin_copy(int8_cache, path)
-    text = (path / "zarr.json").read_text()
-    (path / "zarr.json").write_text(text.replace('"int8"', '"float16"'))
+    change_attributes(path, dtype="float16")
     manifest = Manifest.from_dict({**int8_cache.manifest.to_dict(), "dtype": "float16"})
     assert Cache(path).manifest == manifest
     for shard in int8_cache.shards():

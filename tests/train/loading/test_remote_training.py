@@ -37,11 +37,11 @@ def weights(folder: Path) -> bytes:
 
 
 def bytes_in(folder: Path) -> int:
-    """Of the blocks in it, checksums apart; others may be ending to write some meanwhile, under another name."""
+    """Of the blocks in it; others may be ending to write some meanwhile, under another name."""
     found = 0
     for path in folder.glob("??/*"):
         with suppress(FileNotFoundError):
-            found += max(0, path.stat().st_size - 8)
+            found += path.stat().st_size
     return found
 
 
@@ -66,16 +66,16 @@ def test_the_weights_are_bitwise_those_of_training_from_disk(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     largest = 0
-    write = BlockCache._write
+    fetch = BlockCache._fetch
 
     def watched(self: BlockCache, *args: object) -> object:
         nonlocal largest
-        opened = write(self, *args)  # type: ignore[arg-type]
+        opened = fetch(self, *args)  # type: ignore[arg-type]
         with self._lock:  # so that what is counted was there at one moment
             largest = max(largest, bytes_in(self.folder))
         return opened
 
-    monkeypatch.setattr(BlockCache, "_write", watched)
+    monkeypatch.setattr(BlockCache, "_fetch", watched)
     monkeypatch.setattr(blocks, "options", BlockOptions(cache_dir=tmp_path / "kept", cache_bytes=limit))
     (from_disk,) = train(settings(sae=sae, epochs=epochs))
     (from_store,) = train(remote_settings(sae=sae, epochs=epochs))

@@ -53,14 +53,14 @@ def flip(array: Path, at: int) -> None:
 
 def read(cache: Cache, name: str, first: int, after: int, picked: Any = None) -> Any:
     shard = cache.shard(1)
-    plain, wanted = shard.read(name), Read(shard, first, after, picked)
+    plain, wanted = next(iter(shard.array(name).pieces())), Read(shard, first, after, picked)
     rows = np.empty((wanted.rows.stop, plain.shape[1]), plain.dtype)
     RowReader(cache.manifest, cache.manifest.layers).read_array(name, wanted, rows)
     return rows
 
 
 def bytes_a_row(cache: Cache, name: str) -> int:
-    return cache.shard(1).read(name)[:1].nbytes
+    return next(iter(cache.shard(1).array(name).pieces()))[:1].nbytes
 
 
 def names_of(cache: Cache) -> tuple[str, ...]:
