@@ -7,9 +7,8 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from routesae.harvest.cache.reader import Cache
 from routesae.reporting import FailedRun, Progress, Report, Stopped, WrongInput, silent
+from routesae.tests.processes import Command
 from routesae.train.evaluate import score_on_cache
 from routesae.train.folder.checkpoint import find_saes, load_sae
 from routesae.train.jobs import Job
@@ -722,15 +722,14 @@ def test_a_second_training_of_one_name_is_refused_at_once_naming_the_owner(
 
 
 def test_an_owner_that_was_killed_leaves_its_name_free(settings: Settings, tmp_path: Path) -> None:
-    flags = {"cache": settings().cache, "out": str(tmp_path / "saes"), "sae": "topk", "latents": 64, "name": "mine"}
-    code = f"""
-import os, signal
-from routesae.train.run import train
-from routesae.train.settings import settings_of
-train(settings_of({flags!r}), lambda progress: os.kill(os.getpid(), signal.SIGKILL))
-"""
-    died = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert died.returncode == -signal.SIGKILL, died.stderr
+    flags = ("--sae", "topk", "--latents", "64", "--name", "mine", "--batch-tokens", "100", "--epochs", "1000")
+    run = Command("train", "--cache", settings().cache, *flags, cwd=tmp_path)
+    metrics = tmp_path / "saes" / ".mine.partial" / "metrics.jsonl"
+    while not metrics.exists():
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.01)
+    run.kill()
+    assert run.wait(60) == -signal.SIGKILL
     assert (tmp_path / "saes" / ".mine.lock").exists()
     only(settings(name="mine", overwrite=True))
     assert [path.name for path in (tmp_path / "saes").iterdir()] == ["mine"]

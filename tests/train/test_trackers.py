@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import sqlite3
 import struct
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +15,7 @@ import pytest
 
 from routesae.harvest.cache.reader import Cache
 from routesae.reporting import Progress, WrongInput
+from routesae.tests.processes import run_command
 from routesae.train.run import train
 from routesae.train.settings import TrainSettings
 from routesae.train.trackers import TRACKERS, scalars
@@ -126,17 +125,10 @@ def test_wandb_offline_and_trackio_hold_the_lines_of_every_sae_of_a_pass(tiny_ca
     command = ["train", "--cache", str(tiny_cache.path), "--sae", "topk", "--sae", "routesae", "--latents", "64"]
     command += ["--k", "8", "--batch-tokens", "1000", "--log-every-steps", "3", "--log", "wandb", "--log", "trackio"]
     places = {name: str(tmp_path / name) for name in ("HOME", "TRACKIO_DIR", "HF_HOME", "WANDB_DIR")}
-    modes = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    modes = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "HF_HUB_OFFLINE": "1"}
     for place in places.values():
         Path(place).mkdir()
-    run = subprocess.run(
-        [sys.executable, "-m", "routesae", *command],
-        cwd=tmp_path,
-        env={**os.environ, **modes, **places},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    run = run_command(*command, cwd=tmp_path, environment={**modes, **places})
     assert run.returncode == 0, run.stderr
     assert [line.partition(":")[0] for line in run.stdout.splitlines()] == [
         "saes/topk_layer4_64_k8",
