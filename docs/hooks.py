@@ -26,7 +26,7 @@ COMMANDS = "reference/commands"
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Put a page for each command into the navigation."""
-    pages = [{f"routesae {name}": f"{COMMANDS}/{page}"} for name, page, _ in commands()]
+    pages = [{name: f"{COMMANDS}/{page}"} for name, page, _ in commands()]
     reference: list[Any] = next(part["Reference"] for part in config.nav or [] if "Reference" in part)
     reference[0] = {"Commands": [f"{COMMANDS}/index.md", *pages]}
     return config
