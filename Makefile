@@ -35,7 +35,7 @@ slow: $(VENV)/installed
 
 # The site, into site/; a broken link, a function without its page or a warning of any kind fails. The tests build it too.
 docs: $(VENV)/installed
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) $(DEMO) build site *.egg-info

@@ -57,7 +57,7 @@ __all__ = [
 
 
 def load_sae(sae: str | Path, *, device: str = "auto") -> SAE:
-    """An SAE of a folder, ours or SAELens', or of the hub: user/repo[/folder][@revision].
+    """An SAE of a folder, ours or SAELens', or of the hub: `user/repo[/folder][@revision]`.
 
     It takes hidden states in the LM's own units, [..., D], or [..., L, D] where it reads several layers. Its weights
     have no gradients until `sae.requires_grad_()`. Raises WrongInput where it cannot be read, or holds what would

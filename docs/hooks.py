@@ -160,5 +160,7 @@ def shown(output: dict[str, Any]) -> list[str]:
     if "text/html" in data:
         compact = re.sub(r"\n\s*\n", "\n", "".join(data["text/html"]))  # a blank line would end the HTML block
         return [f'<div class="output" markdown="0">\n{compact}\n</div>']
-    text = "".join(output.get("text", data.get("text/plain", "")))
+    if output.get("name") == "stderr":  # bars of progress
+        return []
+    text = re.sub(r"\x1b\[[0-9;]*m", "", "".join(output.get("text", data.get("text/plain", ""))))
     return ["```{ .text .output }", text.rstrip("\n"), "```"] if text.strip() else []

@@ -16,6 +16,7 @@ from routesae.analyze.pipeline.settings import read_pipeline
 from routesae.cli import main
 from routesae.console.commands import BLOCKS, DRY_RUN, JSON, WATCH, SettingsCommand, imported, taken
 from routesae.harvest.cache.reader import Cache
+from routesae.train.run import train
 from routesae.train.settings import settings_of
 
 ROOT = Path(__file__).parents[1]
@@ -42,6 +43,29 @@ def test_two_lines_read_a_cache_without_routesae(
     by_zarr, by_memmap = (eval(line.replace("layer_12", "layer_03"), dict(names)) for line in found.groups())
     assert by_zarr.shape == (names["n"], names["D"])
     assert np.array_equal(by_zarr, by_memmap)
+
+
+def test_the_lines_of_python_in_the_readme_run(
+    tiny_cache: Cache, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """On a cache, an LM and an SAE that are smaller than the demo's; what else they say is run as it stands."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "shards").symlink_to(tiny_cache.path)
+    flags = {"cache": "demo/shards", "out": "demo/saes", "name": "topk_layer15_4608_k64", "sae": "topk"}
+    train(settings_of({**flags, "layer": 3, "latents": 64, "k": 8}))
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert len([line for line in code.splitlines() if line]) == 10
+    smaller = {"[15]": "[3]", "1924": "7", "layer=15": "layer=3", "latents=2304, k=32": "latents=64, k=8"}
+    smaller |= {'load_lm("demo")': f'load_lm("{tiny_model}")'}
+    for demo, tiny in smaller.items():
+        assert demo in code
+        code = code.replace(demo, tiny)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["latents"].dense().shape == (int(names["document"].kept.sum()), 64)
+    assert (tmp_path / "demo" / "more").is_dir()
+    assert "latents (activation)" in capsys.readouterr().out
 
 
 def examples() -> list[str]:
