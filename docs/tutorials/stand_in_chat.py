@@ -22,9 +22,9 @@ class _Reply(BaseHTTPRequestHandler):
         explanation = f"(a stand-in says) shown most often: {words}"
         said = {"category": "undiscernible", "score": 1, "explanation": explanation}
         message = {"role": "assistant", "content": json.dumps(said)}
-        answer = {"model": "stand-in", "choices": [{"index": 0, "finish_reason": "stop", "message": message}]}
-        answer["usage"] = {"prompt_tokens": len(question) // 4, "completion_tokens": 20}
-        body = json.dumps(answer).encode()
+        choices = [{"index": 0, "finish_reason": "stop", "message": message}]
+        usage = {"prompt_tokens": len(question) // 4, "completion_tokens": 20}
+        body = json.dumps({"model": "stand-in", "choices": choices, "usage": usage}).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
