@@ -4,59 +4,34 @@ The rooms, in the order the data flows; imports only ever point upstream:
 
     cli, api → console → analyze → train → harvest
 
-The names in `__all__` are the Python API, routesae/api.py. Each is imported when it is first used: importing this
-package imports nothing else.
+The names of API are the Python API, routesae/api.py. It is imported when one is used: importing this package imports
+nothing else.
 """
 
-# ruff: noqa: F403, F405
 import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from routesae.api import *
+    from routesae.api import *  # noqa: F403
 
-__all__ = [
-    "LM",
-    "SAE",
-    "Batches",
-    "Cache",
-    "Comparison",
-    "Document",
-    "LayerRows",
-    "Table",
-    "TextLatents",
-    "WrongInput",
-    "analyze",
-    "compare",
-    "contexts",
-    "harvest",
-    "latents",
-    "load_lm",
-    "load_sae",
-    "report",
-    "steer",
-    "train",
-]
 __version__ = "0.1.0"
+ROOMS = ("harvest", "train", "analyze")  # which can be called, too
+API = ["LM", "SAE", "Batches", "Cache", "Comparison", "Document", "LayerRows", "Table", "TextLatents", "WrongInput"]
+API += ["compare", "contexts", "latents", "load_lm", "load_sae", "report", "steer", *ROOMS]
 
 
 def __getattr__(name: str) -> "Any":
     from importlib import import_module
 
-    if name in ROOMS:
-        return import_module(f"routesae.{name}")
-    if name in __all__:
-        return getattr(import_module("routesae.api"), name)
-    raise AttributeError(f"module 'routesae' has no attribute {name!r}")
+    if name not in API:
+        raise AttributeError(f"module 'routesae' has no attribute {name!r}")
+    return import_module(f"routesae.{name}") if name in ROOMS else getattr(import_module("routesae.api"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
-
-
-ROOMS = ("harvest", "train", "analyze")
+    return sorted({*globals(), *API})
 
 
 class Room(type(sys)):  # type: ignore[misc]

@@ -13,8 +13,8 @@ Whatever is wrong with what is given raises WrongInput, a ValueError, in one lin
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,15 @@ from routesae.analyze.inputs.lm import LM, load_lm, require_lm_of
 from routesae.analyze.latents.cache import Batches, Cache, Document, LayerRows
 from routesae.analyze.latents.compare import Comparison
 from routesae.analyze.latents.text import TextLatents, latents
+from routesae.cli import main
+from routesae.console.commands import imported
 from routesae.console.watch import Bars, Pacer
 from routesae.machine.device import pick_device
-from routesae.machine.settings import Settings, by_field, not_one_of
-from routesae.reporting import Progress, Report, Table, WrongInput
+from routesae.machine.settings import by_field, not_one_of
+from routesae.reporting import Table, WrongInput
 from routesae.train.folder import checkpoint
 from routesae.train.folder.hub import fetch_sae
+from routesae.train.jobs import folders
 from routesae.train.saes import SAE
 
 __all__ = [
@@ -89,89 +92,56 @@ def steer(
 
 
 # ------------------------------------------------------------------------- the commands, their settings as keywords
-# Each takes what `routesae NAME --help` lists, spelled as flags with _ for -, or as the settings' fields; as Python
-# values, or as one would type them. Rooms are imported when they are called.
+# Each takes what `routesae NAME --help` lists, with _ for -, as Python values or as one would type them.
 
 
 def harvest(**settings: Any) -> Cache:
-    """Run an LM once over a corpus, `harvest(model="demo", data="demo", tokens="200k", out="shards")`."""
-    from routesae.harvest.run import harvest as run
-    from routesae.harvest.settings import HarvestSettings
-
-    with _bars() as show:
-        return Cache(run(_settings(HarvestSettings, settings), show).address)
+    """Run an LM once over a corpus: `harvest(model="demo", data="demo", tokens="200k", out="shards")`."""
+    _, stored = _run("harvest", settings)
+    return Cache(stored.address)
 
 
 def train(**settings: Any) -> list[SAE]:
-    """Train SAEs, `train(cache="shards", sae="topk", layer=12, k=[32, 64])`, or as in a TOML file, `config="a.toml"`.
+    """Train SAEs: `train(cache="shards", sae="topk", layer=12, k=[32, 64])`, or `train(config="a.toml")`.
 
     Lists are swept, as repeated flags are. Returns every SAE of the settings, also one that resume found trained.
     """
-    from routesae.train.jobs import folders
-    from routesae.train.run import train as run
-    from routesae.train.settings import TrainSettings
-
-    made = TrainSettings.from_flags(settings)
-    with _bars() as show:
-        run(made, show)
+    made, _ = _run("train", settings)
     return [load_sae(folder, device=made.device) for folder in folders(made)]
 
 
 def analyze(**settings: Any) -> Table:
-    """Score SAEs on held-out tokens, `analyze(cache="shards", sae="saes/topk", metric=["NormMSE", "KLDiv"])`.
+    """Score SAEs: `analyze(cache="shards", sae="saes/topk", metric=["NormMSE", "KLDiv"])`, a row for each.
 
-    Returns a row for each SAE, with the 95 % confidence intervals of its scores under "intervals".
+    A row has the 95 % confidence intervals of its scores under "intervals".
     """
-    from routesae.analyze.scores.run import analyze as run
-    from routesae.analyze.scores.settings import AnalyzeSettings
-
-    with _bars() as show:
-        return Table(run(_settings(AnalyzeSettings, settings), show)["saes"])
+    return Table(_run("analyze", settings)[1]["saes"])
 
 
 def contexts(**settings: Any) -> Table:
-    """Collect the texts that latents are active on into the SAEs' folders, `contexts(sae="saes/topk", threshold=4)`.
-
-    Returns a row for each SAE. `latents` shows them, and `report`.
-    """
-    from routesae.analyze.contexts.run import contexts as run
-    from routesae.analyze.contexts.settings import ContextSettings
-
-    with _bars() as show:
-        return Table(result.row() for result in run(_settings(ContextSettings, settings), show))
+    """Collect the texts that latents are active on into the SAEs' folders: `contexts(sae="saes/topk")`."""
+    return Table(result.row() for result in _run("contexts", settings)[1])
 
 
 def report(**settings: Any) -> Path:
     """Write the page of some SAEs, `report(html="page.html", model="demo")`, and return where it is."""
-    from routesae.analyze.report.run import write_report
-    from routesae.analyze.report.settings import ReportSettings
-
-    with _bars() as show:
-        return write_report(_settings(ReportSettings, settings), show).path
+    path: Path = _run("report", settings)[1].path
+    return path
 
 
 def compare(a: str | Path, b: str | Path, **settings: Any) -> Comparison:
-    """Which latents two SAEs share, `compare("saes/a", "saes/b", cache="shards", threshold=0.7)`."""
-    from routesae.analyze.latents.compare import compare as run
-    from routesae.analyze.latents.settings import CompareSettings
-
-    with _bars() as show:
-        return run(_settings(CompareSettings, {"a": str(a), "b": str(b), **settings}), show)
+    """Which latents two SAEs share: `compare("saes/a", "saes/b", cache="shards", threshold=0.7)`."""
+    found: Comparison = _run("compare", {"a": str(a), "b": str(b), **settings})[1]
+    return found
 
 
-def _settings(of: type[Settings], given: Mapping[str, Any]) -> Any:
-    return of(**by_field(given, "keyword", of))
-
-
-@contextmanager
-def _bars() -> Iterator[Report]:
-    """Progress as a bar, in a notebook its own."""
+def _run(name: str, given: dict[str, Any]) -> tuple[Any, Any]:
+    """The settings of a command, from keywords, and what its room makes of them, with a bar."""
+    command: Any = main.commands[name]
+    of, *more = map(imported, command.settings)
+    settings = of.from_flags(by_field(given, "keyword", of, *more))
     bars, paced = Bars(), Pacer()
-
-    def show(now: Progress) -> None:
-        bars.show(now, paced(now))
-
     try:
-        yield show
+        return settings, imported(command.room)(settings, lambda now: bars.show(now, paced(now)))
     finally:
         bars.close()

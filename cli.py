@@ -139,17 +139,7 @@ def latents(settings: Any, found: Any) -> None:
 
     Example: routesae latents --sae saes/topk --text 'The striker scored twice.'
     """
-    from routesae.analyze.latents.text import short
-
-    for_tokens = [
-        {
-            "token": token,
-            "latents (activations)": ", ".join(f"{row['latent']} ({row['activation']:.1f})" for row in of),
-        }
-        for token, of in zip(found.tokens, found.by_token(), strict=True)
-    ]
-    noted = [{"latent": f"{row.pop('latent')}  {short(row.pop('note'))}", **row} for row in found.by_latent()]
-    echo(*table(for_tokens), "", *table(noted))
+    echo(*str(found).split("\n"))
 
 
 @command(main, "analyze.latents.settings:CompareSettings", JSON, BLOCKS, WATCH, run="analyze.latents.compare:compare")
@@ -161,7 +151,7 @@ def compare(settings: Any, found: Any) -> None:
 
     Example: routesae compare saes/topk_layer15_4608_k64 saes/jumprelu_layer15_4608_k64
     """
-    echo(*table(found["counts"]), "", *table(found["pairs"][:10]))
+    echo(*str(found).split("\n"))
     echo(f"{found['a']} is A, {found['b']} is B; activations on {found['tokens']:,} held-out tokens")
 
 

@@ -54,8 +54,9 @@ class Table(list[dict[str, Any]]):
         from tabulate import tabulate
 
         names = dict.fromkeys(name for row in self for name, value in row.items() if not isinstance(value, dict))
-        cells = [{name: _cell(row.get(name)) for name in names} for row in self]
-        drawn: str = tabulate(cells, headers="keys", tablefmt=how, disable_numparse=True)
+        cells = [[f"{v:.4g}" if isinstance(v, float) else v for v in map(row.get, names)] for row in self]
+        shown = [["-" if v is None else shortened(visible(str(v).strip() or str(v))) for v in row] for row in cells]
+        drawn: str = tabulate(shown, headers=list(names), tablefmt=how, disable_numparse=True)
         return drawn
 
     def __str__(self) -> str:
@@ -63,14 +64,6 @@ class Table(list[dict[str, Any]]):
 
     def _repr_html_(self) -> str:
         return self._drawn("html")  # which escapes what is in the cells
-
-
-def _cell(value: Any) -> str:
-    """On one line, to four digits."""
-    if value is None:
-        return "-"
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return shortened(visible(" ".join(text.split()) or text))
 
 
 def silent(progress: Progress) -> None:

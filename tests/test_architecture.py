@@ -43,8 +43,8 @@ ORDER = (
     "analyze/pipeline",
     "analyze",
     "console",
-    "api",
     "cli",
+    "api",
     "__main__",
 )
 # Arrows that still run back up; the list only gets shorter.

@@ -51,6 +51,8 @@ OPTIONS = {
     "interpret": f"""latents examples prompt score max-cost prices retry-unparsed overwrite base-url api-version
         key-env concurrency timeout retries temperature max-output-tokens dry-run {SAES} {RUN} {BLOCKS}""",
     "report": f"html scores contexts lm-dtype sae out cache device model {RUN} {BLOCKS}",
+    "latents": f"sae out text file messages top model device lm-dtype json {RUN}",
+    "compare": f"A B cache tokens threshold device json {RUN} {BLOCKS}",
     "run": f"config {RUN}",
     "convert": "FILE sae k layer layers routing aggregate normalize model out name overwrite",
     "push": "FOLDER REPO private message",

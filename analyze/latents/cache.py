@@ -1,31 +1,25 @@
 """A cache as a notebook reads it: a layer's rows, a document in reading order, shuffled batches.
 
-Shards hold the kept positions of their tokens in a shuffled order. Here nobody has to undo that: what is read by
-document is in the order of the text, and rows know their positions.
-
-Dimension letters: n kept tokens of the cache, m rows read, T tokens of a document, N tokens of a batch, L layers, D
-width.
+Dimension letters: n kept tokens, m rows read, T tokens of a document, N of a batch, L layers, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from routesae.analyze.inputs.lm import lm_of_cache, load_tokenizer_of
 from routesae.analyze.latents.text import pieces_of
 from routesae.harvest.cache import reader
-from routesae.harvest.cache.manifest import kept_positions
-from routesae.machine.device import CACHE_DTYPES, pick_device
+from routesae.machine.device import pick_device
 from routesae.reporting import WrongInput
 from routesae.train.loading.batches import Selection, empty_batch, epoch_plans, load
 from routesae.train.loading.rows import RowReader, reads_of_rows
@@ -56,23 +50,17 @@ class Cache:
         """The document of that number, from 0; the corpus may end within the last."""
         if not 0 <= number < self.documents:
             raise WrongInput(f"document {number}: {self.path} has documents 0 to {self.documents - 1}")
-        manifest, ends = self.stored.manifest, np.append(self.stored.document_starts(), self.stored.tokens().size)
-        first, after = int(ends[number]), int(ends[number + 1])
-        rows = slice(first // manifest.context, -(-after // manifest.context))
-        ids_ST = np.asarray(self.stored.tokens()[rows])
-        kept_ST = kept_positions(ids_ST, dropped_ids=manifest.dropped_ids, skip_positions=manifest.skip_positions)
-        here = slice(first - rows.start * manifest.context, after - rows.start * manifest.context)
-        ids = ids_ST.reshape(-1)[here].tolist()
-        own = [token for token in ids if token not in manifest.special_ids]
+        manifest, tokens = self.stored.manifest, self.stored.tokens().reshape(-1)
+        first, after = np.append(self.stored.document_starts(), len(tokens))[number : number + 2].tolist()
+        ids, special = tokens[first:after].tolist(), set(manifest.special_ids)
         return Document(
             number=number,
             corpus=manifest.corpus,
-            row=rows.start,
-            position=here.start,
-            text=self._tokenizer.decode(own, clean_up_tokenization_spaces=False),
-            tokens=tuple(pieces_of(self._tokenizer, ids)),
+            row=first // manifest.context,
+            position=first % manifest.context,
+            text=self._tokenizer.decode([i for i in ids if i not in special], clean_up_tokenization_spaces=False),
+            tokens=pieces_of(self._tokenizer, ids),
             token_ids=torch.tensor(ids),
-            kept=torch.from_numpy(kept_ST.reshape(-1)[here].copy()),
             hidden=_ByLayer(self.stored, first, after),
         )
 
@@ -104,9 +92,9 @@ class Document:
     """One document of a cache, in reading order.
 
     number: in the corpus, from 0. row, position: where it begins in the cache's tokens. text: without special tokens.
-    tokens: the text of each of its T tokens, special ones too. token_ids: int64 [T]. kept: bool [T], the positions
-    that have hidden states. hidden: {layer: float32 [T, D]}, NaN where they are not kept; a layer is read when it is
-    asked for: `sae.encode(document.hidden[12][document.kept])`.
+    tokens: the text of each of its T tokens, special ones too. token_ids: int64 [T]. hidden: hidden[layer] is float32
+    [T, D], NaN where a position was not kept; a layer is read when it is asked for. kept: bool [T], where there are
+    hidden states: `sae.encode(document.hidden[12][document.kept])`.
     """
 
     number: int
@@ -114,14 +102,14 @@ class Document:
     row: int
     position: int
     text: str
-    tokens: tuple[str, ...]
-    token_ids: Tensor
-    kept: Tensor
-    hidden: Mapping[int, Tensor]
+    tokens: list[str] = field(repr=False)
+    token_ids: Tensor = field(repr=False)
+    hidden: dict[int, Tensor] = field(repr=False)
 
-    def __repr__(self) -> str:
-        where = f"{self.corpus}, row {self.row}, position {self.position}"
-        return f"Document {self.number} of {where}: {len(self.tokens)} tokens, {self.text[:60]!r}…"
+    @cached_property
+    def kept(self) -> Tensor:
+        assert isinstance(self.hidden, _ByLayer)
+        return ~self.hidden[self.hidden.cache.manifest.layers[0]].isnan().all(1)
 
 
 class LayerRows:
@@ -135,7 +123,6 @@ class LayerRows:
         self._selection, self._reader = selection, RowReader(selection.cache.manifest, selection.layers)
         self._ends = np.cumsum([selection.count(shard) for shard in range(len(selection.shards))])
         self.shape = (len(selection), selection.cache.manifest.width)
-        self.dtype = CACHE_DTYPES[selection.cache.manifest.dtype]
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -147,68 +134,61 @@ class LayerRows:
 
     def __getitem__(self, at: int | slice | Sequence[int] | Tensor) -> Tensor:
         """Raises IndexError, and FailedRun where a file is gone, cut or altered."""
-        rows: npt.NDArray[np.int64] = np.arange(len(self))[at.numpy() if isinstance(at, Tensor) else at]
-        wanted = np.atleast_1d(rows)
-        order = np.argsort(wanted, kind="stable")
-        ascending = wanted[order]
-        shard_m = np.searchsorted(self._ends, ascending, "right")
-        batch = empty_batch(self._selection, max(1, len(wanted)))
+        asked = torch.arange(len(self))[at]
+        ascending_m, back_m = np.unique(asked.numpy().reshape(-1), return_inverse=True)
+        shard_m = np.searchsorted(self._ends, ascending_m, "right")
+        batch = empty_batch(self._selection, max(1, len(ascending_m)))
         for shard in np.unique(shard_m).tolist():
             first, after = np.searchsorted(shard_m, [shard, shard + 1]).tolist()
-            stored = ascending[first:after] - (self._ends[shard] - self._selection.count(shard))
+            stored = ascending_m[first:after] - (self._ends[shard] - self._selection.count(shard))
             selected = self._selection.rows[shard]
-            stored = stored if selected is None else selected[stored]
-            reads = reads_of_rows(self._selection.shards[shard], stored, first)
+            reads = reads_of_rows(
+                self._selection.shards[shard], stored if selected is None else selected[stored], first
+            )
             self._reader.read(reads, *(values.numpy() for values in batch))
-        hidden_mD = batch.hidden_LND[0, torch.from_numpy(np.argsort(order))]
-        return hidden_mD if rows.ndim else hidden_mD[0]
+        return batch.hidden_LND[0, back_m].reshape(*asked.shape, self.shape[1])
 
 
-class _ByLayer(Mapping[int, Tensor]):
-    """{layer: float32 [T, D]} of flat positions first … after-1 of a cache's tokens; each layer is read once."""
+class _ByLayer(dict[int, Tensor]):
+    """{layer: float32 [T, D]} of positions first … after-1 of a cache's tokens, read when it is asked for."""
 
     def __init__(self, cache: reader.Cache, first: int, after: int):
-        self._cache, self._first, self._after = cache, first, after
-        self._read: dict[int, Tensor] = {}
+        super().__init__()
+        self.cache, self._first, self._after = cache, first, after
 
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._cache.manifest.layers)
-
-    def __len__(self) -> int:
-        return len(self._cache.manifest.layers)
-
-    def __getitem__(self, layer: int) -> Tensor:
-        if layer not in self._read:
-            context = self._cache.manifest.context
-            span = self._first // context, -(-self._after // context)
-            rows = LayerRows(Selection(self._cache, *span, (layer,)))
-            here = (rows.positions >= self._first) & (rows.positions < self._after)
-            hidden_TD = torch.full((self._after - self._first, rows.shape[1]), torch.nan)
-            hidden_TD[rows.positions[here] - self._first] = rows[torch.nonzero(here).squeeze(1)].float()
-            self._read[layer] = hidden_TD
-        return self._read[layer]
+    def __missing__(self, layer: int) -> Tensor:
+        context = self.cache.manifest.context
+        span = self._first // context, -(-self._after // context)
+        rows = LayerRows(Selection(self.cache, *span, (layer,)))
+        here = torch.nonzero((rows.positions >= self._first) & (rows.positions < self._after)).squeeze(1)
+        hidden_TD = torch.full((self._after - self._first, rows.shape[1]), torch.nan)
+        hidden_TD[rows.positions[here] - self._first] = rows[here].float()
+        return self.setdefault(layer, hidden_TD)
 
 
+@dataclass
 class Batches:
     """Batches of hidden states in a seeded random order, the very ones that `routesae train` trains on.
 
     A batch is [N, D] of one layer and [N, L, D] of several, as an SAE over these layers reads it, in the cache's
     dtype; the last of an epoch has what is left. len() is the number of batches of an epoch. Each time it is iterated
-    over is the next epoch, in another order; `epoch` is the one that comes next. For a torch DataLoader's place, not
-    for its inside: blocks are read ahead by threads here.
+    over is the next epoch, in another order; `epoch` is the one that comes next. It takes the place of a torch
+    DataLoader: blocks are read ahead by threads.
     """
 
-    def __init__(self, selection: Selection, batch_tokens: int, seed: int, device: torch.device):
-        self._selection, self.batch_tokens, self.seed, self.device = selection, batch_tokens, seed, device
-        self.epoch = 0
+    selection: Selection
+    batch_tokens: int
+    seed: int
+    device: torch.device
+    epoch: int = 0
 
     def __len__(self) -> int:
-        return -(-len(self._selection) // self.batch_tokens)
+        return -(-len(self.selection) // self.batch_tokens)
 
     def __iter__(self) -> Iterator[Tensor]:
-        plans = epoch_plans(self._selection, seed=self.seed, epoch=self.epoch, batch_tokens=self.batch_tokens)
+        plans = epoch_plans(self.selection, seed=self.seed, epoch=self.epoch, batch_tokens=self.batch_tokens)
         self.epoch += 1
-        with closing(load(self._selection, plans, self.batch_tokens, self.device)) as batches:
+        with closing(load(self.selection, plans, self.batch_tokens, self.device)) as batches:
             for batch in batches:  # whose memory is used again
                 hidden_NLD = batch.hidden_LND.transpose(0, 1)
                 alone = hidden_NLD[:, 0] if hidden_NLD.shape[1] == 1 else hidden_NLD

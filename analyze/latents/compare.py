@@ -33,6 +33,7 @@ from routesae.train.saes import SAE, Crosscoder
 from routesae.train.sparse.pairs import Pairs
 
 LATENTS_AT_A_TIME = 1024
+SHOWN = 10  # pairs
 TINY = 1e-12
 
 
@@ -42,95 +43,10 @@ class Comparison(dict[str, Any]):
     their likeness by each measure, None where they are not shared by it."""
 
     def __str__(self) -> str:
-        return f"{self['counts']}\n\n{Table(self['pairs'][:20])}"
+        return f"{self['counts']}\n\n{Table(self['pairs'][:SHOWN])}"
 
     def _repr_html_(self) -> str:
-        return f"{self['counts']._repr_html_()}{Table(self['pairs'][:20])._repr_html_()}"
-
-
-class Matches(NamedTuple):
-    """likeness_F: of each latent of A to the nearest of B, nearest_F. mutual_F: bool, whether it is that one's
-    nearest too."""
-
-    likeness_F: Tensor
-    nearest_F: Tensor
-    mutual_F: Tensor
-
-
-def compare(settings: CompareSettings, report: Report = silent) -> Comparison:
-    """Raises WrongInput where the SAEs and the cache do not fit together."""
-    cache, device = Cache(settings.cache), pick_device(settings.device)
-    opened = open_saes((settings.a, settings.b), Path(), cache, device)
-    if len(opened) < 2:
-        raise WrongInput(f"{settings.a} and {settings.b} are one SAE; name two")
-    one, other = (opened_sae.sae for opened_sae in opened.values())
-    first, after = cache.manifest.train_rows, cache.manifest.rows
-    after = min(after, first + max(1, settings.tokens // cache.manifest.context))
-    selection = Selection(cache, first, after, sorted({*one.layers, *other.layers}))
-    if len(selection) == 0:
-        raise WrongInput(f"{cache.path} has no held-out token to compare on; harvest more text")
-    W_FC, W_GC = _decoders(one, other)
-    matches = {"decoder": _matches(lambda part: W_FC[part] @ W_GC.T, len(W_FC), len(W_GC), device)}
-    f, g = _activations(selection, (one, other), device, report)
-    matches["activations"] = _matches(partial(_correlations, f, g), one.latents, other.latents, device)
-    shared = {name: found.mutual_F & (found.likeness_F >= settings.threshold) for name, found in matches.items()}
-    same_F = matches["decoder"].nearest_F == matches["activations"].nearest_F
-    shared["both"] = shared["decoder"] & shared["activations"] & same_F
-    counts = Table(
-        {
-            "by": name,
-            "shared": int(shared_F.sum()),
-            "of A": one.latents,
-            "of B": other.latents,
-            "mean_nearest": float(matches[name].likeness_F.mean()) if name in matches else None,
-        }
-        for name, shared_F in shared.items()
-    )
-    alike: dict[tuple[int, int], dict[str, Any]] = {}
-    for name, found in matches.items():
-        for latent in torch.nonzero(shared[name]).flatten().tolist():
-            pair = latent, int(found.nearest_F[latent])
-            row = alike.setdefault(pair, {"A": pair[0], "B": pair[1], **dict.fromkeys(matches)})
-            row[name] = float(found.likeness_F[latent])
-    pairs = sorted(alike.values(), key=lambda pair: -sum(pair[name] or 0 for name in matches))
-    names = list(opened)
-    return Comparison(
-        a=names[0],
-        b=names[1],
-        tokens=len(selection),
-        threshold=settings.threshold,
-        counts=counts,
-        pairs=Table(pairs),
-    )
-
-
-def _decoders(one: SAE, other: SAE) -> tuple[Tensor, Tensor]:
-    """[F, C] and [G, C], unit rows."""
-    alike = isinstance(one, Crosscoder) and isinstance(other, Crosscoder) and one.layers == other.layers
-    rows = [sae.dictionary.W_dec_FD for sae in (one, other)]
-    if not alike:
-        rows = [W.view(len(W), -1, sae.recipe.width).sum(1) for W, sae in zip(rows, (one, other), strict=True)]
-    W_FC, W_GC = (W / torch.linalg.vector_norm(W, dim=1, keepdim=True).clamp(min=TINY) for W in rows)
-    return W_FC, W_GC
-
-
-def _matches(likeness_of: Callable[[slice], Tensor], ours: int, theirs: int, device: torch.device) -> Matches:
-    """likeness_of: of some of A's latents to all of B's, [n, G]."""
-    best_F, nearest_F = list[Tensor](), list[Tensor]()
-    best_G, nearest_G = (
-        torch.full((theirs,), -2.0, device=device),
-        torch.zeros(theirs, dtype=torch.int64, device=device),
-    )
-    for part in _blocks(ours):
-        likeness_nG = likeness_of(part)
-        for into, of_n in zip((best_F, nearest_F), likeness_nG.max(1), strict=True):
-            into.append(of_n)
-        of_G, at_G = likeness_nG.max(0)
-        nearest_G = torch.where(of_G > best_G, at_G + part.start, nearest_G)
-        best_G = torch.maximum(best_G, of_G)
-    likeness_F, nearest = torch.cat(best_F), torch.cat(nearest_F)
-    mutual_F = nearest_G[nearest] == torch.arange(ours, device=device)
-    return Matches(likeness_F.cpu(), nearest.cpu(), mutual_F.cpu())
+        return f"{self['counts']._repr_html_()}{Table(self['pairs'][:SHOWN])._repr_html_()}"
 
 
 class Activations(NamedTuple):
@@ -142,12 +58,64 @@ class Activations(NamedTuple):
     std_F: Tensor
 
 
-def _dense(pairs: Pairs, f_M: Tensor, part: slice) -> Tensor:
-    """f_Nn of some latents; what a token has of several layers is added up."""
-    at_M = torch.nonzero((pairs.latents_M >= part.start) & (pairs.latents_M < part.stop)).squeeze(1)
-    f_Nn = f_M.new_zeros(pairs.tokens, min(part.stop, pairs.latents) - part.start)
-    places = (pairs.tokens_M[at_M], pairs.latents_M[at_M] - part.start)
-    return f_Nn.index_put_(places, f_M[at_M], accumulate=True)
+def compare(settings: CompareSettings, report: Report = silent) -> Comparison:
+    """Raises WrongInput where the SAEs and the cache do not fit together."""
+    cache, device = Cache(settings.cache), pick_device(settings.device)
+    opened = open_saes((settings.a, settings.b), Path(), cache, device)
+    if len(opened) < 2:
+        raise WrongInput(f"{settings.a} and {settings.b} are one SAE; name two")
+    one, other = saes = [opened_sae.sae for opened_sae in opened.values()]
+    first, after = cache.manifest.train_rows, cache.manifest.rows
+    after = min(after, first + max(1, settings.tokens // cache.manifest.context))
+    selection = Selection(cache, first, after, sorted({*one.layers, *other.layers}))
+    if len(selection) == 0:
+        raise WrongInput(f"{cache.path} has no held-out token to compare on; harvest more text")
+    W_FC, W_GC = _decoders(one, other)
+    f, g = _activations(selection, saes, device, report)
+    found = {"decoder": _nearest(lambda part: W_FC[part] @ W_GC.T, one.latents)}
+    found["activations"] = _nearest(partial(_correlations, f, g), one.latents)
+    shared = {name: mutual_F & (like_F >= settings.threshold) for name, (like_F, _, mutual_F) in found.items()}
+    same_F = found["decoder"][1] == found["activations"][1]
+    shared["both"] = shared["decoder"] & shared["activations"] & same_F
+    counts = Table({"by": name, "shared": int(of_F.sum())} for name, of_F in shared.items())
+    for row in counts:
+        row |= {"of A": one.latents, "of B": other.latents}
+        row["mean_nearest"] = float(found[row["by"]][0].mean()) if row["by"] in found else None
+    pairs: dict[tuple[int, int], dict[str, Any]] = {}
+    for name, (like_F, nearest_F, _) in found.items():
+        for a in torch.nonzero(shared[name]).flatten().tolist():
+            b = int(nearest_F[a])
+            pairs.setdefault((a, b), {"A": a, "B": b, **dict.fromkeys(found)})[name] = float(like_F[a])
+    strongest = sorted(pairs.values(), key=lambda pair: -sum(pair[name] or 0 for name in found))
+    named = dict(zip("ab", opened, strict=True))
+    return Comparison(named, tokens=len(selection), counts=counts, pairs=Table(strongest))
+
+
+def _decoders(one: SAE, other: SAE) -> list[Tensor]:
+    """[F, C] and [G, C], unit rows."""
+    alike = isinstance(one, Crosscoder) and isinstance(other, Crosscoder) and one.layers == other.layers
+    rows = [sae.dictionary.W_dec_FD for sae in (one, other)]
+    if not alike:
+        rows = [W.view(len(W), -1, one.recipe.width).sum(1) for W in rows]
+    return [torch.nn.functional.normalize(W, dim=1) for W in rows]
+
+
+def _nearest(likeness: Callable[[slice], Tensor], latents: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each of A's F latents its largest likeness to one of B's, which that is, and whether it is that one's too.
+
+    likeness: of some of A's latents to all of B's, [n, G].
+    """
+    best, best_G = [], None
+    for part in _blocks(latents):
+        likeness_nG = likeness(part)
+        best.append(likeness_nG.max(1))
+        of_G, at_G = likeness_nG.max(0)
+        if best_G is None:
+            best_G, nearest_G = of_G, at_G
+        nearest_G = torch.where(of_G > best_G, at_G + part.start, nearest_G)
+        best_G = torch.maximum(best_G, of_G)
+    like_F, nearest_F = (torch.cat(column) for column in zip(*best, strict=True))
+    return like_F, nearest_F, nearest_G[nearest_F] == torch.arange(latents, device=like_F.device)
 
 
 @torch.no_grad()
@@ -159,9 +127,7 @@ def _activations(
     for hidden, _ in read_in_order(selection, saes, device):
         for sae, into in zip(saes, parts, strict=True):
             row_M, latent_M, f_M = sae.encode(hidden).active()
-            into.append(
-                (row_M % hidden.tokens + done, latent_M, f_M)
-            )  # an mlsae's rows are those of layer after layer
+            into.append((row_M % hidden.tokens + done, latent_M, f_M))  # an mlsae's rows come layer after layer
         done += hidden.tokens
         report(Progress("compare", done, len(selection), "tokens", {}))
     for sae, of_batches in zip(saes, parts, strict=True):
@@ -170,6 +136,13 @@ def _activations(
         moments = [torch.std_mean(_dense(pairs, f_M, part), 0, correction=0) for part in _blocks(sae.latents)]
         std_F, mean_F = (torch.cat(column) for column in zip(*moments, strict=True))
         yield Activations(pairs, f_M, mean_F, std_F)
+
+
+def _dense(pairs: Pairs, f_M: Tensor, part: slice) -> Tensor:
+    """f_Nn of some latents; what a token has of several layers is added up."""
+    at_M = torch.nonzero((pairs.latents_M >= part.start) & (pairs.latents_M < part.stop)).squeeze(1)
+    f_Nn = f_M.new_zeros(pairs.tokens, part.stop - part.start)
+    return f_Nn.index_put_((pairs.tokens_M[at_M], pairs.latents_M[at_M] - part.start), f_M[at_M], accumulate=True)
 
 
 def _correlations(ours: Activations, theirs: Activations, part: slice) -> Tensor:
@@ -181,4 +154,4 @@ def _correlations(ours: Activations, theirs: Activations, part: slice) -> Tensor
 
 
 def _blocks(latents: int) -> Iterator[slice]:
-    return (slice(start, start + LATENTS_AT_A_TIME) for start in range(0, latents, LATENTS_AT_A_TIME))
+    return (slice(at, min(at + LATENTS_AT_A_TIME, latents)) for at in range(0, latents, LATENTS_AT_A_TIME))

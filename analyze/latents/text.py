@@ -10,9 +10,10 @@ Dimension letters: T tokens, n tokens that are encoded, L layers, D width.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from html import escape
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -36,52 +37,46 @@ from routesae.train.saes import SAE, Crosscoder, RouteSAE
 from routesae.train.saes.normalise import Hidden, places_of
 from routesae.train.sparse.pairs import Latents
 
-NOTED = 100  # characters of a context or explanation in a table
+NOTED = 40  # characters of a context or explanation in a table
 
 
 class TextLatents(Table):
     """A row for each token and each of its strongest latents: position, token, latent, activation, layer, note.
 
-    A token that is not encoded, or on which no latent is active, has one row with a latent of None. activation: in
-    the units of the SAE's normalised input. layer: that the token was read from, None if from all. In a notebook it
-    shows the tokens coloured by their strongest latent, and the latents.
-
+    A token that is not encoded, or has no active latent, has one row whose latent is None. activation: in the units
+    of the SAE's normalised input. layer: that the token was read from, None if from all.
     tokens: the text of each of the T tokens. kept: whether each is encoded. latents: of the n that are, [n, …].
     """
 
-    def __init__(
-        self, rows: Iterable[Mapping[str, Any]], tokens: Sequence[str], kept: Sequence[bool], latents: Latents
-    ):
-        super().__init__(dict(row) for row in rows)
-        self.tokens, self.kept, self.latents = tuple(tokens), tuple(kept), latents
+    tokens: list[str]
+    kept: list[bool]
+    latents: Latents
 
     def by_token(self) -> list[list[dict[str, Any]]]:
-        """For each token the rows of its latents, strongest first; none where none is active."""
-        by_token: list[list[dict[str, Any]]] = [[] for _ in self.tokens]
-        for row in self:
-            if row["latent"] is not None:
-                by_token[row["position"]].append(row)
-        return by_token
+        """For each token the rows of its latents, strongest first."""
+        return [
+            [row for row in self if row["position"] == at and row["latent"] is not None]
+            for at in range(len(self.tokens))
+        ]
 
     def by_latent(self) -> Table:
-        """The latents listed, strongest first: where each is strongest, on how many tokens it is listed, its note."""
+        """The latents, strongest first: where each is, on how many tokens it is listed, its note in short."""
         best: dict[int, dict[str, Any]] = {}
-        for row in sorted((row for row in self if row["latent"] is not None), key=lambda row: -row["activation"]):
-            seen = best.setdefault(row["latent"], {**row, "tokens": 0})
+        for row in sorted(chain.from_iterable(self.by_token()), key=lambda row: -row["activation"]):
+            seen = {name: row[name] for name in ("latent", "activation", "token")}
+            seen = best.setdefault(row["latent"], {**seen, "tokens": 0, "note": short(row["note"])})
             seen["tokens"] += 1
-        columns = ("latent", "activation", "token", "tokens", "note")
-        return Table({name: row[name] for name in columns} for row in best.values())
+        return Table(best.values())
 
     def __str__(self) -> str:
-        rows = (
-            {"token": token, "latents (activation)": ", ".join(f"{r['latent']} ({r['activation']:.1f})" for r in of)}
-            for token, of in zip(self.tokens, self.by_token(), strict=True)
-        )
+        listed = (", ".join(f"{row['latent']} ({row['activation']:.1f})" for row in of) for of in self.by_token())
+        names = ("token", "latents (activations)")
+        rows = (dict(zip(names, row, strict=True)) for row in zip(self.tokens, listed, strict=True))
         return f"{Table(rows)}\n\n{self.by_latent()}"
 
     def _repr_html_(self) -> str:
-        strongest = max((row["activation"] or 0 for row in self), default=0) or 1
-        spans = []
+        """The tokens coloured by their strongest latent, and the latents."""
+        strongest, spans = max((row["activation"] or 0 for row in self), default=0) or 1, []
         for token, of_token in zip(self.tokens, self.by_token(), strict=True):
             said = "\n".join(f"{row['latent']}: {row['activation']:.1f} {short(row['note'])}" for row in of_token)
             share = of_token[0]["activation"] / strongest if of_token else 0
@@ -109,56 +104,41 @@ def latents(lm: LM, sae: SAE, text: Text, *, top: int = 5, beside: Path | None =
     read = Hidden(hidden_LnD, place_N=places_of(ids_1T, position_1T)[0, kept_T], layers=sae.layers)
     with torch.no_grad():
         encoded = sae.encode(read)
-        strongest = encoded.top(top)
-        values, found = strongest.values.flatten(1), strongest.indices.flatten(1)
+        values, indices = (part.flatten(1) for part in encoded.top(top))
         values, at = values.topk(min(top, values.shape[1]), dim=1)  # an mlsae has as many of each layer
-        found, at_layer = found.gather(1, at), at // strongest.values.shape[-1]
+        layer_nk = at // (indices.shape[1] // (encoded.layers or 1))
         if isinstance(sae, RouteSAE) and sae.recipe.routing == "hard":
-            at_layer = sae.routes(read).at_R[:, None].expand_as(at)
-    tokens = pieces_of(lm.tokenizer, ids)
-    rows: list[dict[str, Any]] = [
-        {"position": position, "token": token, "latent": None, "activation": None, "layer": None, "note": None}
-        for position, token in enumerate(tokens)
-    ]
-    listed: list[dict[str, Any]] = []
+            layer_nk = sae.routes(read).at_R[:, None].expand_as(at)
     mixed = isinstance(sae, Crosscoder) or sae.recipe.routing == "soft"
-    encoded_rows = iter(zip(values.tolist(), found.tolist(), at_layer.tolist(), strict=True))
-    for row, is_kept in zip(rows, kept_T.tolist(), strict=True):
-        active = [one for one in zip(*next(encoded_rows), strict=True) if one[0] > 0] if is_kept else []
-        listed += [
-            {**row, "latent": latent, "activation": value, "layer": None if mixed else sae.layers[layer]}
-            for value, latent, layer in active
-        ] or [row]
-    notes = notes_of(sae, beside or sae.folder, {row["latent"] for row in listed} - {None})
-    listed = [{**row, "note": notes.get(row["latent"])} for row in listed]
-    return TextLatents(listed, tokens, kept_T.tolist(), encoded)
+    strongest = iter(zip(indices.gather(1, at).tolist(), values.tolist(), layer_nk.tolist(), strict=True))
+    notes = notes_of(sae, beside or sae.folder, set(indices.flatten().tolist()))
+    rows = TextLatents()
+    rows.tokens, rows.kept, rows.latents = pieces_of(lm.tokenizer, ids), kept_T.tolist(), encoded
+    for position, (token, is_kept) in enumerate(zip(rows.tokens, rows.kept, strict=True)):
+        of_token = list(zip(*next(strongest), strict=True)) if is_kept else []
+        for latent, value, layer in [one for one in of_token if one[1] > 0] or [(None, None, None)]:
+            where = None if mixed or layer is None else sae.layers[layer]
+            row = {"latent": latent, "activation": value, "layer": where, "note": notes.get(latent)}
+            rows.append({"position": position, "token": token, **row})
+    return rows
 
 
 def latents_of_text(settings: LatentsSettings, report: Report = silent) -> TextLatents:
     """The table of `routesae latents`."""
-    text: Text | None = settings.text
-    if settings.file is not None:
-        try:
+    text: Text = settings.text or ""
+    try:
+        if settings.file is not None:
             text = read_bytes(settings.file).decode()
-        except (OSError, ValueError) as error:
-            raise WrongInput(f"--file {settings.file} cannot be read: {error}") from error
-    elif settings.messages is not None:
-        try:
+        elif settings.messages is not None:
             text = json.loads(settings.messages)
-        except (ValueError, RecursionError) as error:
-            raise WrongInput(f"--messages is not JSON: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        what = f"--file {settings.file}" if settings.file else "--messages"
+        raise WrongInput(f"{what} cannot be read: {error}") from error
     folder, beside = one_sae(settings.sae, Path(settings.out))
     sae = load_sae(folder, pick_device(settings.device))
-    record = lm_of_sae(folder, sae.recipe)
-    lm = load_lm_of([record], settings.model, device=settings.device, lm_dtype=settings.lm_dtype)
-    assert text is not None
+    of_sae = lm_of_sae(folder, sae.recipe)
+    lm = load_lm_of([of_sae], settings.model, device=settings.device, lm_dtype=settings.lm_dtype)
     return latents(lm, sae, text, top=settings.top, beside=beside)
-
-
-def pieces_of(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """The text of each token; joined they are the whole."""
-    pieces: list[str] = _vocabulary(tokenizer).pieces(np.array(ids, np.int32), np.array([len(ids)])).tolist()
-    return pieces
 
 
 @lru_cache(2)
@@ -166,13 +146,16 @@ def _vocabulary(tokenizer: Any) -> Vocabulary:
     return Vocabulary(tokenizer)
 
 
+def pieces_of(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """The text of each token; joined they are the whole."""
+    return list(_vocabulary(tokenizer).pieces(np.array(ids, np.int32), np.array([len(ids)])))
+
+
 def notes_of(sae: SAE, folder: Path | None, latents: Iterable[int]) -> dict[int, str]:
     """What is said of some latents in an SAE's folder. Raises WrongInput where that is of other weights."""
-    if folder is None or sae.folder is None:
-        return {}
-    trained_on = lm_of_sae(sae.folder, sae.recipe).facts.get("tokens_hash")
-    tokens_hash = trained_on if trained_on and read_facts(folder, trained_on) else None
-    if read_facts(folder, tokens_hash) is None:
+    trained_on = sae.folder and lm_of_sae(sae.folder, sae.recipe).facts.get("tokens_hash")
+    tokens_hash = trained_on if folder and trained_on and read_facts(folder, trained_on) else None
+    if folder is None or read_facts(folder, tokens_hash) is None:
         return {}
     contexts, lines, notes = read_contexts(folder, tokens_hash), read_interpretations(folder), dict[int, str]()
     if contexts.facts["sae"]["weights"] != sae_identity(sae)["weights"]:
@@ -186,6 +169,6 @@ def notes_of(sae: SAE, folder: Path | None, latents: Iterable[int]) -> dict[int,
 
 def short(note: str | None) -> str:
     """A note's part around the marks, on one line."""
-    text = " ".join((note or "").split())
+    text = visible(" ".join((note or "").split()))
     start = max(0, text.find("«") - NOTED // 2)
     return f"{'…' * (start > 0)}{text[start : start + NOTED]}{'…' * (len(text) > start + NOTED)}"
