@@ -1,4 +1,4 @@
-"""Contexts that no SAE was run for, written as `routesae contexts` writes them."""
+"""Contexts that no SAE was run for, written as `routesae contexts` writes them, and SAEs of other weights."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import torch
 
 from routesae.analyze.contexts.file import FORMAT, context_schema, latent_schema, write_contexts
+from routesae.train.folder.checkpoint import load_sae, save_sae
 
 TOKENS_HASH = "0123456789abcdef"
 
@@ -32,3 +34,12 @@ def write_made_up(
     }
     batches = (pa.RecordBatch.from_pylist(list(of_batch), context_schema()) for of_batch in rows)
     return write_contexts(folder, {**made_from, **facts}, table, batches)
+
+
+def retrain(folder: Path) -> None:
+    """Put an SAE of other weights in the place of the one in a folder, as another training does."""
+    sae = load_sae(folder, torch.device("cpu"))
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.mul_(1.5)
+    save_sae(folder, sae, {})

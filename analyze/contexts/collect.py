@@ -41,6 +41,8 @@ class Collected(NamedTuple):
     histogram_FB: how many activations of each latent are in each bin. sum_F, max_F: of its activations. classes_F:
     token classes above the threshold; max_classes + 1 if there are more. kept_F: whether the published rule keeps it.
     layers: of the SAE, or None if no activation was read from a single one. contexts: by latent, kind and strength.
+    routed_CL: of a routesae, held-out tokens of each class by the layer they are read from; with soft routing a token
+    counts for each layer by its weight. If no rows are held out, it is of all tokens.
     """
 
     tokens: int
@@ -52,6 +54,7 @@ class Collected(NamedTuple):
     kept_F: Tensor
     layers: tuple[int, ...] | None
     contexts: Kept
+    routed_CL: Tensor | None
 
 
 @torch.no_grad()
@@ -99,6 +102,11 @@ class Collector:
         self.sae, self.cache, self.vocabulary, self.settings = sae, cache, vocabulary, settings
         self.latents, self.device = sae.recipe.latents, sae.device
         self.layers, self.bins = len(sae.recipe.layers), len(HISTOGRAM)
+        manifest = cache.manifest
+        held_out = manifest.train_rows if manifest.train_rows < manifest.rows else 0
+        self.first_held_out = held_out * manifest.context
+        classes = len(vocabulary.class_names) if sae.recipe.sae == "routesae" else 0
+        self.routed_CL = torch.zeros(classes, self.layers, dtype=torch.float64)
         self.every_layer = False  # whether each token is read once a layer
         self.one_layer = self.layers == 1  # whether an activation was read from one layer
         self.tokens = self.readings = 0
@@ -125,11 +133,17 @@ class Collector:
         layer_M = torch.div(row_M, n, rounding_mode="floor")
         self.every_layer = rows > n
         self.one_layer |= self.every_layer
-        if out.routing_NL is not None and self.sae.recipe.routing == "hard":
-            layer_M = out.routing_NL.argmax(1)[token_M]
-            self.one_layer = True
+        class_N = torch.from_numpy(self.vocabulary.class_V[ids_N.numpy()])
+        if out.routing_NL is not None:
+            share_NL = out.routing_NL
+            if self.sae.recipe.routing == "hard":
+                layer_N = share_NL.argmax(1)
+                layer_M, share_NL = layer_N[token_M], torch.nn.functional.one_hot(layer_N, self.layers)
+                self.one_layer = True
+            held_N = position_N >= self.first_held_out
+            self.routed_CL.index_add_(0, class_N[held_N], share_NL.cpu()[held_N].double())
         position_M = position_N.to(self.device)[token_M]
-        class_M = torch.from_numpy(self.vocabulary.class_V[ids_N.numpy()]).to(self.device)[token_M]
+        class_M = class_N.to(self.device)[token_M]
         window_M = torch.full_like(latent_M, NO_WINDOW)
         found = Activations(latent_M, position_M, layer_M, class_M, value_M, value_M, window_M)
         self.tokens += n
@@ -206,6 +220,7 @@ class Collector:
             kept_F=kept_F,
             layers=self.sae.recipe.layers if self.one_layer else None,
             contexts=_in_order(chosen, top, self._sample.result()),
+            routed_CL=self.routed_CL if len(self.routed_CL) else None,
         )
 
 

@@ -25,11 +25,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import regex
-import xxhash
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 
 from routesae.analyze.inputs.identity import file_hash
-from routesae.machine.files import read_json, refuse_link, replacing, write_json
+from routesae.machine.files import read_signed, refuse_link, replacing, signed, write_json
 from routesae.reporting import WrongInput, visible
 
 if TYPE_CHECKING:
@@ -170,8 +169,15 @@ class _SAE(BaseModel):
     weights: dict[str, str]
 
 
+class _Routes(BaseModel):
+    layers: list[int] = []
+    classes: list[str] = []
+    counts: list[int] = []
+    shares: list[list[float]] = []
+
+
 class Facts(BaseModel):
-    """What facts.json must say; the rest of it is not looked at. hash: of all that it holds besides."""
+    """What facts.json must say; the rest of it is not looked at."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
     cache: _Cache
@@ -179,8 +185,8 @@ class Facts(BaseModel):
     sae: _SAE
     readings: PositiveInt
     features: NonNegativeInt
+    routes: _Routes = _Routes()
     hashes: dict[str, str]
-    hash: str
 
 
 class ContextsFile:
@@ -286,21 +292,15 @@ def read_facts(folder: Path, tokens_hash: str | None = None) -> dict[str, Any] |
         return None
     path = places[0] / FACTS
     try:
-        facts: dict[str, Any] = read_json(path)
-        if isinstance(facts, dict) and facts.get("format") != FORMAT:
+        facts = read_signed(path)
+        if facts.get("format") != FORMAT:
             raise ValueError(f"it has format {facts.get('format')!r}, and only {FORMAT} is read")
-        read = Facts.model_validate(facts)
-        if read.hash != _hash_of(facts) or place_of(folder, facts["cache"]) != places[0]:
-            raise ValueError("it is not as it was written")
+        Facts.model_validate(facts)
+        if place_of(folder, facts["cache"]) != places[0]:
+            raise ValueError("it is in the folder of another corpus")
     except (OSError, ValueError) as error:
         raise damaged(path, error) from error
     return facts
-
-
-def _hash_of(facts: Mapping[str, Any]) -> str:
-    """xxh3-128 of the facts but for `hash`."""
-    rest = {name: value for name, value in facts.items() if name != "hash"}
-    return xxhash.xxh3_128(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _require_bounds(path: Path, schema: pa.Schema) -> None:
@@ -319,9 +319,10 @@ def _require_bounds(path: Path, schema: pa.Schema) -> None:
                 raise ValueError(f"it claims {values:,} values at a time, and at most {MOST_VALUES:,} are read")
 
 
-def damaged(path: Path, why: Exception) -> WrongInput:
+def damaged(path: Path, why: Exception, remedy: str = "run routesae contexts again") -> WrongInput:
+    """The error for a file that cannot be read; one line, whatever the file says."""
     reason = " ".join(str(why).split()) or type(why).__name__
-    return WrongInput(f"{path} cannot be read ({visible(reason)[:200]}); run routesae contexts again")
+    return WrongInput(f"{path} cannot be read ({visible(reason)[:200]}); {remedy}")
 
 
 def write_contexts(
@@ -371,8 +372,8 @@ def write_contexts(
         published.detach()
         for file in files.values():
             file.flush()
-        signed = {**facts, "hashes": {name: file_hash(Path(file.name)) for name, file in files.items()}}
-    write_json(place / FACTS, {**signed, "hash": _hash_of(json.loads(json.dumps(signed)))})
+        hashes = {name: file_hash(Path(file.name)) for name, file in files.items()}
+    write_json(place / FACTS, signed({**facts, "hashes": hashes}))
     return place
 
 

@@ -17,7 +17,7 @@ from routesae import __version__
 from routesae.analyze.contexts.collect import Collected, collect
 from routesae.analyze.contexts.file import CHOSEN, FORMAT, KINDS, read_facts, write_contexts
 from routesae.analyze.contexts.settings import ContextSettings
-from routesae.analyze.contexts.table import context_batches, latent_table
+from routesae.analyze.contexts.table import context_batches, latent_table, routes_table
 from routesae.analyze.contexts.windows import Vocabulary
 from routesae.analyze.inputs.identity import sae_identity
 from routesae.analyze.inputs.lm import lm_of_cache, load_tokenizer_of
@@ -130,7 +130,8 @@ def _write(
             name,
             strongest,
         )
-    facts = {**facts, "tokens": collected.tokens, "readings": collected.readings, **counts}
+    routes = routes_table(collected, cache, vocabulary, sae.sae.recipe.layers)
+    facts = {**facts, "tokens": collected.tokens, "readings": collected.readings, **counts, "routes": routes}
     place = write_contexts(sae.beside, facts, latent_table(collected), context_batches(collected, cache, vocabulary))
     return ContextResult(
         sae=name,

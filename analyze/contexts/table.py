@@ -1,11 +1,12 @@
-"""Make the tables that are written from what one pass collected: a row for each context, a row for each latent.
+"""Make the tables that are written from what one pass collected: a row for each context, a row for each latent, and
+where tokens are routed.
 
 Dimension letters: F latents, M contexts, W tokens a window.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from routesae.harvest.cache.reader import Cache
 if TYPE_CHECKING:
     import pyarrow as pa
 
+CLASSES = 40  # of tokens, of which it is told where they are routed
 BATCH_CONTEXTS = 4096  # contexts of an Arrow batch, and those of one latent more
 
 
@@ -68,6 +70,25 @@ def context_batches(collected: Collected, cache: Cache, vocabulary: Vocabulary) 
         schema = context_schema()
         arrays = [pa.array(columns[field.name], field.type) for field in schema]
         yield pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def routes_table(collected: Collected, cache: Cache, vocabulary: Vocabulary, layers: Sequence[int]) -> dict[str, Any]:
+    """Of a routesae, to which layers it sends the tokens of the most frequent classes; {} of others.
+
+    counts: tokens of each class; shares: of them at each layer. held_out: whether only held-out tokens were counted.
+    """
+    if collected.routed_CL is None:
+        return {}
+    count_C = collected.routed_CL.sum(1).round().long()
+    top = [c for c in count_C.argsort(descending=True, stable=True)[:CLASSES].tolist() if count_C[c]]
+    return {
+        "layers": list(layers),
+        "tokens": int(count_C.sum()),
+        "held_out": cache.manifest.train_rows < cache.manifest.rows,
+        "classes": [vocabulary.class_texts[c] for c in top],
+        "counts": [int(count_C[c]) for c in top],
+        "shares": [[round(share, 4) for share in (collected.routed_CL[c] / count_C[c]).tolist()] for c in top],
+    }
 
 
 def latent_table(collected: Collected) -> pa.Table:

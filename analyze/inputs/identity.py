@@ -12,6 +12,7 @@ import xxhash
 
 from routesae import __version__
 from routesae.harvest.cache.reader import Cache
+from routesae.machine.files import open_regular
 from routesae.train.saes import SAE
 
 _PIECE_BYTES = 1 << 24
@@ -45,9 +46,9 @@ def versions() -> dict[str, str]:
 
 
 def file_hash(path: Path) -> str:
-    """xxh3-128 of its bytes."""
+    """xxh3-128 of its bytes. Raises BadFile if it is not a regular file."""
     hasher = xxhash.xxh3_128()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while piece := file.read(_PIECE_BYTES):
             hasher.update(piece)
     return hasher.hexdigest()

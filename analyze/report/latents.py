@@ -17,14 +17,17 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from routesae.analyze.contexts.file import KINDS, SAMPLES, Context, LatentContexts, words_of
-from routesae.analyze.report.lens import LogitLens, decoder_of, nearest, unit_rows
+from routesae.analyze.report.lens import NEAREST, LogitLens, decoder_of, nearest, unit_rows
 from routesae.analyze.report.runs import Run
-from routesae.reporting import Progress, Report
+from routesae.reporting import Progress, Report, WrongInput
 from routesae.train.saes import SAE
 
 PIECE = 128  # latents: some 100 kB, read in the time of a key press
-WORDS_LISTED = 12  # of a latent, which the list shows and searches
+WORDS_LISTED = 16  # of a latent, which the list shows and searches
 COMPRESSION = 6
 
 
@@ -37,27 +40,29 @@ def packed(data: Any) -> str:
 def latent_list(run: Run) -> dict[str, Any]:
     """The list of all latents, a column for each property; `latent_pieces` fills in words and layer from contexts."""
     assert run.contexts is not None
-    facts, summaries, lines = run.contexts.facts, run.contexts.summaries, run.explanations
-    only_layer = run.recipe.layers[0] if len(run.recipe.layers) == 1 else None
-    return {
+    facts, summaries = run.contexts.facts, run.contexts.summaries
+    listed: dict[str, Any] = {
         "readings": facts["readings"],
         "threshold": facts["settings"]["threshold"],
         "active": [summary.active for summary in summaries],
         "max": [_number(summary.max_activation) for summary in summaries],
         "mean": [_number(summary.mean_activation) for summary in summaries],
         "kept": [int(summary.kept) for summary in summaries],
-        "layer": [only_layer if summary.active else None for summary in summaries],
         "words": [""] * len(summaries),
-        "score": [_number(lines.get(summary.latent, {}).get("score")) for summary in summaries],
-        "explained": {
-            str(latent): [
-                line.get("outcome"),
-                line.get("category"),
-                line.get("explanation") or line.get("reason") or "",
-            ]
-            for latent, line in lines.items()
-        },
+        "on": [[]] * len(summaries),  # how strongly it is active on each of the words
     }
+    if len(run.recipe.layers) > 1:  # otherwise it is the same for all
+        listed["layer"] = [None] * len(summaries)
+    if run.explanations:
+        listed["score"] = [None] * len(summaries)
+        listed["explained"] = {}
+    for latent, line in run.explanations.items():
+        if latent < len(summaries):
+            said = [line.get(name) for name in ("outcome", "category", "explanation", "reason")]
+            outcome, category, explanation, reason = (text if isinstance(text, str) else "" for text in said)
+            listed["explained"][str(latent)] = [outcome, category, explanation or reason]
+            listed["score"][latent] = _number(line.get("score"))
+    return listed
 
 
 def latent_pieces(
@@ -65,14 +70,17 @@ def latent_pieces(
 ) -> Iterator[dict[str, Any]]:
     """Pieces of PIECE latents in order, the last of those that remain.
 
-    listed: the list of all latents. contexts: at most this many of a latent's strongest are shown, and a quarter of
-    that from each third of its sample.
+    listed: the list of all latents. contexts: at most this many of a latent's strongest are shown, of those that the
+    rule chose besides, and a quarter of that from each third of its sample.
     """
     assert run.contexts is not None
     W_dec = decoder_of(sae)
     unit_FC = unit_rows(W_dec)
     latents = len(run.contexts.summaries)
-    assert len(W_dec) == latents
+    if len(W_dec) != latents:
+        raise WrongInput(
+            f"{run.folder} has {len(W_dec)} latents, its contexts {latents}; run routesae contexts again"
+        )
     streamed = run.contexts.latents()
     ahead = next(streamed, None)
     for first in range(0, latents, PIECE):
@@ -80,19 +88,21 @@ def latent_pieces(
         texts: dict[str, int] = {}
         shown: dict[str, list[Any]] = {}
         while ahead is not None and ahead.latent < after:
-            _list_words(listed, ahead, several_layers=len(run.recipe.layers) > 1)
-            picked = [*ahead.top[:contexts]]
-            shown_already = {(context.row, context.position, context.layer) for context in picked}
-            picked += [c for c in ahead.chosen[:contexts] if (c.row, c.position, c.layer) not in shown_already]
-            picked += [context for kind in SAMPLES for context in ahead.samples[kind][: max(1, contexts // 4)]]
-            shown[str(ahead.latent)] = [_packed_context(context, texts) for context in picked]
+            _list_words(listed, ahead)
+            picked = {(context.row, context.position, context.layer): context for context in ahead.top[:contexts]}
+            for context in ahead.chosen[:contexts]:
+                picked.setdefault((context.row, context.position, context.layer), context)
+            samples = [context for kind in SAMPLES for context in ahead.samples[kind][: max(1, contexts // 4)]]
+            shown[str(ahead.latent)] = [_packed_context(one, texts) for one in (*picked.values(), *samples)]
             ahead = next(streamed, None)
-        cosine_nK, near_nK = nearest(unit_FC, first, after)
+        cosine_nK, near_nK = nearest(unit_FC[first:after], unit_FC, NEAREST, itself=first)
+        summaries = run.contexts.summaries[first:after]
         piece = {
             "words": list(texts),
             "contexts": shown,
             "near": near_nK.tolist(),
-            "cosine": [[round(value, 3) for value in values] for values in cosine_nK.tolist()],
+            "cosine": _rounded(cosine_nK),
+            "histogram": [[summary.histogram_first, *summary.histogram] for summary in summaries],
         }
         if lens is not None:
             for name, of_latents in lens.effects(W_dec[first:after]).items():
@@ -101,16 +111,29 @@ def latent_pieces(
         report(Progress(f"report {run.name}", after, latents, "latents", {}))
 
 
-def _list_words(listed: dict[str, Any], latent: LatentContexts, *, several_layers: bool) -> None:
-    """List the words a latent is active on, one a line, and the layer it is read from most."""
+def latent_pairs(unit_FC: Tensor, other_FC: Tensor) -> dict[str, Any]:
+    """For each latent the nearest one of another SAE. Both are unit decoder rows; F may differ."""
+    parts = [nearest(unit_nC, other_FC, 1) for unit_nC in torch.split(unit_FC, PIECE)]
+    cosine_F1, latent_F1 = (torch.cat(of_parts) for of_parts in zip(*parts, strict=True))
+    return {"latent": latent_F1[:, 0].tolist(), "cosine": _rounded(cosine_F1[:, 0])}
+
+
+def _rounded(cosine: Tensor) -> Any:
+    return (cosine.double() * 1000).round().div(1000).tolist()
+
+
+def _list_words(listed: dict[str, Any], latent: LatentContexts) -> None:
+    """List the words a latent is active on, the strongest first, and the layer it is read from most."""
     sampled = [context for kind in SAMPLES for context in latent.samples[kind]]
-    marked: dict[str, None] = {}
-    for context in (*latent.top, *latent.chosen, *sampled):
-        marked[(context.word.strip() or context.word).lower().replace("\n", "↵")] = None
-    whole = [word for word in marked if "\ufffd" not in word] or list(marked)  # of some a row has a half only
+    strongest: dict[str, float] = {}
+    for context in sorted((*latent.top, *latent.chosen, *sampled), key=lambda context: -context.activation):
+        word = (context.word.strip() or context.word).lower().replace("\n", "↵")
+        strongest.setdefault(word, context.activation)
+    whole = [word for word in strongest if "\ufffd" not in word] or list(strongest)  # of some a row has a half only
     listed["words"][latent.latent] = "\n".join(whole[:WORDS_LISTED])
+    listed["on"][latent.latent] = [_number(strongest[word]) for word in whole[:WORDS_LISTED]]
     layers = Counter(context.layer for context in sampled or latent.top)
-    if several_layers and layers:
+    if "layer" in listed and layers:
         listed["layer"][latent.latent] = layers.most_common(1)[0][0]
 
 

@@ -39,15 +39,19 @@ def unit_rows(W_dec: Tensor) -> Tensor:
     return W_FC / norm_F1.clamp_min(1e-12)
 
 
-def nearest(unit_FC: Tensor, first: int, after: int) -> tuple[Tensor, Tensor]:
-    """cosine_nK and latent_nK of the NEAREST other latents to each of first … after-1, the nearest first.
+def nearest(unit_nC: Tensor, unit_FC: Tensor, count: int, *, itself: int | None = None) -> tuple[Tensor, Tensor]:
+    """cosine_nK and latent_nK of the `count` latents nearest to each of n, the nearest first.
 
+    itself: the number of the first of the n among the F, if they are of the same SAE: none is its own neighbour.
     Memory: n·F numbers.
     """
-    cosine_nF = unit_FC[first:after] @ unit_FC.T
-    rows_n = torch.arange(after - first, device=unit_FC.device)
-    cosine_nF[rows_n, rows_n + first] = -2
-    cosine_nK, latent_nK = cosine_nF.topk(min(NEAREST, len(unit_FC) - 1), dim=1)
+    cosine_nF = unit_nC @ unit_FC.T
+    others = len(unit_FC)
+    if itself is not None:
+        rows_n = torch.arange(len(unit_nC), device=unit_FC.device)
+        cosine_nF[rows_n, rows_n + itself] = -2
+        others -= 1
+    cosine_nK, latent_nK = cosine_nF.topk(min(count, others), dim=1)
     return cosine_nK, latent_nK
 
 
@@ -59,6 +63,8 @@ class LogitLens:
         self.last = len(lm.blocks)
         some_token_11 = torch.zeros(1, 1, dtype=torch.int64, device=lm.device)
         self._shape = clean_pass(lm, some_token_11, [self.last])  # only for what the LM's blocks return
+        some_1D = torch.linspace(-1, 2, lm.width, device=lm.device)[None]
+        self._odd = torch.equal(self._ended(-some_1D), -self._ended(some_1D))  # no bias in norm and head
 
     def effects(self, W_dec: Tensor) -> dict[str, list[list[tuple[str, float]]]]:
         """Texts and logits of the tokens that each latent promotes and suppresses most, the strongest first.
@@ -73,7 +79,7 @@ class LogitLens:
         """e_nV, float32."""
         rms_n1 = d_nD.square().mean(1, keepdim=True).sqrt().clamp_min(1e-12)
         d_nD = (d_nD / rms_n1).to(self.lm.device)
-        return (self._ended(d_nD) - self._ended(-d_nD)) / 2
+        return self._ended(d_nD) if self._odd else (self._ended(d_nD) - self._ended(-d_nD)) / 2
 
     def _ended(self, d_nD: Tensor) -> Tensor:
         like_BTD = self._shape.hidden[self.last]

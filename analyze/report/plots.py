@@ -1,8 +1,8 @@
 """Draw the plots that compare runs, as SVG in the page's own colours, light and dark.
 
 Matplotlib draws with stand-in colours, which then become the page's CSS variables: no script, some 20 kB a plot,
-where plotly.js would be 4.6 MB for every reader's browser to parse. The names of runs stand in the page's legend,
-beside their colours, and never in a plot.
+where plotly.js would be 4.6 MB for every reader's browser to parse. A plot that would show nothing is left out: one
+without data, and a curve that stays within what rounding does.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from routesae.analyze.report.runs import Run
 from routesae.analyze.scores.metrics import HIGHER, METRICS
+from routesae.reporting import visible
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -51,11 +52,7 @@ _STYLE: dict[Any, Any] = {
 }
 _SIZE_INCHES = (5.0, 3.2)  # 360 × 230 points: text is as large as the page's on a phone, and no smaller on a desk
 _BINS = 40
-_LEAST_SPAN = {
-    "l0": 2.0,
-    "dead": 0.02,
-    "routing_entropy": 0.1,
-}  # of a linear axis, so that rounding errors do not look like mountains
+_LABEL_POINTS = 11  # from the baseline of one name to the next
 
 
 class Plot(NamedTuple):
@@ -67,19 +64,32 @@ class Plot(NamedTuple):
     svg: Markup
 
 
+class Curve(NamedTuple):
+    """A number of metrics.jsonl. least: the span of all runs together below which it is not drawn."""
+
+    key: str
+    section: str
+    title: str
+    least: float
+
+
+CURVES = (
+    Curve("norm_mse", "curves", "NormMSE in training", 0.0),
+    Curve("l0", "curves", "L0 in training, active latents a token", 2.0),
+    Curve("dead", "curves", "Dead latents in training, share of the dictionary", 0.02),
+    Curve("routing_entropy", "routing", "Entropy of routing in training, nats", 0.1),
+)
+
+
 def draw_plots(runs: Sequence[Run]) -> list[Plot]:
     """The plots for which the runs have data."""
     from matplotlib import rc_context
 
     with rc_context(_STYLE):
         plots = [
-            _pareto(runs, "NormMSE"),
-            _pareto(runs, "Recovered"),
-            _curves(runs, "norm_mse", "NormMSE in training", log=True),
-            _curves(runs, "l0", "L0 in training, active latents a token"),
-            _curves(runs, "dead", "Dead latents in training, share of the dictionary"),
+            *(_pareto(runs, metric) for metric in ("NormMSE", "Recovered")),
+            *(_curves(runs, curve) for curve in CURVES),
             _shares(runs),
-            _curves(runs, "routing_entropy", "Entropy of routing in training, nats", section="routing"),
             _densities(runs),
         ]
     return [plot for plot in plots if plot is not None]
@@ -91,54 +101,67 @@ def colour_of(number: int) -> tuple[str, str]:
 
 
 def _pareto(runs: Sequence[Run], metric: str) -> Plot | None:
-    points = {
-        number: (run.scores["L0"], run.scores[metric])
-        for number, run in enumerate(runs)
-        if {"L0", metric} <= run.scores.keys()
-    }
-    if not points:
+    """A point a run, with its name and 95 % intervals, and a line through those of a variant."""
+    scored = {number: run for number, run in enumerate(runs) if {"L0", metric} <= run.scores.keys()}
+    if not scored:
         return None
+    points = {number: (run.scores["L0"], run.scores[metric]) for number, run in scored.items()}
     figure, axes = _figure("L0, active latents a token")
-    for variant in dict.fromkeys(run.recipe.sae for run in runs):
+    for variant in dict.fromkeys(run.recipe.sae for run in scored.values()):
         line = sorted(point for number, point in points.items() if runs[number].recipe.sae == variant)
         axes.plot([l0 for l0, _ in line], [value for _, value in line], color=_MUTED, linewidth=1, zorder=2)
     for number, (l0, value) in points.items():
-        axes.plot(l0, value, "o", color=colour_of(number)[0], markersize=8, zorder=3)
+        ends = (runs[number].intervals.get(name, (at, at)) for name, at in (("L0", l0), (metric, value)))
+        xerr, yerr = (
+            [[max(0, at - low)], [max(0, high - at)]] for at, (low, high) in zip((l0, value), ends, strict=True)
+        )
+        axes.errorbar(l0, value, yerr, xerr, "o", color=colour_of(number)[0], markersize=7, elinewidth=1.2, zorder=3)
     axes.margins(0.15)
+    figure.draw_without_rendering()  # only then it is known where the points are
+    _name_points(axes, {run.name: points[number] for number, run in scored.items()})
     better = "higher" if METRICS[metric].better == HIGHER else "lower"
-    numbers = (f"{runs[n].name}: L0 {l0:.1f}, {metric} {value:.3f}" for n, (l0, value) in points.items())
-    return Plot("runs", f"{metric} against L0, held out; {better} is better", "; ".join(numbers), _svg(figure))
+    said = {n: f"L0 {l0:.1f}, {metric} {value:.3f}" for n, (l0, value) in points.items()}
+    return _plot(runs, "runs", f"{metric} against L0, held out; {better} is better", said, figure)
 
 
-def _curves(runs: Sequence[Run], key: str, title: str, *, section: str = "curves", log: bool = False) -> Plot | None:
-    """key: of the lines of metrics.jsonl."""
+def _name_points(axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
+    """Write each point's name beside it, on the side with more room, none over another."""
+    low, high = axes.get_xlim()
+    taken = {"left": math.inf, "right": math.inf}  # the lowest baseline so far, in points
+    for name, (x, y) in sorted(points.items(), key=lambda item: -item[1][1]):
+        side = "right" if x > (low + high) / 2 else "left"  # of the text, that is at the point
+        at = float(axes.transData.transform((x, y))[1]) * 72 / axes.figure.dpi
+        base = min(at + 4, taken[side] - _LABEL_POINTS)
+        taken[side] = base
+        shown = name if len(name) <= 34 else f"{name[:33]}…"
+        shift = (-9 if side == "right" else 9, base - at)
+        axes.annotate(shown, (x, y), shift, textcoords="offset points", ha=side, fontsize=8.5, color=_INK)
+
+
+def _curves(runs: Sequence[Run], curve: Curve) -> Plot | None:
     from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
-    points = {
-        number: [(line["tokens"], line[key]) for line in run.curve if isinstance(line.get(key), int | float)]
+    lines = {
+        number: [(line.tokens, value) for line in run.curve if (value := getattr(line, curve.key)) is not None]
         for number, run in enumerate(runs)
     }
-    curves = {number: curve for number, curve in points.items() if curve}
-    if not curves:
+    values = [value for points in lines.values() for _, value in points]
+    if not values or max(values) - min(values) < curve.least:
         return None
     figure, axes = _figure("training tokens")
-    for number, curve in curves.items():
+    for number, points in lines.items():
         colour, style = colour_of(number)
-        axes.plot([x for x, _ in curve], [y for _, y in curve], style, color=colour)
-    if log:
+        axes.plot([x for x, _ in points], [y for _, y in points], style, color=colour)
+    if curve.key == "norm_mse" and min(values) > 0:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
-    elif axes.dataLim.height < _LEAST_SPAN[key]:
-        span, middle = _LEAST_SPAN[key], axes.dataLim.y0 + axes.dataLim.height / 2
-        low = max(-0.04 * span, middle - span / 2)  # a line at 0 stands clear of the axis
-        axes.set_ylim(low, low + span)
-    if key == "dead":
+    if curve.key == "dead":
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    numbers = (f"{runs[n].name}: {curve[-1][1]:.3g} at the end" for n, curve in curves.items())
-    return Plot(section, title, "; ".join(numbers), _svg(figure))
+    said = {number: f"{points[-1][1]:.3g} at the end" for number, points in lines.items() if points}
+    return _plot(runs, curve.section, curve.title, said, figure)
 
 
 def _shares(runs: Sequence[Run]) -> Plot | None:
@@ -147,21 +170,20 @@ def _shares(runs: Sequence[Run]) -> Plot | None:
     routed = {number: run.shares for number, run in enumerate(runs) if run.shares}
     if not routed:
         return None
-    layers = sorted({int(layer) for shares in routed.values() for layer in shares})
+    layers = sorted({layer for shares in routed.values() for layer in shares}, key=lambda layer: (len(layer), layer))
     figure, axes = _figure("layer")
     width = 0.8 / len(routed)
     for place, (number, shares) in enumerate(routed.items()):
         left = [at - 0.4 + (place + 0.5) * width for at in range(len(layers))]
-        heights = [shares.get(str(layer), 0.0) for layer in layers]
-        axes.bar(left, heights, width * 0.92, color=colour_of(number)[0])
-    axes.set_xticks(range(len(layers)), [str(layer) for layer in layers])
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.bar(left, [shares.get(layer, 0.0) for layer in layers], width * 0.92, color=colour_of(number)[0])
+    axes.set_xticks(range(len(layers)), [visible(layer) for layer in layers])
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(visible=False, axis="x")
-    numbers = (
-        f"{runs[n].name}: " + ", ".join(f"layer {layer} {share:.0%}" for layer, share in shares.items() if share)
-        for n, shares in routed.items()
-    )
-    return Plot("routing", "Tokens routed to each layer, share, held out", "; ".join(numbers), _svg(figure))
+    said = {
+        number: ", ".join(f"layer {layer} {share:.0%}" for layer, share in shares.items() if share)
+        for number, shares in routed.items()
+    }
+    return _plot(runs, "routing", "Tokens routed to each layer, share, held out", said, figure)
 
 
 def _densities(runs: Sequence[Run]) -> Plot | None:
@@ -169,7 +191,7 @@ def _densities(runs: Sequence[Run]) -> Plot | None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     logs = {
-        number: np.array([math.log10(summary.density) for summary in run.contexts.summaries if summary.active])
+        number: np.array([math.log10(summary.density) for summary in run.contexts.summaries if summary.density > 0])
         for number, run in enumerate(runs)
         if run.contexts is not None
     }
@@ -186,25 +208,26 @@ def _densities(runs: Sequence[Run]) -> Plot | None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     names = {0: "1", -1: "0.1", -2: "0.01"}
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: names.get(round(value), f"1e{value:.0f}")))
-    numbers = (
-        f"{runs[n].name}: median {10 ** float(np.median(values)):.2g}, "
-        f"{runs[n].recipe.latents - len(values)} never active"
+    said = {
+        n: f"median {10 ** float(np.median(values)):.2g}, {runs[n].recipe.latents - len(values)} never active"
         for n, values in densities.items()
-    )
-    return Plot("density", "Latents by density", "; ".join(numbers), _svg(figure))
+    }
+    return _plot(runs, "density", "Latents by density", said, figure)
 
 
 def _figure(xlabel: str) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=_SIZE_INCHES, layout="constrained")
     axes = figure.subplots()
     axes.set_xlabel(xlabel)
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     return figure, axes
 
 
-def _svg(figure: Figure) -> Markup:
-    """The figure without a size of its own and with the page's colours."""
+def _plot(runs: Sequence[Run], section: str, title: str, said: Mapping[int, str], figure: Figure) -> Plot:
+    """said: the numbers of each run, in words. The SVG has no size of its own, and the page's colours."""
     from markupsafe import Markup
 
     file = io.StringIO()
@@ -216,4 +239,4 @@ def _svg(figure: Figure) -> Markup:
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r'\1 aria-hidden="true"', svg, count=1)
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, variable)
-    return Markup(svg)
+    return Plot(section, title, "; ".join(f"{runs[n].name}: {words}" for n, words in said.items()), Markup(svg))

@@ -16,28 +16,31 @@ import importlib.util
 import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import permutations
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, Any, NamedTuple
+
+from torch import Tensor
 
 from routesae import __version__
-from routesae.analyze.inputs.lm import lm_of_cache, lm_of_sae, load_lm_of, load_tokenizer_of, require_same_lm_as_cache
-from routesae.analyze.report.latents import PIECE, latent_list, latent_pieces, packed
-from routesae.analyze.report.lens import LogitLens
+from routesae.analyze.contexts.windows import Vocabulary
+from routesae.analyze.inputs.lm import LMRecord, lm_of_sae, load_lm_of
+from routesae.analyze.report.latents import PIECE, latent_list, latent_pairs, latent_pieces, packed
+from routesae.analyze.report.lens import LogitLens, decoder_of, unit_rows
 from routesae.analyze.report.plots import draw_plots
-from routesae.analyze.report.routes import routes_by_class
 from routesae.analyze.report.runs import Run, read_runs, table_of
 from routesae.analyze.report.settings import ReportSettings
 from routesae.harvest.cache.reader import Cache
-from routesae.harvest.cache.storage import is_url
 from routesae.machine.device import pick_device
+from routesae.machine.files import replacing
 from routesae.reporting import Report, WrongInput, silent, visible
-
-if TYPE_CHECKING:
-    from routesae.analyze.contexts.windows import Vocabulary
 
 log = logging.getLogger(__name__)
 PAGE = Path(__file__).parent / "page"
 LIBRARIES = ("jinja2", "matplotlib")
+PAIRED = 6  # SAEs at most whose latents are paired, each with each
+DEMO = "demo"
+NAMES = {"model": "SmolLM2-135M-Instruct", "corpus": "BBC news"}  # of the demo's
 
 
 class Page(NamedTuple):
@@ -52,26 +55,30 @@ class Page(NamedTuple):
 def write_report(settings: ReportSettings, report: Report = silent) -> Page:
     """Write the page. Raises WrongInput where a library is missing, or a folder, cache or LM does not fit."""
     require_libraries()
-    cache = None if settings.cache is None else Cache(settings.cache)
-    tokens_hash = None if cache is None else cache.manifest.tokens_hash
+    tokens_hash = None if settings.cache is None else Cache(settings.cache).manifest.tokens_hash
     runs = read_runs(settings.saes, Path(settings.out), settings.scores, tokens_hash)
+    lens = _open_lens(settings, runs)
     device = pick_device(settings.device)
-    cache = _open_cache(settings, runs)
-    vocabulary, lens = _load_lm(settings, cache, runs)
     about: list[dict[str, Any]] = []
     lists: dict[str, str] = {}
-    with tempfile.TemporaryFile("w+", encoding="ascii") as pieces:  # a line a piece: its id and its data
+    decoders: dict[int, Tensor] = {}  # unit rows of those whose latents are paired
+    with tempfile.TemporaryFile("w+", encoding="ascii") as pieces:  # a line a block: its id and its data
         for number, run in enumerate(runs):
-            browsable, routes = run.contexts is not None, None
-            if run.recipe.sae == "routesae" and cache is not None and vocabulary is not None:
-                routes = routes_by_class(run.load(device), cache, vocabulary, report)
-            about.append({"name": run.name, "latents": run.recipe.latents, "browsable": browsable, "routes": routes})
-            if browsable:
-                listed = latent_list(run)
-                of_run = latent_pieces(run, listed, run.load(device), lens, settings.contexts, report)
-                for at, piece in enumerate(of_run):
-                    pieces.write(f"piece-{number}-{at} {packed(piece)}\n")
-                lists[f"list-{number}"] = packed(listed)
+            routes = None if run.contexts is None else run.contexts.facts.get("routes") or None
+            known = {"name": run.name, "latents": run.recipe.latents, "layer": run.recipe.layers[0], "routes": routes}
+            about.append({**known, "browsable": run.contexts is not None, "pairs": []})
+            if run.contexts is None:
+                continue
+            sae, listed = run.load(device), latent_list(run)
+            for at, piece in enumerate(latent_pieces(run, listed, sae, lens, settings.contexts, report)):
+                pieces.write(f"piece-{number}-{at} {packed(piece)}\n")
+            lists[f"list-{number}"] = packed(listed)
+            if len(decoders) < PAIRED and (W_dec := decoder_of(sae)).ndim == 2:
+                decoders[number] = unit_rows(W_dec)
+        for one, other in permutations(decoders, 2):
+            if set(runs[one].recipe.layers) & set(runs[other].recipe.layers):
+                about[one]["pairs"].append(other)
+                pieces.write(f"pairs-{one}-{other} {packed(latent_pairs(decoders[one], decoders[other]))}\n")
         blocks = {"shared": packed({"piece": PIECE, "runs": about}), **lists}
         size = _render(Path(settings.html), runs, blocks, pieces, logits=lens is not None)
     return Page(Path(settings.html), size, len(runs), sum(one["latents"] for one in about if one["browsable"]))
@@ -83,61 +90,46 @@ def require_libraries() -> None:
         raise WrongInput(f"the report needs {' and '.join(missing)}: pip install 'routesae[report]'")
 
 
-def _load_lm(
-    settings: ReportSettings, cache: Cache | None, runs: Sequence[Run]
-) -> tuple[Vocabulary | None, LogitLens | None]:
-    """The vocabulary, for routing by token, and the logit lens, each where the settings allow it."""
-    from routesae.analyze.contexts.windows import Vocabulary
-
-    vocabulary = None
-    if cache is not None and any(run.recipe.sae == "routesae" for run in runs):
-        try:
-            vocabulary = Vocabulary(load_tokenizer_of([lm_of_cache(cache)], settings.model))
-        except WrongInput as refusal:
-            if settings.cache is not None or settings.model is not None:
-                raise
-            log.warning("routing by token is left out: %s", refusal)
+def _open_lens(settings: ReportSettings, runs: Sequence[Run]) -> LogitLens | None:
+    """The logit lens of the LM that is asked for, or of the SAEs' own if it is at hand."""
+    if not settings.logits or not any(run.contexts for run in runs):
+        return None
     of_saes = [lm_of_sae(run.folder, run.recipe) for run in runs]
-    if cache is not None:
-        for of_sae in of_saes:
-            if warning := require_same_lm_as_cache(of_sae, lm_of_cache(cache)):
-                log.warning("%s", warning)
-    if settings.model is None:
-        return vocabulary, None
-    of_lm = [lm_of_cache(cache)] if cache is not None else of_saes
-    loaded = load_lm_of(of_lm, settings.model, device=settings.device, lm_dtype=settings.lm_dtype)
-    vocabulary = vocabulary or Vocabulary(loaded.tokenizer)
+    try:
+        model = settings.model or _at_hand(of_saes[0])
+        loaded = load_lm_of(of_saes, model, device=settings.device, lm_dtype=settings.lm_dtype)
+    except WrongInput as refusal:
+        if settings.model is not None:
+            raise
+        log.warning("logit effects are left out: %s", refusal)
+        return None
+    log.info("logit effects are those of %s", loaded.model)
+    vocabulary = Vocabulary(loaded.tokenizer)
     texts = [  # a token that is a part of a character has no text of its own, only the vocabulary's name for it
         vocabulary.class_texts[number] if "\ufffd" in text else text
         for text, number in zip(vocabulary.texts, vocabulary.class_V.tolist(), strict=True)
     ]
-    return vocabulary, LogitLens(loaded.lm, texts)
+    return LogitLens(loaded.lm, texts)
 
 
-def _open_cache(settings: ReportSettings, runs: Sequence[Run]) -> Cache | None:
-    """The cache asked for, or the one that all contexts came from if it is still there and unchanged."""
-    if settings.cache is not None:
-        cache = Cache(settings.cache)
-        cache.require_whole()
-        return cache
-    sources = [run.contexts.facts["cache"] for run in runs if run.contexts is not None]
-    places = {(source["path"], source.get("tokens_hash")) for source in sources}
-    if len(places) != 1:
-        return None
-    ((path, tokens_hash),) = places
-    if not is_url(path) and not Path(path).is_dir():
-        return None
+def _at_hand(recorded: LMRecord) -> str:
+    """Where an SAE's own LM can be loaded from without a download. Raises WrongInput if it cannot."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    model, revision = recorded.facts.get("model"), recorded.facts.get("revision")
+    if not isinstance(model, str):
+        raise WrongInput(f"cfg.json does not say what {recorded.name} is; give it with --model")
+    if model == DEMO or Path(model).expanduser().exists():
+        return model
     try:
-        cache = Cache(path)
-        cache.require_whole()
-    except WrongInput as refusal:
-        log.warning("routing by token is left out: %s", refusal)
-        return None
-    return cache if cache.manifest.tokens_hash == tokens_hash else None
+        return snapshot_download(model, revision=revision, local_files_only=True)
+    except (HFValidationError, LocalEntryNotFoundError):
+        raise WrongInput(f"{visible(model)} is not on this machine; --model {visible(model)} downloads it") from None
 
 
 def _render(path: Path, runs: Sequence[Run], blocks: Mapping[str, str], pieces: IO[str], *, logits: bool) -> int:
-    """Write the file under a dot-name, give it its name, and return its size in bytes."""
+    """Write the file, whole or not at all, and return its size in bytes."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -159,20 +151,15 @@ def _render(path: Path, runs: Sequence[Run], blocks: Mapping[str, str], pieces: 
         columns=columns,
         rows=rows,
         plots=draw_plots(runs),
-        routed=any(run.recipe.sae == "routesae" for run in runs),
+        routed=any(run.contexts and run.contexts.facts.get("routes") for run in runs),
         browsable=any(run.contexts is not None for run in runs),
         logits=logits,
         facts=_facts(runs),
         blocks=blocks.items(),
         pieces=_lines(pieces),
     )
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8", newline="\n") as file:
-            file.writelines(parts)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.writelines(part.encode() for part in parts)
     return path.stat().st_size
 
 
@@ -187,10 +174,9 @@ def _facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
     """Model, corpus and tokens of the runs, those that are known."""
     values: dict[str, dict[str, None]] = {"model": {}, "corpus": {}, "tokens": {}}
     for run in runs:
-        tokens = (run.source.get("cache") or {}).get("kept_tokens")
-        for name in ("model", "corpus"):
-            if run.source.get(name):
-                values[name][visible(str(run.source[name]))] = None
-        if tokens is not None:
-            values["tokens"][f"{tokens:,}"] = None
+        for name, value in (("model", run.source.model), ("corpus", run.source.corpus)):
+            if value:
+                values[name][NAMES[name] if value == DEMO else visible(value)] = None
+        if run.source.cache is not None and run.source.cache.kept_tokens is not None:
+            values["tokens"][f"{run.source.cache.kept_tokens:,}"] = None
     return [(name, ", ".join(of_runs)) for name, of_runs in values.items() if of_runs]

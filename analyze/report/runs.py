@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import BaseModel
 
-from routesae.analyze.contexts.file import ContextsFile, read_contexts, read_facts
+from routesae.analyze.contexts.file import ContextsFile, damaged, read_contexts, read_facts
 from routesae.analyze.inputs.identity import sae_identity
 from routesae.analyze.inputs.saes import sae_folders
-from routesae.analyze.interpret.ledger import SUMMARY
 from routesae.analyze.interpret.settings import MODES
-from routesae.analyze.interpret.summary import read_interpretations
+from routesae.analyze.interpret.summary import read_interpretations, read_summary
 from routesae.analyze.scores.metrics import HIGHER, METRICS, NEITHER
-from routesae.analyze.scores.results import described
+from routesae.analyze.scores.results import described, read_results
+from routesae.machine.files import parse_json, read_bytes
 from routesae.reporting import WrongInput, visible
-from routesae.train.folder.checkpoint import METRICS_FILE, load_sae, read_config, read_recipe
+from routesae.train.folder.checkpoint import CONFIG, METRICS_FILE, load_sae, read_config, read_recipe
 from routesae.train.saes import SAE, Recipe
+
+LARGEST_CURVE = 1 << 26  # bytes
 
 
 class Column(NamedTuple):
@@ -32,11 +35,13 @@ class Column(NamedTuple):
     numeric: bool = True
 
 
-COLUMNS = (
+RECIPE = (
     Column("variant", "kind of SAE", numeric=False),
     Column("layers", "layers of the language model that it reads", numeric=False),
     Column("latents", "size of the dictionary"),
     Column("k", "active latents a token: exactly, on average or aimed at"),
+)
+MEASURED = (
     *(Column(metric.column, metric.meaning, metric.better) for metric in METRICS.values()),
     Column("Features", "latents that the published rule keeps", HIGHER),
     Column("Score", "mean monosemanticity by the explainer, 1 to 5", HIGHER),
@@ -46,20 +51,55 @@ COLUMNS = (
 HELD_OUT = {"NormMSE": "norm_mse", "FVU": "fvu", "L0": "l0", "Dead": "dead", "Entropy": "routing_entropy"}
 
 
+class HeldOut(BaseModel):
+    """Scores at the end of a training, in cfg.json."""
+
+    norm_mse: float | None = None
+    fvu: float | None = None
+    l0: float | None = None
+    dead: float | None = None
+    routing_entropy: float | None = None
+    layer_shares: dict[str, float] | None = None
+
+
+class Harvested(BaseModel):
+    kept_tokens: int | None = None
+
+
+class Source(BaseModel):
+    """What cfg.json says an SAE was trained from; nothing, of one from elsewhere."""
+
+    model: str | None = None
+    corpus: str | None = None
+    cache: Harvested | None = None
+    held_out: HeldOut | None = None
+
+
+class CurveLine(BaseModel):
+    """A line of metrics.jsonl."""
+
+    tokens: float
+    norm_mse: float | None = None
+    l0: float | None = None
+    dead: float | None = None
+    routing_entropy: float | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """One SAE and what is known of it.
 
-    source: what it was trained from; {} for one from elsewhere. curve: the lines of metrics.jsonl. scores: by column
-    of the table. shares: of tokens, by layer; None without a router. explanations: what interpret wrote, by latent.
+    curve: the lines of metrics.jsonl. scores: by column of the table. intervals: 95 %, of those that have any.
+    shares: of tokens, by layer; None without a router. explanations: what interpret wrote, by latent.
     """
 
     name: str
     folder: Path
     recipe: Recipe
-    source: Mapping[str, Any]
-    curve: tuple[Mapping[str, Any], ...]
+    source: Source
+    curve: tuple[CurveLine, ...]
     scores: Mapping[str, Any]
+    intervals: Mapping[str, tuple[float, float]]
     shares: Mapping[str, float] | None
     contexts: ContextsFile | None
     explanations: Mapping[int, Mapping[str, Any]]
@@ -67,10 +107,9 @@ class Run:
     def load(self, device: torch.device) -> SAE:
         """Load the weights. Raises WrongInput where they are not those that the contexts were made with."""
         sae = load_sae(self.folder, device)
-        if self.contexts is not None:
-            weights = sae_identity(sae)["weights"]
-            if self.contexts.facts["sae"].get("weights", weights) != weights:
-                raise WrongInput(f"{self.folder} has other weights than its contexts; run routesae contexts again")
+        made_with = None if self.contexts is None else self.contexts.facts["sae"]["weights"]
+        if made_with not in (None, sae_identity(sae)["weights"]):
+            raise WrongInput(f"{self.folder} has other weights than its contexts; run routesae contexts again")
         return sae
 
 
@@ -81,7 +120,10 @@ def read_runs(
 
     Raises WrongInput where one is missing or damaged, or there are contexts of several corpora and none is named.
     """
-    scored = _read_scores(scores_file)
+    scored: dict[str, Mapping[str, Any]] = {}
+    for row in [] if scores_file is None else read_results(Path(scores_file))["saes"]:
+        if "infer_k" not in row and "theta" not in row:
+            scored[row["sae"]] = scored[str(Path(row["folder"]).resolve())] = row
     places = sae_folders(references, out)
     return [_read_run(name, folder, beside, scored, tokens_hash) for name, (folder, beside) in places.items()]
 
@@ -90,63 +132,57 @@ def _read_run(
     name: str, folder: Path, beside: Path, scored: Mapping[str, Mapping[str, Any]], tokens_hash: str | None
 ) -> Run:
     """beside: the folder that contexts and interpret write into."""
-    metadata = read_config(folder).get("metadata")
-    ours = metadata.get("routesae") if isinstance(metadata, dict) else None
-    source = (ours.get("source") if isinstance(ours, dict) else None) or {}
-    held_out = source.get("held_out") or {}
     row = scored.get(str(folder.resolve()), scored.get(name, {}))
-    known = {column: held_out.get(key) for column, key in HELD_OUT.items()}
-    known |= {column.name: row[column.name] for column in COLUMNS if row.get(column.name) is not None}
-    known |= described(beside, tokens_hash)
-    if (beside / SUMMARY).is_file():
-        summary = json.loads((beside / SUMMARY).read_bytes())  # `described` has read it already: it is whole
-        known |= {mode: (summary.get(mode) or {}).get("balanced_accuracy") for mode in MODES}
+    path = folder / CONFIG
+    try:
+        metadata = read_config(folder).get("metadata")
+        ours = metadata.get("routesae") if isinstance(metadata, dict) else None
+        source = Source.model_validate((ours.get("source") if isinstance(ours, dict) else None) or {})
+        path = folder / METRICS_FILE
+        lines = read_bytes(path, LARGEST_CURVE).splitlines() if os.path.lexists(path) else []
+        curve = tuple(_curve_line(number, line) for number, line in enumerate(lines, 1))
+    except (OSError, ValueError) as error:
+        if isinstance(error, WrongInput):
+            raise
+        raise damaged(path, error, "copy the SAE's folder whole") from error
+    held_out, summary = source.held_out or HeldOut(), read_summary(beside)
+    known = {column: getattr(held_out, key) for column, key in HELD_OUT.items()}
+    known |= {name: value for name, value in row.items() if value is not None} | described(beside, tokens_hash)
+    known |= {mode: tested.balanced_accuracy for mode in MODES if (tested := getattr(summary, mode, None))}
+    scores = {column.name: known[column.name] for column in MEASURED if known.get(column.name) is not None}
+    if odd := [name for name, value in scores.items() if not isinstance(value, int | float)]:
+        raise WrongInput(f"--scores: {odd[0]} {scores[odd[0]]!r} of {name} is not a number")
     return Run(
         name=visible(name),
         folder=folder,
         recipe=read_recipe(folder),
         source=source,
-        curve=_read_curve(folder / METRICS_FILE),
-        scores={column: value for column, value in known.items() if value is not None},
-        shares=row.get("Shares") or held_out.get("layer_shares"),
+        curve=curve,
+        scores=scores,
+        intervals={column: (ends[0], ends[-1]) for column, ends in row.get("intervals", {}).items() if ends},
+        shares=row.get("Shares") or held_out.layer_shares,
         contexts=read_contexts(beside, tokens_hash) if read_facts(beside, tokens_hash) is not None else None,
         explanations=read_interpretations(beside),
     )
 
 
-def _read_curve(path: Path) -> tuple[Mapping[str, Any], ...]:
-    if not path.is_file():
-        return ()
+def _curve_line(number: int, line: bytes) -> CurveLine:
     try:
-        lines = [json.loads(line) for line in path.read_text().splitlines() if line]
+        return CurveLine.model_validate(parse_json(line))
     except ValueError as error:
-        raise WrongInput(f"{path} cannot be read ({error}); copy the SAE's folder whole") from error
-    return tuple(line for line in lines if isinstance(line, dict) and "tokens" in line)
-
-
-def _read_scores(file: str | None) -> dict[str, Mapping[str, Any]]:
-    """Rows of analyze --json, by the SAE's name and by its folder, without those at another sparsity."""
-    if file is None:
-        return {}
-    try:
-        rows = json.loads(Path(file).read_bytes())["saes"]
-        rows = [row for row in rows if "infer_k" not in row and "theta" not in row]
-        by_name = {row["sae"]: row for row in rows}
-        return by_name | {str(Path(row["folder"]).resolve()): row for row in rows if "folder" in row}
-    except FileNotFoundError:
-        raise WrongInput(f"--scores {file} does not exist; write it with routesae analyze --json {file}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise WrongInput(f"--scores {file} was not written by routesae analyze --json ({error!r})") from error
+        raise ValueError(f"line {number}: {error}") from error
 
 
 # ------------------------------------------------------------------------------------------------- the table
 
 
 class Cell(NamedTuple):
-    """text: for people. value: to sort by, or None. best: whether it is the best of its column."""
+    """text: for people. value: to sort by, or None. note: its interval, in words. best: better than all others,
+    beyond their intervals."""
 
     text: str
     value: float | str | None
+    note: str
     best: bool
 
 
@@ -158,25 +194,32 @@ def table_of(runs: Sequence[Run]) -> tuple[list[Column], list[list[Cell]]]:
         span = str(layers[0]) if len(layers) == 1 else f"{layers[0]}–{layers[-1]}"
         recipe = {"variant": run.recipe.sae, "layers": span, "latents": run.recipe.latents, "k": run.recipe.k}
         values.append({**recipe, **run.scores})
-    columns = [column for column in COLUMNS if any(row.get(column.name) is not None for row in values)]
-    best = {column.name: _best([row.get(column.name) for row in values], column.better) for column in columns}
-    rows = [[_cell(column.name, row.get(column.name), best[column.name]) for column in columns] for row in values]
+    columns = [column for column in RECIPE + MEASURED if any(row.get(column.name) is not None for row in values)]
+    best = {column.name: _best(runs, column) for column in columns}
+    rows = [
+        [_cell(run, column.name, row.get(column.name), best[column.name] is run) for column in columns]
+        for run, row in zip(runs, values, strict=True)
+    ]
     return columns, rows
 
 
-def _best(values: Sequence[Any], better: int) -> float | None:
-    """The best value, or None where no direction is better or the values do not differ."""
-    numbers = [value for value in values if isinstance(value, int | float)]
-    if better == NEITHER or len(set(numbers)) < 2:
+def _best(runs: Sequence[Run], column: Column) -> Run | None:
+    """The run whose value is better than all others', its interval apart from theirs; None if there is none."""
+    scored = [run for run in runs if column.name in run.scores]
+    if column.better == NEITHER or len(scored) < 2 or any(column.name not in run.intervals for run in scored):
         return None
-    return max(numbers) if better == HIGHER else min(numbers)
+    ends = {run.name: sorted(column.better * end for end in run.intervals[column.name]) for run in scored}
+    first = max(scored, key=lambda run: ends[run.name][0])
+    apart = all(ends[first.name][0] > ends[run.name][1] for run in scored if run is not first)
+    return first if apart else None
 
 
-def _cell(name: str, value: Any, best: float | None) -> Cell:
+def _cell(run: Run, name: str, value: Any, best: bool) -> Cell:
     if value is None or isinstance(value, str):
-        return Cell(value or "–", value, best=False)
+        return Cell(value or "–", value, "", best=False)
     if name == "Dead":
         text = f"{value:.1%}"
     else:
         text = f"{value:,}" if isinstance(value, int) else f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
-    return Cell(text, value, best=value == best)
+    low, high = run.intervals.get(name, (None, None))
+    return Cell(text, value, "" if low is None else f"95 % interval: {low:.4g} to {high:.4g}", best)

@@ -22,18 +22,19 @@ class ReportSettings(Settings):
     cache: str | None = setting(
         None,
         MODEL,
-        "For routing by token, and to check the LM.",
+        "Shows contexts of this corpus.",
         metavar="PATH",
-        unset="the one that contexts read, where it is still there",
+        unset="the only ones there are",
     )
     model: str | None = setting(
         None,
         MODEL,
         "Hub id, folder, .gguf or demo: shows what latents do to the logits.",
-        unset="none, and nothing of logits is shown",
+        unset="the SAEs' own, where that needs no download",
     )
+    logits: bool = setting(True, PAGE, "Show what latents do to the logits; loads the LM.")
     contexts: int = setting(
-        8, PAGE, "Strongest contexts shown of a latent; of each third of its sample a quarter.", ge=1
+        12, PAGE, "Strongest contexts shown of a latent; of each third of its sample a quarter.", ge=1
     )
     device: str = DEVICE
     lm_dtype: str = LM_DTYPE

@@ -1,7 +1,9 @@
 "use strict";
 // Text of the corpus, of tokens and of explanations only ever becomes text nodes (spell, textContent): never markup.
 
-const KINDS = ["Chosen by the published rule, besides", "Strongest", "Sample: strongest third", "Sample: middle third", "Sample: weakest third"];
+// In the order of the page: kinds of contexts.file.KINDS, and what they are called.
+const KINDS = [[1, "Strongest"], [0, "Chosen by the published rule, besides"], [2, "Sample: strongest third"],
+  [3, "Sample: middle third"], [4, "Sample: weakest third"]];
 const OVERSCAN = 8; // rows drawn above and below those in sight
 const PIECES_HELD = 32;
 // What nobody would see. Joiners in emoji and in scripts that are written with them, and emoji selectors, are text.
@@ -63,7 +65,8 @@ async function unpack(id) {
     bytes = new Uint8Array(binary.length);
     for (let i = 0; i < binary.length; i++) bytes[i] = binary.charCodeAt(i);
   }
-  const plain = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+  const layerOf = ({ run, latent }) => run.layer ? run.layer[latent] : shared.runs[run.number].layer;
+const plain = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
   return new Response(plain).json();
 }
 
@@ -79,83 +82,124 @@ function piece(id) {
 
 const lists = new Map();
 
-async function listOf(number) {
-  if (!lists.has(number)) {
-    const run = await unpack("list-" + number);
+// The list of an SAE's latents: a column for each property.
+function listOf(number) {
+  if (!lists.has(number)) lists.set(number, unpack("list-" + number).then((run) => {
     run.number = number;
+    run.name = shared.runs[number].name;
     run.density = run.active.map((count) => count / run.readings);
     run.latent = run.active.map((_, latent) => latent);
-    run.found = run.words.map((words, latent) => folded("\n" + words + "\n\n" + (run.explained[latent]?.[2] ?? "")));
-    lists.set(number, run);
-  }
+    run.text = run.words.map((words, latent) => folded("\n" + words + "\n\n" + (run.explained?.[latent]?.[2] ?? "")));
+    return run;
+  }));
   return lists.get(number);
 }
 
 // ---------------------------------------------------------------------------------------------- the list
 
-let shared, run, order = [], at = 0, opened = null, ascending = false, drawn = "", rowHeight = 44;
+// runs: whose latents are listed. pairs: of the SAE beside them, if one is chosen. order: what is listed, as entries
+// {run, latent, strength: on the word that was searched for}; at: the one that is marked. opened: the panes, as entries.
+let shared, runs = [], pairs = null, order = [], at = 0, opened = [], ascending = false, drawn = "", rowHeight = 44;
 
 // Text as it is searched: the same letters may be written whole or as letter and mark.
 const folded = (text) => text.normalize().toLowerCase();
+const numberIn = (text) => /^#?\d+$/.test(text) ? Number(text.replace("#", "")) : null;
+const browsable = () => shared.runs.flatMap((one, number) => one.browsable ? [number] : []);
 
-function matching(query) {
-  const text = folded(query.trim());
-  if (!text) return run.latent.slice();
+function* matching(run, text) {
   const whole = text.match(/^["“”'](.+)["“”']$/);
-  const part = whole ? "\n" + whole[1] + "\n" : text;
-  const number = /^#?\d+$/.test(text) ? Number(text.replace("#", "")) : null;
-  return run.latent.filter((latent) => latent === number || run.found[latent].includes(part));
+  const part = whole ? "\n" + whole[1] + "\n" : text, wanted = numberIn(text);
+  for (const latent of run.latent) {
+    const found = text ? run.text[latent].indexOf(part) : -1;
+    if (text && found < 0 && latent !== wanted) continue;
+    const lines = run.text[latent].slice(0, Math.max(0, found)).split("\n").length; // a word each, the strongest first
+    yield { run, latent, strength: found < 0 ? null : run.on[latent][lines - (whole ? 1 : 2)] ?? null };
+  }
 }
 
+// What can be shown of every latent and sorted by: [key, heading, value of an entry, its text].
+function columns() {
+  const searched = folded($("search").value.trim());
+  const found = [["density", "density", ({ run, latent }) => run.density[latent], short],
+    ["max", searched ? "on it" : "max", ({ run, latent, strength }) => searched ? strength : run.max[latent], short]];
+  if (pairs) found.push(["cosine", "cosine", ({ latent }) => pairs.cosine[latent], (value) => value.toFixed(2)]);
+  if (runs.some((run) => run.layer)) found.push(["layer", "layer", layerOf, plain]);
+  if (runs.some((run) => run.score)) found.push(["score", "score", ({ run, latent }) => run.score?.[latent], plain]);
+  return found;
+}
+
+const layerOf = ({ run, latent }) => run.layer ? run.layer[latent] : shared.runs[run.number].layer;
+const plain = (value) => String(value ?? "–");
+
 function arrange(keep) {
-  const key = $("sort").value, values = run[key], sign = ascending ? 1 : -1;
-  order = matching($("search").value).sort((a, b) => {
-    const x = values[a], y = values[b];
-    if (x == null || y == null) return x == null && y == null ? a - b : x == null ? 1 : -1;
-    return sign * (x - y) || a - b;
+  const text = folded($("search").value.trim()), key = $("sort").value, sign = ascending ? 1 : -1;
+  const value = columns().find(([name]) => name === key)?.[2] ?? (({ latent }) => latent);
+  order = [];
+  for (const run of runs)
+    for (const entry of matching(run, text))
+      if (!$("kept").checked || run.kept[entry.latent]) order.push(Object.assign(entry, { value: value(entry) }));
+  const wanted = numberIn(text); // the latent of that number first, tokens of those digits behind it
+  order.sort((a, b) => {
+    if (wanted !== null && (a.latent === wanted) !== (b.latent === wanted)) return a.latent === wanted ? -1 : 1;
+    if (a.value == null || b.value == null) return (a.value == null) - (b.value == null) || byNumber(a, b);
+    return sign * (a.value - b.value) || byNumber(a, b);
   });
-  const number = $("search").value.trim().match(/^#?(\d+)$/);
-  if (number) { // the latent of that number first, tokens of those digits behind it
-    const place = order.indexOf(Number(number[1]));
-    if (place > 0) order.unshift(order.splice(place, 1)[0]);
-  }
-  const total = run.latent.length.toLocaleString("en");
-  $("count").textContent = order.length === run.latent.length ? total + " latents"
-    : order.length.toLocaleString("en") + " of " + total;
-  for (const head of document.querySelectorAll(".head [data-key]"))
-    head.classList.toggle("sorted", head.dataset.key === key);
+  const total = runs.reduce((sum, run) => sum + run.latent.length, 0).toLocaleString("en");
+  const count = order.length.toLocaleString("en");
+  $("count").textContent = count === total ? total + " latents" : count + " of " + total;
+  heads();
   $("rows").style.height = order.length * rowHeight + "px";
-  at = keep === undefined ? 0 : Math.max(0, order.indexOf(keep));
+  at = keep ? Math.max(0, order.findIndex((entry) => same(entry, keep))) : 0;
   drawn = "";
-  $("list").scrollTop = keep === undefined ? 0 : Math.max(0, (at - 3) * rowHeight);
+  $("list").scrollTop = keep ? Math.max(0, (at - 3) * rowHeight) : 0;
   draw();
+}
+
+const byNumber = (a, b) => a.run.number - b.run.number || a.latent - b.latent;
+const same = (a, b) => Boolean(a && b) && a.run === b.run && a.latent === b.latent;
+
+function heads() {
+  const shown = columns().map(([key, heading]) => {
+    const head = make("span", key === $("sort").value ? "sorted" : "", heading);
+    head.dataset.key = key;
+    return head;
+  });
+  $("heads").replaceChildren(make("span", "", "latent"), make("span", "", "active on"), ...shown);
+  $("listing").style.setProperty("--columns", "64px minmax(0, 1fr)" + " 66px".repeat(shown.length));
+  for (const option of $("sort").options)
+    option.hidden = option.disabled = option.value !== "latent" && !columns().some(([key]) => key === option.value);
 }
 
 function draw() {
   const list = $("list");
   const first = Math.max(0, Math.floor(list.scrollTop / rowHeight) - OVERSCAN);
   const after = Math.min(order.length, Math.ceil((list.scrollTop + list.clientHeight) / rowHeight) + OVERSCAN);
-  const now = [run.number, first, after, at, $("sort").value].join();
+  const now = [first, after, at].join();
   if (now === drawn) return;
   drawn = now;
-  const rows = [];
-  for (let i = first; i < after; i++) rows.push(row(i));
+  const rows = [], shown = columns();
+  for (let i = first; i < after; i++) rows.push(row(i, shown));
   $("rows").replaceChildren(...rows);
   if (order.length && at >= first && at < after) list.setAttribute("aria-activedescendant", "row-" + at);
   else list.removeAttribute("aria-activedescendant");
 }
 
-function row(i) {
-  const latent = order[i], key = $("sort").value;
-  const element = make("div", "latent", make("span", "id", String(latent)), wordsOf(run, latent, 8));
-  for (const [name, text] of [["density", short(run.density[latent])], ["max", short(run.max[latent])],
-    ["layer", run.layer[latent] ?? "–"], ["score", run.score[latent] ?? "–"]]) {
-    const cell = make("span", name === key ? "sorted" : "", String(text));
-    cell.dataset.key = name;
+const dot = (number) => make("i", "series-" + (number % 8) + (number >= 8 ? " again" : ""));
+
+function row(i, shown) {
+  const { run, latent } = order[i];
+  const id = make("span", "id", ...(runs.length > 1 ? [dot(run.number)] : []), String(latent));
+  const words = wordsOf(run, latent, 8);
+  const element = make("div", "latent", id, words);
+  if (pairs) words.append(make("span", "other", String(pairs.latent[latent]), wordsOf(pairs.run, pairs.latent[latent], 6)));
+  for (const [key, , value, text] of shown) {
+    const cell = make("span", key === $("sort").value ? "sorted" : "", text(value(order[i])));
+    cell.dataset.key = key;
     element.append(cell);
   }
   element.id = "row-" + i;
   element.dataset.latent = latent;
+  element.dataset.at = i;
   element.style.top = i * rowHeight + "px";
   element.setAttribute("role", "option");
   element.setAttribute("aria-posinset", i + 1);
@@ -171,61 +215,129 @@ function move(to) {
   if (top < list.scrollTop) list.scrollTop = top;
   else if (top + rowHeight > list.scrollTop + list.clientHeight) list.scrollTop = top + rowHeight - list.clientHeight;
   draw();
-  if (opened !== null) open(order[at]);
+  if (opened.length) choose(order[at], true);
 }
 
-// ---------------------------------------------------------------------------------------------- one latent
+// ---------------------------------------------------------------------------------------------- latents by their links
 
-async function open(latent) {
-  const from = run;
-  opened = latent;
-  history.replaceState(null, "", "#latents/" + from.number + "/" + latent);
-  const data = await piece("piece-" + from.number + "-" + Math.floor(latent / shared.piece));
-  if (opened !== latent || run !== from) return; // another was asked for meanwhile
-  const place = latent % shared.piece;
-  const parts = [title(latent), stats(latent), explanation(latent)];
+// #latents/0/12 is latent 12 of the first SAE; #latents/0/12/1/7 is it beside latent 7 of the second.
+const linkTo = (...entries) => "#latents/" + entries.map(({ run, latent }) => run.number + "/" + latent).join("/");
+
+function go(link, replaced) {
+  if (link === location.hash) return;
+  history[replaced ? "replaceState" : "pushState"](null, "", link);
+  show();
+}
+
+// An entry of the list, beside its pair where an SAE is chosen for that.
+function choose(entry, replaced) {
+  go(linkTo(entry, ...(pairs ? [{ run: pairs.run, latent: pairs.latent[entry.latent] }] : [])), replaced);
+}
+
+async function asked(link) {
+  const numbers = link.match(/^#latents\/(\d+)\/(\d+)(?:\/(\d+)\/(\d+))?$/)?.slice(1).filter((part) => part).map(Number);
+  const entries = [];
+  for (let i = 0; numbers && i < numbers.length; i += 2) {
+    if (!shared.runs[numbers[i]]?.browsable || numbers[i + 1] >= shared.runs[numbers[i]].latents) return [];
+    entries.push({ run: await listOf(numbers[i]), latent: numbers[i + 1] });
+  }
+  return entries;
+}
+
+// Shows what the address says. Every way to a latent, and back, comes here.
+async function show() {
+  const link = location.hash, entries = await asked(link);
+  if (link && !link.startsWith("#latents")) return; // another section
+  const data = await Promise.all(entries.map(({ run, latent }) => piece("piece-" + run.number + "-" + Math.floor(latent / shared.piece))));
+  if (link !== location.hash) return; // something else was asked for meanwhile
+  opened = entries;
+  const detail = $("detail"), [first] = entries;
+  detail.classList.toggle("open", entries.length > 0);
+  $("browser").classList.toggle("two", entries.length > 1);
+  if (!first) {
+    detail.replaceChildren(make("p", "empty", "Choose a latent to see what it is active on."));
+  } else {
+    if (!runs.includes(first.run)) await scope(first.run.number);
+    if (!order.some((entry) => same(entry, first))) $("search").value = "", $("kept").checked = false;
+    if (!same(order[at], first)) arrange(first);
+    const panes = await Promise.all(entries.map((entry, i) => pane(entry, data[i])));
+    if (link !== location.hash) return;
+    detail.replaceChildren(...panes);
+    detail.scrollTop = 0;
+    const box = $("browser").getBoundingClientRect();
+    if (box.top > innerHeight || box.bottom < 0) $("latents").scrollIntoView();
+  }
+  if (window.tried) tried();
+}
+
+async function pane({ run, latent }, data) {
+  const place = latent % shared.piece, parts = [title(run, latent), stats(run, latent), explanation(run, latent)];
+  const [strongest, ...others] = contexts(run, latent, data);
+  parts.push(histogram(data.histogram[place]), ...strongest);
   if (data.promoted) parts.push(make("h3", "", "Logit effect"), effects(data.promoted[place], data.suppressed[place]));
-  parts.push(make("h3", "", "Nearest by decoder cosine"), neighbours(data.near[place], data.cosine[place]));
-  parts.push(...contexts(latent, data));
-  const detail = $("detail");
-  detail.replaceChildren(...parts.filter(Boolean));
-  detail.classList.add("open");
-  detail.scrollTop = 0;
+  parts.push(make("h3", "", "Nearest by decoder cosine"),
+    neighbours(data.near[place].map((other, i) => [data.cosine[place][i], { run, latent: other }])));
+  const twins = await Promise.all(shared.runs[run.number].pairs.map(async (number) => {
+    const [of, other] = [await piece("pairs-" + run.number + "-" + number), await listOf(number)];
+    return [of.cosine[latent], { run: other, latent: of.latent[latent] }];
+  }));
+  if (twins.length) parts.push(make("h3", "", "Nearest in the other SAEs, to look at side by side"),
+    neighbours(twins, { run, latent }));
+  parts.push(...others.flat());
+  return make("div", "pane", ...parts.filter(Boolean));
 }
 
-function close() {
-  opened = null;
-  $("detail").classList.remove("open");
-  $("detail").replaceChildren(make("p", "empty", "Choose a latent to see what it is active on."));
-  history.replaceState(null, "", "#latents");
-  $("list").focus({ preventScroll: true });
-}
-
-function title(latent) {
+function title(run, latent) {
+  const heading = make("h3", "", "Latent " + latent);
+  if (shared.runs.length > 1) heading.append(make("small", "", dot(run.number), make("bdi", "", run.name)));
   const button = make("button", "", "✕");
   button.type = "button";
   button.setAttribute("aria-label", "Close");
-  button.addEventListener("click", close);
-  return make("div", "title", make("h3", "", "Latent " + latent), button);
+  const others = opened.filter((entry) => !same(entry, { run, latent }));
+  button.addEventListener("click", () => others.length ? go(linkTo(...others)) : close());
+  return make("div", "title", heading, button);
 }
 
-function stats(latent) {
+function close() {
+  go("#latents");
+  $("list").focus({ preventScroll: true });
+}
+
+function stats(run, latent) {
   const list = make("dl", "stats");
   const facts = [["density", short(run.density[latent])], ["active", run.active[latent].toLocaleString("en") + "×"],
-    ["max", short(run.max[latent])], ["mean", short(run.mean[latent])], ["layer", run.layer[latent] ?? "–"],
+    ["max", short(run.max[latent])], ["mean", short(run.mean[latent])], ["layer", run.layer && plain(run.layer[latent])],
     ["published rule", run.kept[latent] ? "keeps it" : "leaves it out"]];
   for (const [name, value] of facts)
-    list.append(make("div", "", make("dt", "", name), make("dd", "", String(value))));
+    if (value) list.append(make("div", "", make("dt", "", name), make("dd", "", value)));
   return list;
 }
 
-function explanation(latent) {
-  const found = run.explained[latent];
+function explanation(run, latent) {
+  const found = run.explained?.[latent];
   if (!found) return null;
   const [outcome, category, text] = found;
   const score = run.score[latent] == null ? "" : " · score " + run.score[latent];
   return make("div", "explanation", spell(make("bdi"), text),
-    spell(make("small"), outcome === "answered" ? (category ?? "") + score : outcome ?? ""));
+    spell(make("small"), outcome === "answered" ? category + score : outcome));
+}
+
+// Of its activations, in bins of a quarter of an octave: [number of the first bin, counts …].
+function histogram([first, ...counts]) {
+  if (!counts.length) return null;
+  const most = Math.max(...counts), edge = (bin) => short(2 ** (bin / 4));
+  const bars = counts.map((count, i) => {
+    const bar = make("span");
+    bar.style.height = (count ? Math.max(2, count / most * 100) : 0) + "%";
+    bar.title = edge(first + i) + " to " + edge(first + i + 1) + ": " + count.toLocaleString("en") + "×";
+    return bar;
+  });
+  const common = first + counts.indexOf(most), end = first + counts.length;
+  const figure = make("figure", "histogram", make("div", "bars", ...bars),
+    make("figcaption", "", make("span", "", edge(first)), make("span", "", "activation, log scale"), make("span", "", edge(end))));
+  figure.setAttribute("role", "img");
+  figure.setAttribute("aria-label", `Activations from ${edge(first)} to ${edge(end)}, most between ${edge(common)} and ${edge(common + 1)}`);
+  return figure;
 }
 
 const signed = (value) => (value < 0 ? "−" : "+") + Math.abs(value).toPrecision(3);
@@ -235,7 +347,7 @@ function effects(promoted, suppressed) {
   const column = (name, heading, tokens) => {
     const list = make("ol");
     for (const [text, value] of tokens) {
-      const item = make("li", "", spell(make("bdi"), text), make("span", "", signed(value)));
+      const item = make("li", "", spell(make("bdi"), text), make("i", "bar"), make("span", "", signed(value)));
       item.style.setProperty("--share", Math.abs(value) / most);
       list.append(item);
     }
@@ -245,38 +357,34 @@ function effects(promoted, suppressed) {
     column("suppressed", "less likely", suppressed));
 }
 
-function neighbours(latents, cosines) {
+// found: [cosine, entry] each. beside: the entry that they are shown beside, if any.
+function neighbours(found, beside) {
   const list = make("div", "near");
-  latents.forEach((latent, i) => {
-    const button = make("button", "", make("span", "cosine", cosines[i].toFixed(2)),
-      make("span", "id", String(latent)), wordsOf(run, latent, 6));
-    button.type = "button";
-    button.addEventListener("click", () => go(latent));
-    list.append(button);
-  });
+  for (const [cosine, entry] of found) {
+    const link = make("a", "", make("span", "cosine", cosine.toFixed(2)),
+      make("span", "id", ...(beside ? [dot(entry.run.number)] : []), String(entry.latent)),
+      wordsOf(entry.run, entry.latent, 6));
+    link.href = linkTo(...(beside ? [beside] : []), entry);
+    if (beside) link.title = entry.run.name;
+    list.append(link);
+  }
   return list;
 }
 
-function go(latent) {
-  if (!order.includes(latent)) $("search").value = "";
-  arrange(latent);
-  open(latent);
-}
-
-function contexts(latent, data) {
-  const parts = [], found = data.contexts[latent] ?? [];
+// The parts of each kind, under a heading.
+function contexts(run, latent, data) {
+  const found = data.contexts[latent] ?? [];
   const peak = Math.max(...found.map((context) => context[1] ?? 0), 1e-9);
-  [1, 0, 2, 3, 4].forEach((kind) => {
-    const heading = KINDS[kind];
+  const parts = KINDS.map(([kind, heading]) => {
     const ofKind = found.filter((context) => context[0] === kind);
-    if (ofKind.length) parts.push(make("h3", "", heading), ...ofKind.map((one) => context(one, data.words, peak)));
+    return ofKind.length ? [make("h3", "", heading), ...ofKind.map((one) => context(one, data.words, peak, run.layer))] : [];
   });
-  if (!parts.length)
-    parts.push(make("p", "empty", run.active[latent] ? "No context was kept of it." : "It is active on no token."));
+  if (!found.length)
+    parts[0] = [make("p", "empty", run.active[latent] ? "No context was kept of it." : "It is active on no token.")];
   return parts;
 }
 
-function context([, activation, layer, row, position, document_, marked, words, active, values], texts, peak) {
+function context([, activation, layer, row, position, document_, marked, words, active, values], texts, peak, several) {
   const text = make("p");
   text.dir = "auto";
   const on = new Map(active.map((token, i) => [token, values[i]]));
@@ -287,7 +395,7 @@ function context([, activation, layer, row, position, document_, marked, words, 
     token.title = short(on.get(i));
     text.append(token);
   });
-  const where = make("small", "", layer == null ? "" : "layer " + layer);
+  const where = make("small", "", several && layer != null ? "layer " + layer : "");
   const side = make("div", "activation", short(activation), where);
   side.title = (document_ == null ? "" : "document " + document_ + ", ") + "row " + row + ", position " + position;
   return make("div", "context", side, text);
@@ -356,37 +464,56 @@ function switchTheme() {
 
 function pressed(event) {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
-  const target = event.target, typing = target.matches("input, select, textarea");
+  const target = event.target, typing = target.matches("input[type=search], select, textarea");
   if (event.key === "Escape" && $("list")) {
-    if (opened !== null) close();
+    if (opened.length) close();
     else if (typing) $("list").focus();
     return event.preventDefault();
   }
   if (target === $("search") && ["Enter", "ArrowDown"].includes(event.key)) {
     $("list").focus();
-    if (event.key === "Enter" && order.length) open(order[at]);
+    if (event.key === "Enter" && order.length) choose(order[at]);
     return event.preventDefault();
   }
   if (typing) return;
   if (event.key === "d") return switchTheme();
-  if (!run) return;
+  if (!runs.length) return;
   const page = Math.max(1, Math.floor($("list").clientHeight / rowHeight) - 1);
   const onList = target === $("list");
   const steps = { j: 1, k: -1, ...(onList ? { ArrowDown: 1, ArrowUp: -1, PageDown: page, PageUp: -page,
     Home: -Infinity, End: Infinity } : {}) };
   if (event.key === "/") $("search").select(), $("search").focus();
   else if (event.key in steps) move(at + steps[event.key]);
-  else if (event.key === "Enter" && (onList || target === document.body) && order.length) open(order[at]);
+  else if (event.key === "Enter" && (onList || target === document.body) && order.length) choose(order[at]);
   else return;
   event.preventDefault();
 }
 
-async function choose(number, latent) {
-  if (opened !== null) close();
-  run = await listOf(number);
-  $("run").value = number;
-  arrange(latent);
-  if (latent !== undefined) open(latent);
+// Lists the latents of one SAE, or of all.
+async function scope(which) {
+  runs = await Promise.all(which === "all" ? browsable().map(listOf) : [listOf(Number(which))]);
+  $("run").value = which;
+  const others = which === "all" ? [] : shared.runs[which].pairs;
+  for (const option of $("beside").options) option.hidden = option.disabled = option.value !== "" && !others.includes(Number(option.value));
+  $("beside").parentElement.hidden = !others.length;
+  await pairWith("");
+}
+
+// Lists with each latent the one nearest to it in another SAE.
+async function pairWith(number) {
+  $("beside").value = number;
+  pairs = number === "" ? null : { ...await unpack("pairs-" + runs[0].number + "-" + number), run: await listOf(Number(number)) };
+  $("listing").classList.toggle("pairs", Boolean(pairs));
+  turn(pairs ? "cosine" : $("sort").value === "cosine" ? "max" : $("sort").value, false);
+}
+
+// Sorts by a column; up: ascending.
+function turn(key, up) {
+  $("sort").value = key;
+  ascending = up;
+  $("direction").textContent = up ? "↑" : "↓";
+  $("direction").setAttribute("aria-label", up ? "Ascending; press for descending" : "Descending; press for ascending");
+  arrange(opened[0]);
 }
 
 async function start() {
@@ -400,20 +527,21 @@ async function start() {
   shared.runs.forEach((one, number) => {
     if (one.routes) $("classes").append(...routes(number, one));
     if (!one.browsable) return;
-    const option = make("option", "", one.name);
-    option.value = number;
-    $("run").append(option);
+    for (const select of [$("run"), $("beside")]) {
+      const option = make("option", "", one.name);
+      option.value = number;
+      select.append(option);
+    }
   });
   if (!$("list")) return;
+  const several = browsable().length > 1;
+  if (several) $("run").append(Object.assign(make("option", "", "all SAEs"), { value: "all" }));
+  $("run").parentElement.hidden = !several;
   rowHeight = parseFloat(getComputedStyle(document.documentElement).getPropertyValue("--row"));
   listen();
-  const asked = location.hash.match(/^#latents\/(\d+)\/(\d+)$/);
-  const first = shared.runs.findIndex((one) => one.browsable);
-  if (asked && shared.runs[asked[1]]?.browsable && asked[2] < shared.runs[asked[1]].latents) {
-    await choose(Number(asked[1]), Number(asked[2]));
-    $("latents").scrollIntoView();
-  } else await choose(first);
+  await scope(browsable()[0]);
   performance.mark("routesae-list");
+  if (location.hash.startsWith("#latents/")) await show();
 }
 
 function listen() {
@@ -426,30 +554,24 @@ function listen() {
   $("list").addEventListener("click", (event) => {
     const found = event.target.closest(".latent");
     if (!found) return;
-    at = order.indexOf(Number(found.dataset.latent));
+    at = Number(found.dataset.at);
     draw();
-    open(order[at]);
+    choose(order[at]);
   });
+  addEventListener("hashchange", show);
   $("search").addEventListener("input", () => arrange());
-  $("run").addEventListener("change", () => choose(Number($("run").value)));
-  const turn = (up) => {
-    ascending = up;
-    $("direction").textContent = up ? "↑" : "↓";
-    $("direction").setAttribute("aria-label", up ? "Ascending; press for descending" : "Descending; press for ascending");
-    arrange(opened ?? undefined);
-  };
-  $("sort").addEventListener("change", () => turn(["layer", "latent"].includes($("sort").value)));
-  $("direction").addEventListener("click", () => turn(!ascending));
-  document.querySelector(".head").addEventListener("click", ({ target }) => {
+  $("kept").addEventListener("change", () => arrange());
+  $("run").addEventListener("change", async () => { await scope($("run").value); if (opened.length) go("#latents"); });
+  $("beside").addEventListener("change", () => pairWith($("beside").value));
+  $("sort").addEventListener("change", () => turn($("sort").value, ["layer", "latent"].includes($("sort").value)));
+  $("direction").addEventListener("click", () => turn($("sort").value, !ascending));
+  $("heads").addEventListener("click", ({ target }) => {
     const { key } = target.dataset;
-    if (!key) return;
-    const same = $("sort").value === key;
-    $("sort").value = key;
-    turn(same ? !ascending : key === "layer");
+    if (key) turn(key, $("sort").value === key ? !ascending : key === "layer");
   });
   addEventListener("resize", () => {
     rowHeight = parseFloat(getComputedStyle(document.documentElement).getPropertyValue("--row"));
-    if (run) arrange(opened ?? order[at]);
+    if (runs.length) arrange(opened[0] ?? order[at]);
   });
 }
 

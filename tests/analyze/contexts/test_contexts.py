@@ -18,7 +18,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from routesae.analyze.contexts import best as contexts_best
@@ -41,7 +40,9 @@ from routesae.cli import main
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.run import harvest
 from routesae.harvest.settings import HarvestSettings
+from routesae.machine.files import signed, write_json
 from routesae.reporting import Progress, WrongInput
+from routesae.tests.made_up import retrain
 from routesae.train.folder.checkpoint import load_sae
 from routesae.train.run import train
 from routesae.train.saes.normalise import Hidden
@@ -537,7 +538,7 @@ def test_contexts_of_another_format_are_refused(hostile_cache: Cache, copied: Ca
     folder = copied("topk")
     place = run(hostile_cache, folder)[1].place
     facts = json.loads((place / FACTS).read_text())
-    (place / FACTS).write_text(json.dumps({**facts, "format": FORMAT + 1}))
+    write_json(place / FACTS, signed({**facts, "format": FORMAT + 1}))
     message = rf"has format {FORMAT + 1}, and only {FORMAT} is read\); run routesae contexts again"
     with pytest.raises(WrongInput, match=message):
         read_contexts(folder)
@@ -594,14 +595,15 @@ def test_the_command_counts_features_and_analyze_shows_them(
     for name, count in features.items():
         assert re.search(rf"^ *{name} +96 +{count} ", output, re.MULTILINE), output
         assert f"{read_contexts(out / name).place}: contexts.json, contexts.parquet, latents.parquet" in output
-    (out / "topk" / "interpretations.json").write_text(json.dumps({"score": 3.25}))
+    summary = signed({"score": 3.25, "unanswered": 0, "last_loss": None})
+    write_json(out / "topk" / "interpretations.json", summary)
     code, output = invoke("analyze", "--metric", "L0", *flags)
     assert code == 0, output
     head, _, *rows = (line.split() for line in output.splitlines()[:4])
     assert head == ["sae", "variant", "layers", "latents", "L0", "Features", "Score"]
-    assert {row[0]: row[5:] for row in rows} == {
+    assert {row[0]: row[-2:] for row in rows} == {
         "crosscoder": [str(features["crosscoder"]), "-"],
-        "topk": [str(features["topk"]), "3.2500"],
+        "topk": [str(features["topk"]), "3.250"],
     }
 
 
@@ -652,23 +654,14 @@ def test_contexts_of_another_rule_are_not_replaced_unasked(
     ):
         with pytest.raises(WrongInput, match=message):
             contexts(given.replace(**changes))
-    other = save_file_scaled(folder)
-    with pytest.raises(WrongInput, match="has contexts of other weights; give --overwrite"):
-        contexts(given)
-    other()
     assert (place / CONTEXTS).read_bytes() == before
     monkeypatch.undo()
     contexts(given.replace(batch_tokens=99))  # the same contexts again
     contexts(given.replace(threshold=3.0, overwrite=True))
     assert read_contexts(folder).facts["settings"]["threshold"] == 3.0
-
-
-def save_file_scaled(folder: Path) -> Callable[[], object]:
-    """Change the weights in a folder; returns what takes that back."""
-    file = folder / "sae_weights.safetensors"
-    whole, tensors = file.read_bytes(), load_file(file)
-    save_file({name: tensor * 1.5 for name, tensor in tensors.items()}, file)
-    return lambda: file.write_bytes(whole)
+    retrain(folder)
+    with pytest.raises(WrongInput, match="has contexts of other weights; give --overwrite"):
+        contexts(given.replace(threshold=3.0))
 
 
 def test_contexts_of_two_corpora_lie_side_by_side(

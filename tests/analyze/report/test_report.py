@@ -7,10 +7,12 @@ import gzip
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,9 @@ from routesae.analyze.contexts.file import read_contexts, words_of
 from routesae.analyze.contexts.run import contexts
 from routesae.analyze.contexts.settings import ContextSettings
 from routesae.analyze.contexts.windows import Vocabulary
-from routesae.analyze.report import run as report_run
-from routesae.analyze.report.latents import PIECE, WORDS_LISTED, packed
+from routesae.analyze.report.latents import PIECE, WORDS_LISTED, latent_pairs, packed
 from routesae.analyze.report.lens import NEAREST, TOKENS, LogitLens, decoder_of, nearest, unit_rows
 from routesae.analyze.report.plots import draw_plots
-from routesae.analyze.report.routes import routes_by_class
 from routesae.analyze.report.run import write_report
 from routesae.analyze.report.runs import read_runs, table_of
 from routesae.analyze.report.settings import ReportSettings
@@ -38,11 +38,14 @@ from routesae.harvest.lm.model import LanguageModel, load_lm, load_tokenizer
 from routesae.machine.files import signed, write_json
 from routesae.reporting import WrongInput
 from routesae.tests.analyze.interpret.chat_server import write_answer
+from routesae.tests.made_up import retrain
 from routesae.train.folder.checkpoint import load_sae
 from routesae.train.run import train
 from routesae.train.settings import settings_of
 
 CPU = torch.device("cpu")
+SAES = ("crosscoder", "routesae", "topk")
+ROW = {"sae": "topk", "folder": "topk", "variant": "topk"}  # of analyze --json
 LATENTS = 200  # more than one piece, and a last one that is not full
 
 
@@ -56,7 +59,7 @@ def cache(tiny_cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> Cache:
 def saes(cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A routesae, a crosscoder and a topk; contexts of the first two, an explanation of the first."""
     out = tmp_path_factory.mktemp("saes")
-    for variant in ("crosscoder", "routesae", "topk"):
+    for variant in SAES:
         given: dict[str, Any] = {"sae": variant, "cache": str(cache.path), "out": str(out), "name": variant}
         train(settings_of({**given, "latents": LATENTS, "k": 6, "batch_tokens": 512, "lr": 1e-3, "device": "cpu"}))
     picked = tuple(str(out / name) for name in ("crosscoder", "routesae"))
@@ -81,7 +84,8 @@ def test_nearest_latents_are_those_of_the_largest_cosine_whatever_the_piece() ->
     W_dec = torch.randn(50, 3, 8, generator=torch.Generator().manual_seed(0))  # as of a crosscoder
     cosine_FF = torch.nn.functional.cosine_similarity(W_dec.flatten(1)[:, None], W_dec.flatten(1)[None], dim=2)
     for first, after in ((0, 50), (13, 20), (49, 50)):
-        cosine_nK, latent_nK = nearest(unit_rows(W_dec), first, after)
+        unit_FC = unit_rows(W_dec)
+        cosine_nK, latent_nK = nearest(unit_FC[first:after], unit_FC, NEAREST, itself=first)
         for row, latent in enumerate(range(first, after)):
             others = sorted((i for i in range(50) if i != latent), key=lambda i: -float(cosine_FF[latent, i]))
             assert latent_nK[row].tolist() == others[:NEAREST]
@@ -89,8 +93,16 @@ def test_nearest_latents_are_those_of_the_largest_cosine_whatever_the_piece() ->
 
 
 def test_a_dictionary_smaller_than_the_neighbours_shown_has_fewer() -> None:
-    assert nearest(unit_rows(torch.eye(3)), 0, 3)[1].shape == (3, 2)
-    assert nearest(unit_rows(torch.eye(1)), 0, 1)[1].shape == (1, 0)
+    assert nearest(torch.eye(3), torch.eye(3), NEAREST, itself=0)[1].shape == (3, 2)
+    assert nearest(torch.eye(1), torch.eye(1), NEAREST, itself=0)[1].shape == (1, 0)
+
+
+def test_pairs_are_each_latents_nearest_in_the_other_sae() -> None:
+    one_FC, other_FC = (torch.randn(n, 8, generator=torch.Generator().manual_seed(n)) for n in (300, 40))
+    cosine_FF = torch.nn.functional.cosine_similarity(one_FC[:, None], other_FC[None], dim=2)
+    found = latent_pairs(unit_rows(one_FC), unit_rows(other_FC))
+    assert found["latent"] == cosine_FF.argmax(1).tolist()
+    np.testing.assert_allclose(found["cosine"], cosine_FF.amax(1), atol=6e-4)
 
 
 def test_logit_effect_is_the_unembedding_of_the_direction_times_the_norms_weight(tiny_model: Path) -> None:
@@ -139,7 +151,8 @@ def test_routing_by_token_is_what_the_router_does_with_every_held_out_token(
 ) -> None:
     sae = load_sae(saes / "routesae", CPU)
     vocabulary = Vocabulary(load_tokenizer(str(tiny_model)))
-    found = routes_by_class(sae, cache, vocabulary)
+    found = read_contexts(saes / "routesae").facts["routes"]
+    assert read_contexts(saes / "crosscoder").facts["routes"] == {}
     token_ids_ST = cache.tokens()
     expected: dict[str, np.ndarray] = {}
     for shard in cache.shards():
@@ -163,13 +176,19 @@ def test_routing_by_token_is_what_the_router_does_with_every_held_out_token(
 # ----------------------------------------------------------------------------------------- the table
 
 
-def test_table_has_what_is_known_and_marks_the_best(saes: Path, tmp_path: Path) -> None:
+def scores_of(saes: Path, folder: Path, *rows: dict[str, Any]) -> str:
+    """A file such as analyze --json writes."""
+    rows = tuple({"folder": row["sae"], "variant": "topk", **row} for row in rows)
+    write_json(folder / "scores.json", signed({"saes": rows}))
+    return str(folder / "scores.json")
+
+
+def test_table_has_what_is_known(saes: Path, tmp_path: Path) -> None:
     rows = [
         {"sae": "routesae", "folder": str(saes / "routesae"), "KLDiv": 0.5, "NormMSE": 0.25, "Shares": {"2": 1.0}},
-        {"sae": "topk", "folder": "elsewhere/topk", "KLDiv": 0.25},
+        {"sae": "topk", "folder": "elsewhere/topk", "KLDiv": 0.25, "layers": "9-9"},
     ]
-    (tmp_path / "scores.json").write_text(json.dumps({"saes": rows}))
-    runs = read_runs((), saes, str(tmp_path / "scores.json"))
+    runs = read_runs((), saes, scores_of(saes, tmp_path, *rows))
     columns, cells = table_of(runs)
     names = [column.name for column in columns]
     assert names[:4] == ["variant", "layers", "latents", "k"]
@@ -177,8 +196,8 @@ def test_table_has_what_is_known_and_marks_the_best(saes: Path, tmp_path: Path) 
     table = {run.name: dict(zip(names, row, strict=True)) for run, row in zip(runs, cells, strict=True)}
     assert list(table) == ["crosscoder", "routesae", "topk"]
     assert table["routesae"]["NormMSE"].value == 0.25  # the file's, not the one of training's end
-    assert (table["topk"]["KLDiv"].text, table["topk"]["KLDiv"].best) == ("0.250", True)
-    assert not table["routesae"]["KLDiv"].best
+    assert table["topk"]["KLDiv"].text == "0.250"
+    assert table["topk"]["layers"].text == str(runs[2].recipe.layers[0])
     assert table["crosscoder"]["KLDiv"].value is None
     assert (table["routesae"]["Score"].value, table["routesae"]["detection"].value) == (4.0, 0.75)
     assert runs[1].shares == {"2": 1.0}
@@ -186,17 +205,61 @@ def test_table_has_what_is_known_and_marks_the_best(saes: Path, tmp_path: Path) 
     assert table["topk"]["NormMSE"].value == held_out["norm_mse"]
 
 
-def test_plots_are_of_the_pages_colours_and_hold_no_name(saes: Path) -> None:
-    runs = read_runs((), saes, None)
+@pytest.mark.parametrize(
+    ("intervals", "best"),
+    [
+        (([0.1, 0.2], [0.3, 0.4], [0.25, 0.5]), "crosscoder"),
+        (([0.1, 0.3], [0.3, 0.4], [0.25, 0.5]), None),  # it meets another's
+        (([0.1, 0.2], None, [0.25, 0.5]), None),  # of one it is not known
+    ],
+)
+def test_a_value_is_best_only_where_the_intervals_say_so(
+    intervals: Any, best: str | None, saes: Path, tmp_path: Path
+) -> None:
+    rows = [
+        {"sae": name, "KLDiv": value, "Recovered": value, "Features": n, "intervals": {"KLDiv": ends} if ends else {}}
+        for n, (name, value, ends) in enumerate(
+            zip(("crosscoder", "routesae", "topk"), (0.15, 0.35, 0.3), intervals, strict=True)
+        )
+    ]
+    runs = read_runs((), saes, scores_of(saes, tmp_path, *rows))
+    columns, cells = table_of(runs)
+    marked = [
+        (run.name, column.name)
+        for run, row in zip(runs, cells, strict=True)
+        for column, cell in zip(columns, row, strict=True)
+        if cell.best
+    ]
+    assert marked == ([(best, "KLDiv")] if best else [])
+    (noted,) = [cell.note for column, cell in zip(columns, cells[0], strict=True) if column.name == "KLDiv"]
+    assert noted == f"95 % interval: {intervals[0][0]} to {intervals[0][1]}"
+
+
+def test_plots_are_of_the_pages_colours_and_leave_out_what_is_flat(saes: Path, tmp_path: Path) -> None:
+    intervals = {"NormMSE": [0, 1]}
+    rows = [{"sae": name, "L0": 6.0, "NormMSE": n / 9, "intervals": intervals} for n, name in enumerate(SAES)]
+    runs = read_runs((), saes, scores_of(saes, tmp_path, *rows))
     plots = draw_plots(runs)
-    assert [plot.section for plot in plots] == ["runs", *["curves"] * 3, *["routing"] * 2, "density"]
+    titles = [plot.title.partition(",")[0] for plot in plots]
+    assert [plot.section for plot in plots] == ["runs", "curves", "curves", "routing", "density"]
+    assert titles[1:3] == ["NormMSE in training", "L0 in training"]
+    of_exact_k = [plot.title.partition(",")[0] for plot in draw_plots(runs[1:])]
+    assert of_exact_k == [titles[0], titles[1], *titles[3:]]
     for plot in plots:
         svg = str(plot.svg)
         assert svg.startswith("<svg")
         assert "var(--series-" in svg
-        assert "crosscoder" not in svg
+        assert all((name in svg) == (plot.section == "runs") for name in SAES)  # elsewhere the legend has them
         assert re.findall(r"#0[0-9a-f]{5}\b", svg) == []  # a stand-in colour that stayed
         assert any(run.name in plot.alternative for run in runs)
+
+
+def test_ticks_are_round_numbers(saes: Path) -> None:
+    (shares,) = [plot for plot in draw_plots(read_runs((), saes, None)) if plot.title.startswith("Tokens routed")]
+    ticks = [float(text) for text in re.findall(r">([\d.]+)%</text>", str(shares.svg))]
+    (step,) = {round(after - before, 6) for before, after in pairwise(ticks)}
+    assert len(ticks) > 2
+    assert step / 10 ** math.floor(math.log10(step)) in (1, 2, 5)
 
 
 # ----------------------------------------------------------------------------------------- the file
@@ -211,7 +274,12 @@ def test_page_carries_every_latent_with_its_contexts(saes: Path, tiny_model: Pat
     assert result.stdout == f"{page}: 3 SAEs, {2 * LATENTS} latents to look at, {size / 1000:.1f} kB\n"
     found = blocks(page)
     pieces = [f"piece-{run}-{at}" for run in (0, 1) for at in (0, 1)]
-    assert list(found) == ["shared", "list-0", "list-1", *pieces]
+    assert list(found) == [
+        "shared",
+        "list-0",
+        "list-1",
+        *pieces,
+    ]  # and no pairs: a crosscoder writes to several layers
     assert [run["browsable"] for run in found["shared"]["runs"]] == [True, True, False]
     assert found["shared"]["runs"][0]["routes"] is None
     assert len(found["shared"]["runs"][1]["routes"]["classes"]) > 5
@@ -241,7 +309,8 @@ def test_page_carries_every_latent_with_its_contexts(saes: Path, tiny_model: Pat
         assert len(piece["promoted"][latent.latent % PIECE]) == TOKENS
     assert written > 100
     sae = load_sae(saes / "routesae", CPU)
-    _, near_nK = nearest(unit_rows(decoder_of(sae)), LATENTS - 1, LATENTS)
+    unit_FC = unit_rows(decoder_of(sae))
+    _, near_nK = nearest(unit_FC[-1:], unit_FC, NEAREST, itself=LATENTS - 1)
     assert found["piece-1-1"]["near"][-1] == near_nK[0].tolist()
 
 
@@ -299,6 +368,8 @@ def test_marks_and_the_list_hold_whole_characters(scripts_page: Path) -> None:
             assert values[active.index(at)] >= activation
             several += not texts[at].isascii()
         listed = found["list-0"]["words"][int(latent)].split("\n")
+        assert sorted(found["list-0"]["on"][int(latent)], reverse=True) == found["list-0"]["on"][int(latent)]
+        assert len(found["list-0"]["on"][int(latent)]) == len(listed)
         marked = {found["piece-0-0"]["words"][context[7][context[6]]].strip().lower() for context in shown}
         whole = {word for word in marked if word and "\ufffd" not in word}  # rows end within a character
         assert len(listed) == WORDS_LISTED or whole <= set(listed)
@@ -313,7 +384,9 @@ def test_names_that_would_act_where_they_are_shown_are_spelled_out(saes: Path, t
     name = "x\u202ey\x1b[31m" + os.fsdecode(b"\xff")  # turned round, coloured, and not UTF-8
     shutil.copytree(saes / "topk", tmp_path / "saes" / name)
     config = json.loads((tmp_path / "saes" / name / "cfg.json").read_text())
-    config["metadata"]["routesae"]["source"]["corpus"] = "\u2066corpus"
+    ours = config["metadata"]["routesae"]
+    ours["source"]["corpus"] = "\u2066corpus"
+    config["metadata"]["routesae"] = signed(ours)
     (tmp_path / "saes" / name / "cfg.json").write_text(json.dumps(config))
     page = tmp_path / "report.html"
     write_report(ReportSettings(out=str(tmp_path / "saes"), html=str(page), device="cpu"))
@@ -330,7 +403,7 @@ def change(**changes: Any) -> Callable[[Path], dict[str, Any]]:
 
 
 def swap_weights(out: Path) -> dict[str, Any]:
-    shutil.copyfile(out / "topk" / "sae_weights.safetensors", out / "routesae" / "sae_weights.safetensors")
+    retrain(out / "routesae")
     return {}
 
 
@@ -340,9 +413,40 @@ def cut_curve(out: Path) -> dict[str, Any]:
     return {}
 
 
-def no_scores(out: Path) -> dict[str, Any]:
-    (out / "scores.json").write_text('{"saes": [{"KLDiv": 1}]}')
-    return {"scores": str(out / "scores.json")}
+def odd(file: str, content: Any) -> Callable[[Path], dict[str, Any]]:
+    """Write a file below the SAEs: text, or a JSON object with its hash."""
+
+    def prepare(out: Path) -> dict[str, Any]:
+        if isinstance(content, str):
+            (out / file).write_text(content)
+        else:
+            write_json(out / file, signed(content))
+        return {"scores": str(out / file)} if file == "scores.json" else {}
+
+    return prepare
+
+
+def pipe(file: str) -> Callable[[Path], dict[str, Any]]:
+    """Put a named pipe in the place of a file: who opens it without care waits for ever."""
+
+    def prepare(out: Path) -> dict[str, Any]:
+        (out / file).unlink(missing_ok=True)
+        os.mkfifo(out / file)
+        return {"scores": str(out / file)} if file == "scores.json" else {}
+
+    return prepare
+
+
+def odd_source(held_out: Any) -> Callable[[Path], dict[str, Any]]:
+    def prepare(out: Path) -> dict[str, Any]:
+        config = json.loads((out / "topk" / "cfg.json").read_text())
+        ours = config["metadata"]["routesae"]
+        ours["source"]["held_out"] = held_out
+        config["metadata"]["routesae"] = signed(ours)
+        (out / "topk" / "cfg.json").write_text(json.dumps(config))
+        return {}
+
+    return prepare
 
 
 @pytest.mark.parametrize(
@@ -353,7 +457,21 @@ def no_scores(out: Path) -> dict[str, Any]:
         (change(out="{out}/nothing"), "no SAE under"),
         (change(scores="{out}/none.json"), "write it with routesae analyze --json"),
         (change(cache="{out}/none"), "is not a cache folder"),
-        (no_scores, "was not written by routesae analyze --json"),
+        (odd("scores.json", '{"saes": []}'), "its hash is missing or differs"),
+        (odd("scores.json", {"saes": [{"KLDiv": 1}]}), "is not what routesae analyze --json wrote (saes.0.sae"),
+        (odd("scores.json", {"saes": [{**ROW, "KLDiv": "1"}]}), "KLDiv '1' of topk is not a number"),
+        (odd("scores.json", {"saes": [{**ROW, "KLDiv": [1]}]}), "is not what routesae analyze --json wrote"),
+        (odd("scores.json", '{"saes": NaN}'), "NaN is not a finite number"),
+        (odd("scores.json", "[" * 10**5), "nested too deep"),
+        (pipe("scores.json"), "not a regular file"),
+        (odd("topk/metrics.jsonl", '{"tokens": 1}\n{"tokens": "many"}\n'), "metrics.jsonl cannot be read (line 2: "),
+        (odd("topk/metrics.jsonl", "[]"), "metrics.jsonl cannot be read (line 1: "),
+        (pipe("topk/metrics.jsonl"), "not a regular file"),
+        (odd("routesae/interpretations.json", {"score": 1, "fuzzing": [1]}), "interpretations.json cannot be read"),
+        (odd("routesae/interpretations.json", "[]"), "interpretations.json cannot be read"),
+        (odd("routesae/interpretations.jsonl", '{"identity": {}}\n{"latent": "x"}\n'), "interpretations.jsonl"),
+        (odd_source([1]), "cfg.json cannot be read"),
+        (odd_source({"norm_mse": "low"}), "cfg.json cannot be read"),
         (swap_weights, "has other weights than its contexts; run routesae contexts again"),
         (cut_curve, "metrics.jsonl cannot be read"),
     ],
@@ -374,32 +492,6 @@ def test_wrong_input_is_one_line_and_leaves_no_page(
     assert list(tmp_path.glob("*.html*")) == list(tmp_path.glob(".*")) == []
 
 
-def test_a_cache_that_is_no_longer_what_contexts_read_leaves_routing_by_token_out(
-    saes: Path, cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(report_run, "draw_plots", lambda runs: [])  # most of a page's time, and not in question
-
-    def routed(**given: str) -> bool:
-        page = tmp_path / "report.html"
-        write_report(ReportSettings(out=str(saes), html=str(page), device="cpu", **given))
-        return blocks(page)["shared"]["runs"][1]["routes"] is not None
-
-    away = cache.path.with_name("away")
-    cache.path.rename(away)
-    try:
-        assert not routed()
-        assert routed(cache=str(away))
-        shutil.copytree(away, cache.path)
-        assert routed()
-        shutil.rmtree(cache.path / "shard-00001")
-        assert not routed()
-        with pytest.raises(WrongInput, match="shard"):
-            routed(cache=str(cache.path))
-    finally:
-        shutil.rmtree(cache.path, ignore_errors=True)
-        away.rename(cache.path)
-
-
 def test_a_missing_library_is_named_with_the_extra_that_brings_it(
     saes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -414,5 +506,5 @@ def test_another_lm_than_the_caches_is_refused(saes: Path, tiny_model: Path, tmp
     shutil.copytree(tiny_model, other)
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "rope_theta": 5.0, "rms_norm_eps": 0.5}))
-    with pytest.raises(WrongInput, match=r"is not the LM of the cache .*: its config differs"):
+    with pytest.raises(WrongInput, match=r"is not the LM of the SAE .*: its config differs"):
         write_report(ReportSettings(out=str(saes), html=str(tmp_path / "r.html"), model=str(other), device="cpu"))

@@ -7,6 +7,7 @@ not drawn. tests/browser.sh installs a Chromium where it can.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import unicodedata
 from collections.abc import Iterator
@@ -21,10 +22,12 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from routesae.analyze.inputs.identity import sae_identity
 from routesae.analyze.report.run import write_report
 from routesae.analyze.report.settings import ReportSettings
+from routesae.machine.files import signed, write_json
 from routesae.tests.analyze.interpret.chat_server import write_answer
 from routesae.tests.made_up import write_made_up
-from routesae.train.folder.checkpoint import save_sae
+from routesae.train.folder.checkpoint import load_sae, save_sae
 from routesae.train.saes import Recipe, build
+from routesae.train.saes.single import WEIGHTS
 
 LATENTS, WIDTH = 5_000, 32  # more pieces than the page holds; benchmarks/report_page.py has 16,384
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -102,19 +105,41 @@ def make_sae(folder: Path) -> None:
     write_made_up(folder, rows, latents, sae=sae_identity(sae) | {"folder": str(folder)}, features=LATENTS // 2)
 
 
+def make_plain(folder: Path) -> None:
+    """A topk of 64 latents with a context each, on whose word latent n is active n + 1 times as strongly."""
+    folder.mkdir()
+    sae = build(Recipe(sae="topk", layers=(4,), width=WIDTH, latents=64, k=8), torch.Generator().manual_seed(1))
+    save_sae(folder, sae, {"held_out": {"norm_mse": 0.3, "l0": 8.0}})
+    at_F = np.arange(64)
+    numbers = {"latent": at_F, "active": at_F + 1, "max_activation": at_F + 1.0, "mean_activation": at_F + 0.5}
+    rows = contexts_of(range(64))
+    for row in rows:
+        row |= {"activation": row["latent"] + 1.0, "layer": 4}
+    latents = {**numbers, "token_classes": np.full(64, 2), "kept": at_F % 2 == 1}
+    write_made_up(folder, [rows], latents, sae=sae_identity(sae) | {"folder": str(folder)})
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    """A report of two SAEs, one of them without contexts, and the logit effects of a tiny LM."""
+    """A report of two SAEs, with scores, and the logit effects of a tiny LM."""
     folder = tmp_path_factory.mktemp("report")
     make_sae(folder / "saes" / NAME)
-    plain = folder / "saes" / "plain"
-    plain.mkdir()
-    recipe = Recipe(sae="topk", layers=(4,), width=WIDTH, latents=64, k=8)
-    save_sae(plain, build(recipe, torch.Generator().manual_seed(0)), {"held_out": {"norm_mse": 0.3, "l0": 8.0}})
+    make_plain(folder / "saes" / "plain")
+    rows = [
+        {
+            "sae": name,
+            "folder": name,
+            "variant": "topk",
+            "NormMSE": value,
+            "L0": 8.0,
+            "intervals": {"NormMSE": [value - 0.01, value + 0.01]},
+        }
+        for name, value in ((NAME, 0.1), ("plain", 0.3))
+    ]
+    write_json(folder / "scores.json", signed({"saes": rows}))
     page = folder / "report.html"
-    write_report(
-        ReportSettings(out=str(folder / "saes"), html=str(page), model=str(tiny_model), device="cpu", contexts=4)
-    )
+    given = {"out": str(folder / "saes"), "html": str(page), "scores": str(folder / "scores.json")}
+    write_report(ReportSettings(**given, model=str(tiny_model), device="cpu", contexts=4))
     return page
 
 
@@ -237,6 +262,9 @@ def test_a_latent_shows_contexts_coloured_by_activation_effects_and_neighbours(p
     text = shown(page)
     assert text.startswith("Latent 4242")
     assert page.locator("#detail .context").count() == 2
+    assert page.inner_text("#detail h3 >> nth=1") == "Strongest"  # before all else of the latent
+    assert page.locator(".histogram .bars span").count() == 3
+    assert page.get_attribute(".histogram", "aria-label") == "Activations from 2 to 3.36, most between 2 and 2.38"
     assert page.inner_text(".context >> nth=0 >> p") == f"the {token_classes(4242)[0]} reads"
     found = page.eval_on_selector_all(".context p", "all => [...all[0].children].map(e => [e.className, e.title])")
     assert found == [["on at", str(4242 % 97 + 3)], ["on", f"{(4242 % 97 + 3) / 4:g}"]]
@@ -247,10 +275,15 @@ def test_a_latent_shows_contexts_coloured_by_activation_effects_and_neighbours(p
     assert strengths[0] == pytest.approx(0.82, abs=0.02)
     assert strengths[1] == pytest.approx(0.82 / 4, abs=0.02)
     assert page.locator(".effects .promoted li").count() == page.locator(".effects .suppressed li").count() == 10
-    assert page.locator(".near button").count() == 5
-    nearest = page.inner_text(".near button .id >> nth=0")
-    page.click(".near button >> nth=0")
-    expect(page.locator("#detail h3").first).to_have_text(f"Latent {nearest}")
+    for row in page.locator(".effects li").all():
+        bar, number = (row.locator(name).bounding_box() for name in ("> .bar", "> span"))
+        assert bar is not None
+        assert number is not None
+        assert bar["x"] + bar["width"] <= number["x"], "bars do not cover their numbers"
+    assert page.locator(".near >> nth=0 >> a").count() == 5
+    nearest = page.inner_text(".near a .id >> nth=0")
+    page.click(".near a >> nth=0")
+    expect(page.locator("#detail h3").first).to_have_text(re.compile(f"Latent {nearest}\\b"))
     assert page.get_attribute(".latent[aria-selected=true]", "data-latent") == nearest
 
 
@@ -264,6 +297,87 @@ def test_a_link_opens_its_latent(browser: Browser, report: Path) -> None:
     for page in opened(browser, report, fragment="#latents/0/3000"):
         assert shown(page).startswith("Latent 3000")
         assert page.get_attribute(".latent[aria-selected=true]", "data-latent") == "3000"
+
+
+def test_links_work_in_an_open_page_and_back_goes_back(page: Page) -> None:
+    def at(latent: int | None) -> None:
+        if latent is None:
+            expect(page.locator("#detail .title")).to_have_count(0)
+        else:
+            expect(page.locator("#detail h3").first).to_have_text(re.compile(f"^Latent {latent}\\b"))
+            expect(page.locator(f".latent[data-latent='{latent}'][aria-selected=true]")).to_be_visible()
+
+    page.fill("#search", "no such word")
+    page.evaluate("location.hash = '#latents/0/3000'")  # as a link or the address bar does
+    at(3000)
+    page.fill("#search", "#17")
+    page.click(".latent")
+    at(17)
+    page.evaluate("location.hash = '#latents/0/99999'")  # there is none: nothing is open
+    at(None)
+    for latent in (17, 3000, None):
+        page.go_back()
+        at(latent)
+    page.go_forward()
+    at(3000)
+    page.keyboard.press("Escape")
+    at(None)
+    page.go_back()
+    at(3000)
+
+
+def test_only_latents_that_the_rule_keeps_are_listed_where_that_is_asked(page: Page) -> None:
+    page.check("#kept")
+    assert page.inner_text("#count") == f"{LATENTS // 2:,} of {LATENTS:,}"
+    assert first_latents(page) == strongest_first(range(0, LATENTS - 1, 2))[:5]
+    page.fill("#search", "zebras")  # in what is said of latent 77
+    assert page.locator(".latent").count() == 0
+
+
+def test_search_goes_across_saes_and_puts_the_latents_strongest_on_the_word_first(page: Page) -> None:
+    page.select_option("#run", "all")
+    assert page.inner_text("#count") == f"{LATENTS + 64:,} latents"
+    page.fill("#search", '"router40"')
+    strongest = [(n % 97 + 3, 0, n) for n in range(40, LATENTS, 500) if n % 8 == 0] + [(41, 1, 40)]
+    expected = [latent for _, _, latent in sorted(strongest, key=lambda one: (-one[0], one[1], one[2]))]
+    assert first_latents(page, 99) == expected
+    assert page.inner_text(".latent >> nth=0 >> .sorted") == str(max(strongest)[0])
+    row = page.locator(".latent").nth(expected.index(40) if expected.count(40) == 1 else 0)
+    assert row.locator("i").count() == 1  # whose it is
+    page.click(
+        f".latent >> nth={[one[1] for one in sorted(strongest, key=lambda one: (-one[0], one[1], one[2]))].index(1)}"
+    )
+    expect(page.locator("#detail h3").first).to_contain_text("plain")
+    assert page.evaluate("location.hash") == "#latents/1/40"
+    page.select_option("#run", "1")
+    assert page.locator(".head [data-key=score], .head [data-key=layer]").count() == 0, "columns of nothing"
+
+
+def test_latents_of_two_saes_are_paired_and_shown_side_by_side(page: Page, report: Path) -> None:
+    W_dec, other_W_dec = (
+        torch.nn.functional.normalize(
+            load_sae(report.parent / "saes" / name, torch.device("cpu")).files()[WEIGHTS]["W_dec"]
+        )
+        for name in ("plain", NAME)
+    )
+    cosine_FF = W_dec @ other_W_dec.T
+    page.select_option("#run", "1")
+    page.select_option("#beside", "0")
+    expect(page.locator(".head .sorted")).to_have_text("cosine")
+    best = int(cosine_FF.amax(1).argmax())
+    assert first_latents(page, 1) == [best]
+    assert page.inner_text(".latent >> nth=0 >> .sorted") == f"{float(cosine_FF.max()):.2f}"
+    page.click(".latent")
+    other = int(cosine_FF[best].argmax())
+    expect(page.locator("#detail .pane")).to_have_count(2)
+    assert page.locator("#detail .title").all_inner_texts()[0].startswith(f"Latent {best}\n")
+    assert page.locator("#detail .title").all_inner_texts()[1].startswith(f"Latent {other}\n")
+    assert page.evaluate("location.hash") == f"#latents/1/{best}/0/{other}"
+    page.click("#detail .title button >> nth=0")
+    expect(page.locator("#detail .pane")).to_have_count(1)
+    assert page.evaluate("location.hash") == f"#latents/0/{other}"
+    page.click("#detail .near >> nth=1 >> a")  # the nearest in the other SAE
+    expect(page.locator("#detail .pane")).to_have_count(2)
 
 
 def test_keys_search_move_open_and_close(page: Page) -> None:
@@ -281,7 +395,7 @@ def test_keys_search_move_open_and_close(page: Page) -> None:
     page.keyboard.press("Enter")
     assert shown(page).startswith(f"Latent {order[2]}\n")
     page.keyboard.press("j")
-    expect(page.locator("#detail h3").first).to_have_text(f"Latent {order[3]}")
+    expect(page.locator("#detail h3").first).to_have_text(re.compile(f"Latent {order[3]}\\b"))
     page.keyboard.press("Escape")
     assert page.locator("#detail .title").count() == 0
     assert page.evaluate("document.activeElement.id") == "list"
@@ -349,8 +463,8 @@ def test_runs_are_compared_and_sort_by_a_column(page: Page) -> None:
     page.click("#compare thead button:text-is('NormMSE')")
     assert variants() == ["routesae", "topk"]
     assert page.inner_text("#compare td.best") == "0.100"
-    assert page.locator("#runs svg, #curves svg, #routing svg, #density svg").count() == 6
-    assert page.locator("#run option").count() == 1
+    assert page.locator("#runs svg, #curves svg, #routing svg, #density svg").count() == 4
+    assert page.locator("#run option").count() == 3  # both, and all
 
 
 def test_light_and_dark_follow_the_system_until_switched(browser: Browser, report: Path) -> None:
@@ -377,6 +491,11 @@ def test_a_phone_needs_no_sideways_scrolling_and_opens_a_latent_over_the_list(ph
         return phone.evaluate("document.documentElement.scrollWidth > innerWidth")
 
     assert not too_wide()
+    for inside in phone.locator(".top nav a, #compare td:visible, #compare th:visible").all():
+        box = inside.bounding_box()
+        assert box is not None
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= PHONE["width"]
     phone.fill("#search", f"#{HOSTILE_LATENT}")
     phone.tap(".latent")
     shown(phone)
@@ -394,5 +513,5 @@ def test_the_table_and_plots_need_no_script(browser: Browser, report: Path) -> N
     page = context.new_page()
     page.goto(report.as_uri())
     assert page.locator("#compare tbody tr").count() == 2
-    assert page.locator("figure svg").count() == 6
+    assert page.locator("figure svg").count() == 4
     context.close()
