@@ -82,6 +82,15 @@ def _finite(number: str) -> float:
     return value
 
 
+def problem_of(error: Exception) -> str:
+    """What is wrong with something that was read, on one line: of many things that pydantic found, the first."""
+    errors = getattr(error, "errors", None)
+    if errors is None:
+        return (str(error).splitlines() or [type(error).__name__])[0]
+    first = errors(include_url=False)[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}, not {repr(first['input'])[:80]}"
+
+
 @contextmanager
 def replacing(path: Path | str, *, durable: bool = True) -> Iterator[BinaryIO]:
     """Write a file whole or not at all: yields an open file, which takes the place of `path` when the block ends.

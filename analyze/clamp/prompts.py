@@ -20,15 +20,14 @@ import gzip
 import json
 import logging
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from routesae.analyze.clamp.settings import ClampSettings
-from routesae.analyze.inputs.lm import MESSAGES, Message, require_unicode, token_ids
-from routesae.harvest.corpus.tokens import Framing
+from routesae.analyze.inputs.lm import Message, require_messages, require_unicode
 from routesae.machine.files import BadFile, open_regular, parse_json
 from routesae.reporting import FailedRun, WrongInput
 
@@ -66,18 +65,6 @@ def read_prompts(settings: ClampSettings) -> list[Prompt]:
     if not prompts:
         raise WrongInput(f"{file} holds no prompt" if file else "no prompt; give --prompt TEXT or --prompts FILE")
     return prompts[:limit]
-
-
-def prompt_ids(prompt: Prompt, tokenizer: Any, framing: Framing, *, chat: bool) -> list[int]:
-    """Token ids of the filled chat template where `chat` is set and the prompt has messages, else of its text.
-
-    A plain text is framed as harvest frames the start of a document.
-    """
-    text = prompt.messages if chat and prompt.messages else prompt.text
-    try:
-        return token_ids(text, tokenizer, framing, reply=True)
-    except WrongInput as refusal:
-        raise WrongInput(f"{prompt.origin}: {refusal}; give --no-chat") from refusal
 
 
 def _file_prompts(path: Path, text_field: str, hh: str) -> Iterator[Prompt]:
@@ -121,7 +108,12 @@ def _line_prompts(line: str, origin: str, text_field: str, hh: str) -> list[Prom
     if isinstance(chosen, str) and isinstance(rejected, str):
         return _hh_prompts(chosen, rejected, origin, hh)
     if "messages" in entry:
-        return [_conversation(_messages(entry["messages"], origin), origin)]
+        try:
+            require_messages(entry["messages"])
+        except WrongInput as refusal:
+            raise WrongInput(f"{origin}: {refusal}") from None
+        said = [{"role": message["role"], "content": message["content"]} for message in entry["messages"]]
+        return [_conversation(said, origin)]
     if isinstance(text, str):
         return [_plain(text, origin)]
     raise WrongInput(
@@ -137,14 +129,7 @@ def _plain(text: str, origin: str) -> Prompt:
     return Prompt(origin, text, ({"role": "user", "content": text},))
 
 
-def _messages(value: object, origin: str) -> list[Message]:
-    messages = value if isinstance(value, list) and all(isinstance(message, dict) for message in value) else []
-    if messages and all(isinstance(message.get(key), str) for message in messages for key in ("role", "content")):
-        return [{"role": message["role"], "content": message["content"]} for message in messages]
-    raise WrongInput(f"{origin}: messages is not {MESSAGES}")
-
-
-def _conversation(messages: list[Message], origin: str, replies: Mapping[str, str] | None = None) -> Prompt:
+def _conversation(messages: Sequence[Message], origin: str, replies: Mapping[str, str] | None = None) -> Prompt:
     """Its text, for use without a chat template, is written as HH-RLHF writes conversations."""
     text = "".join(SPEAKERS.get(message["role"], "") + message["content"] for message in messages) + ASSISTANT
     return Prompt(origin, text.lstrip(), tuple(messages), replies or {})
@@ -157,19 +142,15 @@ def hh_turns(conversation: str) -> list[tuple[str, str]]:
 
 
 def _hh_prompts(chosen: str, rejected: str, origin: str, hh: str) -> list[Prompt]:
-    turns = [
-        (human, reply, other)
-        for (human, reply), (_, other) in zip(hh_turns(chosen), hh_turns(rejected), strict=False)
-    ]
+    both = zip(hh_turns(chosen), hh_turns(rejected), strict=False)
+    turns = [(human, reply, other) for (human, reply), (_, other) in both]
     if not turns:
         log.warning("%s: no turn stands in both chosen and rejected; left out", origin)
         return []
     if hh == "text":
-        lines = [
-            line
-            for human, reply, other in turns
-            for line in (f"Human: {human}", *(f"Assistant: {text}" for text in dict.fromkeys((reply, other))))
-        ]
+        lines = []
+        for human, reply, other in turns:
+            lines += [f"Human: {human}", *(f"Assistant: {text}" for text in dict.fromkeys((reply, other)))]
         return [Prompt(origin, "\n".join(lines))]
     prompts, messages = [], list[Message]()
     for number, (human, reply, other) in enumerate(turns, start=1):

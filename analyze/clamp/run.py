@@ -11,7 +11,6 @@ much less likely the clamp makes what the LM would have said. Both sums feed y t
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from typing import Any
 
 from routesae import __version__
 from routesae.analyze.clamp.changes import CHANGES, Clamp, parse_change
-from routesae.analyze.clamp.prompts import Prompt, prompt_ids, read_prompts
+from routesae.analyze.clamp.prompts import Prompt, read_prompts
 from routesae.analyze.clamp.settings import ClampSettings
 from routesae.analyze.clamp.steps import (
     Continuation,
@@ -32,6 +31,7 @@ from routesae.analyze.clamp.steps import (
     require_cached_attention,
     sampling,
 )
+from routesae.analyze.inputs.identity import sae_identity
 from routesae.analyze.inputs.lm import LM, Kept, kept_of, lm_of_sae, load_lm_of
 from routesae.analyze.inputs.saes import one_sae
 from routesae.harvest.lm.model import config_hash, weights_hash
@@ -64,21 +64,16 @@ def clamp(settings: ClampSettings, report: Report = silent) -> dict[str, Any]:
         raise WrongInput(f"--chat: the tokenizer of {loaded.name!r} has no chat template; leave it out")
     chat = has_template if settings.chat is None else settings.chat
     kept = kept_of(record, loaded.framing)
-    ids = [prompt_ids(prompt, loaded.tokenizer, loaded.framing, chat=chat) for prompt in prompts]
-    _require_room(prompts, ids, settings.max_new_tokens, loaded)
-    texts: list[dict[str, Any]] = []
-    for first in range(0, len(prompts), settings.batch_sequences):
-        rows = range(first, min(first + settings.batch_sequences, len(prompts)))
-        texts += _texts_of_batch(settings, loaded, kept, change, prompts, ids, rows, report)
+    texts: list[dict[str, Any]] = [_asked(settings, loaded, prompt, chat) for prompt in prompts]
+    for first in range(0, len(texts), settings.batch_sequences):
+        batch = slice(first, first + settings.batch_sequences)
+        numbers = range(len(texts))[batch]
+        _continue(settings, loaded, kept, change, texts[batch], numbers, len(texts), report)
     return {
         "routesae": __version__,
         "settings": settings.to_dict(),
         "changes": [asdict(change) for change in changes],
-        "sae": {
-            "folder": str(folder),
-            "recipe": sae.recipe.to_dict(),
-            "sha256": {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in sae.files()},
-        },
+        "sae": {"folder": str(folder), **sae_identity(sae)},
         "model": {
             "model": loaded.name,
             "revision": loaded.revision,
@@ -93,79 +88,57 @@ def clamp(settings: ClampSettings, report: Report = silent) -> dict[str, Any]:
     }
 
 
-def _require_room(prompts: Sequence[Prompt], ids: Sequence[list[int]], new_tokens: int, loaded: LM) -> None:
-    room = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
-    for prompt, prompt_tokens in zip(prompts, ids, strict=True):
-        if not prompt_tokens:
-            raise WrongInput(f"{prompt.origin} has no token; give some text to continue")
-        if room is not None and len(prompt_tokens) + new_tokens > room:
-            raise WrongInput(
-                f"{prompt.origin}: {len(prompt_tokens)} tokens and --max-new-tokens {new_tokens} are more than the "
-                f"{room} positions of {loaded.name!r}; shorten one of them"
-            )
+def _asked(settings: ClampSettings, loaded: LM, prompt: Prompt, chat: bool) -> dict[str, Any]:
+    """What is known of a text before it is generated."""
+    try:
+        ids = loaded.ids(
+            prompt.messages if chat and prompt.messages else prompt.text,
+            reply=True,
+            new_tokens=settings.max_new_tokens,
+        )
+    except WrongInput as refusal:
+        raise WrongInput(f"{prompt.origin}: {refusal}{'; or give --no-chat' if chat else ''}") from refusal
+    return {
+        "origin": prompt.origin,
+        "prompt": prompt.messages[-1]["content"] if prompt.messages else prompt.text,
+        "input": loaded.tokenizer.decode(ids),
+        "input_ids": ids,
+        **prompt.replies,
+    }
 
 
-def _texts_of_batch(
+def _continue(
     settings: ClampSettings,
     loaded: LM,
     kept: Kept,
     change: Clamp,
-    prompts: Sequence[Prompt],
-    ids: Sequence[list[int]],
-    rows: range,
+    texts: Sequence[dict[str, Any]],
+    numbers: range,
+    total: int,
     report: Report,
-) -> list[dict[str, Any]]:
-    """Generate the texts of the prompts numbered `rows`, all in one batch."""
-    limit = settings.max_new_tokens
+) -> None:
+    """Generate and score the texts of one batch, the `numbers`-th of all, and add what comes of it to each."""
+    limit, prompts = settings.max_new_tokens, [text["input_ids"] for text in texts]
 
     def on_step(steps: int) -> None:
-        done = GENERATIONS * rows.start * limit + steps * len(rows)
-        report(Progress("clamp", done, GENERATIONS * len(prompts) * limit, "tokens", {}))
+        done = GENERATIONS * numbers.start * limit + steps * len(numbers)
+        report(Progress("clamp", done, GENERATIONS * total * limit, "tokens", {}))
 
     def pick() -> Pick:  # a new one for each text: the same random numbers for both
-        return greedy if settings.temperature is None else sampling(settings.temperature, settings.seed, rows)
+        return greedy if settings.temperature is None else sampling(settings.temperature, settings.seed, numbers)
 
-    def run(number: int, pick: Pick, clamp: Clamp | None) -> list[Continuation]:
-        return generate(
-            loaded.lm,
-            [ids[row] for row in rows],
-            pick=pick,
-            max_new_tokens=limit,
-            stop_ids=loaded.stop_ids,
-            kept=kept,
-            clamp=clamp,
-            on_step=lambda step: on_step(number * limit + step),
-        )
+    def run(nth: int, pick: Pick, clamp: Clamp | None) -> list[Continuation]:
+        options: dict[str, Any] = {"max_new_tokens": limit, "stop_ids": loaded.stop_ids, "kept": kept, "clamp": clamp}
+        return generate(loaded.lm, prompts, pick=pick, on_step=lambda steps: on_step(nth * limit + steps), **options)
 
     original, clamped = run(0, pick(), None), run(1, pick(), change)
     rescored = run(2, replaying(original, loaded.lm.device), change)
     if max(len(text.token_ids) for text in original) < limit:
         on_step(GENERATIONS * limit)  # every text ended early: the remaining steps are not needed
-    texts = zip(rows, original, clamped, rescored, strict=True)
-    return [_text(prompts[row], ids[row], one, two, three, loaded.tokenizer) for row, one, two, three in texts]
-
-
-def _text(
-    prompt: Prompt,
-    ids: list[int],
-    original: Continuation,
-    clamped: Continuation,
-    rescored: Continuation,
-    tokenizer: Any,
-) -> dict[str, Any]:
-    log_p, log_p_clamped = math.fsum(original.log_p), math.fsum(rescored.log_p)
-    return {
-        "origin": prompt.origin,
-        "prompt": prompt.messages[-1]["content"] if prompt.messages else prompt.text,
-        "input": tokenizer.decode(ids),
-        "input_ids": ids,
-        "original": tokenizer.decode(original.token_ids, skip_special_tokens=True),
-        "original_ids": original.token_ids,
-        "clamped": tokenizer.decode(clamped.token_ids, skip_special_tokens=True),
-        "clamped_ids": clamped.token_ids,
-        "log_p": log_p,
-        "log_p_clamped": log_p_clamped,
-        "delta_log_p": log_p_clamped - log_p,
-        "delta_log_p_per_token": (log_p_clamped - log_p) / len(original.token_ids),
-        **prompt.replies,
-    }
+    for text, one, two, three in zip(texts, original, clamped, rescored, strict=True):
+        log_p, log_p_clamped = math.fsum(one.log_p), math.fsum(three.log_p)
+        for name, of in (("original", one), ("clamped", two)):
+            text[name] = loaded.tokenizer.decode(of.token_ids, skip_special_tokens=True)
+            text[f"{name}_ids"] = of.token_ids
+        text |= {"log_p": log_p, "log_p_clamped": log_p_clamped, "delta_log_p": log_p_clamped - log_p}
+        text["delta_log_p_per_token"] = (log_p_clamped - log_p) / len(one.token_ids)

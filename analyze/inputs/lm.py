@@ -29,7 +29,6 @@ from routesae.train.saes import SAE, Recipe
 GIVE_MODEL = "give that LM with --model"
 GIVE_CACHE = "give the cache that the SAE was trained on with --cache"
 SINK_POSITIONS = 1  # first positions of a row left as they are where cfg.json does not say; harvest's default
-MESSAGES = 'a list such as [{"role": "user", "content": "Hello"}]'
 
 Message = Mapping[str, str]
 """Its role and its content, as chat templates take it."""
@@ -111,20 +110,40 @@ class LM:
         ends = self.tokenizer.eos_token_id if ends is None else ends
         return () if ends is None else tuple(ends) if isinstance(ends, list) else (ends,)
 
-    def ids(self, text: Text, *, reply: bool = False) -> list[int]:
+    def ids(self, text: Text, *, reply: bool = False, new_tokens: int = 0) -> list[int]:
         """Token ids of a text, framed as harvest frames the start of a document, or of a conversation in the chat
         template; reply: with what the template has in front of the assistant's reply.
 
-        Raises WrongInput for what has no token, is no text or conversation, or is longer than the LM's context.
+        Raises WrongInput for what has no token, is no text or conversation, or is longer than the LM's context, with
+        `new_tokens` more.
         """
-        ids = token_ids(text, self.tokenizer, self.framing, reply=reply)
+        ids = self._ids(text, reply)
         room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if not ids or (room is not None and len(ids) > room):
-            what = (
-                f"{len(ids)} tokens are more than the {room} positions" if ids else "a text without a token for that"
+        if not ids:
+            raise WrongInput(f"a text without a token for {self.name!r}; give a longer text")
+        if room is not None and len(ids) + new_tokens > room:
+            more = f" and --max-new-tokens {new_tokens}" if new_tokens else ""
+            raise WrongInput(
+                f"{len(ids)} tokens{more} are more than the {room} positions of {self.name!r}; shorten it"
             )
-            raise WrongInput(f"{what} of {self.name!r}; give a {'shorter' if ids else 'longer'} text")
         return ids
+
+    def _ids(self, text: Text, reply: bool) -> list[int]:
+        if isinstance(text, str):
+            require_unicode(text)
+            return [*self.framing.before, *self.tokenizer(text, add_special_tokens=False)["input_ids"]]
+        from jinja2 import TemplateError
+
+        require_messages(text)
+        if getattr(self.tokenizer, "chat_template", None) is None:
+            raise WrongInput("this LM's tokenizer has no chat template for messages; give a text")
+        for message in text:
+            require_unicode(message["content"])
+        try:
+            filled = self.tokenizer.apply_chat_template(list(text), add_generation_prompt=reply, tokenize=False)
+        except TemplateError as refusal:
+            raise WrongInput(f"the chat template refuses it ({refusal})") from refusal
+        return list(self.tokenizer(filled, add_special_tokens=False)["input_ids"])
 
     def generate(self, texts: Text | Sequence[Text], *, max_new_tokens: int = 64, **options: Any) -> Any:
         """Continue a text or conversation, or several at once, by the likeliest tokens; return a str, or a list.
@@ -146,25 +165,11 @@ class LM:
         return continued[0] if alone else continued
 
 
-def token_ids(text: Text, tokenizer: Any, framing: Framing, *, reply: bool) -> list[int]:
-    """As `LM.ids`, which may be none."""
-    if isinstance(text, str):
-        require_unicode(text)
-        return [*framing.before, *tokenizer(text, add_special_tokens=False)["input_ids"]]
-    from jinja2 import TemplateError
-
-    fine = isinstance(text, Sequence) and text and all(isinstance(message, Mapping) for message in text)
-    if not fine or not all(isinstance(message.get(key), str) for message in text for key in ("role", "content")):
-        raise WrongInput(f"messages are not {MESSAGES}")
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise WrongInput("this LM's tokenizer has no chat template for messages; give a text")
-    for message in text:
-        require_unicode(message["content"])
-    try:
-        filled = tokenizer.apply_chat_template(list(text), add_generation_prompt=reply, tokenize=False)
-    except TemplateError as refusal:
-        raise WrongInput(f"the chat template refuses it ({refusal})") from refusal
-    return list(tokenizer(filled, add_special_tokens=False)["input_ids"])
+def require_messages(messages: Any) -> None:
+    """Raises WrongInput for what is no conversation."""
+    fine = isinstance(messages, Sequence) and messages and all(isinstance(message, Mapping) for message in messages)
+    if not fine or not all(isinstance(message.get(key), str) for message in messages for key in ("role", "content")):
+        raise WrongInput('messages are not a list such as [{"role": "user", "content": "Hello"}]')
 
 
 def require_unicode(text: str, origin: str = "the text") -> None:

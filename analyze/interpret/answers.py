@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 import json_repair
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, StrictBool, ValidationError
 
+from routesae.machine.files import problem_of
+
 Category = Literal["low-level", "high-level", "undiscernible"]
 CATEGORIES: tuple[Category, ...] = get_args(Category)
 MAX_OBJECTS = 200  # places where reading is tried; each takes a pass over the text
@@ -86,7 +88,7 @@ def parse(form: type[Form], text: str, count: int | None = None) -> Form:
             try:  # half a surrogate pair, which JSON can spell and UTF-8 cannot, becomes a question mark
                 answer = form.model_validate_json(json.dumps(value, ensure_ascii=False).encode(errors="replace"))
             except ValidationError as error:
-                problem = first_problem(error)
+                problem = problem_of(error)
             else:
                 answers += [answer] if answer not in answers else []
         if len(answers) > 1:
@@ -96,12 +98,6 @@ def parse(form: type[Form], text: str, count: int | None = None) -> Form:
         if answers:
             return answers[0]
     raise Unparsed(problem)
-
-
-def first_problem(error: ValidationError) -> str:
-    """The first thing that pydantic found wrong, on one line."""
-    first = error.errors(include_url=False)[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}, not {repr(first['input'])[:80]}"
 
 
 def _objects(text: str) -> Iterator[dict[str, Any]]:

@@ -74,13 +74,21 @@ class Chat:
         import openai
 
         prompt, halved, left_out = next(prompts), 0, self.left_out
+        schema = {"name": form["title"].lower(), "strict": True, "schema": form}
         while True:
             written = len(prompt.encode()) + len(json.dumps(form))  # no tokenizer makes more tokens than bytes
             most, used = Used(written + OVERHEAD_TOKENS, self.settings.max_output_tokens), Used()
             if self.stopping or not await self.budget.reserve(most):
                 return None
+            body: dict[str, Any] = {
+                "model": self.settings.model,
+                "messages": [{"role": "user", "content": prompt}],
+                self.limits[self.limits[0] in left_out]: self.settings.max_output_tokens,
+                "temperature": self.settings.temperature,
+                "response_format": {"type": "json_schema", "json_schema": schema},
+            }
+            body = {name: value for name, value in body.items() if name not in left_out}
             try:
-                body = self._body(prompt, form, left_out)
                 raw = await self.client.chat.completions.with_raw_response.create(**body)
                 answer = read_answer(raw.text, most)
                 assert answer is not None  # after_response has seen to it
@@ -89,12 +97,14 @@ class Chat:
             except Stopping:
                 return None
             except openai.APIStatusError as error:
-                refused = self._refused_parameter(error, left_out)
-                is_too_long = error.status_code in REQUEST_REFUSED and TOO_LONG.search(error.response.text)
-                if is_too_long and (shorter := next(prompts, "")):
+                said, is_refused = error.response.text, error.status_code in REQUEST_REFUSED
+                # What the server may take the request without: the parameter it names, or else the schema.
+                named = [name for name in ("temperature", self.limits[0]) if name in said] + ["response_format"]
+                left = [name for name in named if name not in left_out]
+                if is_refused and TOO_LONG.search(said) and (shorter := next(prompts, "")):
                     prompt, halved = shorter, halved + 1
-                elif refused and not is_too_long:
-                    left_out |= {refused}
+                elif is_refused and left and not TOO_LONG.search(said) and not MODERATED.search(said):
+                    left_out |= {left[0]}
                 else:
                     return None if self.stopping else self._refused(error)
             except openai.APIConnectionError as error:
@@ -109,26 +119,6 @@ class Chat:
         self.left_out |= left_out
         self.has_answered = True
         return answer._replace(structured="response_format" not in left_out, halved=halved)
-
-    def _refused_parameter(self, error: APIStatusError, left_out: frozenset[str]) -> str | None:
-        """What the server may take the request without: the parameter it names, or else the schema."""
-        body = error.response.text
-        if error.status_code not in REQUEST_REFUSED or MODERATED.search(body):
-            return None
-        named = [name for name in ("temperature", self.limits[0]) if name in body] + ["response_format"]
-        return next((name for name in named if name not in left_out), None)
-
-    def _body(self, prompt: str, form: Mapping[str, Any], left_out: frozenset[str]) -> dict[str, Any]:
-        settings = self.settings
-        schema = {"name": form["title"].lower(), "strict": True, "schema": form}
-        body = {
-            "model": settings.model,
-            "messages": [{"role": "user", "content": prompt}],
-            self.limits[self.limits[0] in left_out]: settings.max_output_tokens,
-            "temperature": settings.temperature,
-            "response_format": {"type": "json_schema", "json_schema": schema},
-        }
-        return {name: value for name, value in body.items() if name not in left_out}
 
     async def before_request(self, request: Any) -> None:
         """Hook of the HTTP client before each try."""

@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import xxhash
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, NonNegativeInt
 
-from routesae.analyze.interpret.answers import Explanation, Predictions, first_problem
+from routesae.analyze.interpret.answers import Explanation, Predictions
 from routesae.analyze.interpret.settings import MODES
 from routesae.harvest.cache.arrays import fsync
-from routesae.machine.files import parse_json, read_bytes, refuse_link
+from routesae.machine.files import parse_json, problem_of, read_bytes, refuse_link
 from routesae.reporting import FailedRun, WrongInput
 
 log = logging.getLogger(__name__)
@@ -140,10 +140,9 @@ def read_ledger(path: Path) -> tuple[Line | None, list[Line], int]:
         try:
             lines.append(_read_line(text, path.name == LINES, is_head=number == 1))
         except ValueError as error:
-            reason = first_problem(error) if isinstance(error, ValidationError) else error
             raise WrongInput(
-                f"line {number} of {path} is damaged ({reason}); bring the file back from a copy, delete the line, "
-                "or give --overwrite to set aside what the folder has"
+                f"line {number} of {path} is damaged ({problem_of(error)}); bring the file back from a copy, "
+                "delete the line, or give --overwrite to set aside what the folder has"
             ) from None
     identity = lines[0]["identity"] if lines else None
     return identity, lines[1:], len(content) - len(torn)

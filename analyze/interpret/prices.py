@@ -8,10 +8,9 @@ import tomllib
 from importlib.resources import files
 from typing import NamedTuple
 
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, TypeAdapter
 
-from routesae.analyze.interpret.answers import first_problem
-from routesae.machine.files import read_bytes
+from routesae.machine.files import problem_of, read_bytes
 from routesae.reporting import WrongInput
 
 MILLION = 1_000_000
@@ -47,10 +46,9 @@ def price_of(model: str, prices_file: str | None) -> Price | None:
         try:
             prices |= table.validate_python(tomllib.loads(read_bytes(prices_file).decode()))
         except (OSError, ValueError, RecursionError) as error:
-            reason = first_problem(error) if isinstance(error, ValidationError) else error
             raise WrongInput(
-                f"--prices {prices_file} cannot be used ({reason}); it is TOML where a model has input and output, "
-                "US dollars a million tokens"
+                f"--prices {prices_file} cannot be used ({problem_of(error)}); it is TOML where a model has input "
+                "and output, US dollars a million tokens"
             ) from None
     return prices.get(model, prices.get(SNAPSHOT.sub("", model)))
 

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, NonNegativeInt
 
-from routesae.analyze.interpret.answers import CATEGORIES, first_problem
+from routesae.analyze.interpret.answers import CATEGORIES
 from routesae.analyze.interpret.ledger import ANSWERED, LINES, SUMMARY, UNANSWERED, UNPARSED, Line, read_ledger
 from routesae.analyze.interpret.prices import Price, Used
 from routesae.analyze.interpret.settings import MODES
-from routesae.machine.files import read_signed
+from routesae.machine.files import problem_of, read_signed
 from routesae.reporting import FailedRun, WrongInput
 
 
@@ -49,8 +49,9 @@ def read_summary(folder: Path) -> Summary | None:
     try:
         return Summary.model_validate(read_signed(path))
     except (OSError, ValueError) as error:
-        reason = first_problem(error) if isinstance(error, ValidationError) else error
-        raise WrongInput(f"{path} cannot be read ({reason}); the same routesae interpret writes it again") from error
+        raise WrongInput(
+            f"{path} cannot be read ({problem_of(error)}); the same routesae interpret writes it again"
+        ) from error
 
 
 def read_interpretations(folder: Path) -> dict[int, Line]:

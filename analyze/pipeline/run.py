@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from routesae.analyze.contexts.file import FACTS, PARTS, place_of
 from routesae.analyze.contexts.run import contexts
 from routesae.analyze.inputs.identity import cache_identity, file_hash
-from routesae.analyze.interpret.answers import first_problem
 from routesae.analyze.interpret.ledger import LINES, SUMMARY
 from routesae.analyze.interpret.run import interpret
 from routesae.analyze.interpret.summary import read_summary, require_answers
@@ -33,7 +32,7 @@ from routesae.analyze.scores.run import analyze
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.run import harvest
 from routesae.machine.device import pick_device
-from routesae.machine.files import read_signed, signed, write_json
+from routesae.machine.files import problem_of, read_signed, signed, write_json
 from routesae.machine.lock import hold
 from routesae.reporting import Report, WrongInput, silent
 from routesae.train.folder.checkpoint import CONFIG, find_saes, read_config
@@ -43,7 +42,6 @@ from routesae.train.state import load_checkpoint, newest_step
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2
 RECORD, SCORES, REPORT = "pipeline.json", "scores.json", "report.html"
 LARGEST_RECORD = 1 << 26  # it lists every file of the corpus
 # Settings that say where and how fast, and change nothing of a cache.
@@ -230,11 +228,6 @@ class Ended(BaseModel):
     outputs: dict[str, str | None]
 
 
-class _Content(BaseModel):
-    format: int
-    steps: dict[str, Ended]
-
-
 class Record:
     """pipeline.json: how each step ended."""
 
@@ -244,12 +237,11 @@ class Record:
         if not path.exists():
             return
         try:
-            content = _Content.model_validate(read_signed(path, LARGEST_RECORD))
-        except (OSError, ValueError) as error:
-            reason = first_problem(error) if isinstance(error, ValidationError) else error
-            raise WrongInput(f"{path} cannot be read ({reason}); delete it, and stages run again") from error
-        if content.format == FORMAT:
-            self.steps = content.steps
+            self.steps = TypeAdapter(dict[str, Ended]).validate_python(read_signed(path, LARGEST_RECORD)["steps"])
+        except (OSError, ValueError, KeyError) as error:
+            raise WrongInput(
+                f"{path} cannot be read ({problem_of(error)}); delete it, and stages run again"
+            ) from error
 
     def stale(self, steps: Sequence[Step]) -> list[Step]:
         """The steps that have not ended, or not with these inputs, or whose output is not as they left it."""
@@ -277,7 +269,7 @@ class Record:
         for step in steps:
             self.steps[step.name] = Ended(inputs=plain(step.inputs), outputs=hashes(*step.outputs))
         ended = {name: step.model_dump() for name, step in self.steps.items()}
-        write_json(self.path, signed({"format": FORMAT, "steps": ended}))
+        write_json(self.path, signed({"steps": ended}))
 
     def run(self, steps: Sequence[Step], work: Callable[[list[Step]], object], *, again: bool = False) -> bool:
         """Do the work of the stale steps, if any; returns whether there were. again: they are all stale."""

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from routesae.analyze.contexts.file import read_facts
-from routesae.analyze.interpret.answers import first_problem
 from routesae.analyze.interpret.summary import read_summary
-from routesae.machine.files import read_signed
+from routesae.machine.files import problem_of, read_signed
 from routesae.reporting import WrongInput
 
 DESCRIPTIONS = ("Features", "Score")  # columns that contexts and interpret add
@@ -39,8 +38,9 @@ def read_results(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise WrongInput(f"{path} does not exist; write it with routesae analyze --json {path}") from None
     except (OSError, ValueError) as error:
-        reason = first_problem(error) if isinstance(error, ValidationError) else error
-        raise WrongInput(f"{path} is not what routesae analyze --json wrote ({reason}); write it again") from error
+        raise WrongInput(
+            f"{path} is not what routesae analyze --json wrote ({problem_of(error)}); write it again"
+        ) from error
     return results
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from routesae.analyze.clamp.prompts import Message, Prompt, hh_turns, prompt_ids, read_prompts
+from routesae.analyze.clamp.prompts import Message, Prompt, hh_turns, read_prompts
+from routesae.analyze.clamp.run import _asked
 from routesae.analyze.clamp.settings import ClampSettings
-from routesae.harvest.corpus.tokens import framing
-from routesae.harvest.lm.model import load_tokenizer
+from routesae.analyze.inputs.lm import LM, load_lm
 from routesae.reporting import FailedRun, WrongInput
 
 CHOSEN = (
@@ -143,9 +143,9 @@ def test_messages_are_a_conversation(tmp_path: Path) -> None:
         ({"prompt": "  "}, "is empty"),
         ({"prompt": "a\ud800"}, "lone surrogate"),
         ({"chosen": "a\ud800", "rejected": ""}, "lone surrogate"),
-        ({"messages": []}, "messages is not a list such as"),
-        ({"messages": [{"role": "user"}]}, "messages is not a list such as"),
-        ({"messages": "Hi"}, "messages is not a list such as"),
+        ({"messages": []}, "messages are not a list such as"),
+        ({"messages": [{"role": "user"}]}, "messages are not a list such as"),
+        ({"messages": "Hi"}, "messages are not a list such as"),
     ],
 )
 def test_a_line_that_holds_no_prompt_is_refused_naming_it(tmp_path: Path, entry: Any, message: str) -> None:
@@ -189,29 +189,37 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
         read(None, "a", " ")
 
 
-def test_a_plain_prompt_begins_as_harvest_begins_a_document(tiny_model: Path) -> None:
-    tokenizer = load_tokenizer(str(tiny_model))
-    (prompt,) = read(None, "the router")
-    bare = tokenizer("the router", add_special_tokens=False)["input_ids"]
-    frame = framing(tokenizer)
-    assert prompt_ids(prompt, tokenizer, frame, chat=False) == [*frame.before, *bare]
-    assert prompt_ids(prompt, tokenizer, frame._replace(before=(7,)), chat=False) == [7, *bare]
+@pytest.fixture
+def lm(tiny_model: Path) -> LM:
+    """It begins a document with token 7."""
+    loaded = load_lm(str(tiny_model), device="cpu", lm_dtype="float32")
+    vars(loaded)["framing"] = loaded.framing._replace(before=(7,))
+    return loaded
 
 
-def test_a_chat_template_is_filled_and_adds_nothing_of_the_tokenizers(tiny_model: Path, tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(str(tiny_model))
-    tokenizer.chat_template = TEMPLATE
-    frame = framing(tokenizer)._replace(before=(7,))
+def ids_of(lm: LM, prompt: Prompt, *, chat: bool) -> list[int]:
+    ids: list[int] = _asked(ClampSettings(ablate=("0",), max_new_tokens=1), lm, prompt, chat)["input_ids"]
+    return ids
+
+
+def test_a_plain_prompt_begins_as_harvest_begins_a_document(lm: LM) -> None:
     (prompt,) = read(None, "the router")
-    filled = tokenizer("<s>user: the router<s>", add_special_tokens=False)["input_ids"]
+    bare = lm.tokenizer("the router", add_special_tokens=False)["input_ids"]
+    assert ids_of(lm, prompt, chat=False) == [7, *bare]
+
+
+def test_a_chat_template_is_filled_and_adds_nothing_of_the_tokenizers(lm: LM, tmp_path: Path) -> None:
+    lm.tokenizer.chat_template = TEMPLATE
+    (prompt,) = read(None, "the router")
+    filled = lm.tokenizer("<s>user: the router<s>", add_special_tokens=False)["input_ids"]
     assert filled[0] == filled[-1] == 0
-    assert prompt_ids(prompt, tokenizer, frame, chat=True) == filled
-    (text,) = read(jsonl(tmp_path / "hh.jsonl", {"chosen": CHOSEN, "rejected": CHOSEN}), hh="text")
-    assert prompt_ids(text, tokenizer, frame, chat=True) == prompt_ids(text, tokenizer, frame, chat=False)
+    assert ids_of(lm, prompt, chat=True) == filled
+    pair = dict.fromkeys(("chosen", "rejected"), "\n\nHuman: a\n\nAssistant: b")
+    (text,) = read(jsonl(tmp_path / "hh.jsonl", pair), hh="text")
+    assert ids_of(lm, text, chat=True) == ids_of(lm, text, chat=False)
 
 
-def test_what_a_chat_template_refuses_is_refused_naming_the_prompt(tiny_model: Path) -> None:
-    tokenizer = load_tokenizer(str(tiny_model))
-    tokenizer.chat_template = "{{ raise_exception('only robots may speak') }}"
+def test_what_a_chat_template_refuses_is_refused_naming_the_prompt(lm: LM) -> None:
+    lm.tokenizer.chat_template = "{{ raise_exception('only robots may speak') }}"
     with pytest.raises(WrongInput, match=r"--prompt 1: .*only robots may speak.*--no-chat"):
-        prompt_ids(read(None, "x")[0], tokenizer, framing(tokenizer), chat=True)
+        ids_of(lm, read(None, "x")[0], chat=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -16,6 +15,7 @@ from click.testing import CliRunner, Result
 from routesae import __version__
 from routesae.analyze.clamp.run import clamp
 from routesae.analyze.clamp.settings import ClampSettings
+from routesae.analyze.inputs.identity import file_hash
 from routesae.analyze.inputs.lm import LMRecord, kept_of
 from routesae.cli import main
 from routesae.harvest.cache.reader import Cache
@@ -74,9 +74,9 @@ def test_the_result_holds_all_that_is_needed_to_have_it_again(saes: Path, tiny_m
     lm = load_lm(str(tiny_model), device=CPU, lm_dtype="float32")
     assert (result["model"]["model"], result["model"]["weights_hash"]) == (str(tiny_model), weights_hash(lm))
     assert (result["model"]["device"], result["model"]["dtype"]) == ("cpu", "float32")
-    for file, digest in result["sae"]["sha256"].items():
-        assert hashlib.sha256((saes / name / file).read_bytes()).hexdigest() == digest
-    assert set(result["sae"]["sha256"]) == {path.name for path in (saes / name).glob("*.safetensors")}
+    for file, digest in result["sae"]["weights"].items():
+        assert file_hash(saes / name / file) == digest
+    assert set(result["sae"]["weights"]) == {path.name for path in (saes / name).glob("*.safetensors")}
     assert (result["model"]["dropped_ids"], result["model"]["skip_positions"]) == ([0, 1], 1)
     assert {(c["latent"], c["how"], c["value"]) for c in result["changes"]} == {
         (3, "add", 6.0),
