@@ -112,8 +112,5 @@ def active(latents: Latents, latents_C: Tensor) -> Tensor:
     pairs = latents.pairs
     if isinstance(pairs, AllPairs):
         return latents.values_P[:, latents_C]
-    f_mC = latents.values_P.new_zeros(pairs.tokens, len(latents_C))
-    for at, latent in enumerate(latents_C):
-        of_latent = torch.nonzero(pairs.latents_M == latent).squeeze(1)
-        f_mC[pairs.tokens_M[of_latent], at] = latents.values_P[of_latent]
-    return f_mC
+    values_MC = latents.values_P[:, None] * (pairs.latents_M[:, None] == latents_C)
+    return values_MC.new_zeros(pairs.tokens, len(latents_C)).index_add(0, pairs.tokens_M, values_MC)

@@ -38,10 +38,6 @@ LARGEST_BYTES = 1 << 30
 HASHED = re.compile(rb'(.+), "hash": "([0-9a-f]{16})"\}', re.DOTALL)
 
 
-class _Head(BaseModel):
-    identity: dict[str, Any]
-
-
 class _Asked(BaseModel):
     """What every answer's line must say; those of a scoring ledger say more."""
 
@@ -154,8 +150,12 @@ def _read_line(text: bytes, explains: bool, *, is_head: bool) -> Line:
     if hashed is None or xxhash.xxh3_64_hexdigest(hashed[1]).encode() != hashed[2]:
         raise ValueError("its hash differs")
     line: Line = parse_json(hashed[1] + b"}")
-    (_Head if is_head else _Asked if explains else _Scored).model_validate(line)
-    if not is_head and line["outcome"] == ANSWERED:
+    if is_head:
+        if not isinstance(line.get("identity"), dict):
+            raise ValueError("it has no identity")
+        return line
+    (_Asked if explains else _Scored).model_validate(line)
+    if line["outcome"] == ANSWERED:
         (Explanation if explains else Predictions).model_validate(line)
         if not explains and len(line["predictions"]) != len(line["truth"]):
             raise ValueError(f"{len(line['predictions'])} predictions for {len(line['truth'])} texts")
@@ -164,14 +164,12 @@ def _read_line(text: bytes, explains: bool, *, is_head: bool) -> Line:
 
 def set_aside(folder: Path) -> None:
     """Rename what interpret wrote into `folder`, so that the names say which model was asked."""
-    for name in (LINES, SUMMARY, *(f"{mode}.jsonl" for mode in MODES)):
-        old, model = folder / name, "unknown"
-        if not old.is_file():
-            continue
-        content = read_bytes(old, LARGEST_BYTES)
-        with suppress(ValueError, KeyError, TypeError):
-            head = content if name == SUMMARY else content.partition(b"\n")[0]
-            model = re.sub(r"[^\w.-]+", "-", str(parse_json(head)["identity"]["model"]))[:60]
-        new = old.with_name(f"{old.stem}.{model}-{xxhash.xxh3_64_hexdigest(content)}{old.suffix}")
-        old.rename(new)
-        log.warning("%s was set aside as %s", old, new.name)
+    for old in (folder / name for name in (LINES, SUMMARY, *(f"{mode}.jsonl" for mode in MODES))):
+        if old.is_file():
+            content, model = read_bytes(old, LARGEST_BYTES), "unknown"
+            with suppress(ValueError, KeyError, TypeError):
+                head = content if old.name == SUMMARY else content.partition(b"\n")[0]
+                model = re.sub(r"[^\w.-]+", "-", str(parse_json(head)["identity"]["model"]))[:60]
+            new = old.with_name(f"{old.stem}.{model}-{xxhash.xxh3_64_hexdigest(content)}{old.suffix}")
+            old.rename(new)
+            log.warning("%s was set aside as %s", old, new.name)

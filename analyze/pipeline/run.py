@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter
-
 from routesae.analyze.contexts.file import FACTS, PARTS, place_of
 from routesae.analyze.contexts.run import contexts
 from routesae.analyze.inputs.identity import cache_identity, file_hash
@@ -137,7 +135,7 @@ def _harvest(settings: PipelineSettings, record: Record, report: Report) -> bool
     inputs = {name: value for name, value in asked.to_dict().items() if name not in HOW_IT_RUNS}
     inputs |= {"files of data": listing(asked.data), "files of model": listing(asked.model)}
     whole = (settings.cache / "zarr.json").exists() and not Cache(settings.cache).missing()
-    before = record.steps["harvest"].inputs if "harvest" in record.steps else {}
+    before = record.steps.get("harvest", {}).get("inputs", {})
     for name in ("data", "model"):
         same_name = before.get(name) == inputs[name] and before.get("out") == inputs["out"]
         if same_name and whole and before.get(f"files of {name}") != plain(inputs[f"files of {name}"]):
@@ -163,7 +161,10 @@ def _train(
         inputs = {**job.identity["run"], **job.identity["recipe"], **job.identity["pass"], **origin}
         steps.append(Step(f"train {job.name}", inputs, (job.folder,)))
         if steps[-1].name not in record.steps and job.folder.exists():
-            if _identity_in(job.folder) != job.identity:
+            found: Any = read_config(job.folder)
+            for name in ("metadata", "routesae", "source", "identity"):  # as far as it says so
+                found = found.get(name) if isinstance(found, dict) else None
+            if found != job.identity:
                 raise WrongInput(
                     f"{job.folder} is there with other settings, and was not trained from here, so it is not "
                     "replaced; give its [[train.run]] a name, or move it away"
@@ -188,14 +189,6 @@ def _train(
     return record.run(steps, work)
 
 
-def _identity_in(folder: Path) -> Any:
-    """What cfg.json says the SAE was trained from, as far as it says so."""
-    found: Any = read_config(folder)
-    for name in ("metadata", "routesae", "source", "identity"):
-        found = found.get(name) if isinstance(found, dict) else None
-    return found
-
-
 def _describe_again(file: Path, tokens_hash: str, record: Record) -> None:
     """Put into the scores what contexts and interpret, which come after analyze, have found since."""
     results = read_results(file)
@@ -206,7 +199,7 @@ def _describe_again(file: Path, tokens_hash: str, record: Record) -> None:
     ]
     if rows != results["saes"]:
         write_json(file, signed(results | {"saes": rows}))
-        record.keep(Step("analyze", record.steps["analyze"].inputs, (file,)))
+        record.keep(Step("analyze", record.steps["analyze"]["inputs"], (file,)))
 
 
 # ------------------------------------------------------------------------------------------------- what was done
@@ -220,25 +213,17 @@ class Step(NamedTuple):
     outputs: tuple[Path, ...]
 
 
-class Ended(BaseModel):
-    """A step as it last ended. outputs: hashes of the files."""
-
-    model_config = ConfigDict(strict=True)
-    inputs: dict[str, Any]
-    outputs: dict[str, str | None]
-
-
 class Record:
-    """pipeline.json: how each step ended."""
+    """pipeline.json: {step: its inputs and outputs when it last ended}."""
 
     def __init__(self, path: Path):
         self.path = path
-        self.steps: dict[str, Ended] = {}
+        self.steps: dict[str, dict[str, Any]] = {}
         if not path.exists():
             return
         try:
-            self.steps = TypeAdapter(dict[str, Ended]).validate_python(read_signed(path, LARGEST_RECORD)["steps"])
-        except (OSError, ValueError, KeyError) as error:
+            self.steps = dict(read_signed(path, LARGEST_RECORD)["steps"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise WrongInput(
                 f"{path} cannot be read ({problem_of(error)}); delete it, and stages run again"
             ) from error
@@ -248,9 +233,9 @@ class Record:
         stale = []
         for step in steps:
             kept, inputs = self.steps.get(step.name), plain(step.inputs)
-            then = kept.inputs if kept else {}
+            then = kept["inputs"] if kept else {}
             changed = sorted(name for name in inputs.keys() | then.keys() if inputs.get(name) != then.get(name))
-            if kept and not changed and kept.outputs == hashes(*step.outputs):
+            if kept and not changed and kept["outputs"] == hashes(*step.outputs):
                 log.info("%s: unchanged, skipped", step.name)
                 continue
             if kept:
@@ -261,15 +246,14 @@ class Record:
 
     def may_replace(self, step: Step) -> bool:
         """Whether what is there of a step's outputs is what the step left."""
-        outputs, kept = hashes(*step.outputs), self.steps.get(step.name)
-        return not any(outputs.values()) or (kept is not None and kept.outputs == outputs)
+        outputs = hashes(*step.outputs)
+        return not any(outputs.values()) or self.steps.get(step.name, {}).get("outputs") == outputs
 
     def keep(self, *steps: Step) -> None:
         """Note steps that ended; on the disk at once."""
         for step in steps:
-            self.steps[step.name] = Ended(inputs=plain(step.inputs), outputs=hashes(*step.outputs))
-        ended = {name: step.model_dump() for name, step in self.steps.items()}
-        write_json(self.path, signed({"steps": ended}))
+            self.steps[step.name] = {"inputs": plain(step.inputs), "outputs": hashes(*step.outputs)}
+        write_json(self.path, signed({"steps": self.steps}))
 
     def run(self, steps: Sequence[Step], work: Callable[[list[Step]], object], *, again: bool = False) -> bool:
         """Do the work of the stale steps, if any; returns whether there were. again: they are all stale."""
