@@ -89,7 +89,7 @@ def test_from_text_to_report_once_and_then_nothing(tiny_model: Path, tiny_corpus
     assert first.exit_code == 0, first.output
     stages = ("harvest", "train", "analyze", "contexts", "report")
     assert "; ".join(f"{stage}: done" for stage in stages) in first.stdout
-    lines = [line.split()[0] for line in first.stdout.splitlines()]
+    lines = [line.split()[0] for line in first.stdout.splitlines() if line.strip()]
     assert {"first", "second"} <= set(lines)
     there = written(out)
     expected = {
