@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 import pytest
 
+import routesae
 from routesae.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,6 +58,11 @@ def test_a_command_has_a_page_with_every_flag_that_it_takes(name: str, site: Pat
     assert [name for name in names if f"<code>{name}" not in page] == []
     assert command.epilog
     assert command.epilog in page
+
+
+def test_every_name_of_the_api_has_its_paragraphs(site: Path) -> None:
+    page = (site / "reference" / "api.html").read_text()
+    assert [name for name in routesae.API if f'id="routesae.api.{name}"' not in page] == []
 
 
 def test_nothing_of_the_site_is_loaded_from_elsewhere(site: Path) -> None:
