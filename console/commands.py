@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import select
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -193,7 +194,7 @@ class Commands(click.Group):
         stdout = sys.stdout
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="backslashreplace")  # a terminal of ASCII has no ±
+                stream.reconfigure(errors="backslashreplace")  # one of latin-1 has no ℓ
         try:
             code = super().main(*args, **{**more, "standalone_mode": False})
         except click.exceptions.NoArgsIsHelpError as error:
@@ -246,7 +247,8 @@ class Commands(click.Group):
 def hung_up() -> bool:
     """Whether nobody reads standard output any more."""
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        return True
-    return False
+        poll = select.poll()
+        poll.register(sys.stdout, 0)
+        return bool(poll.poll(0))
+    except (OSError, ValueError):  # it is no file, or a closed one
+        return False

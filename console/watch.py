@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from routesae import __version__
 from routesae.console.options import Watch
 from routesae.console.terminal import columns, styled
-from routesae.machine.files import read_bytes, write_json
+from routesae.machine.files import write_json
 from routesae.machine.stop import terminating
 from routesae.reporting import FailedRun, Progress, Report, Stopped, WrongInput, shortened, visible
 
@@ -185,30 +185,22 @@ class Status:
 
     def end(self, error: BaseException | None) -> None:
         """Write how the run ended: finished, stopped or failed, and why."""
-        if isinstance(error, WrongInput):
-            if self._wrote_at is not None and self.path is not None:
-                with suppress(OSError):
-                    self.path.unlink(missing_ok=True)
-        elif error is None:
-            if self._wrote_at is not None or self._is_stale():
-                self._write("finished", None)
-        elif isinstance(error, Stopped | KeyboardInterrupt):
-            self._write("stopped", str(error) or None)
-        else:
-            explained = isinstance(error, FailedRun | OSError)
-            self._write("failed", str(error) if explained else f"{type(error).__name__}: {error}")
-
-    def _is_stale(self) -> bool:
-        """Whether an older run left a status that is not of its end. A run with nothing to do writes no other."""
-        try:
-            return self.path is not None and b'"finished"' not in read_bytes(self.path)
-        except (OSError, ValueError):
-            return False
+        stopped = isinstance(error, Stopped | KeyboardInterrupt)
+        state = "finished" if error is None else "stopped" if stopped else "failed"
+        known = error is None or stopped or isinstance(error, FailedRun | OSError)
+        message = (str(error or "") or None) if known else f"{type(error).__name__}: {error}"
+        self._write("refused" if isinstance(error, WrongInput) else state, message)
 
     def _write(self, state: str, message: str | None) -> None:
+        if self.path is None or (state == "refused" and self._wrote_at is None):
+            return
+        content = {**self._head, "updated": _now(), "state": state, "message": message, **self._progress}
         try:
-            if self.path is not None and self.path.parent.is_dir():
-                content = {**self._head, "updated": _now(), "state": state, "message": message, **self._progress}
+            if state == "refused":
+                self.path.unlink(missing_ok=True)
+            elif state == "finished" and self._wrote_at is None and not self.path.exists():
+                pass  # it had nothing to do; what an older run left would be corrected
+            elif self.path.parent.is_dir():
                 write_json(self.path, content)
         except (OSError, ValueError) as error:
             log.warning("%s is no longer written: %s", self.path, error)
@@ -219,26 +211,19 @@ class Status:
 def status_path(command: str, settings: Any) -> Path | None:
     """The status file of a command that fills a folder on a disk, or None. Of several workers each has its own.
 
-    That of a cache lies beside it, because zarr warns of files in its groups.
+    That of a cache lies beside it, because zarr warns of files in its groups. Of torchrun's processes that train, the
+    first reports for all.
     """
-    number = os.environ.get("RANK") if os.environ.get("WORLD_SIZE", "1") != "1" else None
-    match command:
-        case "harvest":
-            number = number if settings.worker is None else str(settings.worker)
-        case "train" if os.environ.get("RANK", "0") != "0":  # of torchrun's processes, the first reports for all
-            return None
-        case "train" | "ablation" | "contexts" | "interpret" | "run":
-            pass
-        case _:
-            return None
-    folder = settings.out
-    if command in ("contexts", "interpret") and len(settings.saes) == 1 and Path(settings.saes[0]).is_dir():
-        folder = settings.saes[0]
-    name = "status.json" if number is None else f"status-{number}.json"
-    if "://" in str(folder):
+    rank, alone = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1") == "1"
+    fills = ("harvest", "train", "ablation", "contexts", "interpret", "run")
+    if command not in fills or "://" in str(settings.out) or (command == "train" and rank != "0"):
         return None
-    beside = Path(folder).absolute()
-    return beside.with_name(f"{beside.name}.{name}") if command == "harvest" else Path(folder) / name
+    saes: tuple[str, ...] = settings.saes if command in ("contexts", "interpret") else ()
+    folder = Path(saes[0] if len(saes) == 1 and Path(saes[0]).is_dir() else settings.out)
+    worker = settings.worker if command == "harvest" else None
+    number = worker if worker is not None else None if alone else rank
+    name = "status.json" if number is None else f"status-{number}.json"
+    return folder.absolute().with_name(f"{folder.absolute().name}.{name}") if command == "harvest" else folder / name
 
 
 @contextmanager

@@ -212,7 +212,7 @@ def _read(value: Any, kind: Any, choices: Collection[str]) -> Any:
 
 def read_count(text: str) -> int:
     """200000, 200k, 10M or 1.5B as a number. Raises ValueError for anything else."""
-    from decimal import Decimal, InvalidOperation
+    from decimal import Decimal
 
     number, factor = text.strip().lower(), 1
     if number and number[-1] in SUFFIXES:
@@ -221,7 +221,7 @@ def read_count(text: str) -> int:
         count = Decimal(number) * factor  # exact: 16.1k is 16,100, and as a float it is not
         if abs(count) <= LARGEST_COUNT and count == int(count):  # in this order: int() of 1e999999999 takes for ever
             return int(count)
-    except (InvalidOperation, OverflowError, ValueError):
+    except (ArithmeticError, ValueError):
         pass
     raise ValueError(f"{shortened(repr(text))} is not a whole number such as 200000, 200k or 10M")
 

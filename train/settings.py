@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -30,6 +31,8 @@ from routesae.reporting import WrongInput
 
 if TYPE_CHECKING:
     from routesae.train.saes import SAE
+
+MOST_RUNS = 1_000  # SAEs in one pass; what a file of settings could ask for has no end
 
 
 @cache
@@ -291,6 +294,10 @@ def settings_of(
         run = {name: value for name, value in overridden(shared, own, flags).items() if name in RunSettings.described}
         swept = {name: run[name] for name, one in RunSettings.described.items() if one.swept and name in run}
         axes = [value if isinstance(value, list | tuple) else [value] for value in swept.values()]
+        if len(tables) * math.prod(map(len, axes)) > MOST_RUNS:
+            raise WrongInput(
+                f"{config or 'flags'}: over than {MOST_RUNS:,} SAEs in one pass; divide them among several"
+            )
         common = {name for name in run if name in flags or name not in own}
         runs += [({**run, **dict(zip(swept, values, strict=True))}, common) for values in product(*axes)]
     of_pass = {name: v for name, v in overridden(shared, flags).items() if name not in RunSettings.described}

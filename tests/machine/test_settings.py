@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +79,7 @@ def test_the_table_below_is_of_every_settings_class() -> None:
     ours = {
         of.__name__ for of in below(Settings) if of.__module__.startswith("routesae.") and "test" not in of.__module__
     }
-    assert ours - {of.__name__ for of in CLASSES} == {"Settings", "ChatSettings", "PipelineSettings"}
+    assert ours - {of.__name__ for of in CLASSES} == {"Settings", "ChatSettings", "PipelineSettings", "Recipe"}
 
 
 @pytest.mark.parametrize("of", CLASSES)
@@ -209,6 +211,42 @@ def test_tables_are_spelled_as_flags_are(tmp_path: Path) -> None:
     assert by_field({"every-steps": 5}, "t", Small) == by_field({"every_steps": 5}, "t", Small) == {"every_steps": 5}
     with pytest.raises(WrongInput, match=r"^f.toml, \[x\]: unknown setting 'evry'; did you mean 'every'\?$"):
         by_field({"evry": 5}, "f.toml, [x]", Small)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        ".".join("a" * 20_000) + " = 1",
+        "[" + ".".join("a" * 100_000) + "]",
+        "a = " + "[" * 100_000,
+        "a = " + "{a = " * 5_000,
+        "k = " + "1" * 100_000,
+        "a" * 300_000 + " = 1",
+        "\n".join(f"k{i} = 1" for i in range(100_000)),
+        "a" * 200_000 + " = 1",
+        "k = '" + "1" * 200_000 + "'",
+        "k = '1e999999999'",
+        "k = [" + "'x'," * 50_000 + "]",
+        "[[run]]\n" * 20_000,
+        f"k = {list(range(1, 5000))}\nlayer = {list(range(5000))}",
+    ],
+)
+def test_an_absurd_toml_file_is_refused_in_one_short_line_within_seconds(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "train.toml"
+    file.write_text(text)
+    began = time.process_time()
+    with pytest.raises(WrongInput) as refusal:
+        TrainSettings.from_flags({"config": str(file)})
+    assert time.process_time() - began < 2
+    assert len(str(refusal.value).splitlines()) == 1
+    assert len(str(refusal.value)) < 2_000 + len(str(file))
+
+
+def test_a_toml_file_that_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.toml")
+    for path in (tmp_path / "fifo.toml", tmp_path, Path("/dev/zero"), Path("/dev/null")):
+        with pytest.raises(WrongInput, match=rf"--config {path} cannot be read: not a regular file"):
+            read_toml(str(path))
 
 
 def test_a_toml_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
