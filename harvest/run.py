@@ -60,9 +60,8 @@ def harvest(settings: HarvestSettings, report: Report = silent) -> Cache:
     claims = Claims(folder)
     with early, disk_faults(folder, lambda: _kept(output), lambda: claims.has_taken), claims:
         is_resumed = output.is_begun()
-        open_or_begin(output, settings, config, lm_dtype, claims, report, prove)
+        cache = open_or_begin(output, settings, config, lm_dtype, claims, report, prove)
         remove_partial_shards(folder, claims)
-        cache = output.opened()
         cache.tokens(), cache.document_starts()  # refused where they are not what was written
         output.publish_left(cache, claims)
         if missing := len(cache.missing()):

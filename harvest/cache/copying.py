@@ -20,7 +20,7 @@ from routesae.harvest.cache.reader import Cache, Shard, damaged, open_storage, r
 from routesae.harvest.cache.storage import Storage, is_url
 from routesae.harvest.cache.store.bucket import BucketFolder
 from routesae.harvest.cache.store.disk import DiskFolder
-from routesae.harvest.cache.verify import hash_shard, verify_root
+from routesae.harvest.cache.verify import Hashes, hash_shard, verify_root
 from routesae.harvest.cache.writer import (
     ROOT_ARRAYS,
     TOKENS,
@@ -136,20 +136,17 @@ def _copy_to_store(source: Cache, wanted: list[Shard], target: BucketFolder, rep
         if not target.exists("zarr.json"):
             begin_in_store(begin_copy(source, scratch / "root") if is_url(source.path) else source, target)
         for done, shard in enumerate(wanted, 1):
+            name = shard_name(shard.record.index)
+            arrived = Shard(target / name, shard.manifest, shard.record)
             if is_url(shard.path):
                 copy_shard(shard, scratch)
-                shard = Shard(DiskFolder(scratch) / shard_name(shard.record.index), shard.manifest, shard.record)
+                shard = Shard(DiskFolder(scratch) / name, shard.manifest, shard.record)
             elif problems := hash_shard(shard)[0]:
                 raise damaged(shard.path, arrays.BadArray(problems[0]))
-            _send_shard(shard, target)
-            shutil.rmtree(scratch / shard_name(shard.record.index), ignore_errors=True)
+            names = shard_arrays(shard.manifest)
+            send(shard.storage.folder(), target / name, names, partial(hash_shard, arrived))
+            shutil.rmtree(scratch / name, ignore_errors=True)
             report(Progress("copy", done, len(wanted), "shards", {}))
-
-
-def _send_shard(shard: Shard, target: BucketFolder) -> None:
-    arrived = Shard(target / shard_name(shard.record.index), shard.manifest, shard.record)
-    names = shard_arrays(shard.manifest)
-    send(shard.storage.folder(), target / shard_name(shard.record.index), names, lambda: hash_shard(arrived)[0])
 
 
 def begin_in_store(source: Cache, target: BucketFolder) -> None:
@@ -158,7 +155,7 @@ def begin_in_store(source: Cache, target: BucketFolder) -> None:
     require_unused(target)
     if problems := verify_root(source.storage, source.manifest)[0]:
         raise WrongInput(f"{source.path}: {problems[0]}")
-    send(source.folder, target, ROOT_ARRAYS, lambda: verify_root(target, source.manifest)[0])
+    send(source.folder, target, ROOT_ARRAYS, partial(verify_root, target, source.manifest))
 
 
 def require_unused(target: BucketFolder) -> None:
@@ -167,21 +164,22 @@ def require_unused(target: BucketFolder) -> None:
         raise WrongInput(f"{target} holds {strange[0]} and is not a routesae cache; give a new place")
 
 
-def send(folder: Path, target: BucketFolder, names: Sequence[str], wrong: Callable[[], list[str]] = list) -> None:
+def send(
+    folder: Path,
+    target: BucketFolder,
+    names: Sequence[str],
+    verify: Callable[[], tuple[list[str], Hashes]] | None = None,
+) -> None:
     """Send the arrays `names` below a group's folder, then its zarr.json, without which it does not exist there.
 
-    wrong: what is wrong with the arrays that arrived. Raises FailedRun where something is, or a size differs.
+    verify: reads what arrived again. Raises FailedRun where it finds a problem, or a size differs.
     """
     files = [file for name in names for file in _files(name)]
     for file in files:
         target.upload(folder / file, file)
     arrived = target.sizes()
-    cut = [
-        f"{file}: not the bytes that were sent"
-        for file in files
-        if arrived.get(file) != (folder / file).stat().st_size
-    ]
-    if problems := cut or wrong():
+    cut = [f"{file}: not all of it" for file in files if arrived.get(file) != (folder / file).stat().st_size]
+    if problems := cut or (verify()[0] if verify is not None else []):
         raise FailedRun(f"{target}: {problems[0]} after it was sent; the same command sends it again")
     target.put("zarr.json", (folder / "zarr.json").read_bytes())
 

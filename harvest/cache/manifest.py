@@ -15,7 +15,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from routesae.harvest.cache.arrays import BadArray
-from routesae.reporting import WrongInput
+from routesae.reporting import WrongInput, shortened
 
 Ids = npt.NDArray[np.int32]
 FORMAT_VERSION: Final = 4  # 1 had no token_mean and token_std, 2 hashed every byte twice, 3 not all of them once
@@ -231,8 +231,7 @@ def _first(error: ValidationError) -> str:
 
 
 def _short(value: object) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 80 else f"{shown[:80]}…"
+    return shortened(repr(value), 80)
 
 
 def token_bytes(layers: int, width: int, dtype: str) -> int:

@@ -109,13 +109,11 @@ def repair(path: str, report: Report = silent) -> Repaired:
 
 def require_intact(cache: Cache, report: Report = silent) -> None:
     """Raises WrongInput naming the first thing whose checksum differs. Reads all of the cache."""
-    problems = verify_root(cache.storage, cache.manifest)[0]
-    for _, shard_problems, _ in _verified(cache, "verify", report):
-        if problems := problems or shard_problems:
-            raise WrongInput(
-                f"{cache.path}: {problems[0]}; `routesae cache repair` removes bad shards, and the same routesae "
-                "harvest then writes those again"
-            )
+    if problems := verify(cache.path, report).problems:
+        raise WrongInput(
+            f"{cache.path}: {problems[0]}; `routesae cache repair` removes bad shards, and the same routesae "
+            "harvest then writes those again"
+        )
 
 
 def _verified(cache: Cache, stage: str, report: Report) -> Iterator[tuple[int, list[str], Hashes]]:

@@ -56,25 +56,16 @@ def write_tokens(folder: Path, settings: HarvestSettings, tokenizer: Any, report
             report(Progress("tokenise", rows * settings.context, settings.tokens, "tokens", facts))
         counts.check_malformed()
         if counts.documents == 0:
-            short = (
-                f"; {counts.short} were empty or shorter than --min-chars {settings.min_chars}"
-                if counts.short
-                else ""
-            )
-            raise WrongInput(f"corpus {settings.data} has no document to use{short}")
+            short = f"{counts.short} were empty or shorter than --min-chars {settings.min_chars}"
+            raise WrongInput(f"corpus {settings.data} has no document to use; {short}")
         if rows == 0:
             raise WrongInput(
                 f"corpus {settings.data} is too small for one row of {settings.context} tokens; "
                 "give a smaller --context or more text"
             )
     if rows < wanted:
-        held = f"{rows * settings.context:,}"
-        log.warning(
-            "%s holds %s tokens, not the %s asked for; all of them are used",
-            settings.data,
-            held,
-            f"{settings.tokens:,}",
-        )
+        held = f"{rows * settings.context:,} tokens, not the {settings.tokens:,} asked for; all of them are used"
+        log.warning("%s holds %s", settings.data, held)
     document_starts = np.array(starts, "<i8")
     arrays.write_array(folder / "document_starts", document_starts, chunk_rows=max(1, len(starts)))
     return {

@@ -15,6 +15,7 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import io
+import itertools
 import json
 import logging
 import os
@@ -26,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from routesae.reporting import FailedRun, WrongInput
+from routesae.reporting import FailedRun, WrongInput, shortened, visible
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,9 @@ MALFORMED_LIMIT = 0.01  # share of entries; above it the file is not what the us
 MALFORMED_MIN_SEEN = 1000  # entries seen before a running share means anything
 MALFORMED_SHOWN = 10
 OTHERS_SHOWN = 8  # files that are passed over
+LARGEST_BYTES = 1 << 28  # of a document: whatever is longer was never meant to be one
+TOO_LONG = f"{LARGEST_BYTES:,} bytes or more; cut it into documents"
+UNREADABLE = (OSError, EOFError, zlib.error)
 NAMES = ".txt, .parquet, .jsonl, .json, .ndjson, or one of these three with .gz or .zst"
 NOTICES = re.compile(
     r"(?<![a-z])(licen[cs]e|readme|copying|copyright|notice|changelog|authors|citation|requirement|checksum|sha256sum)"
@@ -58,9 +62,9 @@ class TextCounts:
     malformed: list[str] = field(default_factory=list)
 
     def note_malformed(self, origin: str, reason: str) -> None:
-        self.malformed.append(f"{origin}: {reason}")
+        self.malformed.append(visible(f"{origin}: {reason}"))
         if len(self.malformed) <= MALFORMED_SHOWN:
-            log.warning("malformed document skipped: %s: %s", origin, reason)
+            log.warning("malformed document skipped: %s", self.malformed[-1])
         if self.entries >= MALFORMED_MIN_SEEN:
             self.check_malformed()
 
@@ -117,17 +121,19 @@ def _entries(data: str, text_field: str, split: str, config: str | None, seed: i
     if path.is_dir():
         files = _corpus_files(path, text_field)
         random.Random(seed).shuffle(files)
-    elif path.exists():
+    elif path.is_file():
         files = [path]
+    elif path.exists():
+        raise WrongInput(
+            f"corpus {data} is neither a file nor a folder but a pipe, a socket or a device; give a file"
+        )
     elif _reader(path) is not None or data.startswith((".", "/", "~")) or data.count("/") > 1:
         raise WrongInput(f"corpus {data} does not exist; give a file, a folder, a hub dataset id or demo")
     else:
         yield from _hub_entries(data, text_field, split, config)
         return
     for file in files:
-        if (reader := _reader(file)) is None:
-            raise WrongInput(f"{file} is not a corpus: its name must end in {NAMES}")
-        yield from _readable(file, reader(file, text_field))
+        yield from _file_entries(file, text_field)
 
 
 def _corpus_files(path: Path, text_field: str) -> list[Path]:
@@ -157,7 +163,7 @@ def _corpus_files(path: Path, text_field: str) -> list[Path]:
         others += map(str, notices)
         files = [file for file in files if file not in notices]
     if others:
-        shown = ", ".join(sorted(others)[:OTHERS_SHOWN]) + (" …" if len(others) > OTHERS_SHOWN else "")
+        shown = visible(", ".join(sorted(others)[:OTHERS_SHOWN])) + (" …" if len(others) > OTHERS_SHOWN else "")
         log.warning("%s: files read: %d; passed over: %d (%s)", path, len(files), len(others), shown)
     if not files:
         raise WrongInput(
@@ -167,10 +173,8 @@ def _corpus_files(path: Path, text_field: str) -> list[Path]:
 
 
 def _reader(path: Path) -> Callable[[Path, str], Iterator[_Entry]] | None:
-    name = path.name.lower()
-    if re.search(r"\.(jsonl|ndjson|json)(\.gz|\.zst)?$", name):
-        return _jsonl_entries
-    return {".parquet": _parquet_entries, ".txt": _txt_entries}.get(path.suffix.lower())
+    name = re.sub(r"(json|jsonl|ndjson)\.(gz|zst)$", r"\1", path.name.lower())
+    return READERS.get(name[name.rfind(".") :])
 
 
 def _holds_documents(file: Path, text_field: str) -> bool:
@@ -179,18 +183,20 @@ def _holds_documents(file: Path, text_field: str) -> bool:
         return reader is not None
     try:
         _, text = next(reader(file, text_field), ("", _Malformed("no line")))
-    except (OSError, EOFError, zlib.error):
+    except UNREADABLE:
         return True  # whoever reads it names what is wrong
     return not isinstance(text, _Malformed)
 
 
-def _readable(file: Path, entries: Iterator[_Entry]) -> Iterator[_Entry]:
-    """Raises FailedRun, naming the file and the remedy, where it cannot be read to its end."""
+def _file_entries(file: Path, text_field: str) -> Iterator[_Entry]:
+    """Raises WrongInput for a file of no known kind, FailedRun where it cannot be read to its end."""
+    if (reader := _reader(file)) is None:
+        raise WrongInput(f"{file} is not a corpus: its name must end in {NAMES}")
     import pyarrow
 
     try:
-        yield from entries
-    except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as broken:
+        yield from reader(file, text_field)
+    except (*UNREADABLE, pyarrow.ArrowException) as broken:
         remedy = "fetch or write the file again"
         if "too much memory for decoding" in str(broken):  # a window of more than 128 MB
             remedy = f"decompress it first: zstd -d --long=31 {file}"
@@ -201,7 +207,7 @@ def _readable(file: Path, entries: Iterator[_Entry]) -> Iterator[_Entry]:
 
 def _one_line(error: Exception) -> str:
     """What a library says, which may be anything."""
-    return "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))[:300]
+    return shortened(visible(" ".join(str(error).split())), 300)
 
 
 def _open_bytes(path: Path) -> io.BufferedIOBase:
@@ -215,9 +221,15 @@ def _open_bytes(path: Path) -> io.BufferedIOBase:
 
 
 def _jsonl_entries(path: Path, text_field: str) -> Iterator[_Entry]:
-    with _open_bytes(path) as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
+    with _open_bytes(path) as file:
+        for number in itertools.count(1):
+            if not (line := file.readline(LARGEST_BYTES)):
+                return
+            if len(line) == LARGEST_BYTES:
+                yield f"{path}:{number}", _Malformed(f"a line of {TOO_LONG}")
+                while line and not line.endswith(b"\n"):
+                    line = file.readline(LARGEST_BYTES)
+            elif line.strip():
                 yield f"{path}:{number}", _text_of_line(line, text_field)
 
 
@@ -243,7 +255,11 @@ def _text_of(value: object, text_field: str) -> str | _Malformed | None:
 
 
 def _txt_entries(path: Path, text_field: str) -> Iterator[_Entry]:
-    data = path.read_bytes()
+    with path.open("rb") as file:
+        data = file.read(LARGEST_BYTES)
+    if len(data) == LARGEST_BYTES:
+        yield str(path), _Malformed(f"a text of {TOO_LONG}")
+        return
     try:  # a byte order mark says which encoding it is, and is no part of the text
         yield str(path), data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError as error:
@@ -300,6 +316,15 @@ def _hub_entries(dataset_id: str, text_field: str, split: str, config: str | Non
         raise WrongInput(
             f"dataset {dataset_id!r}, split {split!r} cannot be read from the hub: {reason}. {remedy}"
         ) from error
+
+
+READERS = {
+    ".jsonl": _jsonl_entries,
+    ".ndjson": _jsonl_entries,
+    ".json": _jsonl_entries,
+    ".parquet": _parquet_entries,
+    ".txt": _txt_entries,
+}
 
 
 def demo_corpus() -> Path:

@@ -100,7 +100,7 @@ def open_or_begin(
             f"{output.out} was begun with other settings: {'; '.join(changes)}. "
             "Give the settings it was begun with, or another --out"
         )
-    return cache
+    return output.opened(cache)
 
 
 def _begin(

@@ -65,18 +65,16 @@ class Output:
         require_unused(self.store)
         return False
 
-    def opened(self) -> Cache:
-        """The cache to write into, begun in the store too. Raises WrongInput if the store has another cache."""
-        cache = Cache(self.folder)
-        if self.store is None:
-            return cache
-        if not self.store.exists("zarr.json"):
-            begin_in_store(cache, self.store)
-        try:
-            require_same_cache(cache, Cache(self.store))
-        except WrongInput as differs:
-            raise WrongInput(f"{differs}; delete {self.folder}, which nothing needs, or give another --out") from None
-        cache.shards_at = self.store
+    def opened(self, cache: Cache) -> Cache:
+        """The cache of `folder`, begun in the store too. Raises WrongInput if the store has another cache."""
+        if self.store is not None:
+            if not self.store.exists("zarr.json"):
+                begin_in_store(cache, self.store)
+            try:
+                require_same_cache(cache, Cache(self.store))
+            except WrongInput as differs:
+                raise WrongInput(f"{differs}; delete {self.folder}, or give another --out") from None
+            cache.shards_at = self.store
         return cache
 
     def publish(self, cache: Cache, index: int) -> None:

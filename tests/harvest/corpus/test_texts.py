@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import socket
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from routesae.harvest.corpus import texts
 from routesae.harvest.corpus.texts import TextCounts, read_documents
 from routesae.harvest.corpus.tokens import Fingerprint
 from routesae.reporting import FailedRun, WrongInput
@@ -526,3 +529,54 @@ def test_a_file_that_may_not_be_read_is_one_line(name: str, tmp_path: Path) -> N
     (tmp_path / name).chmod(0)
     with pytest.raises(FailedRun, match=f"{name} cannot be read to its end: .*make it readable"):
         read(tmp_path)
+
+
+# ------------------------------------------------------------------------------ what is no file, and what is endless
+
+
+def special(kind: str, path: Path) -> None:
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as one:
+            one.bind(str(path))
+    else:
+        path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.jsonl", "x.parquet", "x"])
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device"])
+def test_a_pipe_a_socket_and_a_device_are_refused_and_in_a_folder_passed_over(
+    kind: str, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with tempfile.TemporaryDirectory() as short:  # a socket's path has at most 108 bytes
+        special(kind, Path(short, name))
+        with pytest.raises(WrongInput, match="is neither a file nor a folder but a pipe, a socket or a device"):
+            read(f"{short}/{name}")
+        Path(short, "a.txt").write_text("a text of more than a few characters")
+        assert len(read(short)[0]) == 1
+        assert f"passed over: 1 ({short}/{name})" in caplog.text
+
+
+def test_a_document_without_an_end_is_malformed_and_the_next_one_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(texts, "LARGEST_BYTES", 1000)
+    lines = [json.dumps({"text": letter * length}) for letter, length in (("a", 900), ("b", 3000), ("c", 900))]
+    with gzip.open(tmp_path / "x.jsonl.gz", "wt") as file:
+        file.write("\n".join(lines))
+    counts = TextCounts()
+    options: dict[str, Any] = {"text_field": "text", "split": "train", "min_chars": 0, "seed": 0, "counts": counts}
+    with pytest.raises(FailedRun, match=r"x.jsonl.gz:2: a line of .* bytes or more; cut it into documents"):
+        list(read_documents(str(tmp_path / "x.jsonl.gz"), **options))
+    assert (counts.entries, counts.documents) == (3, 2)
+    (tmp_path / "y.txt").write_text("b" * 1000)
+    with pytest.raises(FailedRun, match=r"y.txt: a text of .* bytes or more"):
+        read(tmp_path / "y.txt")
+
+
+def test_a_name_that_would_act_on_a_terminal_is_spelled_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "\x1b[2J\u202e.txt").write_bytes(b"\xff" * 200)
+    with pytest.raises(FailedRun, match=r"<U\+001B>\[2J<U\+202E>.txt: not UTF-8"):
+        read(tmp_path)
+    assert "\x1b" not in caplog.text
