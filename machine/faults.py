@@ -14,12 +14,17 @@ _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 @contextmanager
-def disk_faults(path: Path, kept: Callable[[], str], has_begun: Callable[[], bool] = lambda: False) -> Iterator[None]:
+def disk_faults(
+    path: Path,
+    kept: Callable[[], str],
+    has_begun: Callable[[], bool] = lambda: False,
+    again: str = "run the same command again",
+) -> Iterator[None]:
     """While open, turn an OSError about `path` into FailedRun if the disk is full or the folder is gone or can no
     longer be written, and into WrongInput if it never could. Other errors pass.
 
     kept: says what the run leaves on the disk. has_begun: whether the run has written anything. Both are called only
-    after an error.
+    after an error. again: how to go on.
     """
     try:
         yield
@@ -29,13 +34,10 @@ def disk_faults(path: Path, kept: Callable[[], str], has_begun: Callable[[], boo
             raise
         reason = error.strerror or str(error)
         if error.errno in _FULL:
-            raise FailedRun(
-                f"no room left at {path} ({reason}): {kept()}; make room and run the same command again"
-            ) from error
+            raise FailedRun(f"no room left at {path} ({reason}): {kept()}; make room and {again}") from error
         if error.errno in _FORBIDDEN and has_begun():
             raise FailedRun(
-                f"{path} can no longer be written ({reason}): {kept()}; make it writable and run the same command "
-                "again"
+                f"{path} can no longer be written ({reason}): {kept()}; make it writable and {again}"
             ) from error
         if error.errno in _FORBIDDEN:
             raise WrongInput(
@@ -45,7 +47,6 @@ def disk_faults(path: Path, kept: Callable[[], str], has_begun: Callable[[], boo
             with suppress(OSError):  # a writer may have made the folder anew
                 path.rmdir()
             raise FailedRun(
-                f"{path} was deleted or unmounted while it was written; bring it back and run the same command "
-                "again, or begin anew"
+                f"{path} was deleted or unmounted while it was written; bring it back and {again}, or begin anew"
             ) from error
         raise

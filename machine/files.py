@@ -15,6 +15,7 @@ import secrets
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,7 +32,7 @@ class BadFile(ValueError):
     """A file cannot be read safely. The message says why, without the path."""
 
 
-def open_regular(path: Path | str) -> BinaryIO:
+def open_regular(path: Path | str) -> BufferedReader:
     """Open a regular file to read it. Raises BadFile if it is another kind, OSError if it cannot be opened."""
     if not stat.S_ISREG(Path(path).stat().st_mode):  # first, as merely opening a device may do something
         raise BadFile("not a regular file")

@@ -6,22 +6,28 @@ Dimension letters: F latents, L layers.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 
-from routesae.machine.files import refuse_link
-from routesae.reporting import FailedRun
+from routesae.machine.files import BadFile, parse_json, read_bytes, refuse_link, signed
+from routesae.reporting import FailedRun, WrongInput
 from routesae.train.evaluate import entropy
 from routesae.train.folder.checkpoint import METRICS_FILE
 from routesae.train.losses import Objective
 from routesae.train.ranks.distributed import batch_rows, batch_sum
 from routesae.train.saes import SAE, Forward
 from routesae.train.trackers import Tracker
+
+log = logging.getLogger(__name__)
+LARGEST_METRICS_BYTES = 1 << 28
 
 
 class StepLog:
@@ -34,8 +40,7 @@ class StepLog:
         self.sae, self.trackers, self.peak_lr = sae, trackers, peak_lr
         self.writes = folder is not None
         self.path = Path(os.devnull) if folder is None else folder / METRICS_FILE
-        refuse_link(self.path)
-        self.file = self.path.open("a+")
+        self.file = _open(self.path)
         self.tokens_done = 0  # up to the last line
         self.lr, self.dead = 0.0, 0.0
         self.tokens = 0  # since the last line
@@ -92,10 +97,9 @@ class StepLog:
             top = int(shares_L.argmax())
             shown[f"layer {layers[top]}"] = f"{float(shares_L[top]):.0%}"
         shown["tokens/s"] = f"{line['tokens_per_second']:,.0f}"
-        self.file.write(json.dumps(line) + "\n")
+        self.file.write(json.dumps(signed(line)) + "\n")
         self.file.flush()
-        for tracker in self.trackers:
-            tracker.log(step, line)
+        self._tell(lambda tracker: tracker.log(step, line))
         self.sums.zero_()
         self.routed_L.zero_()
         self.tokens, self.waited_seconds, self.began = 0, 0.0, time.perf_counter()
@@ -104,22 +108,33 @@ class StepLog:
     def write_held_out(self, step: int, scores: dict[str, Any]) -> None:
         """Give the trackers the scores on the held-out rows; cfg.json has them anyway."""
         known = {name: value for name, value in scores.items() if value is not None}
-        for tracker in self.trackers:
-            tracker.log(step, {"held_out": known})
+        self._tell(lambda tracker: tracker.log(step, {"held_out": known}))
+
+    def _tell(self, what: Callable[[Tracker], None]) -> None:
+        """What a tracker raises is warned of, and the run goes on without it: its lines are in metrics.jsonl."""
+        for tracker in list(self.trackers):
+            try:
+                what(tracker)
+            except Exception as error:
+                log.warning("%s takes no more lines (%s: %s)", type(tracker).__name__, type(error).__name__, error)
+                self.trackers.remove(tracker)
+
+    def keep(self) -> None:
+        """Have all lines on the disk, also if somebody deleted the folder: the open file still has them."""
+        self.file.flush()
+        if not self.path.exists():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file.seek(0)
+            deleted, self.file = self.file, _open(self.path)
+            self.file.write(deleted.read())
+            self.file.flush()
+            deleted.close()
+        if self.writes:
+            os.fsync(self.file.fileno())
 
     def tensors(self) -> dict[str, Tensor]:
         """The state for a checkpoint: sums, and how long metrics.jsonl is, which is then on the disk."""
-        self.file.flush()
-        if not self.path.exists():  # somebody deleted the folder: the open file still has all lines
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file.seek(0)
-            lines = self.file.read()
-            self.file.close()
-            self.file = self.path.open("a+")
-            self.file.write(lines)
-            self.file.flush()
-        if self.writes:
-            os.fsync(self.file.fileno())
+        self.keep()
         counts = torch.tensor([self.file.tell(), self.tokens_done, self.tokens])
         return {"log.start": self.start, "log.sums": self.sums, "log.routed": self.routed_L, "log.counts": counts}
 
@@ -136,6 +151,34 @@ class StepLog:
 
     def close(self) -> None:
         """Close the file and the trackers; once is enough."""
-        self.file.close()
-        while self.trackers:
-            self.trackers.pop().close()
+        with suppress(OSError):  # of a full disk, which has been said; `keep` has written what is to last
+            self.file.close()
+        self._tell(lambda tracker: tracker.close())
+        self.trackers.clear()
+
+
+def _open(path: Path) -> TextIO:
+    refuse_link(path)
+    return open(path, "a+", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666))
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of an SAE's metrics.jsonl, or [] if it has none. Raises WrongInput naming a line that was altered.
+
+    Lines without a hash, of earlier versions, are read as they are.
+    """
+    path = folder / METRICS_FILE
+    if not path.exists():
+        return []
+    lines: list[dict[str, Any]] = []
+    try:
+        for text in read_bytes(path, LARGEST_METRICS_BYTES).splitlines():
+            line = parse_json(text)
+            if not isinstance(line, dict) or ("hash" in line and line != signed(line)):
+                raise BadFile("it is not what was written")
+            lines.append({name: value for name, value in line.items() if name != "hash"})
+    except (OSError, BadFile) as error:
+        raise WrongInput(
+            f"{path} cannot be read beyond line {len(lines)} ({error}); copy the SAE's folder again"
+        ) from error
+    return lines

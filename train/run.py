@@ -22,7 +22,8 @@ import torch
 from routesae import __version__
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.cache.verify import require_intact
-from routesae.machine.lock import hold
+from routesae.machine.faults import disk_faults
+from routesae.machine.lock import Lock, hold
 from routesae.machine.memory import keep_freed_memory
 from routesae.machine.stop import stop_code, stop_requests
 from routesae.reporting import FailedRun, Progress, Report, Stopped, WrongInput, silent
@@ -76,7 +77,10 @@ def train(settings: TrainSettings, report: Report = silent) -> list[TrainResult]
     """
     require_trackers(settings.log)
     divided = settings.shard or settings.cpu_offload
-    with joined_ranks(group=divided) as ranks, ExitStack() as stack:
+    locks: list[Lock] = []
+    kept, again = "the last checkpoint stays", "give the same command with --resume"
+    faults = disk_faults(Path(settings.out), lambda: kept, lambda: bool(locks), again)
+    with faults, joined_ranks(group=divided) as ranks, ExitStack() as stack:
         report = report if ranks.first else silent
         with ranks.all_or_none():
             device = ranks.device(settings.device)
@@ -87,7 +91,8 @@ def train(settings: TrainSettings, report: Report = silent) -> list[TrainResult]
             selection = _selection(cache, jobs, settings, ranks)
             for job in jobs if ranks.first else []:
                 job.folder.parent.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(hold(job.folder.with_name(f".{job.name}.lock"), f"the SAE {job.folder}"))
+                lock = hold(job.folder.with_name(f".{job.name}.lock"), f"the SAE {job.folder}")
+                locks.append(stack.enter_context(lock))
             finished = [ranks.first and is_finished(job, settings) for job in jobs]
         jobs = [job for job, done in zip(jobs, ranks.broadcast(finished), strict=True) if not done]
         if not jobs:
@@ -106,8 +111,9 @@ def train(settings: TrainSettings, report: Report = silent) -> list[TrainResult]
         with ranks.all_or_none():
             for trainee in trainees if begun else []:
                 trainee.load(begun)
-        fit(trainees, selection, settings, begun, report)
+        fit(trainees, selection, settings, begun, report, locks)
         saes = [trainee.whole_sae().eval() for trainee in trainees]  # which every rank takes part in
+        _own_again(locks)
         finishing = zip(trainees, saes, strict=True) if ranks.first else ()
         results = [_finish(trainee, sae, settings, cache, report) for trainee, sae in finishing]
     for trainee, (folder, scores) in zip(trainees if ranks.first else [], results, strict=True):
@@ -187,7 +193,12 @@ def _initialise(trainees: Sequence[Trainee], selection: Selection, settings: Tra
 
 
 def fit(
-    trainees: Sequence[Trainee], selection: Selection, settings: TrainSettings, begun: int, report: Report = silent
+    trainees: Sequence[Trainee],
+    selection: Selection,
+    settings: TrainSettings,
+    begun: int,
+    report: Report = silent,
+    locks: Sequence[Lock] = (),
 ) -> None:
     """The training loop: each round takes one step of every SAE. begun: steps that are done already."""
     total_steps, plans = planned(selection, settings)
@@ -205,7 +216,7 @@ def fit(
             # All ranks end with the same step, whichever of them was asked to stop or has no batch.
             if reason := ranks.largest(_FAILED if failure else request or 0):
                 if saved < step - 1:
-                    _checkpoint(trainees, step - 1)
+                    _checkpoint(trainees, step - 1, locks)
                 _end(ranks, failure, reason, f"stopped after step {step - 1} of {total_steps}")
             assert batch is not None
             hidden = Hidden(*batch, layers=selection.layers)
@@ -220,7 +231,7 @@ def fit(
                 facts = one or {name: line["NormMSE"] for name, line in shown.items()}
                 report(Progress(stage, step, total_steps, "steps", facts))
             if last or step % settings.checkpoint_every_steps == 0:
-                _checkpoint(trainees, step)
+                _checkpoint(trainees, step, locks)
                 saved = step
 
 
@@ -231,12 +242,23 @@ def _next(batches: Batches) -> tuple[Batch | None, Exception | None]:
         return None, failure
 
 
-def _checkpoint(trainees: Sequence[Trainee], step: int) -> None:
+def _checkpoint(trainees: Sequence[Trainee], step: int, locks: Sequence[Lock]) -> None:
     """Save all SAEs, then delete their older checkpoints. Raises FailedRun if weights are NaN or infinite."""
+    _own_again(locks)
     for trainee in trainees:
         trainee.save(step)
     for trainee in trainees if trainees[0].ranks.first else []:
         drop_checkpoints(trainee.job.partial, but=step)
+
+
+def _own_again(locks: Sequence[Lock]) -> None:
+    """Take the locks again that were deleted, perhaps with their folder. Raises FailedRun if another has one now."""
+    for lock in locks:
+        if not lock.held():
+            lock.release()
+            lock.path.parent.mkdir(parents=True, exist_ok=True)
+            if not lock.take():
+                raise FailedRun(f"{lock.path} was deleted, and another process trains there now; nothing is saved")
 
 
 def _end(ranks: Ranks, failure: Exception | None, reason: int, message: str) -> NoReturn:
@@ -266,8 +288,8 @@ def _finish(trainee: Trainee, sae: SAE, settings: TrainSettings, cache: Cache, r
         trainee.log.write_held_out(trainee.pace.total_steps, held_out.to_dict())
     else:
         log.warning("%s has no held-out rows; nothing to score the SAE on", cache.path)
+    trainee.log.keep()
     trainee.log.close()  # a tracker may write into the folder, which is about to be renamed
-    job.partial.mkdir(parents=True, exist_ok=True)
     save_sae(job.partial, sae, _source(settings, job, cache, held_out))
     commit_folder(job.partial, job.folder)
     drop_checkpoints(job.folder)

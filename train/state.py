@@ -2,9 +2,9 @@
 
     saes/.NAME.partial/           an SAE in training; renamed to saes/NAME when it is finished
       metrics.jsonl
-      step-00000400.safetensors   weights, Adam's moments, counters; in its metadata what must not change, a checksum
+      step-00000400.safetensors   weights, Adam's moments, counters; in its metadata what must not change, and a hash
 
-A checkpoint is written under a dot-name, fsynced and renamed. All SAEs of a pass are checkpointed at the same steps,
+All SAEs of a pass are checkpointed at the same steps,
 and the pass goes on from the newest step that all of them have.
 """
 
@@ -15,16 +15,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import xxhash
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, uint8
+from torch import Tensor
 
 from routesae.harvest.cache.arrays import fsync
 from routesae.machine.files import BadFile, parse_json
 from routesae.reporting import FailedRun, WrongInput
+from routesae.train.folder.tensors import read_tensors, write_tensors
 
-FORMAT = "2"  # format 1 was a folder a step
+FORMAT = "3"  # format 2 had another hash
 
 
 def partial_folder(folder: Path) -> Path:
@@ -37,15 +35,10 @@ def checkpoint_file(partial: Path, step: int) -> Path:
 
 
 def save_checkpoint(partial: Path, step: int, tensors: Mapping[str, Tensor], identity: Mapping[str, Any]) -> None:
-    """Write a checkpoint of one SAE. tensors: on the CPU, none sharing memory. identity: what must not change."""
-    target = checkpoint_file(partial, step)
-    writing = target.with_name(f".{target.name}")
+    """Write a checkpoint of one SAE. tensors: on any device. identity: what must not change. Raises OSError."""
     partial.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(identity)
-    metadata = {"format": FORMAT, "step": str(step), "identity": text, "hash": _checksum(tensors, text)}
-    save_file(dict(tensors), writing, metadata=metadata)
-    fsync(writing)
-    writing.rename(target)
+    metadata = {"format": FORMAT, "step": str(step), "identity": json.dumps(identity)}
+    write_tensors(checkpoint_file(partial, step), tensors, metadata)
     fsync(partial)
 
 
@@ -53,29 +46,19 @@ def load_checkpoint(partial: Path, step: int) -> tuple[dict[str, Tensor], dict[s
     """Return the tensors and the identity of a checkpoint. Raises FailedRun if it is damaged."""
     path, remedy = checkpoint_file(partial, step), f"delete {partial} and start again"
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = {"identity": "{}", **(file.metadata() or {})}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        identity = parse_json(metadata["identity"].encode())
-    except (OSError, SafetensorError, BadFile) as error:
+        tensors, metadata, _ = read_tensors(path)
+        identity = parse_json(metadata.get("identity", "{}").encode())
+    except (OSError, BadFile) as error:
         raise FailedRun(f"{path} cannot be read ({error}); {remedy}") from error
     if (metadata.get("format"), metadata.get("step")) != (FORMAT, str(step)):
         raise FailedRun(f"{path} is not a checkpoint of step {step} in format {FORMAT}; {remedy}")
-    if metadata.get("hash") != _checksum(tensors, metadata["identity"]):
-        raise FailedRun(f"{path} was altered: its checksum differs; {remedy}")
     return tensors, identity
 
 
 def newest_step(partials: Sequence[Path]) -> int:
-    """The newest step that every folder has a checkpoint of, or 0. Raises WrongInput for an older format."""
-    for old in (path for partial in partials for path in partial.glob("step-*") if path.is_dir()):
-        raise WrongInput(f"{old} is a checkpoint of an older version; delete {old.parent} and start again")
-    return max(set.intersection(*map(_steps, partials)), default=0)
-
-
-def _steps(folder: Path) -> set[int]:
-    names = (path.name[5:-12] for path in folder.glob("step-*.safetensors"))
-    return {int(name) for name in names if name.isdigit()}
+    """The newest step that every folder has a checkpoint of, or 0."""
+    names = ([path.name[5:-12] for path in partial.glob("step-*.safetensors")] for partial in partials)
+    return max(set.intersection(*({int(name) for name in of if name.isdigit()} for of in names)), default=0)
 
 
 def drop_checkpoints(folder: Path, but: int | None = None) -> None:
@@ -83,15 +66,6 @@ def drop_checkpoints(folder: Path, but: int | None = None) -> None:
     for path in [*folder.glob("step-*.safetensors"), *folder.glob(".step-*.safetensors")]:
         if but is None or path != checkpoint_file(folder, but):
             path.unlink()
-
-
-def _checksum(tensors: Mapping[str, Tensor], identity: str) -> str:
-    """xxh3-64 of everything a checkpoint holds."""
-    hasher = xxhash.xxh3_64(identity.encode())
-    for name, tensor in sorted(tensors.items()):
-        hasher.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        hasher.update(tensor.contiguous().view(-1).view(uint8).numpy().data)
-    return hasher.hexdigest()
 
 
 def require_same(folder: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:

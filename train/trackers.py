@@ -11,12 +11,14 @@ import contextvars
 import importlib
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from routesae.machine.files import read_bytes, replacing
 from routesae.reporting import WrongInput
 
 if TYPE_CHECKING:
@@ -75,7 +77,7 @@ class Hosted:
         options["resume"] = "allow" if id_file.exists() else "never"
         if module == "wandb":
             options |= {"dir": str(folder), "reinit": "create_new"}
-            options |= {"id": id_file.read_text().strip()} if id_file.exists() else {}
+            options |= {"id": _read_id(id_file)} if id_file.exists() else {}
         refusals = (OSError, RuntimeError, ValueError, getattr(tracker, "Error", ValueError))
         try:
             # Trackio's init ends the run that its context knows of, but the SAEs of a pass each have one.
@@ -84,7 +86,8 @@ class Hosted:
         except refusals as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise WrongInput(f"--log {module} cannot begin a run: {reason}") from error
-        id_file.write_text(f"{self.run.id}\n")
+        with replacing(id_file) as file:
+            file.write(f"{self.run.id}\n".encode())
 
     def log(self, step: int, line: Mapping[str, Any]) -> None:
         self.run.log(dict(scalars(line)), step=step)
@@ -92,6 +95,15 @@ class Hosted:
     def close(self) -> None:
         with contextlib.redirect_stdout(sys.stderr):
             self.run.finish()
+
+
+def _read_id(file: Path) -> str:
+    try:
+        if re.fullmatch(r"[\w.-]{1,128}", run := read_bytes(file, 1024).decode("ascii").strip()):
+            return run
+    except (OSError, ValueError):
+        pass
+    raise WrongInput(f"{file} does not hold the id of a run; delete it to begin another one")
 
 
 TRACKERS: dict[str, Callable[[str, Path, Mapping[str, Any], str], Tracker]] = {

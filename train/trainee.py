@@ -141,10 +141,9 @@ class Trainee:
         finite = all(bool(local_rows(tensor).isfinite().all()) for tensor in tensors.values())
         if self.ranks.largest(not finite):
             raise FailedRun(f"the weights are NaN or infinite at step {step}; lower --lr {self.job.settings.lr}")
-        # Cloned, since safetensors refuses tensors that share memory.
-        copies = {name: whole(tensor).detach().cpu().clone() for name, tensor in tensors.items()}
+        gathered = {name: whole(tensor) for name, tensor in tensors.items()}
         if self.ranks.first:
-            save_checkpoint(self.job.partial, step, copies, self.job.identity)
+            save_checkpoint(self.job.partial, step, gathered, self.job.identity)
 
     @torch.no_grad()
     def load(self, step: int) -> None:

@@ -48,3 +48,13 @@ def test_a_folder_that_becomes_read_only_in_mid_run_is_a_failed_run(number: int,
 def test_what_another_file_suffers_is_not_laid_on_the_cache(tmp_path: Path) -> None:
     with pytest.raises(PermissionError), disk_faults(tmp_path / "shards", lambda: ""):
         raise PermissionError(errno.EACCES, "Permission denied", "/somewhere/corpus.jsonl")
+
+
+def test_how_to_go_on_is_what_the_run_says(tmp_path: Path) -> None:
+    for number in (errno.ENOSPC, errno.EROFS):
+        again = r"make (room|it writable) and give --resume$"
+        with (
+            pytest.raises(FailedRun, match=again),
+            disk_faults(tmp_path, lambda: "kept", lambda: True, "give --resume"),
+        ):
+            raise OSError(number, "full")

@@ -28,6 +28,7 @@ from routesae.reporting import FailedRun, Progress, Stopped, WrongInput
 from routesae.tests.processes import Command
 from routesae.train.folder.checkpoint import load_sae, read_recipe
 from routesae.train.loading.batches import Selection, epoch_plans, load
+from routesae.train.log import read_metrics
 from routesae.train.optimiser import lr_factor
 from routesae.train.run import TrainResult, train
 from routesae.train.saes import SAES, Recipe, build
@@ -97,7 +98,7 @@ def contents(folder: Path) -> Contents:
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return read_metrics(folder)
 
 
 def compared(folder: Path) -> dict[str, Any]:
@@ -105,6 +106,7 @@ def compared(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = contents(folder)
     found["metrics.jsonl"] = [{**line, "tokens_per_second": None, "data_wait": None} for line in lines(folder)]
     config = json.loads(found["cfg.json"])
+    del config["metadata"]["routesae"]["hash"]
     asked = config["metadata"]["routesae"]["source"]["settings"]
     for name in ("out", "resume", "overwrite", "log_every_steps", "checkpoint_every_steps"):
         del asked[name]
@@ -475,16 +477,24 @@ def rename(path: Path) -> None:
     ("file", "damage", "message"),
     [
         ("step-00000003.safetensors", cut, r"step-00000003\.safetensors cannot be read"),
-        ("step-00000003.safetensors", flip_a_bit, r"step-00000003\.safetensors was altered: its checksum differs"),
-        ("step-00000003.safetensors", alter_an_identity, r"step-00000003\.safetensors was altered: its checksum"),
+        (
+            "step-00000003.safetensors",
+            flip_a_bit,
+            r"cannot be read \(it was altered: its checksum differs\)",
+        ),
+        (
+            "step-00000003.safetensors",
+            alter_an_identity,
+            r"cannot be read \(it was altered: its checksum differs\)",
+        ),
         ("step-00000003.safetensors", lose_a_tensor, r"\.topk\.partial does not fit this SAE \(adam\.0\.exp_avg\)"),
         ("step-00000003.safetensors", reshape_a_tensor, r"\.topk\.partial does not fit this SAE \(sae\.W_dec_FD\)"),
         (
             "step-00000003.safetensors",
             rename,
-            r"step-00000004\.safetensors is not a checkpoint of step 4 in format 2",
+            r"step-00000004\.safetensors is not a checkpoint of step 4 in format 3",
         ),
-        ("step-00000003.safetensors", lambda path: save_file({}, path), r"is not a checkpoint of step 3 in format 2"),
+        ("step-00000003.safetensors", lambda path: save_file({}, path), r"is not a checkpoint of step 3 in format 3"),
         ("metrics.jsonl", Path.unlink, r"metrics\.jsonl has 0 bytes, fewer than at its checkpoint"),
     ],
 )
@@ -499,19 +509,15 @@ def test_a_damaged_checkpoint_is_named(
 
 
 def test_a_checkpoint_of_the_older_format_is_refused_with_what_to_do_and_overwrite_starts_again(
-    run: Pass, tmp_path: Path
+    run: Pass, stop_after: Stop, tmp_path: Path
 ) -> None:
-    old = tmp_path / ".topk.partial" / "step-00000003"
-    old.mkdir(parents=True)
-    for name in ("state.json", "state.safetensors"):
-        (old / name).write_text("x")
-    for resume in (False, True):
-        message = rf"^{old} is a checkpoint of an older version; delete {old.parent} and start again$"
-        with pytest.raises(WrongInput, match=message):
-            run(["topk"], tmp_path, resume=resume)
+    stopped(run, stop_after, ["topk"], tmp_path, 3)
+    old = checkpoint_file(tmp_path / ".topk.partial", 3)
+    save_file(load_file(old), old, metadata={"format": "2", "step": "3", "identity": "{}", "hash": "0"})
+    with pytest.raises(FailedRun, match=rf"{old} is not a checkpoint of step 3 in format 3; delete {old.parent} and"):
+        run(["topk"], tmp_path, resume=True)
     run(["topk"], tmp_path, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["topk"]
-    assert "step-00000003" not in contents(tmp_path / "topk")
 
 
 # ----------------------------------------------------------------------------------------------- real processes

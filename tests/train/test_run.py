@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import random
 import shutil
 import signal
 import threading
@@ -20,13 +22,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from routesae.harvest.cache.reader import Cache
+from routesae.machine.lock import Lock
 from routesae.reporting import FailedRun, Progress, Report, Stopped, WrongInput, silent
 from routesae.tests.processes import Command
 from routesae.train.evaluate import score_on_cache
 from routesae.train.folder.checkpoint import find_saes, load_sae
 from routesae.train.jobs import Job
 from routesae.train.loading.batches import Batch, Batches, Selection, load
-from routesae.train.log import StepLog
+from routesae.train.log import StepLog, read_metrics
 from routesae.train.losses import Objective
 from routesae.train.optimiser import lr_factor
 from routesae.train.run import INITIAL_SAMPLE_TOKENS, TrainResult, fit, planned, train
@@ -35,6 +38,7 @@ from routesae.train.saes.normalise import Hidden
 from routesae.train.settings import TrainSettings
 from routesae.train.sparse import search
 from routesae.train.sparse.pairs import Latents
+from routesae.train.state import newest_step
 from routesae.train.trainee import Pace, Trainee
 
 CPU = torch.device("cpu")
@@ -50,7 +54,7 @@ Settings = Callable[..., TrainSettings]
 
 
 def logged(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return read_metrics(folder)
 
 
 def metrics(result: TrainResult) -> list[dict[str, Any]]:
@@ -395,7 +399,7 @@ def test_the_epochs_of_a_run_are_ordered_differently(tiny_cache: Cache, settings
         ({"anneal_k_from": 65}, r"--anneal-k-from 65 is more than the SAE's 64 latents"),
         ({"anneal_k_from": 0}, r"--anneal-k-from 0 is below 1"),
         ({"clip": -1.0}, r"--clip -1 is below 0"),
-        ({"sae": "vanilla", "sparsity": -1.0}, r"--sparsity -1.0 is not a number of 0 or more"),
+        ({"sae": "vanilla", "sparsity": -1.0}, r"--sparsity -1 is below 0"),
         ({"normalize": "layer"}, r"--normalize 'layer' is none of token, dataset, none"),
         ({"precision": "float16"}, r"--precision 'float16' is none of auto, float32, bfloat16"),
         ({"sparsity_warmup": 1.5}, r"--sparsity-warmup 1.5 is above 1"),
@@ -747,6 +751,158 @@ def test_a_folder_that_vanishes_is_made_again_at_the_next_save_with_every_line(
     assert [line["step"] for line in logged(folder)] == [2, 4, 6, 8]
     whole = only(settings(**chosen, out=str(tmp_path / "whole"))).folder
     assert (folder / "sae_weights.safetensors").read_bytes() == (whole / "sae_weights.safetensors").read_bytes()
+
+
+def test_a_folder_that_vanished_and_is_now_another_runs_is_left_to_that(settings: Settings, tmp_path: Path) -> None:
+    """The lock went with the folder, so another process could begin there."""
+    out, others = tmp_path / "saes", []
+
+    def delete(progress: Progress) -> None:
+        if progress.done == 3:
+            shutil.rmtree(out)
+            out.mkdir()
+            others.append(Lock(out / ".mine.lock"))
+            assert others[0].take()
+
+    with pytest.raises(FailedRun, match=r"\.mine\.lock was deleted, and another process trains there now"):
+        only(settings(name="mine", checkpoint_every_steps=3), delete)
+    assert [path.name for path in out.iterdir()] == [".mine.lock"]
+    others[0].release()
+
+
+def test_a_folder_that_vanishes_while_the_sae_is_scored_is_made_again_with_every_line(
+    settings: Settings, tmp_path: Path
+) -> None:
+    def delete(progress: Progress) -> None:
+        if progress.stage == "score on cache":
+            shutil.rmtree(tmp_path / "saes", ignore_errors=True)
+
+    folder = only(settings(name="mine", log_every_steps=2), delete).folder
+    assert [line["step"] for line in logged(folder)] == [2, 4, 6, 8]
+    assert load_sae(folder, CPU).recipe.sae == "topk"
+
+
+@pytest.mark.parametrize("answers", ["interpretations.json", "interpretations.jsonl", "contexts.json", "notes.txt"])
+def test_overwrite_keeps_what_train_did_not_write_with_the_sae_it_belongs_to(
+    settings: Settings, tmp_path: Path, answers: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = only(settings(name="mine")).folder
+    (folder / answers).write_text("paid for")
+    old = contents(folder)
+    for number in (1, 2):
+        only(settings(name="mine", lr=1e-3, overwrite=True))
+        assert answers not in contents(folder)
+        assert contents(tmp_path / "saes" / "replaced" / "mine-1") == old
+        (folder / answers).write_text(f"paid for again {number}")
+    assert "is kept as" in caplog.text
+    assert answers in caplog.text
+    assert (tmp_path / "saes" / "replaced" / "mine-2" / answers).read_text() == "paid for again 1"
+    assert find_saes(tmp_path / "saes") == [folder]  # what was replaced is not scored again
+
+
+def test_overwrite_leaves_nothing_of_an_sae_that_holds_only_what_train_wrote(
+    settings: Settings, tmp_path: Path
+) -> None:
+    for _ in range(2):
+        only(settings(name="mine", overwrite=True))
+    assert [path.name for path in (tmp_path / "saes").iterdir()] == ["mine"]
+
+
+def test_a_kill_while_an_sae_is_replaced_loses_neither(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = only(settings(name="mine")).folder
+    (folder / "interpretations.json").write_text("paid for")
+    real = Path.rename
+
+    def killed(path: Path, target: Path) -> Path:
+        if path.name == ".mine.partial":
+            raise KeyboardInterrupt
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        only(settings(name="mine", overwrite=True))
+    monkeypatch.undo()
+    only(settings(name="mine", resume=True))
+    assert (tmp_path / "saes" / "replaced" / "mine-1" / "interpretations.json").read_text() == "paid for"
+    assert load_sae(folder, CPU).recipe.sae == "topk"
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (
+            errno.ENOSPC,
+            r"no room left at OUT \(No space left on device\): the last checkpoint stays; make room",
+        ),
+        (
+            errno.EROFS,
+            r"OUT can no longer be written \(Read-only file system\): the last checkpoint stays",
+        ),
+    ],
+)
+@pytest.mark.parametrize("at", ["metrics.jsonl", "step-", "sae_weights", "cfg.json"])
+def test_a_disk_that_takes_no_more_is_one_line_with_resume_which_goes_on(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str, number: int, message: str
+) -> None:
+    real = os.fsync
+
+    def full(descriptor: int) -> None:
+        name = Path(f"/proc/self/fd/{descriptor}").readlink().name
+        if at in name and newest_step([tmp_path / "saes" / ".mine.partial"]):
+            raise OSError(number, os.strerror(number))
+        real(descriptor)
+
+    chosen = {"name": "mine", "checkpoint_every_steps": 3}
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(FailedRun, match=message.replace("OUT", str(tmp_path / "saes"))) as end:
+        only(settings(**chosen))
+    monkeypatch.undo()
+    assert str(end.value).endswith("give the same command with --resume")
+    assert "\n" not in str(end.value)
+    left = [path.name for path in (tmp_path / "saes" / ".mine.partial").iterdir()]
+    assert not [name for name in left if name.startswith(".")]  # no partial file stays on a full disk
+    folder = only(settings(**chosen, resume=True)).folder
+    whole = only(settings(**chosen, out=str(tmp_path / "whole"))).folder
+    assert (folder / "sae_weights.safetensors").read_bytes() == (whole / "sae_weights.safetensors").read_bytes()
+
+
+def test_metrics_are_not_written_through_a_link(settings: Settings, tmp_path: Path) -> None:
+    def stop(progress: Progress) -> None:
+        if progress.done == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        only(settings(name="mine", checkpoint_every_steps=3), stop)
+    partial = tmp_path / "saes" / ".mine.partial"
+    (tmp_path / "mine").write_bytes((partial / "metrics.jsonl").read_bytes())
+    (partial / "metrics.jsonl").unlink()
+    (partial / "metrics.jsonl").symlink_to(tmp_path / "mine")
+    before = (tmp_path / "mine").read_bytes()
+    with pytest.raises(WrongInput, match=r"metrics\.jsonl is a symbolic link"):
+        only(settings(name="mine", checkpoint_every_steps=3, resume=True))
+    assert (tmp_path / "mine").read_bytes() == before
+
+
+def test_a_line_of_metrics_that_was_altered_is_named_and_not_drawn(settings: Settings) -> None:
+    folder = only(settings(name="mine", log_every_steps=2)).folder
+    path = folder / "metrics.jsonl"
+    data = path.read_bytes()
+    rng = random.Random(0)
+    lines = read_metrics(folder)
+    for at in rng.sample(range(len(data)), 200):
+        flipped = bytearray(data)
+        flipped[at] ^= 1 << rng.randrange(7)
+        path.write_bytes(flipped)
+        try:
+            back = read_metrics(folder)
+        except WrongInput as refused:
+            assert f"{path} cannot be read beyond line {data[:at].count(10)} (" in str(refused)  # noqa: PT017
+        else:  # the name of the hash itself, or white space
+            assert [{name: line[name] for name in lines[0]} for line in back] == lines
+    path.write_text('{"step": 1, "loss": 0.5}\n')  # of an earlier version
+    assert read_metrics(folder) == [{"step": 1, "loss": 0.5}]
 
 
 def test_an_sae_worse_than_the_mean_of_its_input_is_kept_said_and_a_failed_run(

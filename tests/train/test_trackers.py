@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sqlite3
 import struct
 import sys
@@ -16,9 +17,10 @@ import pytest
 from routesae.harvest.cache.reader import Cache
 from routesae.reporting import Progress, WrongInput
 from routesae.tests.processes import run_command
+from routesae.train.log import read_metrics
 from routesae.train.run import train
 from routesae.train.settings import TrainSettings
-from routesae.train.trackers import TRACKERS, scalars
+from routesae.train.trackers import TRACKERS, Hosted, scalars
 
 Settings = Callable[..., TrainSettings]
 Lines = dict[int, dict[str, float]]
@@ -27,7 +29,7 @@ ROUTED = ("layer_shares/2", "layer_shares/3", "layer_shares/4", "layer_shares/5"
 
 def logged(folder: Path) -> Lines:
     """The numbers of metrics.jsonl and the held-out scores by step."""
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    found = [dict(line) for line in read_metrics(folder)]
     assert len(found) > 1
     source = json.loads((folder / "cfg.json").read_text())["metadata"]["routesae"]["source"]
     held_out = {name: value for name, value in source["held_out"].items() if value is not None}
@@ -221,3 +223,45 @@ def test_a_tracker_that_is_not_installed_is_refused_with_how_to_install_it(
     with pytest.raises(WrongInput, match=rf"--log {name} needs the package {name}: pip install 'routesae\[{name}\]'"):
         train(settings(log=(name,)))
     assert not (tmp_path / "saes").exists()
+
+
+class Failing:
+    """A tracker whose server went away."""
+
+    def __init__(self, at: str):
+        self.at = at
+
+    def log(self, step: int, line: Any) -> None:
+        if self.at == "log":
+            raise ConnectionError("gone")
+
+    def close(self) -> None:
+        if self.at == "close":
+            raise ConnectionError("gone")
+
+
+@pytest.mark.parametrize("at", ["log", "close"])
+def test_a_tracker_that_fails_ends_no_run_and_hides_no_error(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, at: str
+) -> None:
+    monkeypatch.setattr("routesae.train.run.open_trackers", lambda *_: [Failing(at)])
+    (result,) = train(settings(name="mine"))
+    assert "Failing takes no more lines (ConnectionError: gone)" in caplog.text
+    assert read_metrics(result.folder)
+
+    def stop(progress: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(settings(name="other"), stop)
+
+
+@pytest.mark.parametrize("content", [b"", b"../x", b"a" * 2000, b"\xff", None])
+def test_an_id_of_a_run_that_is_none_is_refused_by_name(content: bytes | None, tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    if content is None:
+        os.mkfifo(tmp_path / "wandb-run")
+    else:
+        (tmp_path / "wandb-run").write_bytes(content)
+    with pytest.raises(WrongInput, match="wandb-run does not hold the id of a run; delete it"):
+        Hosted("wandb", "mine", tmp_path, {}, "project")

@@ -13,6 +13,8 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +27,15 @@ from routesae.reporting import WrongInput
 from routesae.train.folder.saelens import OFF, LensConfig, lens_config, lens_fields
 from routesae.train.folder.tensors import TensorFile, read_tensors, write_tensors
 from routesae.train.saes import SAE, Recipe, build
+from routesae.train.saes.crosscoder import CROSSCODER
+from routesae.train.saes.routesae import ROUTER
 from routesae.train.saes.single import WEIGHTS
 
 log = logging.getLogger(__name__)
 
-CONFIG, METRICS_FILE = "cfg.json", "metrics.jsonl"
+CONFIG, METRICS_FILE, REPLACED = "cfg.json", "metrics.jsonl", "replaced"
+# All that train writes into an SAE's folder, so all that it deletes when it replaces the SAE.
+WRITTEN = {CONFIG, METRICS_FILE, WEIGHTS, ROUTER, CROSSCODER, "tensorboard", "wandb", "wandb-run", "trackio-run"}
 ALTERED = "is not what was saved; copy the SAE again, or make one of what it is now: routesae convert FOLDER"
 
 # A file of each layout of other tools that SAELens reads → SAELens' name of its loader.
@@ -54,15 +60,25 @@ def save_sae(folder: Path, sae: SAE, source: Mapping[str, Any]) -> None:
 
 
 def commit_folder(written: Path, folder: Path) -> None:
-    """Rename the finished `written` to `folder`, safely on the disk; an SAE of that name stays until then."""
+    """Rename the finished `written` to `folder`, safely on the disk; an SAE of that name stays until then.
+
+    It is then deleted, unless its folder holds what train did not write, such as answers that were paid for: then it
+    is kept as replaced/NAME-N beside the others, with all that belongs to it.
+    """
     fsync_tree(written)
-    replaced = folder.with_name(f".{folder.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if folder.exists():
-        folder.rename(replaced)
+    aside = folder.parent / REPLACED
+    if replaces := folder.exists():
+        aside.mkdir(exist_ok=True)
+        kept = next(place for n in count(1) if not (place := aside / f"{folder.name}-{n}").exists())
+        folder.rename(kept)
     written.rename(folder)
     fsync(folder.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    if replaces and (others := sorted(path.name for path in kept.iterdir() if path.name not in WRITTEN)):
+        log.warning("the SAE that was %s is kept as %s, for the sake of %s", folder, kept, ", ".join(others[:3]))
+    elif replaces:
+        shutil.rmtree(kept)
+        with suppress(OSError):  # holds others
+            aside.rmdir()
 
 
 def load_sae(folder: Path, device: torch.device) -> SAE:

@@ -32,6 +32,9 @@ from torch import Tensor
 
 from routesae import __version__
 from routesae.harvest.settings import parse_layers
+from routesae.machine.faults import disk_faults
+from routesae.machine.files import open_regular
+from routesae.machine.lock import hold
 from routesae.reporting import WrongInput
 from routesae.train.folder.checkpoint import CONFIG, commit_folder, save_sae
 from routesae.train.folder.settings import ConvertSettings
@@ -91,36 +94,40 @@ def convert(settings: ConvertSettings) -> Converted:
     sae, origin = read_strange(settings) if is_strange(settings.file) else _read_published(settings)
     versions = {"routesae": __version__, "torch": torch.__version__}
     writing = folder.with_name(f".{folder.name}.converting")  # not train's, which may hold a run to resume
-    shutil.rmtree(writing, ignore_errors=True)
-    writing.mkdir(parents=True)
-    try:
-        save_sae(writing, sae, {**origin, "versions": versions})
-        commit_folder(writing, folder)
-    finally:
-        shutil.rmtree(writing, ignore_errors=True)
+    with disk_faults(folder.parent, lambda: "nothing was written"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with hold(folder.with_name(f".{folder.name}.lock"), f"the SAE {folder}"):
+            shutil.rmtree(writing, ignore_errors=True)
+            writing.mkdir()
+            try:
+                save_sae(writing, sae, {**origin, "versions": versions})
+                commit_folder(writing, folder)
+            finally:
+                shutil.rmtree(writing, ignore_errors=True)
     return Converted(folder, sae.recipe)
 
 
 def _read_published(settings: ConvertSettings) -> tuple[SAE, dict[str, Any]]:
     """A checkpoint of the published code, and where it comes from."""
     file = Path(settings.file)
-    state, title = read_state(file), read_title(file.stem)
+    (state, digest), title = read_state(file), read_title(file.stem)
     variant = _variant(state, settings, title)
     bare = {key.removeprefix("sae."): tensor for key, tensor in state.items()}
     with torch.device("meta"):
         sae = build(_recipe(settings, title, variant, bare))
     sae.load_files(_files(variant, bare))
-    with file.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
     return sae, {"model": settings.model, "converted": {"file": file.name, "sha256": digest}}
 
 
-def read_state(file: Path) -> dict[str, Tensor]:
-    """The tensors of a state dict, float32. Raises WrongInput for any other file; nothing in it is run."""
+def read_state(file: Path) -> tuple[dict[str, Tensor], str]:
+    """The tensors of a state dict, float32, and the file's SHA-256. Raises WrongInput for any other file; nothing in
+    it is run."""
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), open_regular(file) as opened:
             warnings.simplefilter("ignore")  # torch's, on how the pickle was written
-            state = torch.load(file, map_location="cpu", weights_only=True)
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+            opened.seek(0)
+            state = torch.load(opened, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise WrongInput(f"{file} does not exist") from None
     except (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, UnpicklingError) as error:
@@ -137,7 +144,7 @@ def read_state(file: Path) -> dict[str, Tensor]:
             raise WrongInput(f"{file}: {key} is not an ordinary tensor of floats")
         if not bool(tensor.isfinite().all()):
             raise WrongInput(f"{file}: {key} holds NaN or infinite values; the training that made it diverged")
-    return {str(key): tensor.float() for key, tensor in state.items()}
+    return {str(key): tensor.float() for key, tensor in state.items()}, digest
 
 
 def read_title(stem: str) -> dict[str, Any]:

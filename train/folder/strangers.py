@@ -13,7 +13,6 @@ SAELens loads the SAE and saves it in its own layout, which load_sae obeys or re
 from __future__ import annotations
 
 import importlib.util
-import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from typing import Any
 
 import torch
 
+from routesae.machine.files import read_json
 from routesae.reporting import FailedRun, WrongInput
 from routesae.train.folder.checkpoint import CONFIG, load_sae, other_layout
 from routesae.train.folder.hub import hub_errors
@@ -108,7 +108,7 @@ def _from_folder(settings: ConvertSettings) -> Any:
     theirs.process_state_dict_for_loading(state)
     theirs.load_state_dict(state)
     if config["normalize_activations"] == "expected_average_only_in":
-        norm = json.loads((folder / "hyperparams.json").read_text())["dataset_average_activation_norm"]["in"]
+        norm = float(read_json(folder / "hyperparams.json")["dataset_average_activation_norm"]["in"])
         theirs.fold_activation_norm_scaling_factor(config["d_in"] ** 0.5 / norm)
     return theirs
 

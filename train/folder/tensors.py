@@ -27,7 +27,8 @@ from torch import Tensor
 
 from routesae.machine.files import BadFile, open_regular, parse_json, replacing
 
-METADATA = "__metadata__"
+METADATA, HASH = "__metadata__", "xxh3_128"
+NO_HASH = "0" * 32
 LARGEST_HEADER = 1 << 24
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES |= {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
@@ -44,7 +45,7 @@ class Place(BaseModel, strict=True, extra="forbid"):
 
 
 class TensorFile(NamedTuple):
-    """What a file holds. hash: xxh3-128 of the bytes that were read."""
+    """What a file holds. hash: xxh3-128 of the bytes that were read, with zeros where they hold it themselves."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
@@ -52,9 +53,12 @@ class TensorFile(NamedTuple):
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
-    """Write tensors, on any device, and return the xxh3-128 of the file. Raises OSError."""
+    """Write tensors, on any device, and return the xxh3-128 of the file. Raises OSError.
+
+    metadata: stands in the header, together with that hash, which the reader then compares.
+    """
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
-    header: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
+    header: dict[str, Any] = {METADATA: {**metadata, HASH: NO_HASH}} if metadata else {}
     end = 0
     for name, tensor in ordered:
         begin, end = end, end + tensor.nbytes
@@ -67,6 +71,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         for data in chain(head, (_bytes_of(tensor) for _, tensor in ordered)):
             file.write(data)
             hasher.update(data)
+        if metadata:
+            file.seek(len(head[0]))
+            file.write(text.replace(NO_HASH.encode(), hasher.hexdigest().encode()))
     return hasher.hexdigest()
 
 
@@ -82,13 +89,13 @@ def read_tensors(path: Path) -> TensorFile:
         if len(head) < 8 or length > min(size - 8, LARGEST_HEADER):
             raise BadFile("not a safetensors file, or cut")
         text = file.read(length)
-        hasher.update(head + text)
         try:
             header = parse_json(text)
             metadata = TypeAdapter(dict[str, str]).validate_python(header.pop(METADATA, {}), strict=True)
             places = TypeAdapter(dict[str, Place]).validate_python(header)
         except (AttributeError, TypeError, ValidationError) as error:
             raise BadFile("its header is not that of a safetensors file") from error
+        hasher.update(head + text.replace(metadata.get(HASH, NO_HASH).encode(), NO_HASH.encode()))
         tensors, end = {}, 0
         for name, place in sorted(places.items(), key=lambda item: item[1].data_offsets):
             dtype = DTYPES.get(place.dtype)
@@ -102,12 +109,14 @@ def read_tensors(path: Path) -> TensorFile:
             except RuntimeError as error:
                 raise BadFile(f"{name} has more dimensions or a larger one than a tensor may have") from error
             data = _bytes_of(tensors[name])
-            if file.readinto(data) != len(data):  # type: ignore[attr-defined]
+            if file.readinto(data) != len(data):
                 raise BadFile("cut while it was read")
             hasher.update(data)
         if end != size - 8 - length:
             raise BadFile("there are bytes after its last tensor")
-    return TensorFile(tensors, metadata, hasher.hexdigest())
+        if metadata.pop(HASH, digest := hasher.hexdigest()) != digest:
+            raise BadFile("it was altered: its checksum differs")
+    return TensorFile(tensors, metadata, digest)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from torch import Tensor, nn
 
 from routesae.cli import main
+from routesae.machine.lock import hold
 from routesae.reporting import WrongInput
 from routesae.tests.hidden import Normalised
 from routesae.train.folder.checkpoint import load_sae, read_config
@@ -398,15 +399,29 @@ def test_an_sae_of_the_same_name_is_replaced_only_when_told(tmp_path: Path) -> N
     file = saved(seeded(TopK), tmp_path / f"L12_K{K}_1B_data_40.pt")
     folder = tmp_path / "saes" / file.stem
     converted(file)
-    (folder / "left.txt").write_text("from before")
     with pytest.raises(WrongInput, match=r"exists; give another --name, or --overwrite"):
         converted(file)
     converted(file, overwrite=True)
     assert sorted(path.name for path in folder.iterdir()) == ["cfg.json", "sae_weights.safetensors"]
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    (folder / "interpretations.json").write_text("paid for")
+    converted(file, overwrite=True)
+    assert (folder.parent / "replaced" / f"{folder.name}-1" / "interpretations.json").read_text() == "paid for"
     (folder / "cfg.json").unlink()
     with pytest.raises(WrongInput, match="is not an SAE, so it is not overwritten"):
         converted(file, overwrite=True)
+
+
+def test_a_pipe_in_place_of_a_checkpoint_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "L3_K4.pt")
+    with pytest.raises(WrongInput, match=r"L3_K4\.pt is not a state dict"):
+        convert(ConvertSettings(file=str(tmp_path / "L3_K4.pt"), out=str(tmp_path / "saes")))
+
+
+def test_an_sae_that_is_trained_now_is_not_converted_over(tmp_path: Path) -> None:
+    file = saved(seeded(TopK), tmp_path / f"L12_K{K}_1B_data_40.pt")
+    with hold(tmp_path / ".mine.lock", "mine"), pytest.raises(WrongInput, match=r"mine is in use by process"):
+        convert(ConvertSettings(file=str(file), out=str(tmp_path), name="mine", overwrite=True))
 
 
 def test_the_command_says_what_it_wrote_and_exits_2_on_wrong_input(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from routesae.reporting import Progress, WrongInput
 from routesae.tests.processes import Command
 from routesae.train import run
 from routesae.train.loading.batches import Block, Selection, epoch_plans, largest_share, share_of, tokens_of
+from routesae.train.log import read_metrics
 from routesae.train.ranks import distributed
 from routesae.train.ranks.distributed import ALONE, SMALL_NUMBERS, Ranks, batch_kth_largest, batch_mean, batch_rows
 from routesae.train.run import planned, step_tokens, train
@@ -79,7 +80,7 @@ def toml(values: dict[str, Any]) -> str:
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return read_metrics(folder)
 
 
 def free_port() -> int:
