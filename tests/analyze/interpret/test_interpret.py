@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
 import re
 import signal
@@ -16,7 +18,9 @@ from click.testing import CliRunner
 
 from routesae.analyze.interpret.run import interpret
 from routesae.analyze.interpret.settings import InterpretSettings
+from routesae.analyze.interpret.summary import Summary, read_summary
 from routesae.cli import main
+from routesae.machine.files import signed
 from routesae.reporting import WrongInput
 from routesae.tests.analyze.interpret.chat_server import (
     KEY,
@@ -321,6 +325,75 @@ def test_max_cost_is_never_passed_and_a_larger_one_goes_on(tmp_path: Path, serve
     result = invoke(folder, server, *paying, "--max-cost", 1)
     assert (result.exit_code, server.asked.total()) == (0, 12)
     assert set(server.asked.values()) == {1}
+
+
+def test_a_full_disk_is_said_before_anything_is_paid_for(
+    tmp_path: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is under way when the disk becomes full has its room already, and nothing more is asked."""
+    server = serve(lambda latent, nth, body: good())
+    folder = subject(tmp_path / "sae", 20)
+    reserve, pwrite, full = os.posix_fallocate, os.pwrite, Path(folder / "full")
+
+    def reserving(file: int, offset: int, size: int) -> None:
+        if len(lines(folder)) >= 4:
+            full.touch()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        reserve(file, offset, size)
+
+    def writing(file: int, data: bytes, offset: int) -> int:
+        assert offset + len(data) <= os.fstat(file).st_size or offset == 0  # into room that was reserved
+        return pwrite(file, data, offset)
+
+    def summing(path: Path, value: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(os, "posix_fallocate", reserving)
+    monkeypatch.setattr(os, "pwrite", writing)
+    monkeypatch.setattr("routesae.analyze.interpret.run.write_json", summing)
+    result = invoke(folder, server, "--concurrency", 3)
+    assert (result.exit_code, len(result.stderr.splitlines())) == (1, 1), result.output
+    assert "interpretations.jsonl cannot be written: [Errno 28] No space left on device" in result.stderr
+    assert full.exists()
+    assert server.asked.total() == len(lines(folder)) < 20  # each that was paid for is there
+    monkeypatch.undo()
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    assert invoke(folder, server).exit_code == 0
+    assert set(server.asked.values()) == {1}
+
+
+def test_begun_anew_the_earlier_answers_are_set_aside(tmp_path: Path, serve: Serve) -> None:
+    server = serve(lambda latent, nth, body: good())
+    folder = subject(tmp_path / "sae", 2, samples=8)
+    interpret(asked(folder, server, scores=("fuzzing",)))
+    whole = {file.name: file.read_bytes() for file in folder.iterdir() if file.suffix in (".jsonl", ".json")}
+    interpret(asked(folder, server, model="other/model", overwrite=True))
+    for name, content in whole.items():
+        kept = [file for file in folder.iterdir() if file.is_file() and file.read_bytes() == content]
+        stem, _, suffix = name.rpartition(".")
+        assert [re.fullmatch(rf"{stem}\.gpt-4o-\w+\.{suffix}", file.name) is not None for file in kept] == [True]
+
+
+def test_a_summary_that_was_altered_is_one_line(tmp_path: Path, serve: Serve) -> None:
+    server = serve(lambda latent, nth, body: good())
+    folder = subject(tmp_path / "sae", 2)
+    interpret(asked(folder, server))
+    path = folder / "interpretations.json"
+    whole = json.loads(path.read_text())
+    assert read_summary(folder) == Summary(score=4.0, unanswered=0, last_loss=None)
+    odd: list[Any] = [{**whole, "score": 5.0}, *({**whole, "score": [1]}, {"score": None}, [1], "x")]
+    for value in (*odd, signed({**whole, "score": "4"}), signed({**whole, "unanswered": -1}), signed({})):
+        path.write_text(json.dumps(value))
+        with pytest.raises(WrongInput, match=r"interpretations.json cannot be read \(.*\); the same") as refusal:
+            read_summary(folder)
+        assert "\n" not in str(refusal.value)
+    interpret(asked(folder, server))
+    assert json.loads(path.read_text()) == whole
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(WrongInput, match="not a regular file"):
+        read_summary(folder)
 
 
 def test_max_cost_needs_a_price(tmp_path: Path, serve: Serve) -> None:

@@ -251,6 +251,47 @@ def test_without_its_record_what_is_trained_is_recognised(
     assert changed(before, written(tmp_path / "out/saes")) == set()
 
 
+def test_a_second_pipeline_on_a_folder_is_refused_naming_the_owner(begun: Callable[..., PipelineResult]) -> None:
+    refusals: list[str] = []
+
+    def again(progress: Progress) -> None:
+        if not refusals:
+            with pytest.raises(WrongInput, match=r"the pipeline's out .* is in use by process \d+") as refusal:
+                begun(TRAIN)
+            refusals.append(str(refusal.value))
+
+    assert begun(TRAIN, report=again).stages == {"train": True}
+    assert len(refusals) == 1
+    assert begun(TRAIN).stages == {"train": False}
+
+
+def test_an_sae_about_which_answers_were_paid_for_is_not_trained_again(
+    begun: Callable[..., PipelineResult], tmp_path: Path
+) -> None:
+    begun(TRAIN)
+    for name in ("first", "second"):
+        (tmp_path / f"out/saes/{name}/interpretations.jsonl").write_text("paid for")
+    before = written(tmp_path / "out/saes")
+    with pytest.raises(WrongInput, match=r"first would be trained again, and holds answers that were paid for"):
+        begun(TRAIN.replace("latents = 64", "latents = 64\nlr = 0.002"))
+    assert changed(before, written(tmp_path / "out/saes")) == set()
+    assert begun(TRAIN).stages == {"train": False}
+
+
+@pytest.mark.parametrize("name", ["pipeline.json", "scores.json"])
+def test_a_flipped_digit_of_what_the_pipeline_reads_is_named(
+    name: str, begun: Callable[..., PipelineResult], tmp_path: Path
+) -> None:
+    begun(TRAIN, ANALYZE)
+    file = tmp_path / "out" / name
+    file.write_text(file.read_text().replace('"first"', '"firsu"').replace("1", "2", 1))
+    if name == "scores.json":
+        assert begun(TRAIN, ANALYZE).stages == {"train": False, "analyze": True}  # it is made again
+        return
+    with pytest.raises(WrongInput, match=r"pipeline.json cannot be read \(it is not what was written"):
+        begun(TRAIN, ANALYZE)
+
+
 def test_unanswered_questions_are_asked_again_and_answered_ones_are_not(
     begun: Callable[..., PipelineResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
