@@ -50,8 +50,10 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 import torch
+from click.testing import CliRunner
 from routesae.analyze.scores.run import analyze
 from routesae.analyze.scores.settings import AnalyzeSettings
+from routesae.cli import main
 from routesae.train.folder.checkpoint import load_sae
 from routesae.train.folder.hub import model_card
 from routesae.train.folder.checkpoint import read_config
@@ -75,6 +77,7 @@ print(json.dumps({
     "rows": [row["NormMSE"] for row in rows],
     "l0": [row["L0"] for row in rows],
     "view": views["saes"][0]["L0"],
+    "help": CliRunner().invoke(main, ["train", "--help"]).output,
     "cards": ["opens in SAELens" in card for card in cards],
 }))
 """
@@ -82,28 +85,28 @@ print(json.dumps({
 
 def test_a_penalised_variant_is_one_file_and_one_line(tiny_cache: Cache, tmp_path: Path) -> None:
     package = tmp_path / "routesae"
-    shutil.copytree(
-        ROOT, package, ignore=shutil.ignore_patterns(".git", "tests", "benchmarks", "docs", "__pycache__")
-    )
+    ignored = shutil.ignore_patterns(".*", "tests", "benchmarks", "docs", "demo", "site", "build", "__pycache__")
+    shutil.copytree(ROOT, package, ignore=ignored)
     (package / "train" / "saes" / "tanh.py").write_text(FILE)
     registry = package / "train" / "saes" / "__init__.py"
     before = registry.read_text()
     registry.write_text(before.replace('    "gated":', LINE + '    "gated":'))
     assert len(registry.read_text()) == len(before) + len(LINE)
 
-    def ran(*command: str) -> str:
-        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-        done = subprocess.run(
-            [sys.executable, *command], capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    found = json.loads(ran("-c", SCRIPT, str(tiny_cache.path), str(tmp_path / "saes")).splitlines()[-1])
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(tiny_cache.path), str(tmp_path / "saes")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
     assert found["types"] == ["Tanh"] * 3
     assert found["rows"] == found["held_out"]
     assert max(found["rows"]) < 1
     assert 2 < found["l0"][1] < 32  # steered towards 8
     assert found["view"] <= 4
     assert found["cards"] == [True] * 3
-    assert "tanh" in ran("-m", "routesae", "train", "--help")
+    assert "tanh" in found["help"]
