@@ -152,7 +152,7 @@ def compare(settings: Any, found: Any) -> None:
     Example: routesae compare saes/topk_layer15_4608_k64 saes/jumprelu_layer15_4608_k64
     """
     echo(*str(found).split("\n"))
-    echo(f"{found['a']} is A, {found['b']} is B; activations on {found['tokens']:,} held-out tokens")
+    echo(f"A: {found['a']}", f"B: {found['b']}", f"on {found['tokens']:,} held-out tokens")
 
 
 @command(main, "analyze.contexts.settings:ContextSettings", BLOCKS, WATCH, run="analyze.contexts.run:contexts")

@@ -685,3 +685,40 @@ def test_a_terminal_without_unicode_is_no_reason_to_fail(tiny_cache: Cache, tmp_
 def test_names_take_plain_characters_alone_and_one_message_says_so(command: str, name: str) -> None:
     line = refused(*command.split(), f"--name={name}")
     assert line.endswith("is not a plain folder name; use letters, digits and . _ - + = only")
+
+
+# ---------------------------------------------------------------------------------------- latents of a text, compared
+
+
+def test_latents_of_a_text_a_file_and_a_conversation_are_listed(saes: Path, tmp_path: Path) -> None:
+    text = "the router reads a hidden state"
+    (tmp_path / "text.txt").write_text(text)
+    shown = invoke(
+        "latents", "--sae", saes / "topk", "--text", text, "--device", "cpu", "--json", tmp_path / "a.json"
+    )
+    assert shown.exit_code == 0, shown.output
+    assert invoke("latents", "--sae", saes / "topk", "--file", tmp_path / "text.txt").stdout == shown.stdout
+    rows = json.loads((tmp_path / "a.json").read_text())
+    assert "".join({row["position"]: row["token"] for row in rows}.values()) == text
+    first = next(row for row in rows if row["latent"] is not None)
+    assert f"{first['latent']} ({first['activation']:.1f})" in shown.stdout
+    for given, message in (
+        ((), "give the text by one of --text, --file and --messages"),
+        (("--text", "a", "--file", "b"), "give the text by one of"),
+        (("--file", tmp_path / "absent"), "--file .*absent cannot be read"),
+        (("--messages", "[{"), "--messages cannot be read"),
+        (("--messages", '[{"role": "user", "content": "a"}]'), "no chat template"),
+        (("--text", ""), "text without a token"),
+    ):
+        assert re.search(message, refused("latents", "--sae", saes / "topk", *given))
+
+
+def test_two_saes_are_compared(tiny_cache: Cache, saes: Path, tmp_path: Path) -> None:
+    given = ("--cache", tiny_cache.path, "--threshold", "0.2", "--json", tmp_path / "a.json")
+    shown = invoke("compare", saes / "topk", saes / "routesae", *given)
+    assert shown.exit_code == 0, shown.output
+    written = json.loads((tmp_path / "a.json").read_text())
+    assert [row["by"] for row in written["counts"]] == ["decoder", "activations", "both"]
+    assert str(written["counts"][0]["shared"]) in shown.stdout
+    assert "are one SAE" in refused("compare", saes / "topk", saes / "topk", *given)
+    assert "is above 1" in refused("compare", saes / "topk", saes / "routesae", "--threshold", "2")

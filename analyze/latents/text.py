@@ -37,7 +37,7 @@ from routesae.train.saes import SAE, Crosscoder, RouteSAE
 from routesae.train.saes.normalise import Hidden, places_of
 from routesae.train.sparse.pairs import Latents
 
-NOTED = 40  # characters of a context or explanation in a table
+NOTED = 32  # characters of a context or explanation in a table of 80 columns
 
 
 class TextLatents(Table):
