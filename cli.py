@@ -7,6 +7,7 @@ settings, calls the room with them, and hands both to the function below that pr
 from __future__ import annotations
 
 import os
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ import click
 
 from routesae import __version__
 from routesae.console.commands import BLOCKS, CONFIG, DRY_RUN, JSON, PIPELINE, WATCH, Commands, command, watching
-from routesae.console.terminal import echo, side_by_side, table, wrapped
-from routesae.reporting import FailedRun, human_bytes
+from routesae.console.terminal import columns, echo, side_by_side, table
+from routesae.reporting import FailedRun, human_bytes, visible
 
 
 @click.group(
@@ -266,7 +267,7 @@ def info(path: str) -> None:
 
     description = describe(path)
     for name, value in description.facts.items():
-        echo(*wrapped(f"{name:12} {value}", indent=13))
+        echo(*textwrap.wrap(visible(f"{name:12} {value}"), columns(), subsequent_indent=" " * 13))
     echo("", *table(description.layers))
 
 

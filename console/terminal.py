@@ -34,17 +34,9 @@ def styled(text: str, stream: TextIO | None = None, **style: Any) -> Styled:
     return Styled(click.style(visible(text), **style) if coloured else visible(text))
 
 
-def columns(stream: TextIO | None = None) -> int:
-    """The width of the stream's terminal: $COLUMNS, what the terminal says, or 80."""
-    try:
-        return int(os.environ.get("COLUMNS") or os.get_terminal_size((stream or sys.stdout).fileno()).columns) or 80
-    except (OSError, ValueError):
-        return shutil.get_terminal_size().columns
-
-
-def wrapped(text: str, indent: int) -> list[str]:
-    """A line as lines of the terminal's width, all but the first indented."""
-    return textwrap.wrap(visible(text), columns(), subsequent_indent=" " * indent)
+def columns() -> int:
+    """The width of the terminal: $COLUMNS, what it says itself, or 80."""
+    return shutil.get_terminal_size().columns
 
 
 def number(value: float, interval: Sequence[float] | None = None) -> str:

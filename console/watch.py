@@ -9,7 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,9 +120,6 @@ class Lines:
         done = f"{now.done:,} of {now.total:,} {now.unit}"
         log.info("%s: %s%s", now.stage, done, shown, extra={"progress": paced})
 
-    def close(self) -> None:
-        """Nothing to close."""
-
 
 class Bars:
     """Shows progress as a bar with time left and figures, for a terminal."""
@@ -141,7 +138,7 @@ class Bars:
         head = f"{100 * now.done / max(1, now.total):3.0f}%"
         if paced["seconds_left"] is not None:
             head += f" {tqdm.format_interval(paced['seconds_left'])} left"
-        self._bar.ncols = columns(sys.stderr) - 1
+        self._bar.ncols = columns() - 1
         stage, facts = fitted(visible(now.stage), now.facts, self._bar.ncols - len(f" {head} "))
         self._bar.set_description_str(f"{stage} {head}{facts} ", refresh=False)
         self._bar.update(now.done - self._bar.n)
@@ -233,34 +230,26 @@ def watched(watch: Watch, command: str, status: Path | None = None) -> Iterator[
     While open, SIGTERM raises Terminated, unless a stage that has work to save catches it first. No fault of the
     terminal or of the status file ends the run, or hides what ended it.
     """
-    bars = sys.stderr.isatty() and not watch.log_json
-    display: Bars | Lines | None = None if watch.quiet else Bars() if bars else Lines()
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    bars, on_terminal = Bars(), sys.stderr.isatty() and not (watch.quiet or watch.log_json)
+    show = (lambda *_: None) if watch.quiet else bars.show if on_terminal else Lines().show
     file, pacer = Status(Path(watch.status) if watch.status else status, command), Pacer()
 
     def report(now: Progress) -> None:
-        nonlocal display
         paced = pacer(now)
-        try:
-            if display is not None:
-                display.show(now, paced)
-        except OSError:  # the terminal is gone
-            display = None
+        with suppress(OSError):  # a terminal that is gone
+            show(now, paced)
         file.update(paced)
 
     ended: BaseException | None = None
     try:
-        with ExitStack() as stack:
-            stack.enter_context(terminating())
-            if bars:
-                from tqdm.contrib.logging import logging_redirect_tqdm
-
-                stack.enter_context(logging_redirect_tqdm())
+        with terminating(), logging_redirect_tqdm() if on_terminal else nullcontext():
             yield report
     except BaseException as error:
         ended = error
         raise
     finally:
         with suppress(OSError):
-            if display is not None:
-                display.close()
+            bars.close()
         file.end(ended)

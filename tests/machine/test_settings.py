@@ -12,6 +12,7 @@ import pytest
 from routesae.analyze.clamp.settings import ClampSettings
 from routesae.analyze.contexts.settings import ContextSettings
 from routesae.analyze.interpret.settings import InterpretSettings
+from routesae.analyze.latents.settings import CompareSettings, LatentsSettings
 from routesae.analyze.pipeline.settings import AblationSettings
 from routesae.analyze.report.settings import ReportSettings
 from routesae.analyze.scores.settings import AnalyzeSettings
@@ -30,6 +31,8 @@ REQUIRED: dict[type[Settings], dict[str, Any]] = {
     TrainSettings: {"runs": (RunSettings(),)},
     AblationSettings: {"training": TrainSettings(runs=(RunSettings(),))},
     PipelineFile: {"config": "x.toml"},
+    LatentsSettings: {"text": "x"},
+    CompareSettings: {"a": "saes/x", "b": "saes/y"},
 }
 CLASSES = [
     HarvestSettings,
@@ -41,6 +44,8 @@ CLASSES = [
     ClampSettings,
     InterpretSettings,
     ReportSettings,
+    LatentsSettings,
+    CompareSettings,
     ConvertSettings,
     PushSettings,
     Watch,
