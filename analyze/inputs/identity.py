@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from importlib.metadata import version
 from pathlib import Path
@@ -14,8 +15,6 @@ from routesae import __version__
 from routesae.harvest.cache.reader import Cache
 from routesae.machine.files import open_regular
 from routesae.train.saes import SAE
-
-_PIECE_BYTES = 1 << 24
 
 
 def sae_identity(sae: SAE) -> dict[str, Any]:
@@ -47,8 +46,5 @@ def versions() -> dict[str, str]:
 
 def file_hash(path: Path) -> str:
     """xxh3-128 of its bytes. Raises BadFile if it is not a regular file."""
-    hasher = xxhash.xxh3_128()
     with open_regular(path) as file:
-        while piece := file.read(_PIECE_BYTES):
-            hasher.update(piece)
-    return hasher.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()

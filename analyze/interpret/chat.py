@@ -22,12 +22,12 @@ from routesae.analyze.interpret.replies import (
     MODERATED,
     QUOTA,
     REQUEST_REFUSED,
+    REQUEST_TOO_LARGE,
     TOO_LONG,
     Answer,
     complaint_of,
     read_answer,
     seconds_to_wait,
-    status_to_act_on,
 )
 from routesae.analyze.interpret.settings import AZURE_KEY, KEY, OPENAI, ChatSettings
 from routesae.reporting import FailedRun, WrongInput
@@ -137,7 +137,11 @@ class Chat:
             raise openai.APITimeoutError(response.request) from None
         response.encoding = "utf-8"  # whatever its headers say
         body = response.text
-        response.status_code = status_to_act_on(response.status_code, body)
+        too_long = {429: REQUEST_TOO_LARGE, 500: TOO_LONG}.get(response.status_code)
+        if response.is_success and read_answer(body, Used()) is None:
+            response.status_code = 503  # ask again
+        elif too_long is not None and too_long.search(body):
+            response.status_code = 413  # no wait helps
         if response.is_success:
             return
         self.under_way.discard(asyncio.current_task())

@@ -84,14 +84,6 @@ def _text_of(content: Any) -> str:
     return text if isinstance(text, str) else ""
 
 
-def status_to_act_on(status: int, body: str) -> int:
-    """The status by which the client decides as the body says: 503 to ask again, 413 if no wait helps."""
-    if 200 <= status < 300:
-        return 503 if read_answer(body, Used()) is None else status
-    too_long = {429: REQUEST_TOO_LARGE, 500: TOO_LONG}.get(status)
-    return 413 if too_long is not None and too_long.search(body) else status
-
-
 def complaint_of(body: str) -> str:
     """What a server says went wrong, on one line: the message of its error, or the body if that has none."""
     try:

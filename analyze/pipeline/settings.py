@@ -17,7 +17,6 @@ cache and SAEs are) stands once, at the top. Paths are relative to where the com
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,28 +95,26 @@ def read_pipeline(config: str) -> PipelineSettings:
         raise WrongInput(f"{config}: a pipeline's cache is a folder; `{copy}` makes one")
     out = Path(table.get("out", "run"))
     cache, saes = Path(table.get("cache", out / "shards")), Path(table.get("saes", out / "saes"))
-    stages: dict[str, Any] = {
-        name: _stage(name, table[name], config, cache, saes) for name in STAGES if name in table
-    }
-    return PipelineSettings(out=out, cache=cache, saes=saes, **stages)
-
-
-def _stage(name: str, table: Mapping[str, Any], config: str, cache: Path, saes: Path) -> Settings:
-    """The settings of one stage, from its table and the places that all stages share."""
-    where, of = f"{config}, [{name}]", STAGES[name]
-    for key in table:
-        if key.replace("-", "_") in SET_BY_PIPELINE[name]:
+    stages: dict[str, Any] = {}
+    for name, of in STAGES.items():
+        if name not in table:
+            continue
+        where, given = f"{config}, [{name}]", table[name]
+        if taken := [key for key in given if key.replace("-", "_") in SET_BY_PIPELINE[name]]:
             raise WrongInput(
-                f"{where}: {key} does not belong there: the pipeline sets it, from out, cache and saes at the top"
+                f"{where}: {taken[0]} does not belong there: the pipeline sets it, from out, cache and saes at "
+                "the top"
             )
-    shared = {"out": cache} if name == "harvest" else {"cache": cache, "out": saes}
-    if name == "train":
-        return settings_of(shared, where, table)
-    fields = by_field(table, where, of)
-    try:
-        return of(**fields, **shared)
-    except WrongInput as error:
-        raise WrongInput(f"{where}: {error}") from error
+        shared = {"out": cache} if name == "harvest" else {"cache": cache, "out": saes}
+        if name == "train":
+            stages[name] = settings_of(shared, where, given)
+            continue
+        fields = by_field(given, where, of)
+        try:
+            stages[name] = of(**fields, **shared)
+        except WrongInput as error:
+            raise WrongInput(f"{where}: {error}") from error
+    return PipelineSettings(out=out, cache=cache, saes=saes, **stages)
 
 
 class AblationSettings(Settings):
