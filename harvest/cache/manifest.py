@@ -8,7 +8,7 @@ Dimension letters: S rows of tokens, T context, s rows of a shard, n kept positi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Final, Literal, Self, get_args
+from typing import Annotated, Any, Final, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,6 @@ SCALE, CHANNEL_ARRAYS = "token_scale", ("channel_mean", "channel_std")  # of int
 FORMULA = "channel_mean[l] + channel_std[l] * (token_scale[:, l, None] * q), for the l-th of the cache's layers"
 CHUNK_HASHES = "chunk_hashes"
 Overflow = Literal["error", "clip"]
-OVERFLOWS = get_args(Overflow)
 MOST_SHARDS = 100_000  # their names have five digits; 6.5 billion tokens at the default size
 # The manifest's fields that are settings of harvest, and which: a resumed run must agree on them.
 SAME = ("context", "dtype", "overflow", "seed", "data_config", "split", "text_field", "min_chars")

@@ -117,23 +117,27 @@ _Entry = tuple[str, "str | _Malformed | None"]
 
 
 def _entries(data: str, text_field: str, split: str, config: str | None, seed: int) -> Iterator[_Entry]:
+    if (path := located(data)) is None:
+        yield from _hub_entries(data, text_field, split, config)
+        return
+    files = _corpus_files(path, text_field) if path.is_dir() else [path]
+    random.Random(seed).shuffle(files)
+    for file in files:
+        yield from _file_entries(file, text_field)
+
+
+def located(data: str) -> Path | None:
+    """The file or folder that --data names, or None if it is a hub id. Raises WrongInput if it can be neither."""
     path = demo_corpus() if data == "demo" else Path(data).expanduser()
-    if path.is_dir():
-        files = _corpus_files(path, text_field)
-        random.Random(seed).shuffle(files)
-    elif path.is_file():
-        files = [path]
-    elif path.exists():
+    if path.is_dir() or path.is_file():
+        return path
+    if path.exists():
         raise WrongInput(
             f"corpus {data} is neither a file nor a folder but a pipe, a socket or a device; give a file"
         )
-    elif _reader(path) is not None or data.startswith((".", "/", "~")) or data.count("/") > 1:
+    if _reader(path) is not None or data.startswith((".", "/", "~")) or data.count("/") > 1:
         raise WrongInput(f"corpus {data} does not exist; give a file, a folder, a hub dataset id or demo")
-    else:
-        yield from _hub_entries(data, text_field, split, config)
-        return
-    for file in files:
-        yield from _file_entries(file, text_field)
+    return None
 
 
 def _corpus_files(path: Path, text_field: str) -> list[Path]:

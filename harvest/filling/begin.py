@@ -23,6 +23,7 @@ from routesae.harvest.cache.manifest import SETTINGS, Manifest, token_bytes
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.cache.writer import STAGED_TOKENS, TOKENS, begin_cache, is_uncommitted, staging
 from routesae.harvest.corpus.packing import write_tokens
+from routesae.harvest.corpus.texts import located
 from routesae.harvest.corpus.tokens import tokenizer_hash
 from routesae.harvest.filling.output import STAGED_SHARDS, Output
 from routesae.harvest.lm import model as lm
@@ -121,6 +122,7 @@ def _begin(
     )
     revision = getattr(config, "_commit_hash", None)
     tokenizer = lm.load_tokenizer(settings.model, revision)
+    located(settings.data)  # said before the LM is loaded
     proved = prove(tokenizer, layers)
     for left in output.folder.glob(STAGED_TOKENS):  # of harvesters that died: the claim is ours
         shutil.rmtree(left, ignore_errors=True)

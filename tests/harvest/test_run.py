@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shutil
 import time
@@ -745,3 +746,24 @@ def test_what_is_being_written_is_no_group_and_under_no_name_that_can_be_told(
     assert len(set(names)) == 2
     assert all(re.fullmatch(r"\.shard-0000[12]\.[0-9a-f]{16}\.partial", name) for name in names)
     assert all(name.startswith("shard-") for group in listed for name in group)
+
+
+def test_a_corpus_that_cannot_be_read_is_refused_before_the_lm_is_loaded(
+    tiny_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(tmp_path / "x.jsonl")
+    monkeypatch.setattr("routesae.harvest.lm.model.load_lm", None)
+    for data, said in (("x.jsonl", "is neither a file nor a folder but a pipe"), ("y.jsonl", "does not exist")):
+        with pytest.raises(WrongInput, match=said):
+            harvest(tiny_settings(out=str(tmp_path / "shards"), data=str(tmp_path / data)))
+    assert not (tmp_path / "shards").exists()
+
+
+def test_a_pipe_in_a_model_s_folder_is_refused_by_name(
+    tiny_model: Path, tiny_settings: Settings, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_model, tmp_path / "model")
+    (tmp_path / "model" / "config.json").unlink()
+    os.mkfifo(tmp_path / "model" / "config.json")
+    with pytest.raises(WrongInput, match=r"model/config.json is neither a file nor a folder; take it out"):
+        harvest(tiny_settings(out=str(tmp_path / "shards"), model=str(tmp_path / "model")))
