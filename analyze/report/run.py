@@ -103,7 +103,7 @@ def _open_lens(settings: ReportSettings, runs: Sequence[Run]) -> LogitLens | Non
             raise
         log.warning("logit effects are left out: %s", refusal)
         return None
-    log.info("logit effects are those of %s", loaded.model)
+    log.info("logit effects are those of %s", loaded.name)
     vocabulary = Vocabulary(loaded.tokenizer)
     texts = [  # a token that is a part of a character has no text of its own, only the vocabulary's name for it
         vocabulary.class_texts[number] if "\ufffd" in text else text
