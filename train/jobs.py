@@ -140,6 +140,8 @@ def make_recipe(run: RunSettings, cache: Cache) -> Recipe:
     if run.anneal_k_from is not None and run.anneal_k_from > latents:
         raise WrongInput(f"--anneal-k-from {run.anneal_k_from} is more than the SAE's {latents} latents; lower it")
     nested = "matryoshka" in (run.sae, run.routed)
+    learned = run.sae == "routesae" and run.routing != "soft" and run.router not in CONTROLS
+    balance = DEFAULT_BALANCE if learned and run.recipe != "published" else 0.0
     return Recipe(
         sae=run.sae,
         layers=layers,
@@ -154,16 +156,9 @@ def make_recipe(run: RunSettings, cache: Cache) -> Recipe:
         aggregate=run.aggregate or "sum",
         routed=run.routed or "topk",
         router=run.router or "published",
-        balance=_balance(run),
+        balance=balance if run.balance is None else run.balance,
         published=run.recipe == "published",
     )
-
-
-def _balance(run: RunSettings) -> float:
-    if run.balance is not None:
-        return run.balance
-    learned = run.sae == "routesae" and run.routing != "soft" and run.router not in CONTROLS
-    return DEFAULT_BALANCE if learned and run.recipe != "published" else 0.0
 
 
 def default_name(recipe: Recipe) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from routesae.machine.settings import DICTIONARY, MODEL, OUT, RUN, VARIANT, Settings, setting
 from routesae.reporting import WrongInput
-from routesae.train.settings import require_plain_name
+from routesae.train.settings import AGGREGATE, ROUTING, require_plain_name
 
 CONVERTED = ("vanilla", "topk", "mlsae", "random", "jumprelu", "gated", "routesae", "crosscoder")
 
@@ -25,22 +26,8 @@ class ConvertSettings(Settings):
     layers: str | None = setting(
         None, DICTIONARY, 'Layers the other SAEs read, such as "4-12".', metavar="LIST", unset="n//4 to 3n//4"
     )
-    routing: str | None = setting(
-        None,
-        VARIANT,
-        "one layer a token, or all weighted.",
-        choices=("hard", "soft"),
-        only_for="routesae",
-        unset="from the file name, else hard",
-    )
-    aggregate: str | None = setting(
-        None,
-        VARIANT,
-        "what of the layers the router sees.",
-        choices=("sum", "mean"),
-        only_for="routesae",
-        unset="from the file name, else sum",
-    )
+    routing: str | None = replace(ROUTING, unset="from the file name, else hard")
+    aggregate: str | None = replace(AGGREGATE, unset="from the file name, else sum")
     normalize: str = setting(
         "token",
         DICTIONARY,
