@@ -167,18 +167,14 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
     Lines without a hash, of earlier versions, are read as they are.
     """
-    path = folder / METRICS_FILE
-    if not path.exists():
-        return []
-    lines: list[dict[str, Any]] = []
+    path, lines = folder / METRICS_FILE, list[dict[str, Any]]()
     try:
-        for text in read_bytes(path, LARGEST_METRICS_BYTES).splitlines():
+        for text in read_bytes(path, LARGEST_METRICS_BYTES).splitlines() if os.path.lexists(path) else []:
             line = parse_json(text)
             if not isinstance(line, dict) or ("hash" in line and line != signed(line)):
                 raise BadFile("it is not what was written")
             lines.append({name: value for name, value in line.items() if name != "hash"})
     except (OSError, BadFile) as error:
-        raise WrongInput(
-            f"{path} cannot be read beyond line {len(lines)} ({error}); copy the SAE's folder again"
-        ) from error
+        where = "" if isinstance(error, OSError) else f"line {len(lines) + 1}: "
+        raise WrongInput(f"{path} cannot be read ({where}{error}); copy the SAE's folder whole") from error
     return lines

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +17,10 @@ from routesae.analyze.interpret.settings import MODES
 from routesae.analyze.interpret.summary import read_interpretations, read_summary
 from routesae.analyze.scores.metrics import HIGHER, METRICS, NEITHER
 from routesae.analyze.scores.results import described, read_results
-from routesae.machine.files import parse_json, read_bytes
 from routesae.reporting import WrongInput, visible
 from routesae.train.folder.checkpoint import CONFIG, METRICS_FILE, load_sae, read_config, read_recipe
+from routesae.train.log import read_metrics
 from routesae.train.saes import SAE, Recipe
-
-LARGEST_CURVE = 1 << 26  # bytes
 
 
 class Column(NamedTuple):
@@ -139,8 +136,7 @@ def _read_run(
         ours = metadata.get("routesae") if isinstance(metadata, dict) else None
         source = Source.model_validate((ours.get("source") if isinstance(ours, dict) else None) or {})
         path = folder / METRICS_FILE
-        lines = read_bytes(path, LARGEST_CURVE).splitlines() if os.path.lexists(path) else []
-        curve = tuple(_curve_line(number, line) for number, line in enumerate(lines, 1))
+        curve = tuple(_curve_line(number, line) for number, line in enumerate(read_metrics(folder), 1))
     except (OSError, ValueError) as error:
         if isinstance(error, WrongInput):
             raise
@@ -166,9 +162,9 @@ def _read_run(
     )
 
 
-def _curve_line(number: int, line: bytes) -> CurveLine:
+def _curve_line(number: int, line: Mapping[str, Any]) -> CurveLine:
     try:
-        return CurveLine.model_validate(parse_json(line))
+        return CurveLine.model_validate(line)
     except ValueError as error:
         raise ValueError(f"line {number}: {error}") from error
 

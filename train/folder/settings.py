@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from routesae.machine.settings import DICTIONARY, MODEL, OUT, RUN, VARIANT, Settings, setting
+from routesae.machine.settings import DICTIONARY, MODEL, OUT, RUN, Settings, setting
 from routesae.reporting import WrongInput
 from routesae.train.settings import AGGREGATE, ROUTING, require_plain_name
 
