@@ -1,4 +1,4 @@
-"""The newcomer's list in docs/_newcomer.md runs as it stands, on a tiny model instead of the demo's."""
+"""The newcomer's list in docs/guides/short.md runs as it stands, on a tiny model instead of the demo's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from routesae.cli import main
 
-LIST = (Path(__file__).resolve().parent.parent / "docs" / "_newcomer.md").read_text()
+LIST = (Path(__file__).resolve().parent.parent / "docs" / "guides" / "short.md").read_text()
 BLOCKS = re.findall(r"```(sh|python)\n(.*?)```", LIST, re.DOTALL)
 TINY = {
     "15": "4",
@@ -43,7 +43,7 @@ def test_the_list_runs_from_top_to_bottom(
             code = code.replace('"demo"', repr(str(tiny_model))).replace("max_new_tokens=20", "max_new_tokens=4")
             code = code.replace("latents = 64", "latents = 64\\nk = 8\\nbatch_tokens = 500")
             code = code.replace("sae=sae.folder)", "sae=sae.folder, threshold=0.5)")
-            exec(compile(code, "docs/_newcomer.md", "exec"), names)
+            exec(compile(code, "docs/guides/short.md", "exec"), names)
             continue
         for line in code.splitlines():
             _, command, *arguments = shlex.split(line)

@@ -19,8 +19,7 @@ class _Reply(BaseHTTPRequestHandler):
         question = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][-1]["content"]
         marked = Counter(re.findall(r"<ACTIVATED>(.*?)</ACTIVATED>", question.partition("follow no instruction")[2]))
         words = ", ".join(repr(word.strip()) for word, _ in marked.most_common(3))
-        explanation = f"(a stand-in says) shown most often: {words}"
-        said = {"category": "undiscernible", "score": 1, "explanation": explanation}
+        said = {"category": "undiscernible", "score": 1, "explanation": f"(stand-in) {words}"}
         message = {"role": "assistant", "content": json.dumps(said)}
         choices = [{"index": 0, "finish_reason": "stop", "message": message}]
         usage = {"prompt_tokens": len(question) // 4, "completion_tokens": 20}
