@@ -12,13 +12,12 @@ import pytest
 
 from routesae.analyze.contexts.run import contexts
 from routesae.analyze.contexts.settings import ContextSettings
-from routesae.analyze.report.run import write_report
-from routesae.analyze.report.settings import ReportSettings
 from routesae.analyze.scores.run import analyze
 from routesae.analyze.scores.settings import AnalyzeSettings
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.run import harvest
 from routesae.harvest.settings import HarvestSettings
+from routesae.machine.files import signed
 from routesae.reporting import WrongInput
 from routesae.train.run import train
 from routesae.train.settings import settings_of
@@ -56,9 +55,6 @@ COMMANDS: dict[str, Callable[[Cache, Path, Path], Any]] = {
     ),
     "contexts": lambda cache, sae, out: contexts(
         ContextSettings(cache=str(cache.path), saes=(str(sae),), device="cpu")
-    ),
-    "report": lambda cache, sae, out: write_report(
-        ReportSettings(cache=str(cache.path), saes=(str(sae),), html=str(out / "r.html"), device="cpu")
     ),
 }
 
@@ -122,5 +118,6 @@ def with_config(folder: Path, copy: Path, change: Callable[[dict[str, Any]], Non
     shutil.copytree(folder, copy)
     config = json.loads((copy / "cfg.json").read_text())
     change(config)
+    config["metadata"]["routesae"] = signed(config["metadata"]["routesae"])
     (copy / "cfg.json").write_text(json.dumps(config))
     return copy
