@@ -120,7 +120,7 @@ def analyze(**settings: Any) -> Table:
 
 def contexts(**settings: Any) -> Table:
     """Collect the texts that latents are active on into the SAEs' folders: `contexts(sae="saes/topk")`."""
-    return Table(result.row() for result in _run("contexts", settings)[1])
+    return Table(_run("contexts", settings)[1])
 
 
 def report(**settings: Any) -> Path:

@@ -165,9 +165,10 @@ def contexts(settings: Any, results: Any) -> None:
 
     Example: routesae contexts --sae saes/topk --threshold 4
     """
-    echo(*table([result.row() for result in results]))
-    for result in results:
-        echo(f"{result.folder}: contexts.json, contexts.parquet, latents.parquet")
+    written = [row.pop("written") for row in results]
+    echo(*table(results))
+    for folder in written:
+        echo(f"{folder}: contexts.json, contexts.parquet, latents.parquet")
 
 
 @command(main, "analyze.interpret.settings:InterpretSettings", DRY_RUN, BLOCKS, WATCH)
@@ -202,9 +203,13 @@ def report(settings: Any, page: Any) -> None:
     A browser opens it from disk; it needs no network. Latents can be looked at of the SAEs that `routesae contexts`
     has read, with their explanations where `routesae interpret` has written any.
 
-    Example: routesae report --scores scores.json --model demo
+    Example: routesae report --scores scores.json
     """
     echo(f"{page.path}: {page.saes} SAEs, {page.latents:,} latents to look at, {human_bytes(page.bytes)}")
+    if page.server is not None:
+        echo("http://{}:{}/ until Ctrl-C".format(*page.server.server_address))
+        with page.server:
+            page.server.serve_forever()
 
 
 @command(main, PIPELINE, WATCH, run="analyze.pipeline.run:run_pipeline")

@@ -50,7 +50,7 @@ OPTIONS = {
         temperature batch-sequences lm-dtype json sae out device model seed {RUN}""",
     "interpret": f"""latents examples prompt score max-cost prices retry-unparsed overwrite base-url api-version
         key-env concurrency timeout retries temperature max-output-tokens dry-run {SAES} {RUN} {BLOCKS}""",
-    "report": f"html scores contexts logits lm-dtype sae out cache device model {RUN} {BLOCKS}",
+    "report": f"html scores contexts logits serve port lm-dtype sae out cache device model {RUN} {BLOCKS}",
     "latents": f"sae out text file messages top model device lm-dtype json {RUN}",
     "compare": f"A B cache tokens threshold device json {RUN} {BLOCKS}",
     "run": f"config {RUN}",

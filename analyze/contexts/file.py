@@ -169,13 +169,6 @@ class _SAE(BaseModel):
     weights: dict[str, str]
 
 
-class _Routes(BaseModel):
-    layers: list[int] = []
-    classes: list[str] = []
-    counts: list[int] = []
-    shares: list[list[float]] = []
-
-
 class Facts(BaseModel):
     """What facts.json must say; the rest of it is not looked at."""
 
@@ -185,7 +178,6 @@ class Facts(BaseModel):
     sae: _SAE
     readings: PositiveInt
     features: NonNegativeInt
-    routes: _Routes = _Routes()
     hashes: dict[str, str]
 
 
@@ -398,39 +390,30 @@ def context_schema() -> pa.Schema:
     """The columns of contexts.parquet."""
     import pyarrow as pa
 
-    return pa.schema(
-        [
-            ("latent", pa.int32()),
-            ("kind", pa.string()),
-            ("rank", pa.int32()),
-            ("token_class", pa.string()),
-            ("activation", pa.float32()),
-            ("layer", pa.int16()),
-            ("row", pa.int32()),
-            ("position", pa.int32()),
-            ("document", pa.int64()),
-            ("at", pa.int16()),
-            ("token_ids", pa.list_(pa.int32())),
-            ("tokens", pa.list_(pa.string())),
-            ("activations", pa.list_(pa.float32())),
-        ]
-    )
+    columns = {
+        pa.int32(): ("latent", "rank", "row", "position"),
+        pa.string(): ("kind", "token_class"),
+        pa.int16(): ("layer", "at"),
+        pa.int64(): ("document",),
+        pa.float32(): ("activation",),
+        pa.list_(pa.int32()): ("token_ids",),
+        pa.list_(pa.string()): ("tokens",),
+        pa.list_(pa.float32()): ("activations",),
+    }
+    return pa.schema([(name, kind) for kind, names in columns.items() for name in names])
 
 
 def latent_schema() -> pa.Schema:
     """The columns of latents.parquet: those of LatentSummary."""
     import pyarrow as pa
 
-    return pa.schema(
-        [
-            ("latent", pa.int32()),
-            ("active", pa.int64()),
-            ("density", pa.float64()),
-            ("max_activation", pa.float32()),
-            ("mean_activation", pa.float64()),
-            ("token_classes", pa.int32()),
-            ("kept", pa.bool_()),
-            ("histogram_first", pa.int16()),
-            ("histogram", pa.list_(pa.int64())),
-        ]
-    )
+    columns = {
+        pa.int32(): ("latent", "token_classes"),
+        pa.int64(): ("active",),
+        pa.float64(): ("density", "mean_activation"),
+        pa.float32(): ("max_activation",),
+        pa.bool_(): ("kept",),
+        pa.int16(): ("histogram_first",),
+        pa.list_(pa.int64()): ("histogram",),
+    }
+    return pa.schema([(name, kind) for kind, names in columns.items() for name in names])

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,44 +23,19 @@ from routesae.analyze.inputs.lm import lm_of_cache, load_tokenizer_of
 from routesae.analyze.inputs.saes import OpenSAE, open_saes
 from routesae.harvest.cache.reader import Cache
 from routesae.machine.device import pick_device
-from routesae.reporting import Report, WrongInput, silent
+from routesae.reporting import Report, Table, WrongInput, silent
 
 log = logging.getLogger(__name__)
 
 RULE = ("threshold", "per_class", "max_classes", "min_contexts", "choose", "top", "window", "samples", "seed")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ContextResult:
-    """What was written for one SAE.
-
-    folder: where it is. features: latents that the published rule keeps. chosen: latents with contexts in
-    contexts.json. contexts: rows of contexts.parquet, the strongest and samples included.
-    """
-
-    sae: str
-    folder: Path
-    latents: int
-    features: int
-    chosen: int
-    contexts: int
-    max_activation: float
-
-    def row(self) -> dict[str, Any]:
-        """A row of the table."""
-        counts = {
-            "latents": self.latents,
-            "Features": self.features,
-            "chosen": self.chosen,
-            "contexts": self.contexts,
-        }
-        return {"sae": self.sae, **counts, "strongest": self.max_activation}
-
-
-def contexts(settings: ContextSettings, report: Report = silent) -> list[ContextResult]:
+def contexts(settings: ContextSettings, report: Report = silent) -> Table:
     """Write the contexts of every SAE asked for. One from the hub gets a folder of its own under `out`.
 
-    Raises WrongInput if cache, SAEs and tokenizer do not belong together.
+    Returns a row for each. Features: latents that the published rule keeps. chosen: latents in contexts.json.
+    contexts: rows of contexts.parquet, the strongest and samples included. written: the folder. Raises WrongInput if
+    cache, SAEs and tokenizer do not belong together.
     """
     cache = Cache(settings.cache)
     cache.require_whole()
@@ -73,10 +47,10 @@ def contexts(settings: ContextSettings, report: Report = silent) -> list[Context
     vocabulary = Vocabulary(load_tokenizer_of([lm_of_cache(cache)], settings.model))
     saes = {name: one.sae for name, one in opened.items()}
     found = collect(saes, cache, vocabulary, settings, report)
-    return [
+    return Table(
         _write(settings, name, one, made_from[name], found.pop(name), cache, vocabulary)
         for name, one in opened.items()
-    ]
+    )
 
 
 def _facts(settings: ContextSettings, name: str, sae: OpenSAE, cache: Cache) -> dict[str, Any]:
@@ -117,7 +91,7 @@ def _write(
     collected: Collected,
     cache: Cache,
     vocabulary: Vocabulary,
-) -> ContextResult:
+) -> dict[str, Any]:
     kept = collected.contexts
     counts = {
         "features": int(collected.kept_F.sum()),
@@ -133,11 +107,12 @@ def _write(
     routes = routes_table(collected, cache, vocabulary, sae.sae.recipe.layers)
     facts = {**facts, "tokens": collected.tokens, "readings": collected.readings, **counts, "routes": routes}
     place = write_contexts(sae.beside, facts, latent_table(collected), context_batches(collected, cache, vocabulary))
-    return ContextResult(
-        sae=name,
-        folder=place,
-        latents=len(collected.kept_F),
-        contexts=len(kept.kind_M),
-        max_activation=strongest,
-        **counts,
-    )
+    return {
+        "sae": name,
+        "latents": len(collected.kept_F),
+        "Features": counts["features"],
+        "chosen": counts["chosen"],
+        "contexts": len(kept.kind_M),
+        "strongest": strongest,
+        "written": str(place),
+    }

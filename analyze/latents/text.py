@@ -85,11 +85,13 @@ class TextLatents(Table):
         return f"<p>{''.join(spans)}</p>{self.by_latent()._repr_html_()}"
 
 
-def latents(lm: LM, sae: SAE, text: Text, *, top: int = 5, beside: Path | None = None) -> TextLatents:
+def latents(
+    lm: LM, sae: SAE, text: Text, *, top: int = 5, beside: Path | None = None, noted: bool = True
+) -> TextLatents:
     """The `top` strongest latents of each token of a text, or of a conversation in the LM's chat template.
 
-    beside: the folder of the SAE's contexts and explanations, its own if None. Raises WrongInput if SAE and LM do not
-    belong together, or the text is empty or longer than the LM's context.
+    beside: the folder of the SAE's contexts and explanations, its own if None. noted: whether they are read. Raises
+    WrongInput if SAE and LM do not belong together, or the text is empty or longer than the LM's context.
     """
     kept, ids = require_lm_of(sae, lm), lm.ids(text)
     if 0 in sae.layers:
@@ -111,7 +113,7 @@ def latents(lm: LM, sae: SAE, text: Text, *, top: int = 5, beside: Path | None =
             layer_nk = sae.routes(read).at_R[:, None].expand_as(at)
     mixed = isinstance(sae, Crosscoder) or sae.recipe.routing == "soft"
     strongest = iter(zip(indices.gather(1, at).tolist(), values.tolist(), layer_nk.tolist(), strict=True))
-    notes = notes_of(sae, beside or sae.folder, set(indices.flatten().tolist()))
+    notes = notes_of(sae, beside or sae.folder, set(indices.flatten().tolist())) if noted else {}
     rows = TextLatents()
     rows.tokens, rows.kept, rows.latents = pieces_of(lm.tokenizer, ids), kept_T.tolist(), encoded
     for position, (token, is_kept) in enumerate(zip(rows.tokens, rows.kept, strict=True)):

@@ -142,7 +142,12 @@ def _curves(runs: Sequence[Run], curve: Curve) -> Plot | None:
     from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
     lines = {
-        number: [(line.tokens, value) for line in run.curve if (value := getattr(line, curve.key)) is not None]
+        number: [
+            (tokens, value)
+            for line in run.curve
+            if isinstance(tokens := line.get("tokens"), int | float)
+            if isinstance(value := line.get(curve.key), int | float)
+        ]
         for number, run in enumerate(runs)
     }
     values = [value for points in lines.values() for _, value in points]

@@ -16,6 +16,7 @@ import importlib.util
 import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from http.server import ThreadingHTTPServer
 from itertools import permutations
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -24,16 +25,18 @@ from torch import Tensor
 
 from routesae import __version__
 from routesae.analyze.contexts.windows import Vocabulary
-from routesae.analyze.inputs.lm import LMRecord, lm_of_sae, load_lm_of
+from routesae.analyze.inputs.lm import LM, LMRecord, lm_of_sae, load_lm_of
 from routesae.analyze.report.latents import PIECE, latent_list, latent_pairs, latent_pieces, packed
 from routesae.analyze.report.lens import LogitLens, decoder_of, unit_rows
 from routesae.analyze.report.plots import draw_plots
 from routesae.analyze.report.runs import Run, read_runs, table_of
+from routesae.analyze.report.serve import asking, page_server
 from routesae.analyze.report.settings import ReportSettings
 from routesae.harvest.cache.reader import Cache
 from routesae.machine.device import pick_device
 from routesae.machine.files import replacing
 from routesae.reporting import Report, WrongInput, silent, visible
+from routesae.train.saes import SAE
 
 log = logging.getLogger(__name__)
 PAGE = Path(__file__).parent / "page"
@@ -44,12 +47,16 @@ NAMES = {"model": "SmolLM2-135M-Instruct", "corpus": "BBC news"}  # of the demo'
 
 
 class Page(NamedTuple):
-    """The file written, its size, how many SAEs it compares and how many latents can be looked at in it."""
+    """The file written, its size, how many SAEs it compares and how many latents can be looked at in it.
+
+    server: serves it, with --serve.
+    """
 
     path: Path
     bytes: int
     saes: int
     latents: int
+    server: ThreadingHTTPServer | None = None
 
 
 def write_report(settings: ReportSettings, report: Report = silent) -> Page:
@@ -57,7 +64,9 @@ def write_report(settings: ReportSettings, report: Report = silent) -> Page:
     require_libraries()
     tokens_hash = None if settings.cache is None else Cache(settings.cache).manifest.tokens_hash
     runs = read_runs(settings.saes, Path(settings.out), settings.scores, tokens_hash)
-    lens = _open_lens(settings, runs)
+    lm = _load_lm(settings, runs)
+    lens = None if lm is None or not settings.logits else _lens_of(lm)
+    saes: dict[int, SAE] = {}  # those that are served
     device = pick_device(settings.device)
     about: list[dict[str, Any]] = []
     lists: dict[str, str] = {}
@@ -70,6 +79,8 @@ def write_report(settings: ReportSettings, report: Report = silent) -> Page:
             if run.contexts is None:
                 continue
             sae, listed = run.load(device), latent_list(run)
+            if settings.serve:
+                saes[number] = sae
             for at, piece in enumerate(latent_pieces(run, listed, sae, lens, settings.contexts, report)):
                 pieces.write(f"piece-{number}-{at} {packed(piece)}\n")
             lists[f"list-{number}"] = packed(listed)
@@ -80,8 +91,14 @@ def write_report(settings: ReportSettings, report: Report = silent) -> Page:
                 about[one]["pairs"].append(other)
                 pieces.write(f"pairs-{one}-{other} {packed(latent_pairs(decoders[one], decoders[other]))}\n")
         blocks = {"shared": packed({"piece": PIECE, "runs": about}), **lists}
-        size = _render(Path(settings.html), runs, blocks, pieces, logits=lens is not None)
-    return Page(Path(settings.html), size, len(runs), sum(one["latents"] for one in about if one["browsable"]))
+        shown = {"logits": lens is not None, "served": settings.serve}
+        size = _render(Path(settings.html), runs, blocks, pieces, **shown)
+    count = sum(one["latents"] for one in about if one["browsable"])
+    server = None
+    if settings.serve:
+        assert lm is not None
+        server = page_server(Path(settings.html), asking(lm, saes), settings.port)
+    return Page(Path(settings.html), size, len(runs), count, server)
 
 
 def require_libraries() -> None:
@@ -90,26 +107,28 @@ def require_libraries() -> None:
         raise WrongInput(f"the report needs {' and '.join(missing)}: pip install 'routesae[report]'")
 
 
-def _open_lens(settings: ReportSettings, runs: Sequence[Run]) -> LogitLens | None:
-    """The logit lens of the LM that is asked for, or of the SAEs' own if it is at hand."""
-    if not settings.logits or not any(run.contexts for run in runs):
+def _load_lm(settings: ReportSettings, runs: Sequence[Run]) -> LM | None:
+    """The LM that is asked for, or the SAEs' own if it is at hand; None if it is not, or for nothing."""
+    if not (settings.logits or settings.serve) or not any(run.contexts for run in runs):
         return None
     of_saes = [lm_of_sae(run.folder, run.recipe) for run in runs]
     try:
         model = settings.model or _at_hand(of_saes[0])
-        loaded = load_lm_of(of_saes, model, device=settings.device, lm_dtype=settings.lm_dtype)
+        return load_lm_of(of_saes, model, device=settings.device, lm_dtype=settings.lm_dtype)
     except WrongInput as refusal:
-        if settings.model is not None:
+        if settings.model is not None or settings.serve:
             raise
         log.warning("logit effects are left out: %s", refusal)
         return None
-    log.info("logit effects are those of %s", loaded.name)
-    vocabulary = Vocabulary(loaded.tokenizer)
+
+
+def _lens_of(lm: LM) -> LogitLens:
+    vocabulary = Vocabulary(lm.tokenizer)
     texts = [  # a token that is a part of a character has no text of its own, only the vocabulary's name for it
         vocabulary.class_texts[number] if "\ufffd" in text else text
         for text, number in zip(vocabulary.texts, vocabulary.class_V.tolist(), strict=True)
     ]
-    return LogitLens(loaded.lm, texts)
+    return LogitLens(lm.lm, texts)
 
 
 def _at_hand(recorded: LMRecord) -> str:
@@ -128,7 +147,7 @@ def _at_hand(recorded: LMRecord) -> str:
         raise WrongInput(f"{visible(model)} is not on this machine; --model {visible(model)} downloads it") from None
 
 
-def _render(path: Path, runs: Sequence[Run], blocks: Mapping[str, str], pieces: IO[str], *, logits: bool) -> int:
+def _render(path: Path, runs: Sequence[Run], blocks: Mapping[str, str], pieces: IO[str], **shown: bool) -> int:
     """Write the file, whole or not at all, and return its size in bytes."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
@@ -153,7 +172,7 @@ def _render(path: Path, runs: Sequence[Run], blocks: Mapping[str, str], pieces: 
         plots=draw_plots(runs),
         routed=any(run.contexts and run.contexts.facts.get("routes") for run in runs),
         browsable=any(run.contexts is not None for run in runs),
-        logits=logits,
+        **shown,
         facts=_facts(runs),
         blocks=blocks.items(),
         pieces=_lines(pieces),
@@ -177,6 +196,6 @@ def _facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
         for name, value in (("model", run.source.model), ("corpus", run.source.corpus)):
             if value:
                 values[name][NAMES[name] if value == DEMO else visible(value)] = None
-        if run.source.cache is not None and run.source.cache.kept_tokens is not None:
-            values["tokens"][f"{run.source.cache.kept_tokens:,}"] = None
+        if isinstance(tokens := run.source.cache.get("kept_tokens"), int):
+            values["tokens"][f"{tokens:,}"] = None
     return [(name, ", ".join(of_runs)) for name, of_runs in values.items() if of_runs]

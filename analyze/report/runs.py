@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from routesae.analyze.contexts.file import ContextsFile, damaged, read_contexts, read_facts
 from routesae.analyze.inputs.identity import sae_identity
@@ -48,38 +48,19 @@ MEASURED = (
 HELD_OUT = {"NormMSE": "norm_mse", "FVU": "fvu", "L0": "l0", "Dead": "dead", "Entropy": "routing_entropy"}
 
 
-class HeldOut(BaseModel):
-    """Scores at the end of a training, in cfg.json."""
-
-    norm_mse: float | None = None
-    fvu: float | None = None
-    l0: float | None = None
-    dead: float | None = None
-    routing_entropy: float | None = None
-    layer_shares: dict[str, float] | None = None
-
-
-class Harvested(BaseModel):
-    kept_tokens: int | None = None
+Numbers = dict[
+    str, float | dict[str, float] | None
+]  # a line of metrics.jsonl, and what cfg.json says of held-out rows
 
 
 class Source(BaseModel):
-    """What cfg.json says an SAE was trained from; nothing, of one from elsewhere."""
+    """What cfg.json says an SAE was trained from; nothing, of one from elsewhere. cache: its manifest."""
 
+    model_config = ConfigDict(strict=True)
     model: str | None = None
     corpus: str | None = None
-    cache: Harvested | None = None
-    held_out: HeldOut | None = None
-
-
-class CurveLine(BaseModel):
-    """A line of metrics.jsonl."""
-
-    tokens: float
-    norm_mse: float | None = None
-    l0: float | None = None
-    dead: float | None = None
-    routing_entropy: float | None = None
+    cache: dict[str, Any] = {}
+    held_out: Numbers = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +75,7 @@ class Run:
     folder: Path
     recipe: Recipe
     source: Source
-    curve: tuple[CurveLine, ...]
+    curve: Sequence[Numbers]
     scores: Mapping[str, Any]
     intervals: Mapping[str, tuple[float, float]]
     shares: Mapping[str, float] | None
@@ -136,15 +117,16 @@ def _read_run(
         ours = metadata.get("routesae") if isinstance(metadata, dict) else None
         source = Source.model_validate((ours.get("source") if isinstance(ours, dict) else None) or {})
         path = folder / METRICS_FILE
-        curve = tuple(_curve_line(number, line) for number, line in enumerate(read_metrics(folder), 1))
+        curve = TypeAdapter(list[Numbers]).validate_python(read_metrics(folder), strict=True)
     except (OSError, ValueError) as error:
         if isinstance(error, WrongInput):
             raise
         raise damaged(path, error, "copy the SAE's folder whole") from error
-    held_out, summary = source.held_out or HeldOut(), read_summary(beside)
-    known = {column: getattr(held_out, key) for column, key in HELD_OUT.items()}
+    held_out, summary = source.held_out, read_summary(beside)
+    known: dict[str, Any] = {column: held_out.get(key) for column, key in HELD_OUT.items()}
     known |= {name: value for name, value in row.items() if value is not None} | described(beside, tokens_hash)
     known |= {mode: tested.balanced_accuracy for mode in MODES if (tested := getattr(summary, mode, None))}
+    shares = row.get("Shares") or held_out.get("layer_shares")
     scores = {column.name: known[column.name] for column in MEASURED if known.get(column.name) is not None}
     if odd := [name for name, value in scores.items() if not isinstance(value, int | float)]:
         raise WrongInput(f"--scores: {odd[0]} {scores[odd[0]]!r} of {name} is not a number")
@@ -156,17 +138,10 @@ def _read_run(
         curve=curve,
         scores=scores,
         intervals={column: (ends[0], ends[-1]) for column, ends in row.get("intervals", {}).items() if ends},
-        shares=row.get("Shares") or held_out.layer_shares,
+        shares=shares if isinstance(shares, dict) else None,
         contexts=read_contexts(beside, tokens_hash) if read_facts(beside, tokens_hash) is not None else None,
         explanations=read_interpretations(beside),
     )
-
-
-def _curve_line(number: int, line: Mapping[str, Any]) -> CurveLine:
-    try:
-        return CurveLine.model_validate(line)
-    except ValueError as error:
-        raise ValueError(f"line {number}: {error}") from error
 
 
 # ------------------------------------------------------------------------------------------------- the table

@@ -36,6 +36,8 @@ class ReportSettings(Settings):
     contexts: int = setting(
         12, PAGE, "Strongest contexts shown of a latent; of each third of its sample a quarter.", ge=1
     )
+    serve: bool = setting(False, RUN, "Then serve the page on this machine, with a box for one's own text.")
+    port: int = setting(8760, RUN, "Port of --serve; 0 is any that is free.", ge=0, lt=2**16)
     device: str = DEVICE
     lm_dtype: str = LM_DTYPE
 

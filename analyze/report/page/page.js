@@ -267,7 +267,7 @@ async function show() {
     const box = $("browser").getBoundingClientRect();
     if (box.top > innerHeight || box.bottom < 0) $("latents").scrollIntoView();
   }
-  if (window.tried) tried();
+  if (own) ask();
 }
 
 async function pane({ run, latent }, data) {
@@ -401,6 +401,37 @@ function context([, activation, layer, row, position, document_, marked, words, 
   return make("div", "context", side, text);
 }
 
+// ---------------------------------------------------------------------------------------------- one's own text
+
+let own = false, asking = 0, pressedToken = 0; // own: whether there is a server to ask
+
+// Colours the text's tokens by the latent that is open, or else by the strongest of each.
+async function ask() {
+  const text = $("text").value, number = ++asking, first = opened[0], run = first?.run ?? runs[0];
+  if (!text.trim()) return $("tokens").replaceChildren(), $("strongest").replaceChildren();
+  const body = JSON.stringify({ run: run.number, text, latent: first?.latent ?? null });
+  const answer = await fetch("latents", { method: "POST", headers: { "Content-Type": "application/json" }, body });
+  const found = await answer.json();
+  if (number !== asking) return; // more was typed meanwhile
+  if (found.error) return $("tokens").replaceChildren(make("span", "empty", found.error));
+  const values = found.values ?? found.top.map((of) => of[0]?.[1] ?? 0), peak = Math.max(...values, 1e-9);
+  $("tokens").replaceChildren(...found.tokens.map((token, i) => {
+    const button = spell(make("button"), token);
+    button.type = "button";
+    button.title = short(values[i]);
+    button.style.setProperty("--share", values[i] / peak);
+    button.addEventListener("click", () => strongest(run, found.top, i));
+    return button;
+  }));
+  strongest(run, found.top, Math.min(pressedToken, found.tokens.length - 1));
+}
+
+function strongest(run, top, at) {
+  pressedToken = at;
+  [...$("tokens").children].forEach((button, i) => button.setAttribute("aria-pressed", i === at));
+  $("strongest").replaceChildren(neighbours(top[at].map(([latent, value]) => [value, { run, latent }])));
+}
+
 // ---------------------------------------------------------------------------------------------- the rest of the page
 
 function routes(number, { name, routes: by }) {
@@ -496,6 +527,7 @@ async function scope(which) {
   const others = which === "all" ? [] : shared.runs[which].pairs;
   for (const option of $("beside").options) option.hidden = option.disabled = option.value !== "" && !others.includes(Number(option.value));
   $("beside").parentElement.hidden = !others.length;
+  if (own) ask();
   await pairWith("");
 }
 
@@ -559,6 +591,11 @@ function listen() {
     choose(order[at]);
   });
   addEventListener("hashchange", show);
+  if ($("own") && location.protocol === "http:") {
+    own = true;
+    $("own").hidden = false;
+    $("text").addEventListener("input", ask);
+  }
   $("search").addEventListener("input", () => arrange());
   $("kept").addEventListener("change", () => arrange());
   $("run").addEventListener("change", async () => { await scope($("run").value); if (opened.length) go("#latents"); });

@@ -32,7 +32,7 @@ from routesae.analyze.contexts.file import (
     place_of,
     read_contexts,
 )
-from routesae.analyze.contexts.run import ContextResult, contexts
+from routesae.analyze.contexts.run import contexts
 from routesae.analyze.contexts.settings import ContextSettings
 from routesae.analyze.scores.run import analyze
 from routesae.analyze.scores.settings import AnalyzeSettings
@@ -93,7 +93,7 @@ THRESHOLDS = {"topk": 2.0, "jumprelu": 2.0, "routesae": 1.7, "mlsae": 2.3, "cros
 RULE: dict[str, Any] = {"max_classes": 12, "min_contexts": 4, "window": 12, "samples": 2, "seed": 3}
 
 
-def run(cache: Cache, folder: Path, **changes: Any) -> tuple[ContextResult, ContextsFile]:
+def run(cache: Cache, folder: Path, **changes: Any) -> tuple[dict[str, Any], ContextsFile]:
     given = {"cache": str(cache.path), "saes": (str(folder),), "device": "cpu", "threshold": THRESHOLDS[folder.name]}
     given["overwrite"] = True
     (result,) = contexts(ContextSettings(**{**given, **RULE, **changes}))
@@ -273,7 +273,7 @@ def test_contexts_equal_a_plain_loops(
     expected, kept = naive(hostile_cache, file.folder)
     assert read(file) == expected
     assert {summary.latent for summary in file.summaries if summary.kept} == kept
-    assert result.features == file.facts["features"] == len(kept)
+    assert result["Features"] == file.facts["features"] == len(kept)
     too_many = [summary for summary in file.summaries if summary.token_classes > RULE["max_classes"]]
     assert kept, "the rule must keep some here"
     assert too_many, "and leave some out"
@@ -284,8 +284,8 @@ def test_top_n_equals_a_plain_loops(variant: str, hostile_cache: Cache, copied: 
     result, file = run(hostile_cache, copied(variant), choose="top", top=7, seed=0)
     expected, kept = naive(hostile_cache, file.folder, choose="top", top=7, seed=0)
     assert read(file) == expected
-    assert result.features == len(kept)  # the published count, whatever is chosen
-    assert result.chosen == len(expected)
+    assert result["Features"] == len(kept)  # the published count, whatever is chosen
+    assert result["chosen"] == len(expected)
     assert max(len(found["chosen"]) for found in expected.values()) == 7
 
 
@@ -295,7 +295,7 @@ def test_the_least_number_of_contexts_is_enough(hostile_cache: Cache, copied: Ca
     counts = sorted(len(latent.chosen) for latent in found if latent.chosen)
     middle = counts[len(counts) // 2]
     assert counts[0] < middle
-    assert run(hostile_cache, folder, min_contexts=middle)[0].features == sum(count >= middle for count in counts)
+    assert run(hostile_cache, folder, min_contexts=middle)[0]["Features"] == sum(count >= middle for count in counts)
 
 
 @pytest.mark.parametrize("variant", ["topk", "mlsae"])
@@ -346,9 +346,9 @@ def test_published_json_has_its_shape_and_the_same_contexts(
     hostile_cache: Cache, copied: Callable[[str], Path]
 ) -> None:
     result, file = run(hostile_cache, copied("routesae"))
-    written = json.loads((result.folder / "contexts.json").read_text(encoding="utf-8"))
+    written = json.loads((file.place / "contexts.json").read_text(encoding="utf-8"))
     published = ("total_latents", "threshold", "max_length", "max_per_token", "lines")
-    assert [written[name] for name in published] == [result.features, 1.7, 12, 2, 3]
+    assert [written[name] for name in published] == [result["Features"], 1.7, 12, 2, 3]
     assert list(written) == [*published, "routesae", "latent_context_map", "latent_sample_map"]
     assert written["routesae"].items() <= file.facts.items()
     chosen = {found.latent: found for found in file.latents() if found.chosen}
@@ -402,9 +402,9 @@ def test_one_pass_serves_all_saes_and_where_nothing_is_kept_the_way_out_is_said(
     assert {now.stage for now in seen} == {"contexts"}
     assert [now.done for now in seen] == sorted({now.done for now in seen})
     assert seen[-1].done == seen[-1].total == hostile_cache.manifest.kept_tokens
-    assert [result.features for result in results] == [0, 0]
+    assert [result["Features"] for result in results] == [0, 0]
     assert [record.getMessage() for record in caplog.records] == [
-        f"{result.sae}: the rule keeps no latent; the strongest activation is {result.max_activation:.1f}: "
+        f"{result['sae']}: the rule keeps no latent; the strongest activation is {result['strongest']:.1f}: "
         "give a --threshold well below it"
         for result in results
     ]
@@ -457,7 +457,7 @@ def test_a_tokenizer_without_its_model_is_enough(
     alone.mkdir()
     for file in tiny_model.glob("tokenizer*"):
         shutil.copy(file, alone)
-    assert run(hostile_cache, copied("topk"), model=str(alone))[0].contexts > 0
+    assert run(hostile_cache, copied("topk"), model=str(alone))[0]["contexts"] > 0
 
 
 def test_missing_and_damaged_files_are_named(hostile_cache: Cache, copied: Callable[[str], Path]) -> None:
@@ -605,13 +605,6 @@ def test_the_command_counts_features_and_analyze_shows_them(
         "crosscoder": [str(features["crosscoder"]), "-"],
         "topk": [str(features["topk"]), "3.250"],
     }
-
-
-def test_a_tables_row_tells_what_the_rule_keeps_from_what_was_written(tmp_path: Path) -> None:
-    counts = {"latents": 96, "features": 7, "chosen": 40, "contexts": 123}
-    row = ContextResult(sae="topk", folder=tmp_path, max_activation=2.5, **counts).row()
-    assert list(row) == ["sae", "latents", "Features", "chosen", "contexts", "strongest"]
-    assert list(row.values()) == ["topk", 96, 7, 40, 123, 2.5]
 
 
 def test_features_counted_by_different_thresholds_are_not_compared_in_silence(

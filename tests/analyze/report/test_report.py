@@ -11,7 +11,9 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from http.client import HTTPConnection
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,11 +28,14 @@ from routesae.analyze.contexts.file import read_contexts, words_of
 from routesae.analyze.contexts.run import contexts
 from routesae.analyze.contexts.settings import ContextSettings
 from routesae.analyze.contexts.windows import Vocabulary
+from routesae.analyze.inputs.lm import lm_of_sae, load_lm_of
+from routesae.analyze.latents.text import latents
 from routesae.analyze.report.latents import PIECE, WORDS_LISTED, latent_pairs, packed
 from routesae.analyze.report.lens import NEAREST, TOKENS, LogitLens, decoder_of, nearest, unit_rows
 from routesae.analyze.report.plots import draw_plots
-from routesae.analyze.report.run import write_report
+from routesae.analyze.report.run import Page, write_report
 from routesae.analyze.report.runs import read_runs, table_of
+from routesae.analyze.report.serve import page_server
 from routesae.analyze.report.settings import ReportSettings
 from routesae.cli import main
 from routesae.harvest.cache.reader import Cache
@@ -464,7 +469,7 @@ def odd_source(held_out: Any) -> Callable[[Path], dict[str, Any]]:
         (odd("scores.json", '{"saes": NaN}'), "NaN is not a finite number"),
         (odd("scores.json", "[" * 10**5), "nested too deep"),
         (pipe("scores.json"), "not a regular file"),
-        (odd("topk/metrics.jsonl", '{"tokens": 1}\n{"tokens": "many"}\n'), "metrics.jsonl cannot be read (line 2: "),
+        (odd("topk/metrics.jsonl", '{"tokens": 1}\n{"tokens": "many"}\n'), "metrics.jsonl cannot be read"),
         (odd("topk/metrics.jsonl", "[]"), "metrics.jsonl cannot be read (line 1: "),
         (pipe("topk/metrics.jsonl"), "not a regular file"),
         (odd("routesae/interpretations.json", {"score": 1, "fuzzing": [1]}), "interpretations.json cannot be read"),
@@ -508,3 +513,90 @@ def test_another_lm_than_the_caches_is_refused(saes: Path, tiny_model: Path, tmp
     (other / "config.json").write_text(json.dumps({**config, "rope_theta": 5.0, "rms_norm_eps": 0.5}))
     with pytest.raises(WrongInput, match=r"is not the LM of the SAE .*: its config differs"):
         write_report(ReportSettings(out=str(saes), html=str(tmp_path / "r.html"), model=str(other), device="cpu"))
+
+
+# ----------------------------------------------------------------------------------------- served, with own text
+
+
+@pytest.fixture(scope="module")
+def served(saes: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    """The page of the SAEs, served on a port that was free."""
+    html = tmp_path_factory.mktemp("served") / "report.html"
+    given = {"out": str(saes), "html": str(html), "model": str(tiny_model), "device": "cpu"}
+    page = write_report(ReportSettings(**given, serve=True, port=0))
+    assert page.server is not None
+    threading.Thread(target=page.server.serve_forever, args=(0.05,), daemon=True).start()
+    yield page
+    page.server.shutdown()
+    page.server.server_close()
+
+
+def ask(page: Page, body: Any, **headers: str) -> tuple[int, Any]:
+    assert page.server is not None
+    connection = HTTPConnection("127.0.0.1", page.server.server_port, timeout=30)
+    sent = body if isinstance(body, bytes) else json.dumps(body).encode()
+    try:
+        connection.request("POST", "/latents", sent, {"Content-Type": "application/json", **headers})
+        reply = connection.getresponse()
+        return reply.status, json.loads(reply.read())
+    finally:
+        connection.close()
+
+
+def test_own_text_is_answered_by_what_the_sae_does_with_it(served: Page, saes: Path, tiny_model: Path) -> None:
+    text = "the router reads a token of the hidden state"
+    sae = load_sae(saes / "routesae", CPU)
+    record = lm_of_sae(saes / "routesae", sae.recipe)
+    expected = latents(load_lm_of([record], str(tiny_model), device="cpu", lm_dtype="auto"), sae, text, top=8)
+    status, found = ask(served, {"run": 1, "text": text, "latent": 7})
+    assert status == 200
+    assert found["tokens"] == expected.tokens
+    assert [[latent for latent, _ in of] for of in found["top"]] == [
+        [row["latent"] for row in of] for of in expected.by_token()
+    ]
+    dense_nF = expected.latents.dense()
+    assert [value for value, kept in zip(found["values"], expected.kept, strict=True) if kept] == pytest.approx(
+        dense_nF[:, 7].tolist(), abs=1e-3
+    )
+    assert ask(served, {"run": 1, "text": text})[1]["values"] is None
+
+
+def test_the_page_itself_is_served_and_nothing_else(served: Page) -> None:
+    assert served.server is not None
+    assert served.server.server_address[0] == "127.0.0.1"
+    for path, status in (("/", 200), ("/latents", 404), ("/../../etc/passwd", 404), ("/cfg.json", 404)):
+        connection = HTTPConnection("127.0.0.1", served.server.server_port, timeout=30)
+        connection.request("GET", path)
+        reply = connection.getresponse()
+        assert (reply.status, reply.read() == served.path.read_bytes()) == (status, path == "/")
+        assert reply.headers["Access-Control-Allow-Origin"] is None
+        connection.close()
+    assert "connect-src 'self'" in served.path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "told"),
+    [
+        ({"run": 1, "text": "x"}, {"Host": "evil.example"}, "only the page itself may ask"),
+        ({"run": 1, "text": "x"}, {"Content-Type": "text/plain"}, "only the page itself may ask"),
+        ({"run": 1, "text": "x"}, {"Content-Length": "1e9"}, "at most 65,536 bytes"),
+        ({"run": 1, "text": "x" * 70_000}, {}, "at most 65,536 bytes"),
+        (b"{", {}, "not JSON"),
+        ([1], {}, "Question"),
+        ({"run": 1, "text": ""}, {}, "text"),
+        ({"run": 1, "text": "token " * 2000}, {}, "positions of"),
+        ({"run": 2, "text": "x"}, {}, "no such SAE or latent"),  # it has no contexts, and is not shown
+        ({"run": 1, "text": "x", "latent": LATENTS}, {}, "no such SAE or latent"),
+        ({"run": -1, "text": "x"}, {}, "run"),
+    ],
+)
+def test_odd_questions_are_refused(body: Any, headers: dict[str, str], told: str, served: Page) -> None:
+    status, answer = ask(served, body, **headers)
+    assert status == 400
+    assert told in answer["error"]
+
+
+def test_a_port_that_is_taken_is_named(served: Page) -> None:
+    assert served.server is not None
+    with pytest.raises(WrongInput, match=rf"--port {served.server.server_port}: .*; give another"):
+        page_server(served.path, lambda question: {}, served.server.server_port)
