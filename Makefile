@@ -8,6 +8,9 @@ PIP := $(BIN)/pip install --quiet --no-compile
 DEMO := demo
 SAE_FLAGS := --cache $(DEMO)/shards --out $(DEMO)/saes --latents 4608 --k 64 --epochs 4 --lr 2e-3
 
+# Each process that imports torch and transformers would compile them anew, for 8 s on top of 5.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test slow docs clean
 
 # The LM in float32, so that the README's figures do not depend on whether the CPU has AMX.

@@ -15,7 +15,13 @@ from routesae.reporting import WrongInput
 from routesae.train.folder.checkpoint import load_sae, read_recipe, save_sae
 from routesae.train.saes import SINGLE_LAYER, Recipe, RouteSAE, SingleLayerSAE, build
 
-sae_lens = pytest.importorskip("sae_lens")
+
+@pytest.fixture(autouse=True, scope="module")
+def import_sae_lens() -> None:
+    """Here, since its import takes seconds, in every process that collects these tests."""
+    global sae_lens
+    sae_lens = pytest.importorskip("sae_lens")
+
 
 N, D, LATENTS, K = 30, 8, 24, 4
 CPU = torch.device("cpu")

@@ -22,7 +22,13 @@ from routesae.train.folder.settings import ConvertSettings
 from routesae.train.folder.strangers import LOADERS
 from routesae.train.saes import SAE, Recipe, build
 
-sae_lens = pytest.importorskip("sae_lens")
+
+@pytest.fixture(autouse=True, scope="module")
+def import_sae_lens() -> None:
+    """Here, since its import takes seconds, in every process that collects these tests."""
+    global sae_lens
+    sae_lens = pytest.importorskip("sae_lens")
+
 
 N, D, F, K = 40, 8, 24, 4
 CPU = torch.device("cpu")
