@@ -56,8 +56,6 @@ def parse_change(how: str, text: str) -> Change:
         change = Change(latent=int(latent), how=how, value=float(number) if equals else 0.0)
     except ValueError:
         raise WrongInput(f"--{how} {text!r} is not {form}") from None
-    if not math.isfinite(change.value):
-        raise WrongInput(f"--{how} {text!r}: {number} is not a finite number")
     return change
 
 
@@ -72,6 +70,8 @@ class Clamp:
         require_spliceable(sae)
         by_latent: dict[int, Change] = {}
         for change in changes:
+            if not math.isfinite(change.value):
+                raise WrongInput(f"{change}: {change.value} is not a finite number")
             if not 0 <= change.latent < sae.recipe.latents:
                 raise WrongInput(
                     f"{change}: the SAE has {sae.recipe.latents} latents, 0 to {sae.recipe.latents - 1}, "
