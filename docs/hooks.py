@@ -1,6 +1,6 @@
 """Pages that are made from the code when the site is built: every command, the metrics, notebooks, two root files.
 
-mkdocs calls on_files and on_nav; https://www.mkdocs.org/user-guide/configuration/#hooks.
+mkdocs calls the functions whose names begin with on_; https://www.mkdocs.org/user-guide/configuration/#hooks.
 """
 
 from __future__ import annotations
@@ -8,6 +8,9 @@ from __future__ import annotations
 import html
 import json
 import re
+import shutil
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,19 @@ from routesae.cli import main
 from routesae.console.commands import FIRST, LAST, SettingsCommand
 
 ROOT = Path(__file__).resolve().parent.parent
+LINKS = Path(tempfile.mkdtemp())
 COMMANDS = "reference/commands"
+
+
+def on_startup(**_: Any) -> None:
+    """Let mkdocstrings find the package by its name: the checkout's folder may have any other."""
+    (LINKS / "routesae").symlink_to(ROOT)
+    sys.path.insert(0, str(LINKS))
+
+
+def on_shutdown() -> None:
+    """Take the link away."""
+    shutil.rmtree(LINKS)
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
