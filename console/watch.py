@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from routesae import __version__
 from routesae.console.options import Watch
 from routesae.console.terminal import columns, styled
-from routesae.machine.files import write_json
+from routesae.machine.files import read_bytes, write_json
 from routesae.machine.stop import terminating
 from routesae.reporting import FailedRun, Progress, Report, Stopped, WrongInput, shortened, visible
 
@@ -188,6 +188,11 @@ class Status:
         message = (str(error or "") or None) if known else f"{type(error).__name__}: {error}"
         self._write("refused" if isinstance(error, WrongInput) else state, message)
 
+    def _has_ended(self) -> bool:
+        """Whether there is no status, or one of a run that finished, rather than one that a killed run left."""
+        assert self.path is not None
+        return not self.path.exists() or b'"finished"' in read_bytes(self.path)
+
     def _write(self, state: str, message: str | None) -> None:
         if self.path is None or (state == "refused" and self._wrote_at is None):
             return
@@ -195,8 +200,8 @@ class Status:
         try:
             if state == "refused":
                 self.path.unlink(missing_ok=True)
-            elif state == "finished" and self._wrote_at is None and not self.path.exists():
-                pass  # it had nothing to do; what an older run left would be corrected
+            elif state == "finished" and self._wrote_at is None and self._has_ended():
+                pass  # it had nothing to do
             elif self.path.parent.is_dir():
                 write_json(self.path, content)
         except (OSError, ValueError) as error:

@@ -271,7 +271,11 @@ def test_a_run_with_nothing_to_do_corrects_an_older_status_and_makes_none(tmp_pa
     (tmp_path / "status.json").write_text('{"state": "running"}')  # of a run that kill -9 ended
     with watched(Watch(quiet=True), "train", tmp_path / "status.json"):
         pass
-    assert status(tmp_path / "status.json")["state"] == "finished"
+    found = status(tmp_path / "status.json")
+    assert found["state"] == "finished"
+    with watched(Watch(quiet=True), "train", tmp_path / "status.json"):
+        pass
+    assert status(tmp_path / "status.json") == found  # to the millisecond
 
 
 @pytest.mark.parametrize("fault", ["unlink", "is_dir", "write", "fifo", "surrogate"])
