@@ -103,14 +103,10 @@ def share_of(settings: HarvestSettings) -> Share:
     """The share that --worker and --workers name, or torchrun's RANK and WORLD_SIZE, or else all of the work."""
     rank, world = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
     share = Share(settings.worker or 0, settings.workers or 1)
+    wrong = f"--worker {share.worker} is not one of 0 to {share.workers - 1} (--workers {share.workers})"
     if settings.worker is None and rank is not None and world is not None:
         share = Share(*(int(number) if number.isdecimal() else -1 for number in (rank, world)))
-        if not 0 <= share.worker < share.workers:
-            raise WrongInput(
-                f"RANK={rank} and WORLD_SIZE={world} of the environment name no worker; unset them, or give --worker "
-                "and --workers"
-            )
+        wrong = f"RANK={rank} and WORLD_SIZE={world} name no worker; unset them, or give --worker and --workers"
     if not 0 <= share.worker < share.workers:
-        limit = f"0 to {share.workers - 1} (--workers {share.workers})"
-        raise WrongInput(f"--worker {share.worker} is not one of {limit}")
+        raise WrongInput(wrong)
     return share

@@ -278,6 +278,7 @@ def test_a_tokenizer_with_ids_beyond_the_embedding_is_refused_before_the_corpus_
     large.add_special_tokens({"eos_token": "<|im_end|>"})
     built(config("Llama", **{**HEADS, "vocab_size": rows})).model.save_pretrained(tmp_path / "model")
     large.save_pretrained(tmp_path / "model")
+    (tmp_path / "none.jsonl").touch()
     with pytest.raises(
         WrongInput, match=rf"has the id {rows} \('<\|im_end\|>'\), but the embedding has only {rows} rows"
     ):
