@@ -28,7 +28,7 @@ import regex
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 
 from routesae.analyze.inputs.identity import file_hash
-from routesae.machine.files import read_signed, refuse_link, replacing, signed, write_json
+from routesae.machine.files import problem_of, read_signed, refuse_link, replacing, signed, write_json
 from routesae.reporting import WrongInput, visible
 
 if TYPE_CHECKING:
@@ -313,7 +313,7 @@ def _require_bounds(path: Path, schema: pa.Schema) -> None:
 
 def damaged(path: Path, why: Exception, remedy: str = "run routesae contexts again") -> WrongInput:
     """The error for a file that cannot be read; one line, whatever the file says."""
-    reason = " ".join(str(why).split()) or type(why).__name__
+    reason = " ".join(problem_of(why).split())
     return WrongInput(f"{path} cannot be read ({visible(reason)[:200]}); {remedy}")
 
 

@@ -119,7 +119,7 @@ function* matching(run, text) {
 
 // What can be shown of every latent and sorted by: [key, heading, value of an entry, its text].
 function columns() {
-  const searched = folded($("search").value.trim());
+  const text = folded($("search").value.trim()), searched = text && numberIn(text) === null;
   const found = [["density", "density", ({ run, latent }) => run.density[latent], short],
     ["max", searched ? "on it" : "max", ({ run, latent, strength }) => searched ? strength : run.max[latent], short]];
   if (pairs) found.push(["cosine", "cosine", ({ latent }) => pairs.cosine[latent], (value) => value.toFixed(2)]);

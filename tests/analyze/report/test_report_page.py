@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import threading
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
@@ -515,3 +516,35 @@ def test_the_table_and_plots_need_no_script(browser: Browser, report: Path) -> N
     assert page.locator("#compare tbody tr").count() == 2
     assert page.locator("figure svg").count() == 4
     context.close()
+
+
+def test_own_text_is_coloured_as_it_is_typed(
+    browser: Browser, report: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    given = {"out": str(report.parent / "saes"), "saes": (str(report.parent / "saes" / "plain"),), "device": "cpu"}
+    made = write_report(
+        ReportSettings(**given, html=str(tmp_path / "r.html"), model=str(tiny_model), serve=True, port=0)
+    )
+    assert made.server is not None
+    threading.Thread(target=made.server.serve_forever, args=(0.05,), daemon=True).start()
+    with made.server, browser.new_page(viewport=DESK) as page:
+        wrong: list[str] = []
+        page.on("console", lambda message: wrong.append(message.text))
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.goto(f"http://127.0.0.1:{made.server.server_port}/")
+        page.wait_for_selector(".latent")
+        page.fill("#text", "the router reads a token </script>")
+        expect(page.locator("#tokens button").last).to_contain_text(">")
+        assert "".join(page.locator("#tokens button").all_text_contents()) == "the router reads a token </script>"
+        page.click("#tokens button >> nth=-1")
+        latent = page.inner_text("#strongest a .id >> nth=0")
+        value = page.inner_text("#strongest a .cosine >> nth=0")
+        page.click("#strongest a >> nth=0")
+        expect(page.locator("#detail h3").first).to_have_text(re.compile(f"^Latent {latent}\\b"))
+        expect(page.locator("#tokens button").last).to_have_attribute("title", re.compile(rf"^{value.rstrip('0')}"))
+        page.fill("#text", "")
+        expect(page.locator("#tokens button")).to_have_count(0)
+        made.server.shutdown()
+        assert wrong == []
+    for opened_from_disk in opened(browser, made.path):
+        expect(opened_from_disk.locator("#own")).to_be_hidden()
