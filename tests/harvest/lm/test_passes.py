@@ -302,7 +302,7 @@ def test_what_takes_the_place_is_what_the_saes_forward_pass_reconstructs(llama: 
     clean = clean_pass(llama, token_ids(), layers)
     hidden_mD = clean.hidden[layer][kept_BT]
     # The same hidden states at every layer, for those that read several.
-    out = sae(Hidden(hidden_mD.expand(len(layers), -1, -1)))
+    out = sae(hidden_mD if sae.one_layer else hidden_mD[:, None].expand(-1, len(layers), -1))
     expected_mD = sae.decode(out.latents)
     expected_mD = expected_mD if sae.one_layer else expected_mD[:, 0]
     found_BTD = edits(sae, clean.hidden, kept_BT)[layer](clean.hidden[layer])
