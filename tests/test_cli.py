@@ -23,6 +23,7 @@ from click.testing import CliRunner, Result
 
 from routesae import __version__
 from routesae.cli import main
+from routesae.harvest.cache.arrays import write_group
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.settings import HarvestSettings
 from routesae.machine.files import read_json
@@ -652,9 +653,8 @@ SPELLED = "x<U+001B>[2J<U+009B><U+202E><U+2028><U+000A>y"
 
 def test_what_a_stranger_wrote_does_not_act_on_the_terminal(tiny_cache: Cache, tmp_path: Path) -> None:
     shards = shutil.copytree(tiny_cache.path, tmp_path / "shards")
-    manifest = json.loads((shards / "zarr.json").read_text())
-    manifest["attributes"] |= {"model": ATTACK, "corpus": ATTACK, "versions": {ATTACK: ATTACK}}
-    (shards / "zarr.json").write_text(json.dumps(manifest))
+    attributes = tiny_cache.manifest.to_dict() | {"model": ATTACK, "corpus": ATTACK, "versions": {ATTACK: ATTACK}}
+    write_group(shards, attributes)
     outputs = [invoke("cache", "info", shards).output]
     nowhere = tmp_path / ATTACK
     outputs += [invoke("train", "--cache", nowhere).output, invoke("train", "--config", nowhere).output]
