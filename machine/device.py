@@ -38,10 +38,12 @@ def pick_device(device: str) -> torch.device:
 
 
 def has_bfloat16_units() -> bool:
-    """Whether this CPU multiplies bfloat16 faster than float32. The one place that decides this; today it asks for
-    AMX tiles alone.
+    """Whether this CPU multiplies bfloat16 natively, and so faster than float32.
+
+    torch before 2.11 cannot say: then float32 it is.
     """
-    return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16"))
 
 
 def pick_lm_dtype(lm_dtype: str, device: torch.device, *, bfloat16_units: bool = False) -> str:

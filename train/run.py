@@ -46,7 +46,7 @@ from routesae.train.ranks.distributed import ALONE, Ranks, joined_ranks
 from routesae.train.saes import SAE, build
 from routesae.train.saes.normalise import Hidden
 from routesae.train.settings import TrainSettings
-from routesae.train.sparse.search import product_dtype
+from routesae.train.sparse.policy import arithmetic
 from routesae.train.state import drop_checkpoints
 from routesae.train.trackers import open_trackers, require_trackers
 from routesae.train.trainee import Pace, Trainee
@@ -143,10 +143,9 @@ def pace_of(selection: Selection, settings: TrainSettings, device: torch.device)
     total_steps, _ = planned(selection, settings)
     run_tokens = total_steps * min(settings.batch_tokens, len(selection))
     precision = precision_of(settings, device)
-    product = product_dtype(device.type, precision)
-    proposes = " with active latents proposed in bfloat16" if product != torch.float32 else ""
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    log.info("training on %s%s in %s%s", device, threads, str(precision).removeprefix("torch."), proposes)
+    shown = str(precision).removeprefix("torch.")
+    log.info("training on %s%s in %s, %s", device, threads, shown, arithmetic(device.type))
     return Pace(
         total_steps=total_steps,
         epoch_steps=-(-len(selection) // settings.batch_tokens),
@@ -163,8 +162,9 @@ def trainee_of(
     """A new SAE ready to be trained; the stack closes its log. Raises WrongInput if --max-memory is too small."""
     sae = build(job.recipe, torch.Generator().manual_seed(settings.seed)).to(device).train()
     if settings.max_memory is not None:
-        sae.chunk_rows = settings.max_memory // (4 * job.recipe.latents)
-        if sae.chunk_rows == 0:
+        chunk_rows = settings.max_memory // (4 * job.recipe.latents)
+        sae.arithmetic = arithmetic(device.type)._replace(chunk_rows=chunk_rows)
+        if chunk_rows == 0:
             raise WrongInput(
                 f"--max-memory {settings.max_memory:,} bytes do not hold the {job.recipe.latents:,} pre-activations "
                 f"of one token; give {4 * job.recipe.latents:,} or more"

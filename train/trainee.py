@@ -124,7 +124,7 @@ class Trainee:
         state = {name: whole(tensor).cpu() for name, tensor in self.sae.state_dict().items()}
         sae = build(self.sae.recipe)
         sae.load_state_dict(state)
-        sae.chunk_rows, sae.scale = self.sae.chunk_rows, self.sae.scale
+        sae.arithmetic, sae.scale = self.sae.arithmetic, self.sae.scale
         return sae.to(self.device)
 
     @property

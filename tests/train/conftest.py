@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from routesae.train.saes import SAE
-from routesae.train.sparse import kernels
+from routesae.train.sparse.policy import Arithmetic
 
 FLOAT64_PATHS = ["dense, float64", "sparse, float64"]
 FLOAT32_PATHS = ["dense, float32", "sparse, float32", "sparse, proposed in bfloat16"]
 
 
 def _take(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "SPARSE_BELOW", -1.0 if "dense" in name else 1.1)
-    monkeypatch.setattr(SAE, "proposal", torch.bfloat16 if "bfloat16" in name else torch.float32)
+    proposal = torch.bfloat16 if "bfloat16" in name else torch.float32
+    monkeypatch.setattr(SAE, "arithmetic", Arithmetic(proposal, -1.0 if "dense" in name else 1.1))
 
 
 @pytest.fixture(params=FLOAT64_PATHS + FLOAT32_PATHS)

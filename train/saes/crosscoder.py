@@ -53,7 +53,7 @@ class Crosscoder(Vanilla):
         return Reading(torch.cat(list(x), dim=1), x.frame(by_token=True))
 
     def encoder(self) -> Encoder:
-        return Encoder(self.W_enc_FD, self.b_enc_F, None, self.chunk_rows, self.proposal)
+        return Encoder(self.W_enc_FD, self.b_enc_F, None, self.arithmetic)
 
     def decode_rows(self, latents: Latents) -> Tensor:
         """x̂, [N, L, D]."""

@@ -82,7 +82,7 @@ class Gated(SteeredSAE):
 
     def encoder(self) -> Encoder:
         # The two paths have biases of their own.
-        return Encoder(self.W_enc_FD, None, self.b_dec_D, self.chunk_rows, self.proposal)
+        return Encoder(self.W_enc_FD, None, self.b_dec_D, self.arithmetic)
 
     def traced(self, x_ND: Tensor, latents: Latents) -> Latents:
         *pair, f_M = latents.active()

@@ -20,6 +20,7 @@ from routesae.train.losses import Objective
 from routesae.train.ranks.distributed import local_rows
 from routesae.train.saes.normalise import NORMALIZATIONS, Hidden, NormalisedLayers, dataset_scale
 from routesae.train.sparse.pairs import Frame, Latents
+from routesae.train.sparse.policy import Arithmetic
 from routesae.train.sparse.search import Encoder, row_products
 
 ROUTERS = ("published", "top2", "frozen", "random")
@@ -123,7 +124,7 @@ class SAE(nn.Module, ABC):
     each_layer: ClassVar[bool] = False
     other_sparsity: bool = True
     lens_opens: ClassVar[str | None] = None
-    proposal: torch.dtype | None = None  # precision of the encoder's product; None for the fastest (sparse/search.py)
+    arithmetic: Arithmetic | None = None  # how its sums are done; None for what is fastest (sparse/policy.py)
     chosen: Callable[[Tensor, Encoder], Latents] | None = None  # replaces the activation, see `at_sparsity`
     folder: Path | None = None  # that it was loaded from
     hashes: Mapping[str, str] = {}  # xxh3-128 of each file of weights that it was read from or written to
@@ -132,7 +133,6 @@ class SAE(nn.Module, ABC):
         super().__init__()
         self.recipe = recipe
         self.k = recipe.k  # the trainer lowers it to recipe.k step by step if k is annealed
-        self.chunk_rows: int | None = None  # tokens encoded at a time; None for what is fastest
         self.turns, self.turn = 1, 0  # optimiser steps a batch, and which of them comes now
         self.scale = 1.0  # s of "dataset" normalisation, set by `initialise`
 
@@ -155,7 +155,7 @@ class SAE(nn.Module, ABC):
         """Reconstruct, with gradients if they are enabled. What a variant learns from a batch other than by gradients
         (a threshold, λ) it learns here, in training mode only."""
         reading, inner = self.read(self.normalised(hidden), training=self.training), self.dictionary
-        inner.k, inner.chunk_rows, inner.proposal = self.k, self.chunk_rows, self.proposal
+        inner.k, inner.arithmetic = self.k, self.arithmetic
         if inner.chosen is None:
             out: Forward = inner.autoencode(reading.x_RC, reading.weights_R)
         else:

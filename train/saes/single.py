@@ -103,7 +103,7 @@ class SingleLayerSAE(SAE):
         return latents.pairs.decode(latents.values_P, self.W_dec_FD, self.b_dec_D)
 
     def encoder(self) -> Encoder:
-        return Encoder(self.W_enc_FD, self.b_enc_F, self.b_dec_D, self.chunk_rows, self.proposal)
+        return Encoder(self.W_enc_FD, self.b_enc_F, self.b_dec_D, self.arithmetic)
 
     def penalty_weight(self, sparsity_factor: float) -> Tensor | float:
         """λ now; sparsity_factor, 0 to 1, warms it up."""

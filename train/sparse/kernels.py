@@ -15,10 +15,8 @@ from torch import Tensor
 
 from routesae.train.ranks.distributed import batch_kth_largest, batch_least, batch_rows, batch_sum
 from routesae.train.sparse.pairs import AllPairs, Latents, Pairs
-from routesae.train.sparse.search import Encoder, all_above, pre_activations, topk_of
+from routesae.train.sparse.search import Encoder, all_above, largest, pre_activations, topk_of
 
-# Above this share of all pairs a dense product is faster than bags over the pairs (benchmarks/steps.py).
-SPARSE_BELOW = 1 / 12
 PROBE_ROWS = 128  # that the share is estimated from
 BATCHTOPK_ROOM = 1.25  # pairs looked at for each that a batch keeps
 BATCHTOPK_PROBE = 512  # tokens that say where those begin
@@ -61,11 +59,23 @@ def encode_pairs(x_ND: Tensor, encoder: Encoder, pairs: Pairs, z_M: Tensor) -> T
     return _Encode.apply(x_ND, *encoder[:3], pairs, z_M)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def encode_topk(x_ND: Tensor, encoder: Encoder, k: int) -> tuple[Pairs, Tensor]:
-    """Each token with its k largest latents, and their pre-activations z_M, differentiable."""
+def encode_topk(x_ND: Tensor, encoder: Encoder, k: int) -> tuple[Pairs | AllPairs, Tensor]:
+    """Each token with its k largest latents, and their pre-activations z_P, differentiable.
+
+    All pairs where k is a larger share of the latents than the device's arithmetic is faster for; z is then 0 but for
+    the k largest.
+    """
+    f = len(encoder.W_enc_FD)
+    if k > encoder.arithmetic.sparse_below * f:
+        z_NF = encode_all(x_ND, encoder)
+        if k == f:
+            return AllPairs(), z_NF
+        with torch.no_grad():
+            is_small_NF = torch.ones_like(z_NF, dtype=torch.bool).scatter_(1, largest(z_NF.detach(), k), False)
+        return AllPairs(), z_NF.masked_fill(is_small_NF, 0)
     with torch.no_grad():
         z_NK, indices_NK = topk_of(x_ND, encoder, k)
-        pairs = Pairs.of(indices_NK, len(encoder.W_enc_FD))
+        pairs = Pairs.of(indices_NK, f)
     return pairs, encode_pairs(x_ND, encoder, pairs, z_NK.flatten())
 
 
@@ -100,11 +110,11 @@ def _batchtopk(x_ND: Tensor, encoder: Encoder, k: int) -> tuple[Tensor, Tensor, 
 def encode_above(x_ND: Tensor, encoder: Encoder, floor_F: Tensor) -> tuple[Pairs | AllPairs, Tensor]:
     """Pairs that hold at least every z above its latent's floor, and their z, differentiable.
 
-    All pairs where more than `SPARSE_BELOW` of them lie above.
+    All pairs where more of them lie above than the device's arithmetic is faster for.
     """
     with torch.no_grad():
         probe_nF = torch.cat([z_nF > floor_F for _, z_nF in pre_activations(x_ND[:PROBE_ROWS], encoder, x_ND.dtype)])
-        dense = bool(probe_nF.count_nonzero() > SPARSE_BELOW * probe_nF.numel())
+        dense = bool(probe_nF.count_nonzero() > encoder.arithmetic.sparse_below * probe_nF.numel())
     if dense:
         return AllPairs(), encode_all(x_ND, encoder)
     with torch.no_grad():

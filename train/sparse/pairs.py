@@ -3,7 +3,8 @@
 An SAE's equation is written once, over "pairs": all N·F of them (`AllPairs`, plain autograd), or the M that can be
 active (`Pairs`, found by routesae.train.sparse.search), whose gradients are written by hand. Decoding M pairs is an
 embedding bag, both weight gradients are embedding bags over the same pairs grouped by latent, and nothing of size
-[N, F] or [M, D] is ever made. PyTorch's own operators serve CPU and CUDA alike; all of it is float32, or wider.
+[N, F] or [M, D] is ever made. PyTorch's own operators serve CPU and CUDA alike. Sums over `Pairs` are float32, or
+wider; under autocast dense products multiply in its precision and sum in float32.
 
 Dimension letters: N tokens, D width, F latents, K latents a token, M pairs; P: [N, F] of all pairs, or [M].
 """

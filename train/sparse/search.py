@@ -5,9 +5,9 @@
 In an SAE that keeps K of F latents only this product is dense. It runs a few rows at a time, in one buffer, and is
 searched while those rows are still in the cores' caches. Nothing here has a gradient.
 
-Where the device multiplies bfloat16 several times faster than float32 (CUDA under autocast, CPUs with AMX), or where
-the encoder asks for it, the product only proposes. Its error, about 1/350 of a pre-activation's standard deviation,
-is far smaller than the margin of the search, and every pre-activation returned is computed anew in x's precision.
+Where the device multiplies bfloat16 faster than float32 (sparse/policy.py, CUDA under autocast), the product only
+proposes. Its error, about 1/350 of a pre-activation's standard deviation, is far smaller than the margin of the
+search, and every pre-activation returned is computed anew in x's precision.
 
 Dimension letters: N tokens, n rows at a time, D width, F latents, K candidates, M pairs of a token and a latent.
 """
@@ -24,11 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from routesae.machine.device import has_bfloat16_units
+from routesae.train.sparse.policy import Arithmetic, arithmetic
 
-# At fewer rows the encoder is fetched from memory too often, at more their product leaves the cores' caches
-# (benchmarks/steps.py on a Xeon: 256 rows 1.3 times slower).
-CPU_CHUNK_ROWS = {torch.float32: 512, torch.bfloat16: 2048}
 GROUP = 8  # latents of which only the largest is looked at first
 SPARE = 8  # candidates beyond k, and an eighth of k more
 MARGIN = 2**-5  # below a floor, in standard deviations of a pre-activation: ten of the proposal's errors
@@ -38,17 +35,17 @@ _COLUMNS = 32  # a bfloat16 product is fastest where its inner size is a multipl
 
 
 class Encoder(NamedTuple):
-    """z = W_enc (x − b_dec) + b_enc; a bias that is None is zero.
-
-    chunk_rows: tokens encoded at a time. proposal: the precision of the product over float32 rows without autocast.
-    Each None for what is fastest on the device.
-    """
+    """z = W_enc (x − b_dec) + b_enc; a bias that is None is zero. chosen: how the sums are done; None for what is
+    fastest on the device."""
 
     W_enc_FD: Tensor
     b_enc_F: Tensor | None = None
     b_dec_D: Tensor | None = None
-    chunk_rows: int | None = None
-    proposal: torch.dtype | None = None
+    chosen: Arithmetic | None = None
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        return arithmetic(self.W_enc_FD.device.type) if self.chosen is None else self.chosen
 
     def raised(self, by: Tensor) -> Encoder:
         """With `by`, [F] or one number, added to every pre-activation."""
@@ -63,18 +60,13 @@ class Encoder(NamedTuple):
             return bias_F - self.W_enc_FD @ self.b_dec_D
 
 
-def proposal_dtype(x_ND: Tensor, asked: torch.dtype | None = None) -> torch.dtype:
-    """The precision that the product runs in; if it is that of x, it is exact. asked: Encoder's proposal."""
+def proposal_dtype(x_ND: Tensor, proposal: torch.dtype) -> torch.dtype:
+    """The precision that the product runs in; if it is that of x, it is exact. proposal: Arithmetic's."""
     kind = x_ND.device.type
     if x_ND.dtype != torch.float32:
         return x_ND.dtype
     precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
-    return asked if asked is not None and precision == torch.float32 else product_dtype(kind, precision)
-
-
-def product_dtype(kind: str, precision: torch.dtype) -> torch.dtype:
-    """The fastest precision for float32 rows on a device of that kind. precision: autocast's."""
-    return torch.bfloat16 if precision == torch.float32 and kind == "cpu" and has_bfloat16_units() else precision
+    return proposal if precision == torch.float32 else precision
 
 
 def pre_activations(x_ND: Tensor, encoder: Encoder, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
@@ -83,8 +75,7 @@ def pre_activations(x_ND: Tensor, encoder: Encoder, dtype: torch.dtype) -> Itera
     dtype: that of x, or a narrower one for proposals.
     """
     n, width = x_ND.shape
-    fastest = CPU_CHUNK_ROWS.get(dtype, 512) if x_ND.device.type == "cpu" else n
-    chunk = min(n, fastest if encoder.chunk_rows is None else encoder.chunk_rows)
+    chunk = encoder.arithmetic.rows_at_once(n, x_ND.device.type, dtype)
     z_nF = torch.empty(chunk, len(encoder.W_enc_FD), dtype=dtype, device=x_ND.device)
     slices = (slice(start, min(start + chunk, n)) for start in range(0, n, max(1, chunk)))
     if dtype == x_ND.dtype:
@@ -150,7 +141,7 @@ def _threads(count: int) -> ThreadPoolExecutor:
 
 def topk_of(x_ND: Tensor, encoder: Encoder, k: int) -> tuple[Tensor, Tensor]:
     """(z_NK, indices_NK): the k largest pre-activations of each token, those above 0 exactly, in no order."""
-    dtype = proposal_dtype(x_ND, encoder.proposal)
+    dtype = proposal_dtype(x_ND, encoder.arithmetic.proposal)
     exact = dtype == x_ND.dtype
     room = k if exact else min(k + k // 8 + SPARE, len(encoder.W_enc_FD))
     proposing = encoder if exact else encoder.raised(_margin(x_ND, encoder).max())
@@ -171,7 +162,7 @@ def topk_of(x_ND: Tensor, encoder: Encoder, k: int) -> tuple[Tensor, Tensor]:
 
 def all_above(x_ND: Tensor, encoder: Encoder, floor_F: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(tokens_M, latents_M, z_M) of every pre-activation above its latent's floor; by token."""
-    dtype = proposal_dtype(x_ND, encoder.proposal)
+    dtype = proposal_dtype(x_ND, encoder.arithmetic.proposal)
     exact = dtype == x_ND.dtype
     floor_F = floor_F.to(x_ND.dtype)
     above = encoder.raised(-floor_F)

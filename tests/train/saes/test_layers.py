@@ -14,7 +14,6 @@ from routesae.train.saes import SAE, Recipe, build
 from routesae.train.saes.crosscoder import Crosscoder
 from routesae.train.saes.single import geometric_median
 from routesae.train.saes.topk import TopK
-from routesae.train.sparse.pairs import Pairs
 
 L, N, D, LATENTS, K = 3, 20, 8, 32, 4
 NONE_DEAD = torch.zeros(LATENTS, dtype=torch.bool)
@@ -201,7 +200,6 @@ def assert_is_topk_of(sae: SAE, x_LND: Tensor, rows: list[Tensor], dead_F: Tenso
     out = sae(Normalised(x_LND))
     objective = sae.loss(out, dead_F)
     objective.total.backward()
-    assert isinstance(out.latents.pairs, Pairs)
     assert torch.equal(out.x_ND, torch.stack(rows))
     f_NF = out.latents.dense().detach().double()
     torch.testing.assert_close(f_NF, torch.stack(latents), rtol=1e-5, atol=1e-5)

@@ -22,6 +22,7 @@ from routesae.train.sparse.kernels import (
     topk_latents,
 )
 from routesae.train.sparse.pairs import AllPairs, Latents, Pairs
+from routesae.train.sparse.policy import Arithmetic
 from routesae.train.sparse.search import Encoder
 
 
@@ -84,9 +85,7 @@ SELECTIONS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def sparse_at_any_density(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "SPARSE_BELOW", 1.1)
+SPARSELY = Arithmetic(torch.float32, 1.1)  # at any density
 
 
 class Out(NamedTuple):
@@ -99,11 +98,11 @@ BIASES = {"both biases": (True, True), "b_enc": (True, False), "b_dec": (False, 
 
 
 def sparse_autoencode(
-    select: Selection, given: Problem, k: int, biases: str = "both biases", proposal: torch.dtype | None = None
+    select: Selection, given: Problem, k: int, biases: str = "both biases", how: Arithmetic = SPARSELY
 ) -> Out:
     x_ND, W_enc_FD, b_enc_F, W_dec_FD, b_dec_D, v_F = given
     has_b_enc, has_b_dec = BIASES[biases]
-    encoder = Encoder(W_enc_FD, b_enc_F if has_b_enc else None, b_dec_D if has_b_dec else None, proposal=proposal)
+    encoder = Encoder(W_enc_FD, b_enc_F if has_b_enc else None, b_dec_D if has_b_dec else None, how)
     pairs, z_P = select.encode(x_ND, encoder, k)
     f_P = select.activation(z_P)
     f_NF = Latents(f_P, pairs).dense()
@@ -359,7 +358,7 @@ def test_a_gradient_that_is_not_contiguous_is_the_same_gradient() -> None:
 def test_float32_gradients_are_those_of_float64_to_1e_5(selection: str, proposal: torch.dtype) -> None:
     given, select = problem(600, 16, 64), SELECTIONS[selection]
     exact = outputs_and_gradients(dense_autoencode, select, given, 4)
-    proposed = partial(sparse_autoencode, proposal=proposal)
+    proposed = partial(sparse_autoencode, how=SPARSELY._replace(proposal=proposal))
     found = outputs_and_gradients(proposed, select, Problem(*(tensor.float() for tensor in given)), 4)
     assert torch.equal(found["f_NF"] != 0, exact["f_NF"] != 0)
     for name, tensor in exact.items():
@@ -473,7 +472,7 @@ def test_threshold_latents_are_what_is_above_both_its_threshold_and_zero(n: int)
 
 
 def test_a_pre_activation_at_its_threshold_is_not_active() -> None:
-    encoder = Encoder(torch.eye(2), torch.tensor([0.5, 1.0]))
+    encoder = Encoder(torch.eye(2), torch.tensor([0.5, 1.0]), chosen=SPARSELY)
     floor_F = torch.tensor([0.5, 0.5])
     assert threshold_latents(torch.zeros(1, 2), encoder, floor_F).dense().tolist() == [[0.0, 1.0]]
     assert jumprelu(torch.tensor([[0.5, 1.0]]), floor_F, 0.1).tolist() == [[0.0, 1.0]]

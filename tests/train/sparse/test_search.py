@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from routesae.train.sparse import search
+from routesae.train.sparse import policy, search
+from routesae.train.sparse.policy import Arithmetic
 from routesae.train.sparse.search import (
-    CPU_CHUNK_ROWS,
     Encoder,
     all_above,
     largest,
@@ -136,7 +136,7 @@ PRECISIONS = ["float64", "float32", "proposed in bfloat16"]
 @pytest.fixture(params=PRECISIONS)
 def precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """In which precision the product runs; a few chunks of rows in each."""
-    monkeypatch.setattr(search, "CPU_CHUNK_ROWS", {torch.float32: 128, torch.float64: 128, torch.bfloat16: 128})
+    monkeypatch.setattr(policy, "CPU_CHUNK_ROWS", {torch.float32: 128, torch.float64: 128, torch.bfloat16: 128})
     seen: list[torch.dtype] = []
     inner = pre_activations
 
@@ -153,7 +153,7 @@ def precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 def given_in(precision: str, given: Problem) -> Problem:
     if precision != "float64":
         proposal = torch.bfloat16 if precision == "proposed in bfloat16" else torch.float32
-        return given._replace(encoder=given.encoder._replace(proposal=proposal))
+        return given._replace(encoder=given.encoder._replace(chosen=Arithmetic(proposal, 1.0)))
     parts = (None if part is None else part.double() for part in given.encoder[:3])
     return Problem(given.x_ND.double(), Encoder(*parts))
 
@@ -193,7 +193,8 @@ def test_the_top_k_is_the_same_whichever_precision_proposes() -> None:
         z_NF, rounding = given.exact()
         found = {}
         for proposal in (torch.float32, torch.bfloat16):
-            z_NK, indices_NK = topk_of(given.x_ND, given.encoder._replace(proposal=proposal), 8)
+            encoder = given.encoder._replace(chosen=Arithmetic(proposal, 1.0))
+            z_NK, indices_NK = topk_of(given.x_ND, encoder, 8)
             found[proposal] = z_NK.sort(dim=1).values, indices_NK.sort(dim=1).values
         plain, proposed = found[torch.float32], found[torch.bfloat16]
         torch.testing.assert_close(proposed[0], plain[0], rtol=1e-5, atol=rounding)
@@ -261,7 +262,7 @@ def test_all_above_in_float64_is_z_above_the_floor_to_the_last_pair() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["normal", "no bias", "a few dimensions far off, which b_dec holds"])
 def test_pre_activations_come_in_order_and_once_and_within_their_precision(kind: str, dtype: torch.dtype) -> None:
-    chunk, n = CPU_CHUNK_ROWS.get(dtype, 512), 2100
+    chunk, n = policy.CPU_CHUNK_ROWS.get(dtype, 512), 2100
     given = problem(kind, n=n, width=31, latents=40)
     given = given_in("float64" if dtype == torch.float64 else "float32", given)
     z_NF, rounding = given.exact()
@@ -276,23 +277,18 @@ def test_pre_activations_come_in_order_and_once_and_within_their_precision(kind:
     assert begin == n
 
 
-def test_only_float32_rows_are_proposed_for_in_what_autocast_or_the_encoder_asks_or_the_cpu_prefers(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_only_float32_rows_are_proposed_for_in_what_autocast_or_the_arithmetic_says() -> None:
     x_ND = torch.zeros(2, 3)
-    for amx in (False, True):
-        monkeypatch.setattr(search, "has_bfloat16_units", lambda amx=amx: amx)
-        fastest = torch.bfloat16 if amx else torch.float32
-        for asked in (None, torch.float32, torch.bfloat16):
-            assert proposal_dtype(x_ND, asked) == (asked or fastest)
-            assert proposal_dtype(x_ND.double(), asked) == torch.float64
-            assert proposal_dtype(x_ND.bfloat16(), asked) == torch.bfloat16
-            for dtype in (torch.bfloat16, torch.float16):
-                with torch.autocast("cpu", dtype=dtype):
-                    assert proposal_dtype(x_ND, asked) == dtype
-                    assert proposal_dtype(x_ND.double(), asked) == torch.float64
-            with torch.autocast("cpu", enabled=False):
-                assert proposal_dtype(x_ND, asked) == (asked or fastest)
+    for proposal in (torch.float32, torch.bfloat16):
+        assert proposal_dtype(x_ND, proposal) == proposal
+        assert proposal_dtype(x_ND.double(), proposal) == torch.float64
+        assert proposal_dtype(x_ND.bfloat16(), proposal) == torch.bfloat16
+        for dtype in (torch.bfloat16, torch.float16):
+            with torch.autocast("cpu", dtype=dtype):
+                assert proposal_dtype(x_ND, proposal) == dtype
+                assert proposal_dtype(x_ND.double(), proposal) == torch.float64
+        with torch.autocast("cpu", enabled=False):
+            assert proposal_dtype(x_ND, proposal) == proposal
 
 
 def test_under_autocast_what_is_handed_out_is_as_exact_as_without_it() -> None:

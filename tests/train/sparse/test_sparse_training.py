@@ -14,8 +14,9 @@ from routesae.train.optimiser import EPSILON as ADAM_EPSILON
 from routesae.train.saes import SAE, Forward, Recipe, RouteSAE, SingleLayerSAE, build
 from routesae.train.saes.crosscoder import Crosscoder
 from routesae.train.saes.topk import TopK
-from routesae.train.sparse import kernels
+from routesae.train.sparse import policy
 from routesae.train.sparse.pairs import AllPairs, Latents, Pairs
+from routesae.train.sparse.policy import Arithmetic
 from routesae.train.sparse.search import Encoder
 from routesae.train.trainee import DEFAULT_CLIP
 
@@ -89,9 +90,8 @@ def test_the_objective_and_all_gradients_over_few_pairs_are_those_over_all(
     found: dict[type, dict[str, Tensor]] = {}
     few, plain = torch.bfloat16, torch.float32
     for proposal, kind in ((few, Pairs), (plain, Pairs), (plain, AllPairs)):
-        monkeypatch.setattr(SAE, "proposal", proposal)
-        if kind is AllPairs:
-            monkeypatch.setattr(kernels, "SPARSE_BELOW", -1)
+        below = -1 if kind is AllPairs else policy.SPARSE_BELOW["cpu"]
+        monkeypatch.setattr(SAE, "arithmetic", Arithmetic(proposal, below))
         sae = make(case, x_LND)
         out = sae(Normalised(x_LND))
         assert type(out.latents.pairs) is kind  # chosen by itself where few are active
@@ -149,12 +149,11 @@ def curve(sae: SAE, kind: type, dtype: torch.dtype) -> Tensor:
 def test_200_steps_of_training_over_few_pairs_have_the_curve_of_those_over_all(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(SAE, "proposal", torch.bfloat16)
-    monkeypatch.setattr(kernels, "SPARSE_BELOW", 1.1)
+    monkeypatch.setattr(SAE, "arithmetic", Arithmetic(torch.bfloat16, 1.1))
     recipe = Recipe(sae=name, layers=(1,), width=D, latents=LATENTS, k=2 * K)
     sparsely = build(recipe, torch.Generator().manual_seed(0))
     sparse = curve(sparsely, Pairs, dtype)
-    monkeypatch.setattr(kernels, "SPARSE_BELOW", -1)
+    monkeypatch.setattr(SAE, "arithmetic", Arithmetic(torch.float32, -1))
     monkeypatch.setattr(losses, "encode_topk", plain_encode_topk)
     densely = DenseTopK if name == "topk" else build
     dense = curve(densely(recipe, torch.Generator().manual_seed(0)), AllPairs, dtype)
