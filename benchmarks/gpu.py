@@ -5,9 +5,9 @@
 
 A random LM in the shape of Llama-3.2-1B (16 blocks, width 2,048), random text. Measured are
 
-- the device's two ceilings: a bfloat16 product of two square matrices, a copy on the device, a copy from pinned memory;
-- harvest of one layer and of nine, to memory (/dev/shm) and to a disk, beside the bare forward pass cut after the same
-  layer over the same rows;
+- the device's ceilings: a bfloat16 product of two square matrices, a copy on the device, a copy from pinned memory;
+- harvest of one layer and of nine, to memory (/dev/shm) and to a disk, beside the bare forward pass cut after the
+  same layer over as many rows;
 - a training step beside plain dense code written here (one product, torch.topk, autograd, fused Adam, bfloat16
   autocast), and beside the limit: the encoder's product and the bytes that Adam reads and writes, at the ceilings;
 - the loader's rate of batches onto the device, peak memory, and how often a step waits for the device.
@@ -26,6 +26,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, closing
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -136,13 +137,14 @@ class Bench:
         rng = np.random.default_rng(0)
         letters = rng.choice(np.frombuffer(b"abcdefgh ", np.uint8), tokens + tokens // 4)
         text.write_bytes(letters.tobytes())
-        bare = cut_after(load_lm(str(path), device=self.device, lm_dtype="bfloat16"), self.middle[1])
+        lm = load_lm(str(path), device=self.device, lm_dtype="bfloat16")
+        bare = cut_after(lm, self.middle[1])
         batch = 8 if self.tiny else 64
         rows_BT = torch.randint(2, 200, (batch, context), device=self.device)
-        (forward,) = self.seconds(lambda: run_until(bare, rows_BT, self.middle[1]))
+        (forward,) = self.seconds(partial(run_until, bare, rows_BT, self.middle[1]))
         rate = rows_BT.numel() / forward
         self.add(f"bare forward pass to layer {self.middle[1]}", rate, "tokens/s")
-        del bare
+        del lm, bare
         memory = Path("/dev/shm") if Path("/dev/shm").is_dir() else self.folder
         for layers in (str(self.middle[1]), f"{self.middle[0]}-{self.middle[1]}"):
             for name, where in (("memory", memory), ("disk", self.folder)):

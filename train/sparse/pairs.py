@@ -130,8 +130,10 @@ class AllPairs:
         return f_NF @ W_dec_FD + b_dec_D
 
     def active_counts(self, f_NF: Tensor) -> Tensor:
+        if f_NF.dtype == torch.bfloat16:  # which cannot count beyond 256
+            return (f_NF > 0).sum(0)
         signs_NF = torch.sign(f_NF)  # as a product: summing booleans takes twice as long
-        with torch.autocast(f_NF.device.type, enabled=False):  # bfloat16 cannot count beyond 256
+        with torch.autocast(f_NF.device.type, enabled=False):
             return (signs_NF.new_ones(len(signs_NF)) @ signs_NF).long()
 
     def dense(self, f_NF: Tensor) -> Tensor:

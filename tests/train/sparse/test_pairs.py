@@ -129,3 +129,14 @@ def test_latents_of_every_kind_count_decode_and_list_what_is_active_alike(kind: 
     triples = set(zip(*(part.tolist() for part in active), strict=True))
     assert len(triples) == len(active[2])
     assert triples == {(n, f, float(f_NF[n, f])) for n, f in f_NF.nonzero().tolist()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_active_counts_are_exact_in_every_precision_and_under_autocast(dtype: torch.dtype) -> None:
+    f_NF = torch.zeros(5000, 4, dtype=dtype)
+    counts = [0, 257, 3001, 4999]
+    for latent, count in enumerate(counts):
+        f_NF[:count, latent] = 0.5
+    assert AllPairs().active_counts(f_NF).tolist() == counts
+    with torch.autocast("cpu", torch.bfloat16):
+        assert AllPairs().active_counts(f_NF).tolist() == counts
