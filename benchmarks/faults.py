@@ -535,7 +535,7 @@ def reading(world: World) -> dict[str, tuple[str, list[str], tuple[str, ...]]]:
         "token ids of a shard": ("shards/shard-*/token_ids/c/0/0", [score, read], ("new.json", "saes")),
         "chunk hashes": ("shards/shard-*/chunk_hashes/c/0/0", [new], ("new",)),
         "int8 numbers": ("int8/shard-*/layer_*/c/0/0", [train8], ("new",)),
-        "int8 scales and channels": ("int8/shard-*/*[se]_*/c/0*", [train8], ("new",)),
+        "int8 scales and channels": ("int8/shard-*/*[nl]_[sm]*/c/0/0", [train8], ("new",)),
         "weights": ("saes/*/sae_weights.safetensors", [score], ("new.json",)),
         "router, crosscoder": ("saes/*/[rc]*er.safetensors", [score], ("new.json",)),
         "cfg.json": ("saes/*/cfg.json", [score], ("new.json",)),
