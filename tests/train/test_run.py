@@ -935,10 +935,10 @@ def test_max_memory_bounds_the_rows_encoded_at_a_time_and_changes_no_result(
             yield rows, z_nF
 
     monkeypatch.setattr(search, "pre_activations", watched)
-    free = only(settings(**variant, out=str(tmp_path / "free")))
+    free = only(settings(**variant, latents=128, out=str(tmp_path / "free")))
     unbounded, widest = widest, 0
     limit = unbounded // 3
-    bounded = only(settings(**variant, out=str(tmp_path / "bounded"), max_memory=limit))
+    bounded = only(settings(**variant, latents=128, out=str(tmp_path / "bounded"), max_memory=limit))
     assert 0 < widest <= limit < unbounded
     errors = [[line["norm_mse"] for line in metrics(result)] for result in (free, bounded)]
     assert errors[0] == pytest.approx(errors[1], rel=1e-4)

@@ -62,11 +62,11 @@ def encode_pairs(x_ND: Tensor, encoder: Encoder, pairs: Pairs, z_M: Tensor) -> T
 def encode_topk(x_ND: Tensor, encoder: Encoder, k: int) -> tuple[Pairs | AllPairs, Tensor]:
     """Each token with its k largest latents, and their pre-activations z_P, differentiable.
 
-    All pairs where k is a larger share of the latents than the device's arithmetic is faster for; z is then 0 but for
-    the k largest.
+    All pairs where k is a larger share of the latents than the device's arithmetic is faster for, and memory is not
+    limited; z is then 0 but for the k largest.
     """
-    f = len(encoder.W_enc_FD)
-    if k > encoder.arithmetic.sparse_below * f:
+    f, chosen = len(encoder.W_enc_FD), encoder.arithmetic
+    if k > chosen.sparse_below * f and chosen.chunk_rows is None:  # else memory is to hold fewer rows than these
         z_NF = encode_all(x_ND, encoder)
         if k == f:
             return AllPairs(), z_NF
