@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from routesae import __version__
-from routesae.analyze.contexts.collect import Collected, collect
+from routesae.analyze.contexts.collect import collect
 from routesae.analyze.contexts.file import CHOSEN, FORMAT, KINDS, read_facts, write_contexts
 from routesae.analyze.contexts.settings import ContextSettings
 from routesae.analyze.contexts.table import context_batches, latent_table, routes_table
@@ -45,12 +45,25 @@ def contexts(settings: ContextSettings, report: Report = silent) -> Table:
         for name, one in opened.items():
             _require_same_results(one.beside, made_from[name])
     vocabulary = Vocabulary(load_tokenizer_of([lm_of_cache(cache)], settings.model))
-    saes = {name: one.sae for name, one in opened.items()}
+    saes, rows = {name: one.sae for name, one in opened.items()}, Table()
     found = collect(saes, cache, vocabulary, settings, report)
-    return Table(
-        _write(settings, name, one, made_from[name], found.pop(name), cache, vocabulary)
-        for name, one in opened.items()
-    )
+    for name, one in opened.items():
+        collected = found.pop(name)
+        kept, features, strongest = collected.contexts, int(collected.kept_F.sum()), float(collected.max_F.max())
+        if settings.choose == "rule" and features == 0:
+            log.warning(
+                "%s: the rule keeps no latent; the strongest activation is %.1f: give a --threshold well below it",
+                name,
+                strongest,
+            )
+        chosen = len(np.unique(kept.of.latent_M[kept.kind_M == KINDS.index(CHOSEN)].numpy()))
+        counts = {"tokens": collected.tokens, "readings": collected.readings, "features": features, "chosen": chosen}
+        facts = {**made_from[name], **counts, "routes": routes_table(collected, cache, vocabulary, one.sae.layers)}
+        batches = context_batches(collected, cache, vocabulary)
+        place = write_contexts(one.beside, facts, latent_table(collected), batches)
+        row = {"sae": name, "latents": len(collected.kept_F), "Features": features, "chosen": chosen}
+        rows.append({**row, "contexts": len(kept.kind_M), "strongest": strongest, "written": str(place)})
+    return rows
 
 
 def _facts(settings: ContextSettings, name: str, sae: OpenSAE, cache: Cache) -> dict[str, Any]:
@@ -77,42 +90,5 @@ def _require_same_results(folder: Path, now: Mapping[str, Any]) -> None:
         for name in RULE
         if before["settings"].get(name) != now["settings"][name]
     ]
-    if before["sae"]["weights"] != now["sae"]["weights"]:
-        changed.append("other weights")
     if changed:
         raise WrongInput(f"{folder} has contexts of {'; '.join(changed)}; give --overwrite to replace them")
-
-
-def _write(
-    settings: ContextSettings,
-    name: str,
-    sae: OpenSAE,
-    facts: Mapping[str, Any],
-    collected: Collected,
-    cache: Cache,
-    vocabulary: Vocabulary,
-) -> dict[str, Any]:
-    kept = collected.contexts
-    counts = {
-        "features": int(collected.kept_F.sum()),
-        "chosen": len(np.unique(kept.of.latent_M[kept.kind_M == KINDS.index(CHOSEN)].numpy())),
-    }
-    strongest = float(collected.max_F.max())
-    if settings.choose == "rule" and counts["features"] == 0:
-        log.warning(
-            "%s: the rule keeps no latent; the strongest activation is %.1f: give a --threshold well below it",
-            name,
-            strongest,
-        )
-    routes = routes_table(collected, cache, vocabulary, sae.sae.recipe.layers)
-    facts = {**facts, "tokens": collected.tokens, "readings": collected.readings, **counts, "routes": routes}
-    place = write_contexts(sae.beside, facts, latent_table(collected), context_batches(collected, cache, vocabulary))
-    return {
-        "sae": name,
-        "latents": len(collected.kept_F),
-        "Features": counts["features"],
-        "chosen": counts["chosen"],
-        "contexts": len(kept.kind_M),
-        "strongest": strongest,
-        "written": str(place),
-    }

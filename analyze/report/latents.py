@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from routesae.analyze.contexts.file import KINDS, SAMPLES, Context, LatentContexts, words_of
-from routesae.analyze.report.lens import NEAREST, LogitLens, decoder_of, nearest, unit_rows
+from routesae.analyze.report.lens import NEAREST, LogitLens, nearest, unit_rows
 from routesae.analyze.report.runs import Run
 from routesae.reporting import Progress, Report, WrongInput
 from routesae.train.saes import SAE
@@ -74,13 +74,11 @@ def latent_pieces(
     rule chose besides, and a quarter of that from each third of its sample.
     """
     assert run.contexts is not None
-    W_dec = decoder_of(sae)
-    unit_FC = unit_rows(W_dec)
+    W_FC = sae.dictionary.W_dec_FD.detach()
+    unit_FC = unit_rows(W_FC)
     latents = len(run.contexts.summaries)
-    if len(W_dec) != latents:
-        raise WrongInput(
-            f"{run.folder} has {len(W_dec)} latents, its contexts {latents}; run routesae contexts again"
-        )
+    if len(W_FC) != latents:
+        raise WrongInput(f"{run.folder} has {len(W_FC)} latents, its contexts {latents}; run routesae contexts again")
     streamed = run.contexts.latents()
     ahead = next(streamed, None)
     for first in range(0, latents, PIECE):
@@ -105,7 +103,7 @@ def latent_pieces(
             "histogram": [[summary.histogram_first, *summary.histogram] for summary in summaries],
         }
         if lens is not None:
-            for name, of_latents in lens.effects(W_dec[first:after]).items():
+            for name, of_latents in lens.effects(W_FC[first:after]).items():
                 piece[name] = [[[text, _number(value)] for text, value in tokens] for tokens in of_latents]
         yield piece
         report(Progress(f"report {run.name}", after, latents, "latents", {}))

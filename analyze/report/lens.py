@@ -21,20 +21,12 @@ from torch import Tensor
 
 from routesae.harvest.lm.model import LanguageModel
 from routesae.harvest.lm.passes import clean_pass, logits, spliced_pass
-from routesae.train.saes import SAE
 
 NEAREST, TOKENS = 5, 10
 
 
-def decoder_of(sae: SAE) -> Tensor:
-    """W_dec [F, D], of a crosscoder [F, L, D], on the SAE's device."""
-    (W_dec,) = (tensors["W_dec"] for tensors in sae.files().values() if "W_dec" in tensors)
-    return W_dec.detach().float()
-
-
-def unit_rows(W_dec: Tensor) -> Tensor:
-    """The rows as [F, C] at unit norm; a row of zeros stays zero and is near no other."""
-    W_FC = W_dec.flatten(1)
+def unit_rows(W_FC: Tensor) -> Tensor:
+    """The rows at unit norm; a row of zeros stays zero and is near no other."""
     norm_F1: Tensor = torch.linalg.vector_norm(W_FC, dim=1, keepdim=True)
     return W_FC / norm_F1.clamp_min(1e-12)
 
@@ -66,13 +58,12 @@ class LogitLens:
         some_1D = torch.linspace(-1, 2, lm.width, device=lm.device)[None]
         self._odd = torch.equal(self._ended(-some_1D), -self._ended(some_1D))  # no bias in norm and head
 
-    def effects(self, W_dec: Tensor) -> dict[str, list[list[tuple[str, float]]]]:
+    def effects(self, W_nC: Tensor) -> dict[str, list[list[tuple[str, float]]]]:
         """Texts and logits of the tokens that each latent promotes and suppresses most, the strongest first.
 
-        W_dec: decoder rows [n, D], of a crosscoder [n, L, D].
+        W_nC: decoder rows; a crosscoder's last layer stands at their end.
         """
-        d_nD = W_dec[:, -1] if W_dec.ndim == 3 else W_dec
-        effect_nV = self.logits(d_nD)[:, : len(self.texts)]
+        effect_nV = self.logits(W_nC[:, -self.lm.width :])[:, : len(self.texts)]
         return {"promoted": self._strongest(effect_nV), "suppressed": self._strongest(effect_nV, sign=-1)}
 
     def logits(self, d_nD: Tensor) -> Tensor:

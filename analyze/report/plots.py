@@ -139,7 +139,7 @@ def _name_points(axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
 
 
 def _curves(runs: Sequence[Run], curve: Curve) -> Plot | None:
-    from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter, PercentFormatter
+    from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
     lines = {
         number: [
@@ -163,14 +163,14 @@ def _curves(runs: Sequence[Run], curve: Curve) -> Plot | None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
     if curve.key == "dead":
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     said = {number: f"{points[-1][1]:.3g} at the end" for number, points in lines.items() if points}
     return _plot(runs, curve.section, curve.title, said, figure)
 
 
 def _shares(runs: Sequence[Run]) -> Plot | None:
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import FuncFormatter
 
     routed = {number: run.shares for number, run in enumerate(runs) if run.shares}
     if not routed:
@@ -182,7 +182,7 @@ def _shares(runs: Sequence[Run]) -> Plot | None:
         left = [at - 0.4 + (place + 0.5) * width for at in range(len(layers))]
         axes.bar(left, [shares.get(layer, 0.0) for layer in layers], width * 0.92, color=colour_of(number)[0])
     axes.set_xticks(range(len(layers)), [visible(layer) for layer in layers])
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
     axes.grid(visible=False, axis="x")
     said = {
         number: ", ".join(f"layer {layer} {share:.0%}" for layer, share in shares.items() if share)

@@ -27,7 +27,7 @@ from routesae import __version__
 from routesae.analyze.contexts.windows import Vocabulary
 from routesae.analyze.inputs.lm import LM, LMRecord, lm_of_sae, load_lm_of
 from routesae.analyze.report.latents import PIECE, latent_list, latent_pairs, latent_pieces, packed
-from routesae.analyze.report.lens import LogitLens, decoder_of, unit_rows
+from routesae.analyze.report.lens import LogitLens, unit_rows
 from routesae.analyze.report.plots import draw_plots
 from routesae.analyze.report.runs import Run, read_runs, table_of
 from routesae.analyze.report.serve import asking, page_server
@@ -84,20 +84,18 @@ def write_report(settings: ReportSettings, report: Report = silent) -> Page:
             for at, piece in enumerate(latent_pieces(run, listed, sae, lens, settings.contexts, report)):
                 pieces.write(f"piece-{number}-{at} {packed(piece)}\n")
             lists[f"list-{number}"] = packed(listed)
-            if len(decoders) < PAIRED and (W_dec := decoder_of(sae)).ndim == 2:
-                decoders[number] = unit_rows(W_dec)
+            if len(decoders) < PAIRED and run.recipe.sae != "crosscoder":  # which writes to several layers
+                decoders[number] = unit_rows(sae.dictionary.W_dec_FD.detach())
         for one, other in permutations(decoders, 2):
-            if set(runs[one].recipe.layers) & set(runs[other].recipe.layers):
+            first, second = runs[one].recipe, runs[other].recipe
+            if set(first.layers) & set(second.layers) and first.width == second.width:
                 about[one]["pairs"].append(other)
                 pieces.write(f"pairs-{one}-{other} {packed(latent_pairs(decoders[one], decoders[other]))}\n")
         blocks = {"shared": packed({"piece": PIECE, "runs": about}), **lists}
-        shown = {"logits": lens is not None, "served": settings.serve}
-        size = _render(Path(settings.html), runs, blocks, pieces, **shown)
+        size = _render(Path(settings.html), runs, blocks, pieces, logits=lens is not None, served=settings.serve)
     count = sum(one["latents"] for one in about if one["browsable"])
-    server = None
-    if settings.serve:
-        assert lm is not None
-        server = page_server(Path(settings.html), asking(lm, saes), settings.port)
+    ask = asking(lm, saes) if settings.serve and lm is not None else None
+    server = None if ask is None else page_server(Path(settings.html), ask, settings.port)
     return Page(Path(settings.html), size, len(runs), count, server)
 
 
@@ -109,7 +107,10 @@ def require_libraries() -> None:
 
 def _load_lm(settings: ReportSettings, runs: Sequence[Run]) -> LM | None:
     """The LM that is asked for, or the SAEs' own if it is at hand; None if it is not, or for nothing."""
-    if not (settings.logits or settings.serve) or not any(run.contexts for run in runs):
+    browsable = any(run.contexts for run in runs)
+    if settings.serve and not browsable:
+        raise WrongInput("--serve: no SAE here has contexts; run routesae contexts")
+    if not browsable or not (settings.logits or settings.serve):
         return None
     of_saes = [lm_of_sae(run.folder, run.recipe) for run in runs]
     try:

@@ -31,7 +31,7 @@ from routesae.analyze.contexts.windows import Vocabulary
 from routesae.analyze.inputs.lm import lm_of_sae, load_lm_of
 from routesae.analyze.latents.text import latents
 from routesae.analyze.report.latents import PIECE, WORDS_LISTED, latent_pairs, packed
-from routesae.analyze.report.lens import NEAREST, TOKENS, LogitLens, decoder_of, nearest, unit_rows
+from routesae.analyze.report.lens import NEAREST, TOKENS, LogitLens, nearest, unit_rows
 from routesae.analyze.report.plots import draw_plots
 from routesae.analyze.report.run import Page, write_report
 from routesae.analyze.report.runs import read_runs, table_of
@@ -89,7 +89,7 @@ def test_nearest_latents_are_those_of_the_largest_cosine_whatever_the_piece() ->
     W_dec = torch.randn(50, 3, 8, generator=torch.Generator().manual_seed(0))  # as of a crosscoder
     cosine_FF = torch.nn.functional.cosine_similarity(W_dec.flatten(1)[:, None], W_dec.flatten(1)[None], dim=2)
     for first, after in ((0, 50), (13, 20), (49, 50)):
-        unit_FC = unit_rows(W_dec)
+        unit_FC = unit_rows(W_dec.flatten(1))
         cosine_nK, latent_nK = nearest(unit_FC[first:after], unit_FC, NEAREST, itself=first)
         for row, latent in enumerate(range(first, after)):
             others = sorted((i for i in range(50) if i != latent), key=lambda i: -float(cosine_FF[latent, i]))
@@ -128,7 +128,7 @@ def test_logit_effect_is_the_unembedding_of_the_direction_times_the_norms_weight
         assert effects["promoted"][row][0][1] == pytest.approx(float(expected_nV[row].max()), rel=1e-3)
         assert effects["suppressed"][row][0][1] == pytest.approx(float(expected_nV[row].min()), rel=1e-3)
     layers_nLD = torch.stack([torch.randn_like(d_nD), d_nD], dim=1)
-    assert lens.effects(layers_nLD) == effects  # a crosscoder's last layer
+    assert lens.effects(layers_nLD.flatten(1)) == effects  # a crosscoder's last layer
 
 
 def test_logit_effect_leaves_out_the_biases_of_norm_and_head() -> None:
@@ -314,7 +314,7 @@ def test_page_carries_every_latent_with_its_contexts(saes: Path, tiny_model: Pat
         assert len(piece["promoted"][latent.latent % PIECE]) == TOKENS
     assert written > 100
     sae = load_sae(saes / "routesae", CPU)
-    unit_FC = unit_rows(decoder_of(sae))
+    unit_FC = unit_rows(sae.dictionary.W_dec_FD.detach())
     _, near_nK = nearest(unit_FC[-1:], unit_FC, NEAREST, itself=LATENTS - 1)
     assert found["piece-1-1"]["near"][-1] == near_nK[0].tolist()
 
