@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -50,8 +50,7 @@ class CacheScores:
 
     def to_dict(self) -> dict[str, Any]:
         """The scores as JSON, without those of single latents and rows of tokens."""
-        names = [field.name for field in fields(self) if field.name not in ("density_F", "by_row")]
-        return {name: getattr(self, name) for name in names}
+        return {name: value for name, value in vars(self).items() if name not in ("density_F", "by_row")}
 
 
 def score_on_cache(sae: SAE, cache: Cache, first_row: int, after_row: int, report: Report = silent) -> CacheScores:

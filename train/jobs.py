@@ -23,7 +23,7 @@ from routesae.train.saes import SINGLE_LAYER, Recipe, build
 from routesae.train.saes.matryoshka import default_prefixes
 from routesae.train.saes.sae import CONTROLS
 from routesae.train.settings import RunSettings, TrainSettings
-from routesae.train.state import drop_checkpoints, load_checkpoint, newest_step, partial_folder, require_same
+from routesae.train.state import drop_checkpoints, load_checkpoint, newest_step, require_same
 
 log = logging.getLogger(__name__)
 DEFAULT_EXPANSION = 8
@@ -53,7 +53,8 @@ class Job:
 
     @property
     def partial(self) -> Path:
-        return partial_folder(self.folder)
+        """Where the SAE is while it is trained."""
+        return self.folder.with_name(f".{self.name}.partial")
 
 
 def folders(settings: TrainSettings) -> list[Path]:
@@ -82,9 +83,8 @@ def jobs_of(settings: TrainSettings, cache: Cache, device: torch.device) -> list
 
 
 def precision_of(settings: TrainSettings, device: torch.device) -> torch.dtype:
-    if settings.precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return torch.bfloat16 if settings.precision == "bfloat16" else torch.float32
+    automatic = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32}.get(settings.precision, automatic)
 
 
 def is_finished(job: Job, settings: TrainSettings) -> bool:
@@ -93,17 +93,15 @@ def is_finished(job: Job, settings: TrainSettings) -> bool:
         return False
     if not (job.folder / CONFIG).is_file():
         raise WrongInput(f"{job.folder} exists and is not an SAE, so it is not overwritten; give another --name")
-    if settings.resume and newest_step([job.partial]):
-        return False  # an --overwrite was stopped: the SAE there is replaced once the new one is finished
-    if settings.resume:
-        source = read_config(job.folder).get("metadata", {}).get("routesae", {}).get("source", {})
-        require_same(job.folder, source.get("identity", {}), job.identity)
-        drop_checkpoints(job.folder)  # left by a run that was killed just before it dropped them
-        log.info("%s is trained already", job.folder)
-        return True
-    if not settings.overwrite:
+    if settings.overwrite or (settings.resume and newest_step([job.partial])):
+        return False  # the SAE there is replaced once the new one is finished, also if an --overwrite was stopped
+    if not settings.resume:
         raise WrongInput(f"{job.folder} exists; give another --name, or --overwrite to replace it")
-    return False
+    source = read_config(job.folder).get("metadata", {}).get("routesae", {}).get("source", {})
+    require_same(job.folder, source.get("identity", {}), job.identity)
+    drop_checkpoints(job.folder)  # left by a run that was killed just before it dropped them
+    log.info("%s is trained already", job.folder)
+    return True
 
 
 def first_step(jobs: Sequence[Job], settings: TrainSettings) -> int:
@@ -142,23 +140,16 @@ def make_recipe(run: RunSettings, cache: Cache) -> Recipe:
     nested = "matryoshka" in (run.sae, run.routed)
     learned = run.sae == "routesae" and run.routing != "soft" and run.router not in CONTROLS
     balance = DEFAULT_BALANCE if learned and run.recipe != "published" else 0.0
-    return Recipe(
-        sae=run.sae,
-        layers=layers,
-        width=manifest.width,
-        latents=latents,
-        k=run.k,
-        sparsity=run.sparsity,
-        pre_act_loss=run.pre_act_loss or 0.0,
-        prefixes=(run.prefixes or default_prefixes(latents)) if nested else (),
-        normalize=run.normalize,
-        routing=run.routing or "hard",
-        aggregate=run.aggregate or "sum",
-        routed=run.routed or "topk",
-        router=run.router or "published",
-        balance=balance if run.balance is None else run.balance,
-        published=run.recipe == "published",
-    )
+    worked_out = {
+        "layers": layers,
+        "width": manifest.width,
+        "latents": latents,
+        "prefixes": default_prefixes(latents) if nested else (),
+        "balance": balance,
+        "published": run.recipe == "published",
+    }
+    asked = {name: value for name, value in vars(run).items() if name in Recipe.kinds and value not in (None, ())}
+    return Recipe(**{**worked_out, **asked})
 
 
 def default_name(recipe: Recipe) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple
 
 import torch
 
@@ -32,7 +32,6 @@ from routesae.train.folder.checkpoint import commit_folder, save_sae
 from routesae.train.jobs import Job, first_step, is_finished, jobs_of, precision_of
 from routesae.train.loading.batches import (
     Batch,
-    Batches,
     Plan,
     Selection,
     epoch_plans,
@@ -210,14 +209,24 @@ def fit(
     with stop_requests() as stop, closing(load(selection, shares, most, device)) as batches:
         for step in range(begun + 1, total_steps + 1):
             began = time.perf_counter()
-            batch, failure = _next(batches)
+            batch: Batch | None = None
+            failure: Exception | None = None
+            try:
+                batch = next(batches)
+            except (FailedRun, OSError) as error:  # the other ranks wait for this one, to end together
+                failure = error
             waited = time.perf_counter() - began
             request = stop() if step > begun + 1 else None
             # All ranks end with the same step, whichever of them was asked to stop or has no batch.
             if reason := ranks.largest(_FAILED if failure else request or 0):
                 if saved < step - 1:
                     _checkpoint(trainees, step - 1, locks)
-                _end(ranks, failure, reason, f"stopped after step {step - 1} of {total_steps}")
+                if failure is not None:
+                    raise failure
+                if reason == _FAILED:
+                    raise Stopped("", 1)  # the rank that failed reports why
+                line = f"stopped after step {step - 1} of {total_steps}; the same command with --resume goes on"
+                raise Stopped(line if ranks.first else "", stop_code(signal.Signals(reason)))
             assert batch is not None
             hidden = Hidden(*batch, layers=selection.layers)
             tokens = step_tokens(step, len(selection), settings.batch_tokens)
@@ -233,13 +242,6 @@ def fit(
             if last or step % settings.checkpoint_every_steps == 0:
                 _checkpoint(trainees, step, locks)
                 saved = step
-
-
-def _next(batches: Batches) -> tuple[Batch | None, Exception | None]:
-    try:
-        return next(batches), None
-    except (FailedRun, OSError) as failure:  # the other ranks wait for this one, to end together
-        return None, failure
 
 
 def _checkpoint(trainees: Sequence[Trainee], step: int, locks: Sequence[Lock]) -> None:
@@ -261,18 +263,9 @@ def _own_again(locks: Sequence[Lock]) -> None:
                 raise FailedRun(f"{lock.path} was deleted, and another process trains there now; nothing is saved")
 
 
-def _end(ranks: Ranks, failure: Exception | None, reason: int, message: str) -> NoReturn:
-    if failure is not None:
-        raise failure
-    if reason == _FAILED:
-        raise Stopped("", 1)  # the rank that failed reports why
-    line = f"{message}; the same command with --resume goes on" if ranks.first else ""
-    raise Stopped(line, stop_code(signal.Signals(reason)))
-
-
 def _finish(trainee: Trainee, sae: SAE, settings: TrainSettings, cache: Cache, report: Report) -> TrainResult:
     """Score the SAE, save it and give its folder its name. Raises FailedRun if it reconstructs no numbers."""
-    job, dead = trainee.job, trainee.log.dead
+    job, dead, manifest = trainee.job, trainee.log.dead, cache.manifest
     if dead > MANY_DEAD:
         log.warning(
             "%s: %.0f %% of its latents are dead: active on none of the last %d tokens; train on more tokens, or "
@@ -281,8 +274,8 @@ def _finish(trainee: Trainee, sae: SAE, settings: TrainSettings, cache: Cache, r
         )
     sae.fold()
     held_out = None
-    if cache.manifest.train_rows < cache.manifest.rows:
-        held_out = score_on_cache(sae, cache, cache.manifest.train_rows, cache.manifest.rows, report)
+    if manifest.train_rows < manifest.rows:
+        held_out = score_on_cache(sae, cache, manifest.train_rows, manifest.rows, report)
         if not math.isfinite(held_out.norm_mse):
             raise FailedRun(f"training ended with a NormMSE of {held_out.norm_mse}; lower --lr {job.settings.lr}")
         trainee.log.write_held_out(trainee.pace.total_steps, held_out.to_dict())
@@ -290,16 +283,7 @@ def _finish(trainee: Trainee, sae: SAE, settings: TrainSettings, cache: Cache, r
         log.warning("%s has no held-out rows; nothing to score the SAE on", cache.path)
     trainee.log.keep()
     trainee.log.close()  # a tracker may write into the folder, which is about to be renamed
-    save_sae(job.partial, sae, _source(settings, job, cache, held_out))
-    commit_folder(job.partial, job.folder)
-    drop_checkpoints(job.folder)
-    return TrainResult(job.folder, held_out)
-
-
-def _source(settings: TrainSettings, job: Job, cache: Cache, held_out: CacheScores | None) -> dict[str, Any]:
-    """Where the SAE comes from, for its cfg.json."""
-    manifest = cache.manifest
-    return {
+    source = {
         "settings": {**settings.to_dict(), "runs": None, "run": job.settings.to_dict()},
         "identity": job.identity,
         "cache": {**manifest.to_dict(), "path": settings.cache},  # as given: a pushed SAE shows no home folder
@@ -309,6 +293,10 @@ def _source(settings: TrainSettings, job: Job, cache: Cache, held_out: CacheScor
         "held_out": None if held_out is None else held_out.to_dict(),
         "versions": {"routesae": __version__, "torch": torch.__version__},
     }
+    save_sae(job.partial, sae, source)
+    commit_folder(job.partial, job.folder)
+    drop_checkpoints(job.folder)
+    return TrainResult(job.folder, held_out)
 
 
 def planned(selection: Selection, settings: TrainSettings) -> tuple[int, Iterator[Plan]]:

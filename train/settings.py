@@ -64,25 +64,6 @@ def register(name: str, variant: type[SAE]) -> None:
             names.append(name)
 
 
-# Settings of a routesae, in training and where one is converted.
-ROUTING = setting(
-    None,
-    VARIANT,
-    "one layer a token, or all weighted.",
-    choices=("hard", "soft"),
-    only_for="routesae",
-    unset="hard",
-)
-AGGREGATE = setting(
-    None,
-    VARIANT,
-    "what of the layers the router sees.",
-    choices=("sum", "mean"),
-    only_for="routesae",
-    unset="sum",
-)
-
-
 class RunSettings(Settings):
     """Settings of one SAE. Raises WrongInput where a value is impossible.
 
@@ -128,8 +109,22 @@ class RunSettings(Settings):
         "How hidden states are normalised before the SAE, and back after it.",
         choices=("token", "dataset", "none"),
     )
-    routing: str | None = ROUTING
-    aggregate: str | None = AGGREGATE
+    routing: str | None = setting(
+        None,
+        VARIANT,
+        "one layer a token, or all weighted.",
+        choices=("hard", "soft"),
+        only_for="routesae",
+        unset="hard",
+    )
+    aggregate: str | None = setting(
+        None,
+        VARIANT,
+        "what of the layers the router sees.",
+        choices=("sum", "mean"),
+        only_for="routesae",
+        unset="sum",
+    )
     routed: str | None = setting(
         None,
         VARIANT,

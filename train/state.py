@@ -25,11 +25,6 @@ from routesae.train.folder.tensors import read_tensors, write_tensors
 FORMAT = "3"  # format 2 had another hash
 
 
-def partial_folder(folder: Path) -> Path:
-    """Where the SAE that becomes `folder` is while it is trained."""
-    return folder.with_name(f".{folder.name}.partial")
-
-
 def checkpoint_file(partial: Path, step: int) -> Path:
     return partial / f"step-{step:08d}.safetensors"
 

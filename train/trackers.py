@@ -78,12 +78,11 @@ class Hosted:
         if module == "wandb":
             options |= {"dir": str(folder), "reinit": "create_new"}
             options |= {"id": _read_id(id_file)} if id_file.exists() else {}
-        refusals = (OSError, RuntimeError, ValueError, getattr(tracker, "Error", ValueError))
         try:
             # Trackio's init ends the run that its context knows of, but the SAEs of a pass each have one.
             with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
                 self.run = contextvars.copy_context().run(partial(tracker.init, **options))
-        except refusals as error:
+        except (OSError, RuntimeError, ValueError, getattr(tracker, "Error", ValueError)) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise WrongInput(f"--log {module} cannot begin a run: {reason}") from error
         with replacing(id_file) as file:

@@ -24,7 +24,7 @@ from pydantic import ValidationError
 from routesae.harvest.cache.arrays import fsync, fsync_tree
 from routesae.machine.files import BadFile, read_json, signed, write_json
 from routesae.reporting import WrongInput
-from routesae.train.folder.saelens import OFF, LensConfig, lens_config, lens_fields
+from routesae.train.folder.saelens import OFF, LensConfig, lens_config
 from routesae.train.folder.tensors import TensorFile, read_tensors, write_tensors
 from routesae.train.saes import SAE, Recipe, build
 from routesae.train.saes.crosscoder import CROSSCODER
@@ -99,8 +99,7 @@ def load_sae(folder: Path, device: torch.device) -> SAE:
         for name, file in read.items():
             if saved and saved.get(name) != file.hash:
                 raise WrongInput(f"{name} {ALTERED}")
-        files = {name: file.tensors for name, file in read.items()}
-        sae.load_files(files if lens is None else {name: lens.tensors(tensors) for name, tensors in files.items()})
+        sae.load_files({name: lens.tensors(file.tensors) if lens else file.tensors for name, file in read.items()})
         for name, file in read.items():
             if unknown := sorted(file.tensors.keys() - expected[name].keys()):
                 raise WrongInput(f"{name} holds {unknown[0]}, which is not understood here for a {recipe.sae}")
@@ -140,7 +139,7 @@ def _described(folder: Path, config: Mapping[str, Any]) -> tuple[Recipe, LensCon
         if isinstance(metadata, dict) and "routesae" in metadata:
             recipe = Recipe(**metadata["routesae"]["recipe"])
             with torch.device("meta"):
-                fields = lens_fields(build(recipe))
+                fields = lens_config(build(recipe), {}, {})
             for name in sorted((config.keys() | fields.keys()) - {"dtype", "device", "metadata"}):
                 if config.get(name) != fields.get(name):
                     raise WrongInput(f"{name} {config.get(name)!r} {ALTERED}")

@@ -22,7 +22,6 @@ import re
 import shutil
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -73,16 +72,8 @@ DEFAULTS = {"routing": "hard", "aggregate": "sum"}
 DEEPEST = 10_000  # blocks of an LM; a list of layers beyond is a slip of the finger
 
 
-@dataclass(frozen=True)
-class Converted:
-    """folder: where the SAE is. recipe: what it is."""
-
-    folder: Path
-    recipe: Recipe
-
-
-def convert(settings: ConvertSettings) -> Converted:
-    """Write the SAE in `settings.file` as a folder of ours, whole or not at all.
+def convert(settings: ConvertSettings) -> SAE:
+    """Write the SAE in `settings.file` as a folder of ours, whole or not at all; return it, with its `folder`.
 
     Raises WrongInput if the file is not such an SAE or does not say enough.
     """
@@ -104,7 +95,8 @@ def convert(settings: ConvertSettings) -> Converted:
                 commit_folder(writing, folder)
             finally:
                 shutil.rmtree(writing, ignore_errors=True)
-    return Converted(folder, sae.recipe)
+    sae.folder = folder
+    return sae
 
 
 def _read_published(settings: ConvertSettings) -> tuple[SAE, dict[str, Any]]:
@@ -112,9 +104,11 @@ def _read_published(settings: ConvertSettings) -> tuple[SAE, dict[str, Any]]:
     file = Path(settings.file)
     (state, digest), title = read_state(file), read_title(file.stem)
     variant = _variant(state, settings, title)
+    options = {name: getattr(settings, name) for name in ("k", "layer", *DEFAULTS)}
+    said = {**title, **{name: value for name, value in options.items() if value is not None}}
     bare = {key.removeprefix("sae."): tensor for key, tensor in state.items()}
     with torch.device("meta"):
-        sae = build(_recipe(settings, title, variant, bare))
+        sae = build(_recipe(settings, said, variant, bare))
     sae.load_files(_files(variant, bare))
     return sae, {"model": settings.model, "converted": {"file": file.name, "sha256": digest}}
 
@@ -175,8 +169,12 @@ def _variant(state: Mapping[str, Tensor], settings: ConvertSettings, title: Mapp
     return possible[0]
 
 
-def _sizes(file: Path, variant: str, bare: Mapping[str, Tensor]) -> tuple[int, int]:
-    """(F, D), which the encoder's shape says. Raises WrongInput if another tensor's shape does not fit."""
+def _recipe(settings: ConvertSettings, said: Mapping[str, Any], variant: str, bare: Mapping[str, Tensor]) -> Recipe:
+    """said: what options and file name say. F and D are those of the encoder.
+
+    Raises WrongInput if another tensor's shape does not fit, if k or the layers are not known, or for an option that
+    is not for this variant.
+    """
     first = bare["encoder.weight" if "encoder.weight" in bare else "encoder.0.weight"]
     f, d = first.shape if first.ndim == 2 else (0, 0)
     for key, tensor in sorted(bare.items(), key=lambda item: "coder." not in item[0]):  # encoder and decoder first
@@ -186,47 +184,37 @@ def _sizes(file: Path, variant: str, bare: Mapping[str, Tensor]) -> tuple[int, i
         elif "coder." in key:
             shape = (f, d) if key.startswith("encoder") else (d, f)
         if tuple(tensor.shape) != shape or 0 in shape:
-            raise WrongInput(f"{file}: {key} is {list(tensor.shape)}, not the shape of a {variant} with {f} latents")
-    return f, d
-
-
-def _recipe(settings: ConvertSettings, title: Mapping[str, Any], variant: str, bare: Mapping[str, Tensor]) -> Recipe:
-    """Raises WrongInput if k or the layers are not known, or an option is not for this variant."""
-    f, d = _sizes(Path(settings.file), variant, bare)
-    k = settings.k if settings.k is not None else title.get("k")
-    if k is None and variant not in PENALISED:
+            of = f"a {variant} with {f} latents"
+            raise WrongInput(f"{Path(settings.file)}: {key} is {list(tensor.shape)}, not the shape of {of}")
+    if "k" not in said and variant not in PENALISED:
         raise WrongInput(f"{settings.file} does not say how many latents are active a token; give --k")
-    routed: dict[str, Any] = {}
     for option, default in DEFAULTS.items():
-        value = getattr(settings, option)
-        if value is not None and variant != "routesae":
+        if variant != "routesae" and (value := getattr(settings, option)) is not None:
             raise WrongInput(f"--{option} {value}: only routesae has a router, not {variant}")
-        if variant == "routesae" and (value or title.get(option)) is None:
+        if variant == "routesae" and option not in said:
             log.warning("%s does not say its %s: taken to be %s", settings.file, option, default)
-        routed[option] = value or title.get(option) or default
     return Recipe(
         sae=variant,
-        layers=_layers(settings, title, variant, bare),
+        layers=_layers(settings, said, variant, bare),
         width=d,
         latents=f,
-        k=1 if k is None else k,  # a penalised variant's is only what training aimed at, which nothing tells
+        k=said.get("k", 1),  # a penalised variant's is only what training aimed at, which nothing tells
         sparsity=0.0 if variant in PENALISED else None,
         normalize=settings.normalize,
         published=True,
-        **routed,
+        **{option: said.get(option, default) for option, default in DEFAULTS.items()},
     )
 
 
 def _layers(
-    settings: ConvertSettings, title: Mapping[str, Any], variant: str, bare: Mapping[str, Tensor]
+    settings: ConvertSettings, said: Mapping[str, Any], variant: str, bare: Mapping[str, Tensor]
 ) -> tuple[int, ...]:
     if variant in SINGLE_LAYER:
         if settings.layers is not None:
             raise WrongInput(f"--layers {settings.layers}: a {variant} reads one layer; give --layer")
-        layer = settings.layer if settings.layer is not None else title.get("layer")
-        if layer is None:
+        if "layer" not in said:
             raise WrongInput(f"{settings.file} does not say which layer it reads; give --layer")
-        return (int(layer),)
+        return (int(said["layer"]),)
     if settings.layer is not None:
         raise WrongInput(f"--layer {settings.layer}: a {variant} reads several layers; give --layers")
     layers = parse_layers(settings.layers, DEEPEST) if settings.layers is not None else None
@@ -266,5 +254,4 @@ def _files(variant: str, bare: Mapping[str, Tensor]) -> dict[str, dict[str, Tens
     if variant == "jumprelu" and (negative := int((bare["threshold"] < 0).sum())):
         # The published code then lets negative pre-activations through; here a latent is never below 0.
         log.warning("%d of %d thresholds are below 0 and act as 0", negative, len(bare["threshold"]))
-    files = {WEIGHTS: weights}
-    return {**files, ROUTER: {"router": bare["router.weight"]}} if variant == "routesae" else files
+    return {WEIGHTS: weights} | ({ROUTER: {"router": bare["router.weight"]}} if variant == "routesae" else {})

@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,9 +26,6 @@ from routesae.train.saes import SAES, Recipe
 from routesae.train.saes.crosscoder import CROSSCODER
 from routesae.train.saes.routesae import ROUTER
 from routesae.train.saes.single import WEIGHTS
-
-if TYPE_CHECKING:
-    from huggingface_hub.errors import HfHubHTTPError
 
 log = logging.getLogger(__name__)
 
@@ -136,15 +133,11 @@ def hub_errors(what: str, remedy: str = REMEDY) -> Iterator[None]:
         answer = error if isinstance(error, HfHubHTTPError) else error.__cause__
         if isinstance(answer, HfHubHTTPError):
             status = answer.response.status_code
-            line = f"{what}: {_reason(answer)} ({status}); {remedy}"
+            reason = REASONS.get(type(answer).__name__) or REASONS.get(status) or _first_line(answer)
+            line = f"{what}: {reason} ({status}); {remedy}"
             raise (FailedRun(line) if status >= 500 or status == 429 else WrongInput(line)) from error
         line = f"{what} ({_first_line(error)}); {remedy}"
         raise (WrongInput(line) if isinstance(error, ValueError) else FailedRun(line)) from error
-
-
-def _reason(answer: HfHubHTTPError) -> str:
-    known = (REASONS.get(kind) for kind in (type(answer).__name__, answer.response.status_code))
-    return next(filter(None, known), _first_line(answer))
 
 
 def _first_line(error: BaseException) -> str:

@@ -17,7 +17,6 @@ from routesae.reporting import WrongInput
 from routesae.train.saes import SAE, Recipe, RouteSAE, SingleLayerSAE
 
 SAE_LENS_VERSION = "6.0.0"  # of the layout written; SAELens refuses folders that name none
-VARIANTS = {"standard": "vanilla", "gated": "gated", "topk": "topk", "jumprelu": "jumprelu"}
 NORMALIZATIONS = {"token": "layer_norm", "none": "none"}
 # Where an SAE may sit. TransformerLens counts blocks from 0, and so do transformers' module names.
 HOOKS = (
@@ -68,7 +67,7 @@ class LensConfig(BaseModel):
     def recipe(self) -> Recipe:
         """What the SAE is here. Raises WrongInput if it does not read a residual stream."""
         return Recipe(
-            sae=VARIANTS[self.architecture],
+            sae="vanilla" if self.architecture == "standard" else self.architecture,
             layers=(_layer_of(self.metadata.hook_name),),
             width=self.d_in,
             latents=self.d_sae,
@@ -118,11 +117,6 @@ def lens_config(sae: SAE, ours: Mapping[str, Any], source: Mapping[str, Any]) ->
         "dataset_path": source.get("corpus"),
         "routesae": dict(ours),
     }
-    return {**lens_fields(sae), "dtype": "float32", "device": "cpu", "metadata": metadata}
-
-
-def lens_fields(sae: SAE) -> dict[str, Any]:
-    """The fields of cfg.json that change the numbers."""
     dictionary = sae.shared if isinstance(sae, RouteSAE) else sae
     kind: dict[str, Any] = {"architecture": sae.recipe.sae}  # what SAELens cannot hold, it refuses to open
     if isinstance(dictionary, SingleLayerSAE):
@@ -134,4 +128,7 @@ def lens_fields(sae: SAE) -> dict[str, Any]:
         "apply_b_dec_to_input": True,
         "normalize_activations": NORMALIZATIONS[sae.recipe.normalize],
         "reshape_activations": "none",
+        "dtype": "float32",
+        "device": "cpu",
+        "metadata": metadata,
     }

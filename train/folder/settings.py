@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from routesae.machine.settings import DICTIONARY, MODEL, OUT, RUN, Settings, setting
 from routesae.reporting import WrongInput
-from routesae.train.settings import AGGREGATE, ROUTING, require_plain_name
+from routesae.train.settings import RunSettings, require_plain_name
 
+TRAINED: dict[str, Any] = dict(RunSettings.described)
 CONVERTED = ("vanilla", "topk", "mlsae", "random", "jumprelu", "gated", "routesae", "crosscoder")
 
 
@@ -26,8 +28,8 @@ class ConvertSettings(Settings):
     layers: str | None = setting(
         None, DICTIONARY, 'Layers the other SAEs read, such as "4-12".', metavar="LIST", unset="n//4 to 3n//4"
     )
-    routing: str | None = replace(ROUTING, unset="from the file name, else hard")
-    aggregate: str | None = replace(AGGREGATE, unset="from the file name, else sum")
+    routing: str | None = replace(TRAINED["routing"], unset="from the file name, else hard")
+    aggregate: str | None = replace(TRAINED["aggregate"], unset="from the file name, else sum")
     normalize: str = setting(
         "token",
         DICTIONARY,

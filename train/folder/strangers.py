@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -87,14 +85,21 @@ def _from_folder(settings: ConvertSettings) -> Any:
 
     if layout is None:
         return sae_lens.SAE.load_from_disk(folder, device="cpu", dtype="float32")
-    loaders = importlib.import_module(LOADERS)
+    loaders: Any = importlib.import_module(LOADERS)
     # Gemma Scope's loader reads the model, the place and the layer from these names.
     known = [part for part in folder.parts if "gemma-scope-" in part]
     name = "/".join(folder.parts[-3:]) if settings.layer is None else f"layer_{settings.layer - 1}/{folder.name}"
-    with _local_files(folder, name):
+
+    def local(repo_id: str, filename: str, subfolder: str = "", **_: Any) -> str:
+        return str(folder / Path(subfolder, filename).relative_to(name))
+
+    download, loaders.hf_hub_download = loaders.hf_hub_download, local  # which reads `folder`, not a repository
+    try:
         config, state, _ = loaders.NAMED_PRETRAINED_SAE_LOADERS[layout](
             known[-1] if known else "gemma-scope-2b-pt-res", name, "cpu", False, {"dtype": "float32"}
         )
+    finally:
+        loaders.hf_hub_download = download
     config["d_in"], config["d_sae"] = state["W_enc"].shape
     if state["W_dec"].shape == state["W_enc"].shape != state["W_dec"].T.shape:
         state["W_dec"] = state["W_dec"].T.contiguous()  # sparsify's own W_dec is [F, D], and SAELens transposes it
@@ -111,18 +116,3 @@ def _from_folder(settings: ConvertSettings) -> Any:
         norm = float(read_json(folder / "hyperparams.json")["dataset_average_activation_norm"]["in"])
         theirs.fold_activation_norm_scaling_factor(config["d_in"] ** 0.5 / norm)
     return theirs
-
-
-@contextmanager
-def _local_files(folder: Path, name: str) -> Iterator[None]:
-    """Have SAELens' loaders, which download a repository's folder `name`, read `folder` instead."""
-
-    def local(repo_id: str, filename: str, subfolder: str = "", **_: Any) -> str:
-        return str(folder / Path(subfolder, filename).relative_to(name))
-
-    loaders: Any = importlib.import_module(LOADERS)
-    download, loaders.hf_hub_download = loaders.hf_hub_download, local
-    try:
-        yield
-    finally:
-        loaders.hf_hub_download = download

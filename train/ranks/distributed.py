@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 import torch.distributed as dist
@@ -39,7 +39,6 @@ from routesae.machine.device import pick_device
 from routesae.reporting import FailedRun, Stopped, WrongInput
 
 if TYPE_CHECKING:
-    from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what it sets for each process
@@ -141,17 +140,14 @@ def joined_ranks(*, group: bool = False) -> Iterator[Ranks]:
         yield ALONE
         return
     cuda = torch.cuda.is_available()
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    ranks = ALONE
-    if launched:
-        with _peer_errors():
-            if cuda:
-                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-            dist.init_process_group(backend, timeout=PATIENCE)
-        ranks = Ranks(dist.get_rank(), dist.get_world_size())
-    else:
-        store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    options: dict[str, Any] = {"timeout": PATIENCE}
+    if not launched:
+        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[attr-defined]
+    with _peer_errors():
+        if launched and cuda:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **options)
+    ranks = Ranks(dist.get_rank(), dist.get_world_size())
     if not ranks.first:
         logging.getLogger("routesae").setLevel(logging.WARNING)  # rank 0 logs for all
     try:
@@ -184,7 +180,7 @@ def _reduce(tensor: Tensor, how: Any = dist.ReduceOp.SUM) -> Tensor:
 # ----------------------------------------------------------------------------- parameters divided among the ranks
 
 
-def is_divided(tensor: Tensor) -> bool:
+def is_divided(tensor: Tensor) -> TypeGuard[DTensor]:
     return hasattr(tensor, "full_tensor")
 
 
@@ -192,30 +188,25 @@ def whole(tensor: Tensor) -> Tensor:
     """Gather all of a tensor on every rank; every rank must call it."""
     if not is_divided(tensor):
         return tensor
-    divided = cast("DTensor", tensor)
     # Gathered on the device where the ranks exchange rows, even if the rows are kept in host memory.
-    gathered: Tensor = cast("DTensor", divided.to(divided.device_mesh.device_type)).full_tensor()
-    return gathered
+    return cast("DTensor", tensor.to(tensor.device_mesh.device_type)).full_tensor()
 
 
 def local_rows(tensor: Tensor) -> Tensor:
     """The rows of a tensor that this rank holds, in the same memory."""
-    return cast("DTensor", tensor).to_local() if is_divided(tensor) else tensor
+    return tensor.to_local() if is_divided(tensor) else tensor
 
 
 def shard(sae: nn.Module, device: torch.device, *, offload: bool) -> None:
     """Divide the SAE in place. Every rank must pass the same weights, whole and on `device`."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
     # It warns that views returned by a forward pass must not be changed in place; nothing here does that.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    options: dict[str, Any] = {}
-    if offload:
-        options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
-    fully_shard(sae, mesh=mesh, **options)
-    divided = cast("FSDPModule", sae)
+    policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
+    divided = fully_shard(sae, mesh=mesh, offload_policy=policy)
     divided.set_gradient_divide_factor(1.0)  # each rank's gradient is its part of the sum already
     divided.set_force_sum_reduction_for_comms(True)
 
@@ -227,11 +218,10 @@ def copy_whole(into: Tensor, tensor: Tensor) -> None:
         return
     from torch.distributed.tensor import distribute_tensor
 
-    like = cast("DTensor", into)
-    mesh = like.device_mesh
+    mesh = into.device_mesh
     # Every rank has all of it, so each takes its own rows instead of waiting for rank 0 to send them.
-    held = distribute_tensor(tensor.to(mesh.device_type), mesh, like.placements, src_data_rank=None)
-    local_rows(into).copy_(held.to_local())
+    held = distribute_tensor(tensor.to(mesh.device_type), mesh, into.placements, src_data_rank=None)
+    into.to_local().copy_(held.to_local())
 
 
 # ----------------------------------------------------------------------------------- the batch, if ranks divide it
