@@ -259,8 +259,10 @@ def test_plots_are_of_the_pages_colours_and_leave_out_what_is_flat(saes: Path, t
         assert any(run.name in plot.alternative for run in runs)
 
 
-def test_ticks_are_round_numbers(saes: Path) -> None:
-    (shares,) = [plot for plot in draw_plots(read_runs((), saes, None)) if plot.title.startswith("Tokens routed")]
+def test_ticks_are_round_numbers(saes: Path, tmp_path: Path) -> None:
+    row = {"sae": "routesae", "Shares": {"2": 0.17, "3": 0.05}}  # in steps of 2.5 % there would be fewer than 10
+    runs = read_runs((), saes, scores_of(saes, tmp_path, row))
+    (shares,) = [plot for plot in draw_plots(runs) if plot.title.startswith("Tokens routed")]
     ticks = [float(text) for text in re.findall(r">([\d.]+)%</text>", str(shares.svg))]
     (step,) = {round(after - before, 6) for before, after in pairwise(ticks)}
     assert len(ticks) > 2
