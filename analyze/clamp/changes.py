@@ -53,10 +53,9 @@ def parse_change(how: str, text: str) -> Change:
     try:
         if bool(equals) == (how == "ablate"):
             raise ValueError
-        change = Change(latent=int(latent), how=how, value=float(number) if equals else 0.0)
+        return Change(latent=int(latent), how=how, value=float(number) if equals else 0.0)
     except ValueError:
         raise WrongInput(f"--{how} {text!r} is not {form}") from None
-    return change
 
 
 class Clamp:

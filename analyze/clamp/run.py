@@ -13,34 +13,26 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from routesae import __version__
+from routesae.analyze.clamp import steps
 from routesae.analyze.clamp.changes import CHANGES, Clamp, parse_change
 from routesae.analyze.clamp.prompts import Prompt, read_prompts
 from routesae.analyze.clamp.settings import ClampSettings
-from routesae.analyze.clamp.steps import (
-    Continuation,
-    Pick,
-    generate,
-    greedy,
-    replaying,
-    require_cached_attention,
-    sampling,
-)
 from routesae.analyze.inputs.identity import sae_identity
 from routesae.analyze.inputs.lm import LM, Kept, kept_of, lm_of_sae, load_lm_of
 from routesae.analyze.inputs.saes import one_sae
-from routesae.harvest.lm.model import config_hash, weights_hash
 from routesae.machine.device import pick_device
 from routesae.reporting import Progress, Report, WrongInput, silent
 from routesae.train.folder.checkpoint import load_sae
 
 log = logging.getLogger(__name__)
 
+Text = dict[str, Any]
+"""A prompt and what came of it, as the results have it."""
 GENERATIONS = 3  # of a batch: the original, the clamped, and the original again under the clamp
 
 
@@ -58,17 +50,16 @@ def clamp(settings: ClampSettings, report: Report = silent) -> dict[str, Any]:
     loaded = load_lm_of([record], settings.model, device=settings.device, lm_dtype=settings.lm_dtype)
     if "config_hash" not in record.facts:
         log.warning("cfg.json does not describe %s; only width and layers were compared", record.name)
-    require_cached_attention(loaded.lm)
+    steps.require_cached_attention(loaded.lm)
     has_template = getattr(loaded.tokenizer, "chat_template", None) is not None
     if settings.chat and not has_template:
         raise WrongInput(f"--chat: the tokenizer of {loaded.name!r} has no chat template; leave it out")
     chat = has_template if settings.chat is None else settings.chat
     kept = kept_of(record, loaded.framing)
-    texts: list[dict[str, Any]] = [_asked(settings, loaded, prompt, chat) for prompt in prompts]
+    texts = [_asked(settings, loaded, prompt, chat) for prompt in prompts]
     for first in range(0, len(texts), settings.batch_sequences):
-        batch = slice(first, first + settings.batch_sequences)
-        numbers = range(len(texts))[batch]
-        _continue(settings, loaded, kept, change, texts[batch], numbers, len(texts), report)
+        numbers = range(len(texts))[first : first + settings.batch_sequences]
+        _continue(settings, loaded, kept, change, texts, numbers, report)
     return {
         "routesae": __version__,
         "settings": settings.to_dict(),
@@ -77,8 +68,8 @@ def clamp(settings: ClampSettings, report: Report = silent) -> dict[str, Any]:
         "model": {
             "model": loaded.name,
             "revision": loaded.revision,
-            "config_hash": config_hash(loaded.model.config),
-            "weights_hash": weights_hash(loaded.lm),
+            "config_hash": loaded.record.facts["config_hash"],
+            "weights_hash": loaded.record.weights,
             "device": str(loaded.lm.device),  # another device or precision may choose another token
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
             "chat": chat,
@@ -91,11 +82,8 @@ def clamp(settings: ClampSettings, report: Report = silent) -> dict[str, Any]:
 def _asked(settings: ClampSettings, loaded: LM, prompt: Prompt, chat: bool) -> dict[str, Any]:
     """What is known of a text before it is generated."""
     try:
-        ids = loaded.ids(
-            prompt.messages if chat and prompt.messages else prompt.text,
-            reply=True,
-            new_tokens=settings.max_new_tokens,
-        )
+        text = prompt.messages if chat and prompt.messages else prompt.text
+        ids = loaded.ids(text, reply=True, new_tokens=settings.max_new_tokens)
     except WrongInput as refusal:
         raise WrongInput(f"{prompt.origin}: {refusal}{'; or give --no-chat' if chat else ''}") from refusal
     return {
@@ -108,34 +96,29 @@ def _asked(settings: ClampSettings, loaded: LM, prompt: Prompt, chat: bool) -> d
 
 
 def _continue(
-    settings: ClampSettings,
-    loaded: LM,
-    kept: Kept,
-    change: Clamp,
-    texts: Sequence[dict[str, Any]],
-    numbers: range,
-    total: int,
-    report: Report,
+    settings: ClampSettings, loaded: LM, kept: Kept, change: Clamp, texts: list[Text], numbers: range, report: Report
 ) -> None:
-    """Generate and score the texts of one batch, the `numbers`-th of all, and add what comes of it to each."""
-    limit, prompts = settings.max_new_tokens, [text["input_ids"] for text in texts]
+    """Generate and score one batch, the `numbers`-th of all texts, and add what comes of it to each."""
+    limit, batch = settings.max_new_tokens, [texts[number] for number in numbers]
 
-    def on_step(steps: int) -> None:
-        done = GENERATIONS * numbers.start * limit + steps * len(numbers)
-        report(Progress("clamp", done, GENERATIONS * total * limit, "tokens", {}))
+    def on_step(taken: int) -> None:
+        done = GENERATIONS * numbers.start * limit + taken * len(numbers)
+        report(Progress("clamp", done, GENERATIONS * len(texts) * limit, "tokens", {}))
 
-    def pick() -> Pick:  # a new one for each text: the same random numbers for both
-        return greedy if settings.temperature is None else sampling(settings.temperature, settings.seed, numbers)
+    def pick() -> steps.Pick:  # a new one for each text: the same random numbers for both
+        heat = settings.temperature
+        return steps.greedy if heat is None else steps.sampling(heat, settings.seed, numbers)
 
-    def run(nth: int, pick: Pick, clamp: Clamp | None) -> list[Continuation]:
+    def run(nth: int, pick: steps.Pick, clamp: Clamp | None) -> list[steps.Continuation]:
         options: dict[str, Any] = {"max_new_tokens": limit, "stop_ids": loaded.stop_ids, "kept": kept, "clamp": clamp}
-        return generate(loaded.lm, prompts, pick=pick, on_step=lambda steps: on_step(nth * limit + steps), **options)
+        prompts = [text["input_ids"] for text in batch]
+        return steps.generate(loaded.lm, prompts, pick=pick, on_step=lambda n: on_step(nth * limit + n), **options)
 
     original, clamped = run(0, pick(), None), run(1, pick(), change)
-    rescored = run(2, replaying(original, loaded.lm.device), change)
+    rescored = run(2, steps.replaying(original, loaded.lm.device), change)
     if max(len(text.token_ids) for text in original) < limit:
         on_step(GENERATIONS * limit)  # every text ended early: the remaining steps are not needed
-    for text, one, two, three in zip(texts, original, clamped, rescored, strict=True):
+    for text, one, two, three in zip(batch, original, clamped, rescored, strict=True):
         log_p, log_p_clamped = math.fsum(one.log_p), math.fsum(three.log_p)
         for name, of in (("original", one), ("clamped", two)):
             text[name] = loaded.tokenizer.decode(of.token_ids, skip_special_tokens=True)

@@ -81,7 +81,9 @@ def generate(
     """
     from transformers import DynamicCache
 
-    cache = DynamicCache()  # without a config every layer keeps its whole past; the mask does the sliding
+    # Without a config every layer of the cache keeps its whole past; the mask does the sliding.
+    inputs: dict[str, Any] = {"past_key_values": DynamicCache(), "use_cache": True}
+    takes_positions = "position_ids" in inspect.signature(lm.body.forward).parameters
     ids_BT, mask_BS = left_padded(prompts, lm.device)
     stops = torch.tensor(sorted(stop_ids), device=lm.device)
     live_B = mask_BS.any(1)
@@ -89,8 +91,12 @@ def generate(
     log_p: list[Tensor] = []
     lengths_B = torch.zeros(len(prompts), dtype=torch.int64, device=lm.device)
     for step in range(max_new_tokens):
-        # Rows that have ended are fed too, to no effect: no row sees another.
-        log_p_BV = feed(lm, cache, ids_BT, mask_BS=mask_BS, kept=kept, clamp=clamp)
+        if takes_positions:
+            inputs["position_ids"] = (mask_BS.cumsum(1) - 1).clamp(min=0)[:, -ids_BT.shape[1] :]
+        with nullcontext() if clamp is None else steering(lm, clamp, kept):
+            # Rows that have ended are fed too, to no effect: no row sees another.
+            final_BTD = lm.body(input_ids=ids_BT, attention_mask=mask_BS.long(), **inputs)[0]
+        log_p_BV = torch.log_softmax(logits(lm, final_BTD[:, -1]), dim=1)
         next_B = pick(step, log_p_BV)
         picked.append(next_B)
         log_p.append(log_p_BV.gather(1, next_B[:, None])[:, 0])
@@ -103,27 +109,6 @@ def generate(
         mask_BS = torch.cat([mask_BS, torch.ones_like(ids_BT, dtype=torch.bool)], 1)
     rows = zip(torch.stack(picked, 1).tolist(), torch.stack(log_p, 1).tolist(), lengths_B.tolist(), strict=True)
     return [Continuation(ids[:length], row_log_p[:length]) for ids, row_log_p, length in rows]
-
-
-def feed(
-    lm: LanguageModel,
-    cache: Any,
-    ids_BT: Tensor,
-    *,
-    mask_BS: Tensor,
-    kept: Kept,
-    clamp: Clamp | None,
-) -> Tensor:
-    """log_p_BV of the token after `ids_BT`, which are fed on top of the key/value `cache`.
-
-    mask_BS: bool, the tokens so far that are not padding, the new ones last.
-    """
-    inputs: dict[str, Any] = {"attention_mask": mask_BS.long(), "past_key_values": cache, "use_cache": True}
-    if "position_ids" in inspect.signature(lm.body.forward).parameters:
-        inputs["position_ids"] = (mask_BS.cumsum(1) - 1).clamp(min=0)[:, -ids_BT.shape[1] :]
-    with nullcontext() if clamp is None else steering(lm, clamp, kept):
-        final_BTD = lm.body(input_ids=ids_BT, **inputs)[0]
-    return torch.log_softmax(logits(lm, final_BTD[:, -1]), dim=1)
 
 
 @contextmanager

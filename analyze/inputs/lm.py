@@ -117,7 +117,12 @@ class LM:
         Raises WrongInput for what has no token, is no text or conversation, or is longer than the LM's context, with
         `new_tokens` more.
         """
-        ids = self._ids(text, reply)
+        if isinstance(text, str):
+            before, filled = self.framing.before, text
+            require_unicode(text)
+        else:
+            before, filled = (), self._filled(text, reply)
+        ids = [*before, *self.tokenizer(filled, add_special_tokens=False)["input_ids"]]
         room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if not ids:
             raise WrongInput(f"a text without a token for {self.name!r}; give a longer text")
@@ -128,22 +133,21 @@ class LM:
             )
         return ids
 
-    def _ids(self, text: Text, reply: bool) -> list[int]:
-        if isinstance(text, str):
-            require_unicode(text)
-            return [*self.framing.before, *self.tokenizer(text, add_special_tokens=False)["input_ids"]]
+    def _filled(self, messages: Sequence[Message], reply: bool) -> str:
+        """The tokenizer's chat template, filled in."""
         from jinja2 import TemplateError
 
-        require_messages(text)
+        require_messages(messages)
         if getattr(self.tokenizer, "chat_template", None) is None:
             raise WrongInput("this LM's tokenizer has no chat template for messages; give a text")
-        for message in text:
+        for message in messages:
             require_unicode(message["content"])
         try:
-            filled = self.tokenizer.apply_chat_template(list(text), add_generation_prompt=reply, tokenize=False)
+            return str(
+                self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=reply, tokenize=False)
+            )
         except TemplateError as refusal:
             raise WrongInput(f"the chat template refuses it ({refusal})") from refusal
-        return list(self.tokenizer(filled, add_special_tokens=False)["input_ids"])
 
     def generate(self, texts: Text | Sequence[Text], *, max_new_tokens: int = 64, **options: Any) -> Any:
         """Continue a text or conversation, or several at once, by the likeliest tokens; return a str, or a list.
@@ -304,10 +308,10 @@ def load_lm_of(records: Sequence[LMRecord], model: str | None, *, device: str, l
     tokenizer = load_tokenizer_of(records, model)
     picked = pick_device(device)
     loaded = loading.load_lm(name, revision, device=picked, lm_dtype=pick_lm_dtype(lm_dtype, picked))
-    weights = loading.weights_hash(loaded)
+    lm = LM(loaded, tokenizer, name, revision)
     for record in records:
-        require_same_lm(record, _loaded(record, name)._replace(weights=weights), GIVE_MODEL)
-    return LM(loaded, tokenizer, name, revision)
+        require_same_lm(record, lm.record, GIVE_MODEL)
+    return lm
 
 
 def _place(record: LMRecord, model: str | None) -> tuple[str, str | None]:

@@ -17,19 +17,10 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 from urllib.request import getproxies
 
+from routesae.analyze.interpret import replies
 from routesae.analyze.interpret.prices import Budget, Used
-from routesae.analyze.interpret.replies import (
-    MODERATED,
-    QUOTA,
-    REQUEST_REFUSED,
-    REQUEST_TOO_LARGE,
-    TOO_LONG,
-    Answer,
-    complaint_of,
-    read_answer,
-    seconds_to_wait,
-)
-from routesae.analyze.interpret.settings import AZURE_KEY, KEY, OPENAI, ChatSettings
+from routesae.analyze.interpret.replies import Answer, complaint_of, read_answer, seconds_to_wait
+from routesae.analyze.interpret.settings import AZURE_KEY, KEY, OPENAI, InterpretSettings
 from routesae.reporting import FailedRun, WrongInput
 
 if TYPE_CHECKING:
@@ -53,7 +44,7 @@ class Chat:
     on; it leaves when the server has said no, or when the task has put the answer away and takes itself out.
     """
 
-    def __init__(self, settings: ChatSettings, key: str | None, budget: Budget):
+    def __init__(self, settings: InterpretSettings, key: str | None, budget: Budget):
         self.settings, self.budget = settings, budget
         self.client: AsyncOpenAI
         self.stopping = self.has_answered = False
@@ -97,13 +88,13 @@ class Chat:
             except Stopping:
                 return None
             except openai.APIStatusError as error:
-                said, is_refused = error.response.text, error.status_code in REQUEST_REFUSED
+                said, is_refused = error.response.text, error.status_code in replies.REQUEST_REFUSED
                 # What the server may take the request without: the parameter it names, or else the schema.
                 named = [name for name in ("temperature", self.limits[0]) if name in said] + ["response_format"]
                 left = [name for name in named if name not in left_out]
-                if is_refused and TOO_LONG.search(said) and (shorter := next(prompts, "")):
+                if is_refused and replies.TOO_LONG.search(said) and (shorter := next(prompts, "")):
                     prompt, halved = shorter, halved + 1
-                elif is_refused and left and not TOO_LONG.search(said) and not MODERATED.search(said):
+                elif is_refused and left and not replies.TOO_LONG.search(said) and not replies.MODERATED.search(said):
                     left_out |= {left[0]}
                 else:
                     return None if self.stopping else self._refused(error)
@@ -137,7 +128,7 @@ class Chat:
             raise openai.APITimeoutError(response.request) from None
         response.encoding = "utf-8"  # whatever its headers say
         body = response.text
-        too_long = {429: REQUEST_TOO_LARGE, 500: TOO_LONG}.get(response.status_code)
+        too_long = {429: replies.REQUEST_TOO_LARGE, 500: replies.TOO_LONG}.get(response.status_code)
         if response.is_success and read_answer(body, Used()) is None:
             response.status_code = 503  # ask again
         elif too_long is not None and too_long.search(body):
@@ -145,28 +136,28 @@ class Chat:
         if response.is_success:
             return
         self.under_way.discard(asyncio.current_task())
-        if self.stopping or QUOTA.search(body):
+        if self.stopping or replies.QUOTA.search(body):
             response.headers["x-should-retry"] = "false"
-        elif not {"retry-after", "retry-after-ms"} & set(response.headers) and (seconds := seconds_to_wait(body)):
-            response.headers["retry-after"] = str(seconds)
+        elif not {"retry-after", "retry-after-ms"} & set(response.headers) and (wait := seconds_to_wait(body)):
+            response.headers["retry-after"] = str(wait)
 
     def _refused(self, error: APIStatusError) -> Answer:
         """What the last refusal means for this question. Raises FailedRun if it is about the whole run."""
         status, body = error.status_code, error.response.text
         said = f"{self.settings.endpoint()} answered {status}: {self.clean(complaint_of(body))[:MAX_COMPLAINT]}"
-        if status in (*REQUEST_REFUSED, 403) and MODERATED.search(body):
+        if status in (*replies.REQUEST_REFUSED, 403) and replies.MODERATED.search(body):
             return Answer(body, f"the server's moderation refused the prompt: {said}")
         if status == 401 or (status == 403 and not self.has_answered):
             name = self.settings.key_env or (KEY if self.settings.api_version is None else AZURE_KEY)
             raise FailedRun(f"{said}; check the API key in ${name}; what was answered is kept")
-        if status == 402 or QUOTA.search(body):
+        if status == 402 or replies.QUOTA.search(body):
             raise FailedRun(f"{said}; the quota is used up; the same command continues when there is more")
         if status == 404:
             raise FailedRun(f"{said}; check --model {self.settings.model} and --base-url")
         seconds = error.response.headers.get("retry-after", "").partition(".")[0]
         if seconds.isdecimal() and int(seconds) > MAX_WAIT_SECONDS:
             raise FailedRun(f"{said}; it asks to wait {int(seconds):,} s; the same command continues then")
-        if status in REQUEST_REFUSED and TOO_LONG.search(body):
+        if status in replies.REQUEST_REFUSED and replies.TOO_LONG.search(body):
             return Answer(None, f"{said}; the prompt is too long for the model even with few examples")
         return Answer(None, said)
 
@@ -203,7 +194,7 @@ def _pattern_of(key: str) -> re.Pattern[str] | None:
 
 
 @asynccontextmanager
-async def open_chat(settings: ChatSettings, budget: Budget) -> AsyncIterator[Chat]:
+async def open_chat(settings: InterpretSettings, budget: Budget) -> AsyncIterator[Chat]:
     """A Chat with its connections. Raises WrongInput if key, address, proxy or certificate cannot be used."""
     import openai
 

@@ -96,16 +96,16 @@ def open_ledger(path: Path, identity: Mapping[str, Any]) -> Iterator[Ledger]:
     """
     refuse_link(path)
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    file = os.open(path, flags, 0o666)
-    try:
+    with os.fdopen(os.open(path, flags, 0o666), "rb+", buffering=0) as file:
         before, lines, size = read_ledger(path)
-        ledger = Ledger(path, file, lines, size)
+        ledger = Ledger(path, file.fileno(), lines, size)
         if before is None:
-            ledger.add({"identity": dict(identity)})
+            before = dict(identity)
+            ledger.add({"identity": before})
             ledger.lines.clear()
             fsync(path.parent)
-        for name in dict.fromkeys((*identity, *(before or {}))):
-            if before is not None and before.get(name) != identity.get(name):
+        for name in dict.fromkeys((*identity, *before)):
+            if before.get(name) != identity.get(name):
                 raise WrongInput(
                     f"{path} was begun with {name} {before.get(name)!r}, now it is {identity.get(name)!r}; go back "
                     "to that, or give --overwrite to set aside what the folder has"
@@ -114,9 +114,7 @@ def open_ledger(path: Path, identity: Mapping[str, Any]) -> Iterator[Ledger]:
             yield ledger
         finally:
             with suppress(OSError):  # of what was reserved
-                os.ftruncate(file, ledger._size)
-    finally:
-        os.close(file)
+                file.truncate(ledger._size)
 
 
 def read_ledger(path: Path) -> tuple[Line | None, list[Line], int]:

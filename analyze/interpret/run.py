@@ -16,27 +16,19 @@ import logging
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from string import Template
 from typing import Any
 
 from routesae import __version__
 from routesae.analyze.contexts.file import Context, ContextsFile, read_contexts, read_facts
+from routesae.analyze.interpret import scoring
 from routesae.analyze.interpret.answers import Explanation
 from routesae.analyze.interpret.asking import Asking, Question, settled
 from routesae.analyze.interpret.chat import Chat, open_chat
 from routesae.analyze.interpret.ledger import ANSWERED, LINES, SUMMARY, UNANSWERED, Line, open_ledger, set_aside
 from routesae.analyze.interpret.prices import Budget, Price, Used, price_of
-from routesae.analyze.interpret.scoring import (
-    digest_of,
-    digests_of,
-    one_line,
-    scoring_identity,
-    scoring_questions,
-    template_of,
-    text_of,
-    whole,
-)
 from routesae.analyze.interpret.settings import InterpretSettings
 from routesae.analyze.interpret.summary import bill, read_interpretations, score_summary, summarise, used
 from routesae.machine.files import read_bytes, signed, write_json
@@ -62,9 +54,7 @@ def interpret(settings: InterpretSettings, report: Report = silent) -> list[dict
     template = read_template(settings.prompt)
     with ExitStack() as stack:
         subjects = [Subject(stack, contexts, template, settings) for contexts in _contexts(settings)]
-        for subject in subjects:
-            for ledger in (subject.ledger, *subject.scores.values()):
-                budget.spent += budget.dollars(used(ledger.lines))
+        budget.spent = sum(budget.dollars(used(ledger.lines)) for subject in subjects for ledger in subject.ledgers)
 
         async def ask_all(stop: StopRequest) -> list[dict[str, Any]]:
             summaries = []
@@ -114,19 +104,18 @@ class Subject:
             "format": FORMAT,
             **{name: getattr(settings, name) for name in ("model", "api_version", "temperature", "examples")},
             "endpoint": settings.endpoint(),
-            "prompt": digest_of(template),
+            "prompt": scoring.digest_of(template),
             "contexts": contexts.fingerprint,
         }
         stack.enter_context(hold(self.folder / ".interpret.lock", str(self.folder / LINES)))
         if settings.overwrite:
             set_aside(self.folder)
         self.ledger = stack.enter_context(open_ledger(self.folder / LINES, self.identity))
-        self.scores = {
-            mode: stack.enter_context(
-                open_ledger(self.folder / f"{mode}.jsonl", {**self.identity, **scoring_identity(mode, settings.seed)})
-            )
-            for mode in settings.scores
-        }
+        self.scores = {}
+        for mode in settings.scores:
+            identity = {**self.identity, **scoring.identity_of(mode, settings.seed)}
+            self.scores[mode] = stack.enter_context(open_ledger(self.folder / f"{mode}.jsonl", identity))
+        self.ledgers = (self.ledger, *self.scores.values())
 
     async def ask(self, chat: Chat, stop: StopRequest, report: Report) -> None:
         """Ask what has no answer yet, and put the explanations to the test."""
@@ -135,14 +124,15 @@ class Subject:
         stage = f"interpret {self.folder.name}"
         await Asking(chat, self.ledger, stop, report, stage, len(latents)).ask(self.questions(latents))
         for mode, ledger in self.scores.items():
-            questions = scoring_questions(mode, self.contexts, self.explained(), ledger.lines, self.settings)
+            questions = scoring.questions_of(mode, self.contexts, self.explained(), ledger.lines, self.settings)
             stage = f"{mode} {self.folder.name}"
             await Asking(chat, ledger, stop, report, stage, len(questions)).ask(iter(questions))
 
     def questions(self, latents: Sequence[int]) -> Iterator[Question]:
         for latent in self.contexts.latents(latents) if latents else ():
-            prompts = shorter_and_shorter(self.template, latent.chosen[: self.settings.examples])
-            yield Question({"latent": latent.latent}, prompts, Explanation)
+            shown = latent.chosen[: self.settings.examples]
+            fewer = [shown[: len(shown) >> halved] for halved in range(len(shown).bit_length())]  # down to one
+            yield Question({"latent": latent.latent}, map(partial(prompt_of, self.template), fewer), Explanation)
 
     def last_lines(self) -> dict[int, Line]:
         """The last line about each latent that was picked and asked about, in the order they were picked."""
@@ -157,8 +147,7 @@ class Subject:
     def write_summary(self, price: Price | None) -> dict[str, Any]:
         """Sum the answers up in a file beside them, and return what it holds."""
         asked = list(self.last_lines().values())
-        ledgers = (self.ledger, *self.scores.values())
-        losses = [line["reason"] for ledger in ledgers for line in ledger.lines if line["outcome"] == UNANSWERED]
+        losses = [line["reason"] for one in self.ledgers for line in one.lines if line["outcome"] == UNANSWERED]
         summary: dict[str, Any] = {
             "routesae": __version__,
             "sae": self.folder.name,
@@ -170,7 +159,8 @@ class Subject:
             "last_loss": losses[-1] if losses else None,
         }
         for mode, ledger in self.scores.items():
-            summary[mode] = score_summary(ledger.lines, digests_of(self.explained())) | bill(ledger.lines, price)
+            summary[mode] = score_summary(ledger.lines, scoring.digests_of(self.explained()))
+            summary[mode] |= bill(ledger.lines, price)
         summary = signed(summary)
         write_json(self.folder / SUMMARY, summary)
         return summary
@@ -216,7 +206,7 @@ def pick(contexts: ContextsFile, settings: InterpretSettings) -> list[int]:
 def read_template(prompt: str | None) -> str:
     """The user's prompt, or the packaged one. Raises WrongInput unless $examples is all that is to be filled in."""
     if prompt is None:
-        return template_of("explanation")
+        return scoring.template_of("explanation")
     try:
         template = read_bytes(prompt).decode()
     except (OSError, ValueError) as error:
@@ -233,20 +223,12 @@ def read_template(prompt: str | None) -> str:
 
 def prompt_of(template: str, contexts: Sequence[Context]) -> str:
     """The question about a latent with these contexts, strongest first."""
-    marks = [whole(context, context.at) for context in contexts]
-    shown = "\n".join(
-        f"{number}. Token: {one_line(mark.text)} | Activation: {context.activation:.2f} | "
-        f"Context: {text_of(context, mark)}"
-        for number, (context, mark) in enumerate(zip(contexts, marks, strict=True), 1)
-    )
-    return Template(template).substitute(examples=shown)
-
-
-def shorter_and_shorter(template: str, contexts: Sequence[Context]) -> Iterator[str]:
-    """The question with all contexts, then with half of them, and so on down to one."""
-    while contexts:
-        yield prompt_of(template, contexts)
-        contexts = contexts[: len(contexts) // 2]
+    shown = []
+    for number, context in enumerate(contexts, 1):
+        mark = scoring.whole(context, context.at)
+        token, text = scoring.one_line(mark.text), scoring.text_of(context, mark)
+        shown.append(f"{number}. Token: {token} | Activation: {context.activation:.2f} | Context: {text}")
+    return Template(template).substitute(examples="\n".join(shown))
 
 
 def _price(settings: InterpretSettings) -> Price | None:

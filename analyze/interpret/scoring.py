@@ -58,12 +58,12 @@ def template_of(name: str) -> str:
     return files("routesae.analyze.interpret").joinpath(f"prompts/{name}.txt").read_text(encoding="utf-8")
 
 
-def scoring_identity(mode: str, seed: int) -> dict[str, Any]:
+def identity_of(mode: str, seed: int) -> dict[str, Any]:
     """What scores depend on, besides what explanations depend on."""
     return {f"{mode} prompt": digest_of(template_of(mode)), "seed": seed, "each": EACH, "batch": BATCH, "rule": RULE}
 
 
-def scoring_questions(
+def questions_of(
     mode: str,
     contexts: ContextsFile,
     explained: Mapping[int, str],

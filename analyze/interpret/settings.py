@@ -14,8 +14,11 @@ KEY, AZURE_KEY, AZURE_ENDPOINT = "OPENAI_API_KEY", "AZURE_OPENAI_API_KEY", "AZUR
 CHAT, QUESTIONS, COST = "The chat model", "The questions", "The cost"
 
 
-class ChatSettings(Settings):
-    """Which model is asked, where, and how patiently. Raises WrongInput where a value is impossible."""
+class InterpretSettings(Settings):
+    """Settings of one interpretation: which model is asked, where, how patiently, and about what.
+
+    Raises WrongInput where a value is impossible.
+    """
 
     model: str = setting("gpt-4o", CHAT, "Chat model; with Azure, the deployment.")
     base_url: str | None = setting(
@@ -36,50 +39,6 @@ class ChatSettings(Settings):
     max_output_tokens: int = setting(
         512, CHAT, "Tokens in an answer, at most; reasoning models need thousands.", ge=1
     )
-
-    def check(self) -> None:
-        if not self.model.strip():
-            raise WrongInput("--model is empty; give the chat model's name")
-        if self.base_url is not None:
-            _require_address(self.base_url, "--base-url")
-
-    def endpoint(self) -> str:
-        """The address requests go to. Raises WrongInput where Azure's is not known."""
-        if self.api_version is None:
-            return (self.base_url or OPENAI).rstrip("/")
-        address = self.base_url or os.environ.get(AZURE_ENDPOINT)
-        if not address:
-            raise WrongInput(f"--api-version means Azure: give its endpoint with --base-url or ${AZURE_ENDPOINT}")
-        _require_address(address, AZURE_ENDPOINT)
-        return address.rstrip("/")
-
-    def key(self) -> str | None:
-        """From the environment. None where a server of one's own may well want none."""
-        name = self.key_env or (KEY if self.api_version is None else AZURE_KEY)
-        key = os.environ.get(name, "").strip()
-        if not key and (self.key_env or self.api_version or self.base_url is None):
-            raise WrongInput(f"there is no API key in ${name}; set it, or give a server of your own with --base-url")
-        if not key.isascii() or not key.isprintable():
-            raise WrongInput(f"the API key in ${name} holds characters that no key has; set it again")
-        return key or None
-
-
-def _require_address(address: str, name: str) -> None:
-    """An http address with nothing secret in it: it is written beside the answers."""
-    try:
-        parts = urlsplit(address)
-        port_is_fine = parts.port is None or parts.port > 0
-    except ValueError:
-        parts, port_is_fine = urlsplit(""), False
-    if parts.scheme not in ("http", "https") or not parts.hostname or not port_is_fine:
-        raise WrongInput(f"{name} is not an address such as http://localhost:8000/v1")
-    if parts.username or parts.password or parts.query or parts.fragment:
-        raise WrongInput(f"{name} may hold no user, password or ?query; a key goes into the environment, ${KEY}")
-
-
-class InterpretSettings(ChatSettings):
-    """Settings of one interpretation. Raises WrongInput where a value is impossible."""
-
     saes: tuple[str, ...] = setting(
         (),
         MODEL,
@@ -119,3 +78,42 @@ class InterpretSettings(ChatSettings):
     prices: str | None = setting(None, COST, "TOML file of US dollars a million tokens, by model.", metavar="PATH")
     retry_unparsed: bool = setting(False, RUN, "Ask again where an answer was no answer to the question.")
     overwrite: bool = setting(False, RUN, "Begin anew; earlier answers are set aside under another name.")
+
+    def check(self) -> None:
+        if not self.model.strip():
+            raise WrongInput("--model is empty; give the chat model's name")
+        if self.base_url is not None:
+            _require_address(self.base_url, "--base-url")
+
+    def endpoint(self) -> str:
+        """The address requests go to. Raises WrongInput where Azure's is not known."""
+        if self.api_version is None:
+            return (self.base_url or OPENAI).rstrip("/")
+        address = self.base_url or os.environ.get(AZURE_ENDPOINT)
+        if not address:
+            raise WrongInput(f"--api-version means Azure: give its endpoint with --base-url or ${AZURE_ENDPOINT}")
+        _require_address(address, AZURE_ENDPOINT)
+        return address.rstrip("/")
+
+    def key(self) -> str | None:
+        """From the environment. None where a server of one's own may well want none."""
+        name = self.key_env or (KEY if self.api_version is None else AZURE_KEY)
+        key = os.environ.get(name, "").strip()
+        if not key and (self.key_env or self.api_version or self.base_url is None):
+            raise WrongInput(f"there is no API key in ${name}; set it, or give a server of your own with --base-url")
+        if not key.isascii() or not key.isprintable():
+            raise WrongInput(f"the API key in ${name} holds characters that no key has; set it again")
+        return key or None
+
+
+def _require_address(address: str, name: str) -> None:
+    """An http address with nothing secret in it: it is written beside the answers."""
+    try:
+        parts = urlsplit(address)
+        port_is_fine = parts.port is None or parts.port > 0
+    except ValueError:
+        parts, port_is_fine = urlsplit(""), False
+    if parts.scheme not in ("http", "https") or not parts.hostname or not port_is_fine:
+        raise WrongInput(f"{name} is not an address such as http://localhost:8000/v1")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise WrongInput(f"{name} may hold no user, password or ?query; a key goes into the environment, ${KEY}")

@@ -1,13 +1,11 @@
 """Where in the last rows of a cache latents are active, so that texts are found on which one of them is silent.
 
-Dimension letters: N tokens, F latents, W latents asked about, R rows: a token's reading of a layer,
-P positions of the cache's last rows.
+Dimension letters: N tokens, F latents, W latents asked about, P positions of the cache's last rows, M active pairs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +16,12 @@ from routesae.analyze.contexts.file import ContextsFile
 from routesae.harvest.cache.reader import Cache
 from routesae.machine.device import pick_device
 from routesae.reporting import WrongInput
-from routesae.train.evaluate import require_fit
+from routesae.train.evaluate import read_in_order, require_fit
 from routesae.train.folder.checkpoint import CONFIG, load_sae
-from routesae.train.loading.batches import Selection, cut_plans, load
+from routesae.train.loading.batches import Selection
 from routesae.train.saes import SAE
-from routesae.train.saes.normalise import Hidden, places_of
 
 POOL_TOKENS = 16_384  # enough for ten texts of any latent that is not active nearly everywhere
-BATCH_TOKENS = 512  # all F latents of so many exist at once
 
 
 class Silence:
@@ -59,21 +55,13 @@ class Silence:
 def active_positions(sae: SAE, cache: Cache, first_row: int, latents: Sequence[int]) -> npt.NDArray[np.bool_]:
     """bool [W, P]: on which positions of the cache's rows from `first_row` on each of `latents` is active."""
     require_fit(sae, cache)
-    manifest, done = cache.manifest, 0
-    active_WP = np.zeros((len(latents), (manifest.rows - first_row) * manifest.context), np.bool_)
-    selection = Selection(cache, first_row, manifest.rows, sae.recipe.layers)
-    position_N = np.concatenate([selection.positions(shard) for shard in range(len(selection.shards))])
-    token_ids_N = cache.tokens().reshape(-1)[position_N]
-    place_N = places_of(*map(torch.from_numpy, (token_ids_N, position_N % manifest.context))).to(sae.device)
-    plans = cut_plans(iter(selection.blocks()), BATCH_TOKENS)
-    with closing(load(selection, plans, BATCH_TOKENS, sae.device)) as batches:
-        for batch in batches:
-            at = slice(done, done + batch.hidden_LND.shape[1])
-            done = at.stop
-            dense_RF = sae(Hidden(*batch, place_N[at])).latents.dense()
-            active_RW = (dense_RF[:, list(latents)] > 0).cpu().numpy()
-            for active_NW in np.split(
-                active_RW, len(active_RW) // (at.stop - at.start)
-            ):  # mlsae, random: a layer each
-                active_WP[:, position_N[at] - first_row * manifest.context] |= active_NW.T
-    return active_WP
+    first, after = first_row * cache.manifest.context, cache.manifest.rows * cache.manifest.context
+    active_WP = torch.zeros(len(latents), after - first, dtype=torch.bool, device=sae.device)
+    asked_F = torch.full((sae.recipe.latents,), -1, device=sae.device)
+    asked_F[list(latents)] = torch.arange(len(latents), device=sae.device)
+    selection = Selection(cache, first_row, cache.manifest.rows, sae.recipe.layers)
+    for hidden, position_N in read_in_order(selection, [sae], sae.device):
+        row_M, latent_M, _ = sae.encode(hidden).active()
+        position_M, asked_M = position_N[row_M % hidden.tokens] - first, asked_F[latent_M]  # mlsae: layer after layer
+        active_WP[asked_M[asked_M >= 0], position_M[asked_M >= 0]] = True
+    return active_WP.cpu().numpy()

@@ -49,7 +49,8 @@ def ablation(settings: AblationSettings, report: Report = silent) -> list[dict[s
     out, saes = Path(settings.out), tuple(str(folder) for folder in folders(training))
     common: dict[str, Any] = {"cache": training.cache, "device": training.device, "model": settings.model}
     tokens_hash = Cache(training.cache).manifest.tokens_hash
-    unread = tuple(sae for sae in saes if _threshold(sae, tokens_hash) != settings.threshold)
+    facts = {sae: read_facts(Path(sae), tokens_hash) for sae in saes}
+    unread = tuple(sae for sae, of in facts.items() if not of or of["settings"]["threshold"] != settings.threshold)
     if settings.contexts and unread:
         contexts(ContextSettings(saes=unread, threshold=settings.threshold, overwrite=True, **common), report)
     scoring = AnalyzeSettings(
@@ -68,12 +69,6 @@ def ablation(settings: AblationSettings, report: Report = silent) -> list[dict[s
     if settings.plot:
         draw_pareto(rows, [out / "pareto.png", out / "pareto.svg"])
     return rows
-
-
-def _threshold(folder: str, tokens_hash: str) -> float | None:
-    """The threshold of the contexts of a corpus in an SAE's folder, or None if there are none."""
-    facts = read_facts(Path(folder), tokens_hash)
-    return None if facts is None else facts["settings"]["threshold"]
 
 
 def draw_pareto(rows: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> None:

@@ -29,6 +29,7 @@ from routesae.analyze.scores.results import DESCRIPTIONS, described, read_result
 from routesae.analyze.scores.run import analyze
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.run import harvest
+from routesae.harvest.settings import HarvestSettings
 from routesae.machine.device import pick_device
 from routesae.machine.files import problem_of, read_signed, signed, write_json
 from routesae.machine.lock import hold
@@ -36,6 +37,7 @@ from routesae.reporting import Report, WrongInput, silent
 from routesae.train.folder.checkpoint import CONFIG, find_saes, read_config
 from routesae.train.jobs import Job, jobs_of
 from routesae.train.run import train
+from routesae.train.settings import TrainSettings
 from routesae.train.state import load_checkpoint, newest_step
 
 log = logging.getLogger(__name__)
@@ -75,7 +77,7 @@ def _run(settings: PipelineSettings, record: Record, report: Report) -> Pipeline
     stages: dict[str, bool] = {}
     scores, page = settings.out / SCORES, settings.out / REPORT
     if settings.harvest is not None:
-        stages["harvest"] = _harvest(settings, record, report)
+        stages["harvest"] = _harvest(settings.harvest, settings.cache, record, report)
     cache = Cache(settings.cache)
     cache.require_whole()
     origin = {"cache": cache_identity(cache)["fingerprint"]}
@@ -83,7 +85,7 @@ def _run(settings: PipelineSettings, record: Record, report: Report) -> Pipeline
     if settings.train is not None:
         jobs = jobs_of(settings.train, cache, pick_device(settings.train.device))
         folders = [job.folder for job in jobs]
-        stages["train"] = _train(settings, jobs, origin, record, report)
+        stages["train"] = _train(settings.train, jobs, origin, record, report)
     elif any((settings.analyze, settings.contexts, settings.interpret, settings.report)):
         folders = find_saes(settings.saes)
     of_saes = {folder: {**origin, f"SAE {folder.name}": hashes(folder)} for folder in folders}
@@ -109,11 +111,8 @@ def _run(settings: PipelineSettings, record: Record, report: Report) -> Pipeline
         stages["contexts"] = record.run(steps, collect)
     if (asking := settings.interpret and settings.interpret.replace(saes=saes)) is not None:
         prompts = [Path(file) for file in (asking.prompt,) if file]
-        step = Step(
-            "interpret",
-            {**asking.to_dict(), **origin, **hashes(*facts, *prompts)},
-            tuple(folder / SUMMARY for folder in folders),
-        )
+        inputs = {**asking.to_dict(), **origin, **hashes(*facts, *prompts)}
+        step = Step("interpret", inputs, tuple(folder / SUMMARY for folder in folders))
         lost = any(summary.lost for folder in folders if (summary := read_summary(folder)) is not None)
         stages["interpret"] = record.run([step], lambda stale: interpret(asking, report), again=lost)
     if settings.analyze is not None:
@@ -129,33 +128,29 @@ def _run(settings: PipelineSettings, record: Record, report: Report) -> Pipeline
     return PipelineResult(stages=stages, saes=folders, scores=found)
 
 
-def _harvest(settings: PipelineSettings, record: Record, report: Report) -> bool:
-    asked = settings.harvest
-    assert asked is not None
+def _harvest(asked: HarvestSettings, cache: Path, record: Record, report: Report) -> bool:
     inputs = {name: value for name, value in asked.to_dict().items() if name not in HOW_IT_RUNS}
     inputs |= {"files of data": listing(asked.data), "files of model": listing(asked.model)}
-    whole = (settings.cache / "zarr.json").exists() and not Cache(settings.cache).missing()
+    whole = (cache / "zarr.json").exists() and not Cache(cache).missing()
     before = record.steps.get("harvest", {}).get("inputs", {})
     for name in ("data", "model"):
         same_name = before.get(name) == inputs[name] and before.get("out") == inputs["out"]
         if same_name and whole and before.get(f"files of {name}") != plain(inputs[f"files of {name}"]):
             raise WrongInput(
-                f"{inputs[name]} has changed since {settings.cache} was harvested, and a cache is never replaced; "
-                f"give another out or cache, or delete {settings.cache}"
+                f"{inputs[name]} has changed since {cache} was harvested, and a cache is never replaced; "
+                f"give another out or cache, or delete {cache}"
             )
-    step = Step("harvest", inputs, (settings.cache / "zarr.json",))
+    step = Step("harvest", inputs, (cache / "zarr.json",))
     return record.run([step], lambda stale: harvest(asked, report), again=not whole)
 
 
 def _train(
-    settings: PipelineSettings, jobs: Sequence[Job], origin: Mapping[str, Any], record: Record, report: Report
+    training: TrainSettings, jobs: Sequence[Job], origin: Mapping[str, Any], record: Record, report: Report
 ) -> bool:
     """Train the SAEs that are not there as they are asked for.
 
     One that was not trained from here is not replaced, nor one about which answers were paid for.
     """
-    training = settings.train
-    assert training is not None
     steps = []
     for job in jobs:
         inputs = {**job.identity["run"], **job.identity["recipe"], **job.identity["pass"], **origin}
@@ -228,21 +223,18 @@ class Record:
                 f"{path} cannot be read ({problem_of(error)}); delete it, and stages run again"
             ) from error
 
-    def stale(self, steps: Sequence[Step]) -> list[Step]:
-        """The steps that have not ended, or not with these inputs, or whose output is not as they left it."""
-        stale = []
-        for step in steps:
-            kept, inputs = self.steps.get(step.name), plain(step.inputs)
-            then = kept["inputs"] if kept else {}
-            changed = sorted(name for name in inputs.keys() | then.keys() if inputs.get(name) != then.get(name))
-            if kept and not changed and kept["outputs"] == hashes(*step.outputs):
-                log.info("%s: unchanged, skipped", step.name)
-                continue
-            if kept:
-                why = f"changed: {', '.join(changed)}" if changed else "what it left is gone or was altered"
-                log.info("%s runs again, %s", step.name, why)
-            stale.append(step)
-        return stale
+    def is_stale(self, step: Step) -> bool:
+        """Whether it has not ended, or not with these inputs, or its output is not as it left it."""
+        if (kept := self.steps.get(step.name)) is None:
+            return True
+        then, now = kept["inputs"], plain(step.inputs)
+        changed = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
+        if not changed and kept["outputs"] == hashes(*step.outputs):
+            log.info("%s: unchanged, skipped", step.name)
+            return False
+        why = f"changed: {', '.join(changed)}" if changed else "what it left is gone or was altered"
+        log.info("%s runs again, %s", step.name, why)
+        return True
 
     def may_replace(self, step: Step) -> bool:
         """Whether what is there of a step's outputs is what the step left."""
@@ -257,7 +249,7 @@ class Record:
 
     def run(self, steps: Sequence[Step], work: Callable[[list[Step]], object], *, again: bool = False) -> bool:
         """Do the work of the stale steps, if any; returns whether there were. again: they are all stale."""
-        stale = list(steps) if again else self.stale(steps)
+        stale = [step for step in steps if again or self.is_stale(step)]
         if stale:
             work(stale)
             self.keep(*stale)

@@ -40,14 +40,7 @@ from routesae.reporting import WrongInput
 from routesae.train.settings import TrainSettings, settings_of, variants
 
 VARIANTS = ("vanilla", "gated", "topk", "jumprelu", "routesae", "crosscoder")
-STAGES: dict[str, type[Settings]] = {
-    "harvest": HarvestSettings,
-    "train": TrainSettings,
-    "analyze": AnalyzeSettings,
-    "contexts": ContextSettings,
-    "interpret": InterpretSettings,
-    "report": ReportSettings,
-}
+
 READS_SAES = ("sae", "saes", "cache", "out")
 SET_BY_PIPELINE = {
     "harvest": ("out",),
@@ -74,6 +67,9 @@ class PipelineSettings(Settings):
     contexts: ContextSettings | None = None
     interpret: InterpretSettings | None = None
     report: ReportSettings | None = None
+
+
+STAGES = {name: kind.type for name, kind in PipelineSettings.kinds.items() if kind.optional}
 
 
 def read_pipeline(config: str) -> PipelineSettings:

@@ -57,9 +57,7 @@ def analyze(settings: AnalyzeSettings, report: Report = silent) -> dict[str, Any
             layers = saes[key].recipe.layers
             _add(rows[key], *measure(of_cache, scores.by_row, drawn_RS, layers=layers, dead=scores.dead))
     if of_lm:
-        zero_ablation = any(metric.zero_ablation for metric in of_lm)
-        by_sae = _row_sums_of_lm(settings, cache, saes, slice(first, after), zero_ablation, report)
-        for key, row_sums in by_sae.items():
+        for key, row_sums in _row_sums_of_lm(settings, cache, saes, slice(first, after), report).items():
             _add(rows[key], *measure(of_lm, row_sums, drawn_RS))
     if cache_identity(Cache(settings.cache)) != identity:
         raise FailedRun(f"{cache.path} was replaced while it was scored; run the same command again")
@@ -86,8 +84,7 @@ def _views(
     """
     sparsities: list[dict[str, Any]] = [{"infer_k": k} for k in dict.fromkeys(settings.infer_k)]
     sparsities += [{"theta": theta} for theta in dict.fromkeys(settings.theta)]
-    saes, rows, refusals = {}, {}, []
-    thresholds = {}
+    saes, rows, refusals, thresholds = {}, {}, [], {}
     for name, one in opened.items():
         if (facts := read_facts(one.beside, tokens_hash)) is not None:
             thresholds[name] = facts["settings"]["threshold"]
@@ -123,7 +120,7 @@ def _add(row: dict[str, Any], numbers: Mapping[str, Any], intervals: Mapping[str
 
 
 def _row_sums_of_lm(
-    settings: AnalyzeSettings, cache: Cache, saes: Mapping[str, SAE], rows: slice, zero_ablation: bool, report: Report
+    settings: AnalyzeSettings, cache: Cache, saes: Mapping[str, SAE], rows: slice, report: Report
 ) -> dict[str, dict[str, Any]]:
     """What the LM's metrics are computed from. SAEs that cannot be spliced are left out with a warning."""
     from routesae.analyze.scores.lm_scores import score_with_lm
@@ -151,6 +148,6 @@ def _row_sums_of_lm(
         token_ids_ST,
         kept_ST,
         batch_sequences=settings.batch_sequences,
-        zero_ablation=zero_ablation,
+        zero_ablation=any(METRICS[name].zero_ablation for name in settings.metrics),
         report=report,
     )

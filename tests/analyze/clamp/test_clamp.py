@@ -15,7 +15,6 @@ from torch import Tensor
 from routesae.analyze.clamp.changes import Change, Clamp, active, parse_change
 from routesae.analyze.clamp.steps import (
     Continuation,
-    feed,
     generate,
     greedy,
     replaying,
@@ -276,9 +275,16 @@ def test_no_change_and_no_error_term_is_the_splice_of_the_metrics(llama: Languag
 
 
 def one_step(lm: LanguageModel, ids_BT: Tensor, mask_BT: Tensor, clamp: Clamp | None) -> Tensor:
-    from transformers import DynamicCache
+    """log_p_BV of the token after `ids_BT`, each row's tokens at its right end as `mask_BT` says."""
+    seen: list[Tensor] = []
 
-    return feed(lm, DynamicCache(), ids_BT, mask_BS=mask_BT, kept=KEPT, clamp=clamp)
+    def pick(step: int, log_p_BV: Tensor) -> Tensor:
+        seen.append(log_p_BV)
+        return greedy(step, log_p_BV)
+
+    rows = [ids_T[mask_T].tolist() for ids_T, mask_T in zip(ids_BT, mask_BT.bool(), strict=True)]
+    generate(lm, rows, pick=pick, max_new_tokens=1, stop_ids=(), kept=KEPT, clamp=clamp)
+    return seen[0]
 
 
 def places_of_row(ids: list[int]) -> Tensor:

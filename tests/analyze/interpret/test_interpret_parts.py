@@ -22,7 +22,7 @@ from routesae.analyze.interpret.ledger import Ledger, open_ledger, read_ledger, 
 from routesae.analyze.interpret.prices import Budget, Price, Used, price_of
 from routesae.analyze.interpret.replies import read_answer, seconds_to_wait
 from routesae.analyze.interpret.scoring import held_out, place_of
-from routesae.analyze.interpret.settings import ChatSettings, InterpretSettings
+from routesae.analyze.interpret.settings import InterpretSettings
 from routesae.reporting import FailedRun, WrongInput
 
 SAID = '{"category": "High-Level", "score": 3, "explanation": " lists "}'
@@ -349,7 +349,7 @@ def test_a_budget_counts_requests_under_way_and_waits_for_them() -> None:
 )
 def test_impossible_chat_settings_are_refused_without_showing_a_secret(changes: dict, complaint: str) -> None:
     with pytest.raises(WrongInput, match=complaint) as refusal:
-        ChatSettings(**changes)
+        InterpretSettings(**changes)
     assert "secret" not in str(refusal.value)
 
 
@@ -371,7 +371,7 @@ def test_impossible_settings_are_refused(changes: dict, complaint: str) -> None:
 def test_a_key_no_header_can_hold_is_refused_unseen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-se\ncret")
     with pytest.raises(WrongInput, match="OPENAI_API_KEY") as refusal:
-        ChatSettings().key()
+        InterpretSettings().key()
     assert "cret" not in str(refusal.value)
 
 
