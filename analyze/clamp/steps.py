@@ -137,8 +137,9 @@ def steering(lm: LanguageModel, clamp: Clamp, kept: Kept) -> Iterator[None]:
         kept_BT = mask_BS[:, -ids_BT.shape[1] :].bool() & kept.at(ids_BT, positions_BT)
         hidden: dict[int, Tensor] = {}
         if clamp.layers_read and bool(kept_BT.any()):
-            if past is not None:
-                inputs["past_key_values"] = _copied(past)
+            if past is not None:  # the copy shares what is there: layers put new tensors in the place of old ones
+                inputs["past_key_values"] = copied = copy(past)
+                copied.layers = [copy(layer) for layer in past.layers]
             is_clean = True
             try:
                 with capturing(lm, clamp.layers_read, hidden.__setitem__):
@@ -156,14 +157,6 @@ def steering(lm: LanguageModel, clamp: Clamp, kept: Kept) -> Iterator[None]:
             yield
     finally:
         handle.remove()
-
-
-def _copied(past: Any) -> Any:
-    """A key/value cache that may be added to without a change to this one: it shares what is there, and copies none
-    of it, since layers put new tensors in the place of old ones."""
-    copied = copy(past)
-    copied.layers = [copy(layer) for layer in past.layers]
-    return copied
 
 
 def greedy(step: int, log_p_BV: Tensor) -> Tensor:

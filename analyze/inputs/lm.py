@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -162,10 +163,8 @@ class LM:
         out_BT = self.model.generate(
             input_ids=ids_BT, attention_mask=mask_BT.long(), max_new_tokens=max_new_tokens, **options
         )
-        continued = []
-        for ids in out_BT[:, ids_BT.shape[1] :].tolist():
-            end = next((at for at, token in enumerate(ids) if token in stops), len(ids))
-            continued.append(self.tokenizer.decode(ids[:end], skip_special_tokens=True))
+        written = [takewhile(lambda token: token not in stops, ids) for ids in out_BT[:, ids_BT.shape[1] :].tolist()]
+        continued = [self.tokenizer.decode(list(ids), skip_special_tokens=True) for ids in written]
         return continued[0] if alone else continued
 
 

@@ -78,14 +78,13 @@ def questions_of(
     for latent, examples in _examples(mode, contexts, unsettled, settings):
         parts = [examples[first : first + BATCH] for first in range(0, len(examples), BATCH)]
         for number, batch in enumerate(parts):
-            key = (latent, digests[latent], number)
+            key = {"latent": latent, "digest": digests[latent], "batch": number}
             texts = "\n".join(f"{n}. {example.text}" for n, example in enumerate(batch, 1))
             prompt = template.substitute(explanation=explained[latent], count=len(batch), examples=texts)
             truth, places = [example.active for example in batch], [example.place for example in batch]
             line = {"batches": len(parts), "truth": truth, "places": places}
-            if key not in done:
-                named = dict(zip(KEY, key, strict=True))
-                questions.append(Question(named, iter((prompt,)), Predictions, len(batch), line))
+            if tuple(key.values()) not in done:
+                questions.append(Question(key, iter((prompt,)), Predictions, len(batch), line))
     return questions
 
 
