@@ -64,6 +64,11 @@ def register(name: str, variant: type[SAE]) -> None:
             names.append(name)
 
 
+def only_for(which: str, help: str, **more: Any) -> Any:
+    """A setting of one variant or of those with one trait."""
+    return setting(None, VARIANT, help, only_for=which, **more)
+
+
 class RunSettings(Settings):
     """Settings of one SAE. Raises WrongInput where a value is impossible.
 
@@ -71,9 +76,7 @@ class RunSettings(Settings):
     """
 
     sae: str = setting("routesae", DICTIONARY, "Variant.", choices=variants(), metavar="NAME", swept=True)
-    layer: int | None = setting(
-        None, VARIANT, "the layer it reads.", ge=0, only_for="one layer", swept=True, unset="the cache's middle one"
-    )
+    layer: int | None = only_for("one layer", "the layer it reads.", ge=0, swept=True, unset="the cache's middle one")
     latents: int | None = setting(
         None, DICTIONARY, "Size of the dictionary.", ge=1, instead_of="expansion", unset="8 x width"
     )
@@ -84,24 +87,12 @@ class RunSettings(Settings):
     anneal_k_from: int | None = setting(
         None, OPTIMISER, "k at the start, falling to --k over the sparsity warm-up.", ge=1
     )
-    sparsity: float | None = setting(
-        None,
-        VARIANT,
-        "weight of the penalty.",
-        only_for="penalised",
-        swept=True,
-        unset="steered until --k latents are active",
+    sparsity: float | None = only_for(
+        "penalised", "weight of the penalty.", swept=True, unset="steered until --k latents are active"
     )
-    pre_act_loss: float | None = setting(
-        None, VARIANT, "weight of what revives dead latents, such as 3e-6.", only_for="jumprelu", unset="0"
-    )
-    prefixes: tuple[int, ...] | None = setting(
-        None,
-        VARIANT,
-        'sizes of the nested dictionaries, such as "512,1024,4096".',
-        metavar="N,N,…",
-        only_for="matryoshka",
-        unset="F/16 … F",
+    pre_act_loss: float | None = only_for("jumprelu", "weight of what revives dead latents, such as 3e-6.", unset="0")
+    prefixes: tuple[int, ...] | None = only_for(
+        "matryoshka", 'sizes of the nested dictionaries, such as "512,1024,4096".', metavar="N,N,…", unset="F/16 … F"
     )
     normalize: str = setting(
         "token",
@@ -109,45 +100,24 @@ class RunSettings(Settings):
         "How hidden states are normalised before the SAE, and back after it.",
         choices=("token", "dataset", "none"),
     )
-    routing: str | None = setting(
-        None,
-        VARIANT,
-        "one layer a token, or all weighted.",
-        choices=("hard", "soft"),
-        only_for="routesae",
-        unset="hard",
+    routing: str | None = only_for(
+        "routesae", "one layer a token, or all weighted.", choices=("hard", "soft"), unset="hard"
     )
-    aggregate: str | None = setting(
-        None,
-        VARIANT,
-        "what of the layers the router sees.",
-        choices=("sum", "mean"),
-        only_for="routesae",
-        unset="sum",
+    aggregate: str | None = only_for(
+        "routesae", "what of the layers the router sees.", choices=("sum", "mean"), unset="sum"
     )
-    routed: str | None = setting(
-        None,
-        VARIANT,
-        "the one-layer variant that its layers share.",
-        metavar="NAME",
-        only_for="routesae",
-        unset="topk",
+    routed: str | None = only_for(
+        "routesae", "the one-layer variant that its layers share.", metavar="NAME", unset="topk"
     )
-    router: str | None = setting(
-        None,
-        VARIANT,
+    router: str | None = only_for(
+        "routesae",
         "how the router learns; frozen and random are controls.",
         choices=("published", "top2", "frozen", "random"),
         metavar="NAME",
-        only_for="routesae",
         unset="published",
     )
-    balance: float | None = setting(
-        None,
-        VARIANT,
-        "weight of the load-balancing term.",
-        only_for="routesae",
-        unset="0.01 where a learned router picks one layer",
+    balance: float | None = only_for(
+        "routesae", "weight of the load-balancing term.", unset="0.01 where a learned router picks one layer"
     )
     recipe: str = setting(
         "routesae",

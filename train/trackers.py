@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from routesae.machine.files import read_bytes, replacing
 from routesae.reporting import WrongInput
@@ -25,13 +25,6 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 PROJECT = "routesae"
-
-
-class Tracker(Protocol):
-    """Takes the lines of one run."""
-
-    def log(self, step: int, line: Mapping[str, Any]) -> None: ...
-    def close(self) -> None: ...
 
 
 def scalars(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
@@ -105,6 +98,7 @@ def _read_id(file: Path) -> str:
     raise WrongInput(f"{file} does not hold the id of a run; delete it to begin another one")
 
 
+Tracker = TensorBoard | Hosted  # takes the lines of one run
 TRACKERS: dict[str, Callable[[str, Path, Mapping[str, Any], str], Tracker]] = {
     "tensorboard": TensorBoard,
     "wandb": partial(Hosted, "wandb"),

@@ -151,11 +151,10 @@ def read_title(stem: str) -> dict[str, Any]:
 
 def _variant(state: Mapping[str, Tensor], settings: ConvertSettings, title: Mapping[str, Any]) -> str:
     """The variant that has these keys; if several have, the one that --sae or the file name says."""
-    possible = KEYS.get(frozenset(state), ())
     layers = sum(key.startswith("encoder.") for key in state)
     parts = {f"{part}.{at}.weight" for part in ("encoder", "decoder") for at in range(layers)}
-    if not possible and layers and set(state) == {"latent_bias", *parts}:
-        possible = ("crosscoder",)
+    crosscoder = ("crosscoder",) if layers and set(state) == {"latent_bias", *parts} else ()
+    possible = KEYS.get(frozenset(state), crosscoder)
     if not possible:
         shown = ", ".join(sorted(state)[:8]) or "none"
         raise WrongInput(f"{settings.file}: no SAE of the published RouteSAE code has these keys ({shown})")
