@@ -118,12 +118,7 @@ class LM:
         Raises WrongInput for what has no token, is no text or conversation, or is longer than the LM's context, with
         `new_tokens` more.
         """
-        if isinstance(text, str):
-            before, filled = self.framing.before, text
-            require_unicode(text)
-        else:
-            before, filled = (), self._filled(text, reply)
-        ids = [*before, *self.tokenizer(filled, add_special_tokens=False)["input_ids"]]
+        ids = self._ids(text, reply)
         room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if not ids:
             raise WrongInput(f"a text without a token for {self.name!r}; give a longer text")
@@ -134,21 +129,22 @@ class LM:
             )
         return ids
 
-    def _filled(self, messages: Sequence[Message], reply: bool) -> str:
-        """The tokenizer's chat template, filled in."""
+    def _ids(self, text: Text, reply: bool) -> list[int]:
+        if isinstance(text, str):
+            require_unicode(text)
+            return [*self.framing.before, *self.tokenizer(text, add_special_tokens=False)["input_ids"]]
         from jinja2 import TemplateError
 
-        require_messages(messages)
+        require_messages(text)
         if getattr(self.tokenizer, "chat_template", None) is None:
             raise WrongInput("this LM's tokenizer has no chat template for messages; give a text")
-        for message in messages:
+        for message in text:
             require_unicode(message["content"])
         try:
-            return str(
-                self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=reply, tokenize=False)
-            )
+            filled = self.tokenizer.apply_chat_template(list(text), add_generation_prompt=reply, tokenize=False)
         except TemplateError as refusal:
             raise WrongInput(f"the chat template refuses it ({refusal})") from refusal
+        return list(self.tokenizer(filled, add_special_tokens=False)["input_ids"])
 
     def generate(self, texts: Text | Sequence[Text], *, max_new_tokens: int = 64, **options: Any) -> Any:
         """Continue a text or conversation, or several at once, by the likeliest tokens; return a str, or a list.
