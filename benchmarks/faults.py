@@ -438,7 +438,7 @@ def cleared(stage: str, where: Path) -> None:
     if stage in ("contexts", "interpret"):
         gone = ["interpretations.*", "detection.*"] + (["*.parquet", "contexts*"] if stage == "contexts" else [])
         for pattern in gone:
-            for path in (where / "saes").rglob(pattern):
+            for path in list((where / "saes").rglob(pattern)):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
