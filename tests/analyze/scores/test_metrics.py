@@ -53,7 +53,7 @@ assert "torch" not in sys.modules
 assert AnalyzeSettings(metrics=("Dummy",))
 from routesae.analyze.pipeline.ablation import COLUMNS
 from routesae.analyze.report import runs
-assert "Dummy" in COLUMNS and runs.Column("Dummy", "nothing at all", 1) in runs.COLUMNS
+assert "Dummy" in COLUMNS and runs.Column("Dummy", "nothing at all", 1) in runs.MEASURED
 """
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 

@@ -87,7 +87,7 @@ def test_a_view_reads_what_the_sae_reads_shares_its_weights_and_leaves_it_as_it_
 
 def test_topk_at_its_own_k_is_itself() -> None:
     sae = random_sae("topk")
-    assert torch.equal(
+    torch.testing.assert_close(  # the training pass sums over all pairs of so small a dictionary
         at_sparsity(sae, infer_k=9)(Normalised(random_x(sae))).reconstruction_ND,
         sae(Normalised(random_x(sae)))[1],
     )

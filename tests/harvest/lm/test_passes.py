@@ -304,7 +304,7 @@ def test_what_takes_the_place_is_what_the_saes_forward_pass_reconstructs(llama: 
     # The same hidden states at every layer, for those that read several.
     out = sae(hidden_mD if sae.one_layer else hidden_mD[:, None].expand(-1, len(layers), -1))
     expected_mD = sae.decode(out.latents)
-    expected_mD = expected_mD[: len(hidden_mD)]  # rows of `Hidden` come back as they are, layer after layer
+    expected_mD = expected_mD if sae.one_layer else expected_mD[:, 0]
     found_BTD = edits(sae, clean.hidden, kept_BT)[layer](clean.hidden[layer])
     torch.testing.assert_close(found_BTD[kept_BT], expected_mD, atol=1e-4, rtol=1e-5)
 
