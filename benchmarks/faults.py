@@ -424,12 +424,13 @@ def calls_of(world: World, line: str, where: Path) -> int:
 
 def stages(world: World) -> dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]]:
     """Command, what of the base folder it needs not, and what of the result is compared, by stage."""
+    never = ("int8", "pipe", "report.html")
     return {
-        "harvest": (f"harvest {HARVEST} --out shards", ("shards", "int8", "saes", "pipe", "report.html"), ("shards",)),
-        "train": (f"train {TRAIN} --out saes --resume", ("int8", "saes", "pipe", "report.html"), ("saes",)),
-        "contexts": (f"contexts {CONTEXTS} --out saes", ("int8", "pipe", "report.html"), ("saes",)),
-        "interpret": (f"interpret --out saes {world.interpret}", ("int8", "pipe", "report.html"), ("saes",)),
-        "run": ("run --config pipe.toml", ("int8", "saes", "shards", "pipe", "report.html"), ("pipe",)),
+        "harvest": (f"harvest {HARVEST} --out shards", ("shards", "saes", *never), ("shards",)),
+        "train": (f"train {TRAIN} --out saes --resume", ("saes", *never), ("saes",)),
+        "contexts": (f"contexts {CONTEXTS} --out saes", never, ("saes",)),
+        "interpret": (f"interpret --out saes {world.interpret}", never, ("saes",)),
+        "run": ("run --config pipe.toml", ("saes", "shards", *never), ("pipe",)),
     }
 
 
