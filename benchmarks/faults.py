@@ -554,7 +554,7 @@ def reading(world: World) -> dict[str, tuple[str, list[str], tuple[str, ...]]]:
 
 def flips(world: World, trials: int, total: int) -> Iterator[Row]:
     """One bit of one file; every command whose numbers depend on it then runs."""
-    part_way = world.copy("part", ("int8", "report.html"))
+    part_way = world.copy("part", ("pipe", "report.html"))
     step = calls_of(world, f"train {TRAIN} --out new", part_way)
     shutil.rmtree(part_way / "new")
     for at in range(step // 2, step):  # a run that was killed with a checkpoint on the disk
