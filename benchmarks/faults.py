@@ -1035,7 +1035,7 @@ def model_of_seed(source: Path, target: Path) -> None:
 
 def full_disks(world: World, trials: int, total: int) -> Iterator[Row]:
     """A tmpfs that something else fills: one line; the same command then goes on, and nothing is paid twice."""
-    disk, but = world.folder / "disk", (*PASSING, r"cfg\.json$")  # which says where --out was
+    disk, but = world.folder / "disk", (*PASSING, r"(cfg|facts|contexts)\.json$")  # which say where --out was
     disk.mkdir()
     for stage in ("train", "interpret", "contexts"):
         line, without, kept = stages(world)[stage]
