@@ -284,7 +284,14 @@ def _finish(trainee: Trainee, sae: SAE, settings: TrainSettings, cache: Cache, r
     trainee.log.keep()
     trainee.log.close()  # a tracker may write into the folder, which is about to be renamed
     source = {
-        "settings": {**settings.to_dict(), "runs": None, "run": job.settings.to_dict()},
+        # An SAE does not depend on whether its run was stopped and continued, so its record does not say so.
+        "settings": {
+            **settings.to_dict(),
+            "runs": None,
+            "resume": False,
+            "overwrite": False,
+            "run": job.settings.to_dict(),
+        },
         "identity": job.identity,
         "cache": {**manifest.to_dict(), "path": settings.cache},  # as given: a pushed SAE shows no home folder
         "model": manifest.model,

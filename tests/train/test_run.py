@@ -949,3 +949,12 @@ def test_a_max_memory_below_one_token_is_refused_with_what_it_takes(tiny_cache: 
         WrongInput, match=r"--max-memory 7 bytes do not hold the 64 pre-activations .* give 256 or more"
     ):
         train(settings(sae="topk", layer=3, latents=64, max_memory=7))
+
+
+def test_the_record_of_an_sae_does_not_say_how_often_its_run_was_begun(settings: Settings, tmp_path: Path) -> None:
+    flags: list[dict[str, Any]] = [{}, {"resume": True}, {"overwrite": True}]
+    written = [(only(settings(**more)).folder / "cfg.json").read_bytes() for more in flags[:1]]
+    for more in flags[1:]:
+        shutil.rmtree(tmp_path / "saes")
+        written.append((only(settings(**more)).folder / "cfg.json").read_bytes())
+    assert written[0] == written[1] == written[2]

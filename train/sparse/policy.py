@@ -1,7 +1,7 @@
 """How an SAE's sums are done on a device: pure functions of what the device can do, of shapes and of flags.
 
-Nothing here changes what is computed, only rounding and time. A run decides once, logs the decision and keeps it with
-its checkpoints, so that a resumed run does its sums in the same way, on whatever machine.
+Nothing here changes what is computed, only rounding and time. A run logs what was chosen. A checkpoint does not hold
+it, so a run that is resumed on another kind of machine rounds as that one does.
 
 Two numbers of a device decide. The first is how much faster it multiplies bfloat16 than float32. Where it does, the
 encoder's product over all N·F pairs runs in bfloat16; on a CPU it only proposes candidates, whose pre-activations are
@@ -25,7 +25,7 @@ Dimension letters: N tokens, D width, F latents, k active latents a token.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -54,13 +54,6 @@ class Arithmetic(NamedTuple):
         if self.chunk_rows is not None:
             return min(n, self.chunk_rows)
         return min(n, CPU_CHUNK_ROWS.get(dtype, 512)) if kind == "cpu" else n
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**self._asdict(), "proposal": str(self.proposal).removeprefix("torch.")}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Arithmetic:
-        return cls(**{**values, "proposal": getattr(torch, values["proposal"])})
 
     def __str__(self) -> str:
         proposes = "" if self.proposal == torch.float32 else "active latents proposed in bfloat16, "

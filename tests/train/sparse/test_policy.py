@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
@@ -52,9 +50,3 @@ def test_rows_at_once_are_those_asked_for_or_what_a_cpus_caches_hold_or_all() ->
     assert chosen.rows_at_once(100, "cpu", torch.bfloat16) == 100
     assert chosen.rows_at_once(10_000, "cuda", torch.float32) == 10_000
     assert chosen._replace(chunk_rows=7).rows_at_once(10_000, "cuda", torch.float32) == 7
-
-
-@pytest.mark.parametrize("proposal", [torch.float32, torch.bfloat16], ids=str)
-def test_an_arithmetic_comes_back_from_json_as_it_was(proposal: torch.dtype) -> None:
-    chosen = Arithmetic(proposal, 1 / 12, 64)
-    assert Arithmetic.from_dict(json.loads(json.dumps(chosen.to_dict()))) == chosen
