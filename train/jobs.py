@@ -162,6 +162,7 @@ def default_name(recipe: Recipe) -> str:
     if recipe.sae == "routesae":
         usual |= {"routed": "topk", "router": "published", "aggregate": "sum"}
     parts += [word for name, default in usual.items() if (word := getattr(recipe, name)) != default]
+    parts += [f"frozen-{recipe.freeze}"] if recipe.freeze != "none" else []
     parts += [f"lambda{recipe.sparsity:g}"] if recipe.sparsity is not None else []
     parts += ["published"] * recipe.published
     return "_".join(parts)

@@ -127,6 +127,13 @@ class RunSettings(Settings):
         "those harvested.",
         choices=("routesae", "published"),
     )
+    freeze: str = setting(
+        "none",
+        OPTIMISER,
+        "Train an SAE without its encoder or decoder, which stays random, as a control (2602.14111).",
+        choices=("none", "encoder", "decoder"),
+        swept=True,
+    )
     lr: float = setting(0.0005, OPTIMISER, "Peak learning rate of Adam.", gt=0)
     clip: float | None = setting(
         None,

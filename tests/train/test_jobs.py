@@ -54,6 +54,8 @@ def test_names_tell_apart_what_differs(tiny_cache: Cache) -> None:
         {"sae": "routesae", "aggregate": "mean"},
         {"sae": "routesae", "normalize": "dataset"},
         {"sae": "topk", "layer": 3, "normalize": "none"},
+        {"sae": "topk", "layer": 3, "freeze": "encoder"},
+        {"sae": "topk", "layer": 3, "freeze": "decoder"},
         {"sae": "crosscoder"},
         {"sae": "mlsae"},
     ]

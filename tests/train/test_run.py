@@ -33,7 +33,7 @@ from routesae.train.log import StepLog, read_metrics
 from routesae.train.losses import Objective
 from routesae.train.optimiser import lr_factor
 from routesae.train.run import INITIAL_SAMPLE_TOKENS, TrainResult, fit, planned, train
-from routesae.train.saes import SAE, Forward, Recipe, build
+from routesae.train.saes import SAE, SAES, Forward, Recipe, build
 from routesae.train.saes.normalise import Hidden
 from routesae.train.settings import TrainSettings
 from routesae.train.sparse import search
@@ -179,6 +179,24 @@ def test_every_weight_moves_and_the_decoder_ends_at_unit_norm(settings: Settings
         assert not torch.equal(parameter, start[name]), name
     W_dec_FD = dict(trained.named_parameters())["W_dec_FD" if variant["sae"] == "topk" else "shared.W_dec_FD"]
     torch.testing.assert_close(W_dec_FD.norm(dim=1), torch.ones(64), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("recipe", ["routesae", "published"])
+def test_a_frozen_part_keeps_its_random_weights_in_every_variant_and_the_rest_is_trained(
+    settings: Settings, recipe: str
+) -> None:
+    chosen = settings(sae=list(SAES), layer=3, freeze=["encoder", "decoder"], recipe=recipe, sparsity=0.01)
+    results = train(chosen)
+    assert len(results) == 2 * len(SAES)
+    for result in results:
+        trained = load_sae(result.folder, CPU)
+        part = trained.recipe.freeze
+        assert result.folder.name.split("_")[4] == f"frozen-{part}"
+        start = dict(untrained(trained).named_parameters())
+        kept = {name for name, now in trained.named_parameters() if torch.equal(now, start[name])}
+        weights = {f"{'shared.' * (trained.recipe.sae == 'routesae')}W_{of}_FD" for of in ("enc", "dec")}
+        assert {name for name in kept if "W_" in name} == {name for name in weights if part[:3] in name}
+        assert recipe == "published" or len(kept) == 1, result.folder.name
 
 
 # -------------------------------------------------------------------------------------------- what is logged

@@ -83,7 +83,8 @@ class Crosscoder(Vanilla):
 
     @torch.no_grad()
     def normalise_decoder(self, step: int, *, last: bool = False) -> None:
-        if self.recipe.published and ((step - 1) % PUBLISHED_DECODER_STEPS == 0 or last):
+        due = (step - 1) % PUBLISHED_DECODER_STEPS == 0 or last
+        if self.recipe.published and self.W_dec_FD.requires_grad and due:
             to_unit_rows(self._by_layer(local_rows(self.W_dec_FD)))
 
     def files(self) -> dict[str, dict[str, Tensor]]:

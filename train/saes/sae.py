@@ -25,6 +25,7 @@ from routesae.train.sparse.search import Encoder, row_products
 
 ROUTERS = ("published", "top2", "frozen", "random")
 CONTROLS = ("frozen", "random")  # routers that do not learn
+PARTS = ("none", "encoder", "decoder")  # what --freeze leaves as it began
 PUBLISHED_DECODER_STEPS = 10  # the published RouteSAE code's `steps`: how rarely it renormalises the decoder
 
 
@@ -50,6 +51,7 @@ class Recipe(Settings):
     routed: str = setting("topk", VARIANT, "The variant that a routesae's layers share.")
     router: str = setting("published", VARIANT, "How the router learns (saes/routesae.py).", choices=ROUTERS)
     balance: float = setting(0.0, VARIANT, "Weight of the load-balancing term.", ge=0)
+    freeze: str = setting("none", OPTIMISER, "Weights that keep their first, random values.", choices=PARTS)
     published: bool = setting(False, OPTIMISER, "Train by the objective of the published RouteSAE code.")
 
     def check(self) -> None:

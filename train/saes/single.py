@@ -51,6 +51,8 @@ class SingleLayerSAE(SAE):
     def __init__(self, recipe: Recipe, generator: torch.Generator | None = None):
         super().__init__(recipe)
         self.W_enc_FD, self.W_dec_FD = map(nn.Parameter, self.first_weights(generator))
+        self.W_enc_FD.requires_grad_(recipe.freeze != "encoder")
+        self.W_dec_FD.requires_grad_(recipe.freeze != "decoder")
         self.b_dec_D = nn.Parameter(torch.zeros(self.W_dec_FD.shape[1]))
         for attribute in self.tensors.values():
             self.register_parameter(attribute, nn.Parameter(torch.zeros(recipe.latents)))
@@ -139,8 +141,8 @@ class SingleLayerSAE(SAE):
         return {getattr(self, attribute): factor for name, attribute in self.tensors.items() if name != "r_mag"}
 
     def decoders(self) -> list[nn.Parameter]:
-        """Decoder weights whose rows are kept at unit norm."""
-        return [self.W_dec_FD]
+        """Decoder weights that are trained with rows of unit norm."""
+        return [self.W_dec_FD] if self.W_dec_FD.requires_grad else []
 
     @torch.no_grad()
     def fold_scale(self, scale: float) -> None:

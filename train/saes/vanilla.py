@@ -50,4 +50,4 @@ class Vanilla(SteeredSAE):
         return norms_F
 
     def decoders(self) -> list[nn.Parameter]:
-        return [self.W_dec_FD] if self.recipe.published else []
+        return super().decoders() if self.recipe.published else []
