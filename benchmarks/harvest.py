@@ -38,7 +38,7 @@ from routesae.harvest.filling.shards import harvest_shards
 from routesae.harvest.lm import model as lm
 from routesae.harvest.lm.passes import run_until
 from routesae.harvest.settings import HarvestSettings
-from routesae.machine.device import has_bfloat16_units, pick_device, pick_lm_dtype
+from routesae.machine.device import pick_device, pick_lm_dtype
 from routesae.reporting import silent
 from routesae.tests.shards import NO_STATISTICS, float_shard
 
@@ -72,7 +72,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         settings = HarvestSettings(**{**vars(settings), "out": str(Path(folder, "shards"))})
         device = pick_device(settings.device)
-        lm_dtype = pick_lm_dtype(settings.lm_dtype, device, bfloat16_units=has_bfloat16_units())
+        lm_dtype = pick_lm_dtype(settings.lm_dtype, device)
         with Claims(Path(settings.out)) as claims:
             config = lm.load_config(settings.model)
             cache = open_or_begin(Output(settings.out), settings, config, lm_dtype, claims, silent, prove)

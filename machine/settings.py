@@ -72,7 +72,7 @@ SEED = setting(0, RUN, "Seed of everything that is drawn at random.", ge=0, lt=2
 LM_DTYPE = setting(
     "auto",
     RUN,
-    "Precision of the LM; auto is bfloat16 where the device is fast at it.",
+    "Precision of the LM; auto is the harvest's, and in harvest bfloat16 where the device is fast at it.",
     choices=("auto", "float32", "bfloat16"),
 )
 CACHE = setting("shards", MODEL, "Folder or URL that harvest wrote.", metavar="PATH")

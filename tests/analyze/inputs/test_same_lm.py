@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from routesae.analyze.contexts.run import contexts
 from routesae.analyze.contexts.settings import ContextSettings
+from routesae.analyze.inputs.lm import LMRecord, lm_of_cache, lm_of_sae, load_lm_of
 from routesae.analyze.scores.run import analyze
 from routesae.analyze.scores.settings import AnalyzeSettings
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.run import harvest
 from routesae.harvest.settings import HarvestSettings
+from routesae.machine import device
 from routesae.machine.files import signed
 from routesae.reporting import WrongInput
+from routesae.train.folder.checkpoint import load_sae
 from routesae.train.run import train
 from routesae.train.settings import settings_of
 
@@ -121,3 +125,23 @@ def with_config(folder: Path, copy: Path, change: Callable[[dict[str, Any]], Non
     config["metadata"]["routesae"] = signed(config["metadata"]["routesae"])
     (copy / "cfg.json").write_text(json.dumps(config))
     return copy
+
+
+def test_an_lm_of_automatic_precision_runs_in_the_one_its_cache_was_harvested_in(
+    topk: Path, tiny_cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dtype(record: LMRecord, lm_dtype: str = "auto") -> torch.dtype:
+        found: torch.dtype = load_lm_of([record], None, device="cpu", lm_dtype=lm_dtype).model.dtype
+        return found
+
+    def said(lm_dtype: Any) -> LMRecord:
+        return of_cache._replace(facts={**of_cache.facts, "lm_dtype": lm_dtype})
+
+    of_cache, of_sae = lm_of_cache(tiny_cache), lm_of_sae(topk, load_sae(topk, torch.device("cpu")).recipe)
+    monkeypatch.setattr(device, "has_bfloat16_units", lambda of: True)
+    assert dtype(of_cache) == dtype(of_sae) == torch.float32
+    assert dtype(of_cache, "bfloat16") == torch.bfloat16
+    monkeypatch.setattr(device, "has_bfloat16_units", lambda of: False)
+    assert dtype(said("bfloat16")) == torch.bfloat16
+    for nonsense in (None, "int4", ["float32"]):  # cfg.json may be a stranger's
+        assert dtype(said(nonsense)) == torch.float32

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from routesae.harvest import run
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.filling import buffer, shards
 from routesae.harvest.lm.model import LanguageModel
 from routesae.harvest.lm.passes import run_until
 from routesae.harvest.run import harvest
 from routesae.harvest.settings import HarvestSettings
+from routesae.machine import device
 from routesae.reporting import FailedRun, Progress
 
 Settings = Callable[..., HarvestSettings]
@@ -120,7 +120,7 @@ def test_where_nothing_fits_the_run_fails_with_the_remedy(
 def test_the_lm_runs_in_bfloat16_where_the_cpu_has_tiles(
     amx: bool, lm_dtype: str, tiny_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "has_bfloat16_units", lambda: amx)
+    monkeypatch.setattr(device, "has_bfloat16_units", lambda of: amx)
     cache = harvest(tiny_settings(out=str(tmp_path / "shards"), tokens=2048, lm_dtype="auto"))
     assert cache.manifest.lm_dtype == lm_dtype
 

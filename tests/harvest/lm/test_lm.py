@@ -241,11 +241,14 @@ def test_devices_are_picked_by_what_is_there(monkeypatch: pytest.MonkeyPatch) ->
             pick_device(wrong)
 
 
-def test_lm_dtype_auto_is_bfloat16_where_it_is_fast() -> None:
-    assert pick_lm_dtype("auto", torch.device("cuda")) == "bfloat16"
-    assert pick_lm_dtype("auto", CPU) == "float32"
-    assert pick_lm_dtype("auto", CPU, bfloat16_units=True) == "bfloat16"
-    assert pick_lm_dtype("float32", CPU, bfloat16_units=True) == "float32"
+def test_lm_dtype_auto_is_bfloat16_where_it_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    for units, chosen in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda units=units: {"avx512_bf16": units}, raising=False)
+        assert pick_lm_dtype("auto", CPU) == chosen
+        assert pick_lm_dtype("float32", CPU) == "float32"
+    for capability, chosen in (((7, 5), "float32"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")):  # T4, A100, H100
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        assert pick_lm_dtype("auto", torch.device("cuda:1")) == chosen
     with pytest.raises(WrongInput, match="'int8'; give auto, float32 or bfloat16"):
         pick_lm_dtype("int8", CPU)
 
