@@ -18,8 +18,9 @@ import torch
 from routesae.harvest.cache.reader import Cache
 from routesae.machine.device import pick_device
 from routesae.reporting import WrongInput
-from routesae.train.folder.checkpoint import CONFIG, read_config
-from routesae.train.saes import SINGLE_LAYER, Recipe, build
+from routesae.train.folder.checkpoint import CONFIG, load_sae, read_config
+from routesae.train.folder.hub import fetch_sae
+from routesae.train.saes import SAE, SINGLE_LAYER, Recipe, build
 from routesae.train.saes.matryoshka import default_prefixes
 from routesae.train.saes.sae import CONTROLS
 from routesae.train.settings import RunSettings, TrainSettings
@@ -31,6 +32,7 @@ DEFAULT_EXPANSION = 8
 # 0.001, and 13 to 15 % at 0.01, with a KLDiv no worse than the spread over seeds (benchmarks/RESULTS.md).
 DEFAULT_BALANCE = 0.01
 
+ALIKE = ("sae", "routed", "layers", "width", "normalize", "routing", "aggregate")  # what --from must share
 DECISIVE = ("batch_tokens", "epochs", "tokens", "dead_after_tokens", "sparsity_warmup", "seed")
 
 
@@ -69,15 +71,17 @@ def jobs_of(settings: TrainSettings, cache: Cache, device: torch.device) -> list
     origin = {**cache.manifest.to_dict(), "lm_weights": cache.weights_hash()}
     jobs: dict[Path, Job] = {}
     for run in settings.runs:
-        recipe = make_recipe(run, cache)
+        source = source_of(run)
+        recipe = make_recipe(run, cache, source.recipe if source else None)
         cache.require_layers(recipe.layers)
         with torch.device("meta"):
             build(recipe)  # refuses parts that do not fit, before a folder is made
         folder = Path(settings.out) / (run.name or default_name(recipe))
         if folder in jobs:
             raise WrongInput(f"two SAEs of this run would be {folder}; name each in its [[run]] of a --config")
-        decisive = {name: value for name, value in run.to_dict().items() if name != "name"}
-        identity = {"run": decisive, "recipe": recipe.to_dict(), "pass": shared, "cache": origin}
+        decisive = {name: value for name, value in run.to_dict().items() if name not in ("name", "warm_start")}
+        identity: dict[str, Any] = {"run": decisive, "recipe": recipe.to_dict(), "pass": shared, "cache": origin}
+        identity["from"] = dict(source.hashes) if source else None
         jobs[folder] = Job(run, recipe, folder, json.loads(json.dumps(identity)))
     return list(jobs.values())
 
@@ -128,13 +132,20 @@ def first_step(jobs: Sequence[Job], settings: TrainSettings) -> int:
     return 0
 
 
-def make_recipe(run: RunSettings, cache: Cache) -> Recipe:
-    """Raises WrongInput where the settings do not fit the cache."""
+def source_of(run: RunSettings) -> SAE | None:
+    """The SAE that --from names, on the CPU. Raises WrongInput if it cannot be had."""
+    return None if run.warm_start is None else load_sae(fetch_sae(run.warm_start), torch.device("cpu"))
+
+
+def make_recipe(run: RunSettings, cache: Cache, source: Recipe | None = None) -> Recipe:
+    """Raises WrongInput where the settings do not fit the cache, or the SAE to begin from."""
     manifest = cache.manifest
     layers = manifest.layers
     if run.sae in SINGLE_LAYER:
-        layers = (run.layer if run.layer is not None else layers[len(layers) // 2],)
-    latents = run.latents or (run.expansion or DEFAULT_EXPANSION) * manifest.width
+        middle = source.layers[0] if source else layers[len(layers) // 2]
+        layers = (run.layer if run.layer is not None else middle,)
+    usual = source.latents if source and run.expansion is None else DEFAULT_EXPANSION * manifest.width
+    latents = run.latents or (run.expansion * manifest.width if run.expansion else usual)
     if run.anneal_k_from is not None and run.anneal_k_from > latents:
         raise WrongInput(f"--anneal-k-from {run.anneal_k_from} is more than the SAE's {latents} latents; lower it")
     nested = "matryoshka" in (run.sae, run.routed)
@@ -149,7 +160,21 @@ def make_recipe(run: RunSettings, cache: Cache) -> Recipe:
         "published": run.recipe == "published",
     }
     asked = {name: value for name, value in vars(run).items() if name in Recipe.kinds and value not in (None, ())}
-    return Recipe(**{**worked_out, **asked})
+    recipe = Recipe(**{**worked_out, **asked})
+    if source:
+        # A dataset's scale is in the weights of an SAE that is saved.
+        alike = recipe.replace(normalize="none") if recipe.normalize == "dataset" else recipe
+        for name in ALIKE:
+            if (theirs := getattr(source, name)) != getattr(alike, name):
+                raise WrongInput(
+                    f"--from {run.warm_start} has {name} {theirs}, and this run {getattr(recipe, name)}; begin from "
+                    "an SAE of the same variant, layers and normalisation"
+                )
+        if source.latents > latents:
+            raise WrongInput(
+                f"--from {run.warm_start} has {source.latents} latents; give --latents {source.latents} or more"
+            )
+    return recipe
 
 
 def default_name(recipe: Recipe) -> str:

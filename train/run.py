@@ -29,7 +29,7 @@ from routesae.machine.stop import stop_code, stop_requests
 from routesae.reporting import FailedRun, Progress, Report, Stopped, WrongInput, silent
 from routesae.train.evaluate import CacheScores, score_on_cache
 from routesae.train.folder.checkpoint import commit_folder, save_sae
-from routesae.train.jobs import Job, first_step, is_finished, jobs_of, precision_of
+from routesae.train.jobs import Job, first_step, is_finished, jobs_of, precision_of, source_of
 from routesae.train.loading.batches import (
     Batch,
     Plan,
@@ -186,9 +186,23 @@ def _initialise(trainees: Sequence[Trainee], selection: Selection, settings: Tra
             for trainee in trainees:
                 torch.manual_seed(settings.seed << 32)  # a random router draws
                 trainee.sae.initialise(hidden)
+                if source := source_of(trainee.job.settings):
+                    if dict(source.hashes) != trainee.job.identity["from"]:
+                        raise FailedRun(f"--from {trainee.job.settings.warm_start} was replaced; begin again")
+                    begin_from(trainee.sae, source)
     for trainee in trainees:
         ranks.share(list(trainee.sae.state_dict().values()))
         (trainee.sae.scale,) = ranks.broadcast([trainee.sae.scale])
+
+
+@torch.no_grad()
+def begin_from(sae: SAE, source: SAE) -> None:
+    """Give the SAE the weights of another, whose latents are its first; the others keep their own."""
+    if sae.recipe.normalize == "dataset":
+        source.fold_scale(1 / sae.scale)
+    theirs = dict(source.named_parameters())
+    for name, parameter in sae.named_parameters():
+        parameter[tuple(map(slice, theirs[name].shape))] = theirs[name].to(sae.device)
 
 
 def fit(

@@ -127,6 +127,14 @@ class RunSettings(Settings):
         "those harvested.",
         choices=("routesae", "published"),
     )
+    warm_start: str | None = setting(
+        None,
+        OPTIMISER,
+        "SAE whose weights training begins from: of the same variant, and as many latents or fewer. Folder or hub.",
+        flag="from",
+        metavar="SAE",
+        unset="random weights",
+    )
     freeze: str = setting(
         "none",
         OPTIMISER,

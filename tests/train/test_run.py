@@ -26,14 +26,14 @@ from routesae.machine.lock import Lock
 from routesae.reporting import FailedRun, Progress, Report, Stopped, WrongInput, silent
 from routesae.tests.processes import Command
 from routesae.train.evaluate import score_on_cache
-from routesae.train.folder.checkpoint import find_saes, load_sae
+from routesae.train.folder.checkpoint import find_saes, load_sae, read_config
 from routesae.train.jobs import Job
 from routesae.train.loading.batches import Batch, Batches, Selection, load
 from routesae.train.log import StepLog, read_metrics
 from routesae.train.losses import Objective
 from routesae.train.optimiser import lr_factor
 from routesae.train.run import INITIAL_SAMPLE_TOKENS, TrainResult, fit, planned, train
-from routesae.train.saes import SAE, SAES, Forward, Recipe, build
+from routesae.train.saes import SAE, SAES, SINGLE_LAYER, Forward, Recipe, build
 from routesae.train.saes.normalise import Hidden
 from routesae.train.settings import TrainSettings
 from routesae.train.sparse import search
@@ -197,6 +197,82 @@ def test_a_frozen_part_keeps_its_random_weights_in_every_variant_and_the_rest_is
         weights = {f"{'shared.' * (trained.recipe.sae == 'routesae')}W_{of}_FD" for of in ("enc", "dec")}
         assert {name for name in kept if "W_" in name} == {name for name in weights if part[:3] in name}
         assert recipe == "published" or len(kept) == 1, result.folder.name
+
+
+# ------------------------------------------------------------------------------------------------- from an SAE
+
+BEGINNINGS: list[dict[str, Any]] = [
+    *({"sae": name} for name in SAES),
+    {"sae": "routesae", "routed": "jumprelu", "router": "top2"},
+    {"sae": "topk", "normalize": "dataset"},
+]
+
+
+@pytest.mark.parametrize("variant", BEGINNINGS, ids=lambda variant: " ".join(variant.values()))
+def test_from_begins_with_the_weights_of_an_sae_and_new_latents_as_usual(
+    settings: Settings, variant: dict[str, Any]
+) -> None:
+    layer = {"layer": 3} if variant["sae"] in SINGLE_LAYER else {}
+    source = only(settings(**variant, **layer, latents=24, name="source")).folder
+    still = {"lr": 1e-12, "batch_tokens": 50_000, "freeze": "none"}  # one step, in which next to nothing moves
+    begun = only(settings(**variant, latents=40, name="begun", warm_start=str(source), **still)).folder
+    fresh = only(settings(**variant, **layer, latents=40, name="fresh", **still)).folder
+    theirs, ours, usual = (dict(load_sae(folder, CPU).named_parameters()) for folder in (source, begun, fresh))
+    for name, parameter in ours.items():
+        kept = tuple(map(slice, theirs[name].shape))
+        torch.testing.assert_close(
+            parameter[kept], theirs[name], rtol=1e-4, atol=1e-5, msg=f"{name}: not the source's"
+        )
+        if len(parameter) == 40:
+            new = usual[name][24:]
+            torch.testing.assert_close(parameter[24:], new, rtol=1e-4, atol=1e-5, msg=f"{name}: new latents")
+    recorded = read_config(begun)["metadata"]["routesae"]["source"]
+    assert recorded["identity"]["from"] == load_sae(source, CPU).hashes
+    assert recorded["settings"]["run"]["warm_start"] == str(source)
+
+
+def test_from_takes_layer_and_latents_from_the_sae_and_continues_where_it_ended(settings: Settings) -> None:
+    first = only(settings(sae="batchtopk", layer=4, latents=48, name="first", epochs=6))
+    again = only(settings(sae="batchtopk", latents=None, name="again", epochs=1, warm_start=str(first.folder)))
+    recipe = load_sae(again.folder, CPU).recipe
+    assert (recipe.layers, recipe.latents) == ((4,), 48)
+    assert logged(again.folder)[0]["norm_mse"] < 0.6 * logged(first.folder)[0]["norm_mse"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sae": "batchtopk"}, "has sae topk, and this run batchtopk; begin from an SAE of the same variant"),
+        ({"layer": 4}, r"has layers \(3,\), and this run \(4,\)"),
+        ({"normalize": "none"}, "has normalize token, and this run none"),
+        ({"latents": 23}, "has 24 latents; give --latents 24 or more"),
+    ],
+)
+def test_from_refuses_an_sae_that_does_not_fit(settings: Settings, changes: dict[str, Any], message: str) -> None:
+    source = only(settings(layer=3, latents=24, name="source")).folder
+    with pytest.raises(WrongInput, match=message):
+        train(settings(**{"layer": 3, "name": "begun", "warm_start": str(source), **changes}))
+    with pytest.raises(WrongInput, match="is not an SAE folder"):
+        train(settings(name="begun", warm_start=str(source.parent)))
+    assert visible(source.parent) == ["source"]
+
+
+def test_a_run_from_an_sae_resumes_to_the_same_bytes_and_not_from_another_one(settings: Settings) -> None:
+    chosen = {"name": "begun", "checkpoint_every_steps": 3}
+    folders = [only(settings(latents=24, name=name, seed=seed)).folder for seed, name in enumerate(("a", "b"))]
+    whole = only(settings(**chosen, warm_start=str(folders[0]))).folder
+    weights = (whole / "sae_weights.safetensors").read_bytes()
+
+    def stop(now: Progress) -> None:
+        if now.done >= 6:
+            raise Stopped("", 1)
+
+    with pytest.raises(Stopped):
+        train(settings(**chosen, warm_start=str(folders[0]), overwrite=True), stop)
+    with pytest.raises(WrongInput, match="from"):
+        train(settings(**chosen, warm_start=str(folders[1]), resume=True))
+    resumed = only(settings(**chosen, warm_start=str(folders[0]), resume=True)).folder
+    assert (resumed / "sae_weights.safetensors").read_bytes() == weights
 
 
 # -------------------------------------------------------------------------------------------- what is logged
