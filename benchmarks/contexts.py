@@ -74,7 +74,7 @@ def run_sae(sae: SAE, cache: Cache, shards: int) -> list[list[Stored]]:
     rows = min(shards * cache.manifest.shard_rows, cache.manifest.rows)
     selection = Selection(cache, 0, rows, sae.recipe.layers)
     found = []
-    for at, shard in enumerate(selection.shards):
+    for at, shard in selection.shards.items():
         blocks = [block for block in selection.blocks() if block.shard == at]
         position_n = torch.from_numpy(shard.read("order") + shard.record.rows[0] * cache.manifest.context).long()
         with closing(load(selection, cut_plans(iter(blocks), BATCH_TOKENS), BATCH_TOKENS, sae.device)) as batches:

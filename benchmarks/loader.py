@@ -77,7 +77,7 @@ class Subject:
         self.selection = Selection(cache, 0, cache.manifest.rows, cache.manifest.layers)
         self.epoch = 0
         self.bytes = len(self.selection) * cache.manifest.token_bytes
-        shards, layers = self.selection.shards, self.selection.layers
+        shards, layers = list(self.selection.shards.values()), self.selection.layers
         self.layer_files = [data_file(shard.path / layer_name(layer), 2) for layer in layers for shard in shards]
         names = ("token_mean", "token_std")
         self.files = self.layer_files + [data_file(shard.path / name, 2) for shard in shards for name in names]

@@ -61,7 +61,7 @@ def features_kept(folder: Path, cache: Cache, classes: np.ndarray, threshold: fl
     with closing(load(selection, cut_plans(iter(blocks), 4096), 4096, CPU)) as batches:
         stored = iter(
             token
-            for shard in selection.shards
+            for shard in selection.shards.values()
             for token in classes[shard.read("token_ids").reshape(-1)[shard.read("order")]]
         )
         for batch in batches:

@@ -36,8 +36,9 @@ from routesae.train.settings import settings_of
 # Every command with its own flags, and which of the groups of flags that several commands share.
 RUN, BLOCKS, SAES = "quiet log-json status", "cache-dir cache-bytes", "sae out cache device model seed"
 TRAIN = """cache sae latents expansion k layer sparsity pre-act-loss prefixes routing aggregate routed router balance
-    normalize batch-tokens epochs tokens dead-after-tokens anneal-k-from sparsity-warmup recipe lr clip precision
-    max-memory log-every-steps log-project checkpoint-every log seed verify device shard cpu-offload out config"""
+    normalize batch-tokens epochs tokens window dead-after-tokens anneal-k-from sparsity-warmup recipe lr clip
+    precision max-memory log-every-steps log-project checkpoint-every log seed verify device shard cpu-offload out
+    config"""
 OPTIONS = {
     "harvest": f"""model data data-config split text-field min-chars tokens context layers dtype overflow
         skip-positions keep-special shard-tokens batch-sequences seed device lm-dtype worker workers out

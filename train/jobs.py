@@ -33,7 +33,7 @@ DEFAULT_EXPANSION = 8
 DEFAULT_BALANCE = 0.01
 
 ALIKE = ("sae", "routed", "layers", "width", "normalize", "routing", "aggregate")  # what --from must share
-DECISIVE = ("batch_tokens", "epochs", "tokens", "dead_after_tokens", "sparsity_warmup", "seed")
+DECISIVE = ("batch_tokens", "epochs", "tokens", "window", "dead_after_tokens", "sparsity_warmup", "seed")
 
 
 @dataclass(frozen=True)

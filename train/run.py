@@ -39,6 +39,7 @@ from routesae.train.loading.batches import (
     load,
     read_sample,
     share_of,
+    windows_of,
 )
 from routesae.train.log import StepLog
 from routesae.train.ranks.distributed import ALONE, Ranks, joined_ranks
@@ -147,7 +148,7 @@ def pace_of(selection: Selection, settings: TrainSettings, device: torch.device)
     log.info("training on %s%s in %s, %s", device, threads, shown, arithmetic(device.type))
     return Pace(
         total_steps=total_steps,
-        epoch_steps=-(-len(selection) // settings.batch_tokens),
+        epoch_steps=len(step_tokens(selection, settings)),
         dead_after_tokens=settings.dead_after_tokens or min(DEAD_AFTER_TOKENS, max(1, run_tokens // 4)),
         sparsity_warmup=settings.sparsity_warmup,
         precision=precision,
@@ -181,7 +182,8 @@ def _initialise(trainees: Sequence[Trainee], selection: Selection, settings: Tra
     ranks, device = trainees[0].ranks, trainees[0].device
     with ranks.all_or_none():
         if ranks.first:
-            sample = read_sample(selection, seed=settings.seed, tokens=INITIAL_SAMPLE_TOKENS)
+            size, window = INITIAL_SAMPLE_TOKENS, settings.window
+            sample = read_sample(selection, seed=settings.seed, tokens=size, window=window)
             hidden = Hidden(*(tensor.to(device) for tensor in sample), layers=selection.layers)
             for trainee in trainees:
                 torch.manual_seed(settings.seed << 32)  # a random router draws
@@ -215,6 +217,7 @@ def fit(
 ) -> None:
     """The training loop: each round takes one step of every SAE. begun: steps that are done already."""
     total_steps, plans = planned(selection, settings)
+    tokens_of_steps = step_tokens(selection, settings)
     ranks, device = trainees[0].ranks, trainees[0].device
     shares = (share_of(plan, ranks.rank, ranks.world) for plan in islice(plans, begun, None))
     most = largest_share(settings.batch_tokens, ranks.world)
@@ -243,7 +246,7 @@ def fit(
                 raise Stopped(line if ranks.first else "", stop_code(signal.Signals(reason)))
             assert batch is not None
             hidden = Hidden(*batch, layers=selection.layers)
-            tokens = step_tokens(step, len(selection), settings.batch_tokens)
+            tokens = tokens_of_steps[(step - 1) % len(tokens_of_steps)]
             for trainee in trainees:
                 trainee.log.waited_seconds += waited
                 trainee.step(step, hidden, tokens)
@@ -322,19 +325,19 @@ def _finish(trainee: Trainee, sae: SAE, settings: TrainSettings, cache: Cache, r
 
 def planned(selection: Selection, settings: TrainSettings) -> tuple[int, Iterator[Plan]]:
     """The number of steps and their batches: whole epochs, or as many batches as `tokens` needs."""
-    epoch_steps = -(-len(selection) // settings.batch_tokens)
+    epoch_steps, size, window = len(step_tokens(selection, settings)), settings.batch_tokens, settings.window
     if settings.tokens is None:
         total_steps = (settings.epochs or 1) * epoch_steps
     else:
         total_steps = max(1, round(settings.tokens * epoch_steps / len(selection)))
     plans = (
-        epoch_plans(selection, seed=settings.seed, epoch=epoch, batch_tokens=settings.batch_tokens)
+        epoch_plans(selection, seed=settings.seed, epoch=epoch, batch_tokens=size, window=window)
         for epoch in range(-(-total_steps // epoch_steps))
     )
     return total_steps, islice(chain.from_iterable(plans), total_steps)
 
 
-def step_tokens(step: int, epoch_tokens: int, batch_tokens: int) -> int:
-    """N of the batch of a step, counted from 1."""
-    at = (step - 1) % -(-epoch_tokens // batch_tokens)
-    return min(batch_tokens, epoch_tokens - at * batch_tokens)
+def step_tokens(selection: Selection, settings: TrainSettings) -> list[int]:
+    """N of the batch of every step of an epoch."""
+    windows = windows_of(selection, settings.batch_tokens, settings.window)
+    return [tokens for window in windows for tokens in window.batch_tokens()]

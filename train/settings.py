@@ -209,6 +209,13 @@ class TrainSettings(Settings):
     tokens: int | None = setting(
         None, OPTIMISER, "Training tokens in all, over as many passes as that takes, instead of --epochs.", ge=1
     )
+    window: int | None = setting(
+        None,
+        OPTIMISER,
+        "Shards that batches are mixed from, window after window; the order --follow needs.",
+        ge=1,
+        unset="all; 16 with --follow",
+    )
     dead_after_tokens: int | None = setting(
         None,
         OPTIMISER,

@@ -25,6 +25,7 @@ STATISTICS = ("token_mean", "token_std")
 SCALE, CHANNEL_ARRAYS = "token_scale", ("channel_mean", "channel_std")  # of int8 (routesae.harvest.cache.quantise)
 FORMULA = "channel_mean[l] + channel_std[l] * (token_scale[:, l, None] * q), for the l-th of the cache's layers"
 CHUNK_HASHES = "chunk_hashes"
+FOLLOWERS = "followers"  # the group of a ring, beside the shards (routesae.harvest.cache.ring)
 Overflow = Literal["error", "clip"]
 MOST_SHARDS = 100_000  # their names have five digits; 6.5 billion tokens at the default size
 # The manifest's fields that are settings of harvest, and which: a resumed run must agree on them.
@@ -220,6 +221,15 @@ class ShardRecord(_Stored):
         if absent := {str(layer) for layer in manifest.layers} ^ record.statistics.keys():
             raise BadArray(f"its record has no statistics of layer {_short(min(absent))}, or some too many")
         return record
+
+
+class RingState(_Stored):
+    """The attributes of the group `followers`, which a cache has that is a ring (routesae.harvest.cache.ring)."""
+
+    keep: int = Field(ge=1, le=1 << 60)
+    """Bytes that its shards may take at a time."""
+    used: Count = 0
+    """Shards 0 … used-1 were deleted, because every trainer had used them."""
 
 
 def _first(error: ValidationError) -> str:

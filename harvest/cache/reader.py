@@ -33,7 +33,7 @@ Dimension letters: S rows of tokens, T context, s rows of a shard, n kept positi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -44,8 +44,10 @@ from routesae.harvest.cache.manifest import (
     CHANNEL_ARRAYS,
     CHUNK_HASHES,
     DTYPES,
+    FOLLOWERS,
     Ids,
     Manifest,
+    RingState,
     ShardRecord,
     hashed_arrays,
     row_arrays,
@@ -146,9 +148,20 @@ class Cache:
         return self.shards_at.has_shard(shard_name(index))
 
     def missing(self) -> list[int]:
-        """Indices of the shards that are not there yet."""
-        present = self.shards_at.shard_names()
-        return [i for i in range(self.manifest.shard_count) if shard_name(i) not in present]
+        """Indices of the shards that are not there yet; those that a ring has deleted are not among them."""
+        present, ring = self.shards_at.shard_names(), self.ring()
+        return [i for i in range(ring.used if ring else 0, self.manifest.shard_count) if shard_name(i) not in present]
+
+    def ring(self) -> RingState | None:
+        """What the cache says as a ring (cache/ring.py), as it is now; None: its shards stay. Raises WrongInput."""
+        if is_url(self.path):
+            return None
+        try:
+            return RingState(**arrays.read_group((self.storage / FOLLOWERS).read("zarr.json")))
+        except FileNotFoundError:
+            return None
+        except (arrays.BadArray, ValueError) as bad:
+            raise _lost(f"{self.path}/{FOLLOWERS}/zarr.json", bad) from None
 
     def require_layers(self, layers: Iterable[int]) -> None:
         """Raises WrongInput where one of them was not harvested."""
@@ -158,12 +171,19 @@ class Cache:
                 f"{', '.join(map(str, self.manifest.layers))}"
             )
 
-    def require_whole(self) -> None:
-        """Raises WrongInput where shards are missing."""
+    def require_whole(self, read: Sequence[int] = ()) -> None:
+        """Raises WrongInput where shards are missing, or a ring has deleted one of those that are to be read."""
+        ring = self.ring()
+        if ring and (gone := [index for index in read if index < ring.used]):
+            raise WrongInput(
+                f"{self.path} is a ring: {shard_name(gone[0])} and others were deleted once every trainer had used "
+                "them; what is held out is still there, and routesae harvest writes all again into a new folder"
+            )
         if missing := self.missing():
+            remedy = "train with --follow" if ring else "run the same routesae harvest again and it writes just those"
             raise WrongInput(
                 f"{self.path} lacks {len(missing)} of its {self.manifest.shard_count} shards (first "
-                f"{shard_name(missing[0])}); run the same routesae harvest again and it writes just those"
+                f"{shard_name(missing[0])}); {remedy}"
             )
 
     def weights_hash(self) -> str:
@@ -196,10 +216,14 @@ class Cache:
         present = self.shards_at.shard_names()
         for index in range(self.manifest.shard_count):
             if shard_name(index) in present:
-                try:
-                    yield self.shard(index)
-                except arrays.BadArray as bad:
-                    raise damaged(f"{self.path}/{shard_name(index)}", bad) from bad
+                yield self.opened(index)
+
+    def opened(self, index: int) -> Shard:
+        """Raises WrongInput where the shard is damaged or missing."""
+        try:
+            return self.shard(index)
+        except arrays.BadArray as bad:
+            raise damaged(f"{self.path}/{shard_name(index)}", bad) from bad
 
     def tokens(self) -> Ids:
         """int32 [S, T], memory-mapped and compared with its hash. Raises WrongInput where it is damaged."""

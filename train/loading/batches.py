@@ -15,7 +15,7 @@ import mmap
 import queue
 import threading
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import NamedTuple
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from routesae.harvest.cache import arrays
+from routesae.harvest.cache.manifest import kept_flat
 from routesae.harvest.cache.reader import Cache, Shard, damaged
 from routesae.machine.device import CACHE_DTYPES
 from routesae.train.loading.rows import Read, RowReader, reads_of_rows
@@ -60,37 +61,52 @@ Batches = Generator[Batch, None, None]
 class Selection:
     """The stored rows of a cache whose tokens stand in rows [first_row, after_row) of `tokens`.
 
-    Raises WrongInput where a shard is missing or damaged or a layer was not harvested.
+    indices: of the shards that have some of them. shards: those that are open, by their place among these. growing:
+    none is as yet, because they may still be written; what each will have is counted from `tokens`.
+    Raises WrongInput where a shard is missing, deleted by a ring or damaged, or a layer was not harvested.
     """
 
-    def __init__(self, cache: Cache, first_row: int, after_row: int, layers: Sequence[int]):
-        self.cache = cache
-        self.layers = tuple(layers)
+    def __init__(self, cache: Cache, first_row: int, after_row: int, layers: Sequence[int], *, growing: bool = False):
+        self.cache, self.layers, self._bounds = cache, tuple(layers), (first_row, after_row)
         cache.require_layers(layers)
-        cache.require_whole()
-        self.shards: list[Shard] = []
-        self.rows: list[npt.NDArray[np.int64] | None] = []  # None: all of the shard's rows, in order
-        for shard in cache.shards():
-            first, after = shard.record.rows
-            if after <= first_row or after_row <= first:
-                continue
-            self.shards.append(shard)
-            self.rows.append(None)
+        size = cache.manifest.shard_rows
+        self.indices = range(first_row // size, -(-after_row // size) if first_row < after_row else 0)
+        self.shards: dict[int, Shard] = {}
+        self.rows: dict[int, npt.NDArray[np.int64] | None] = {}  # None: all of the shard's rows, in order
+        self._counts = dict(enumerate(map(self._kept, self.indices))) if growing else {}
+        if not growing:
+            cache.require_whole(self.indices)
+            self.open(range(len(self.indices)))
+
+    def open(self, places: Iterable[int]) -> None:
+        """Open those of its shards that are not open. Raises WrongInput where one is damaged."""
+        for place in sorted(set(places) - self.shards.keys()):
+            shard = self.shards[place] = self.cache.opened(self.indices[place])
+            (first_row, after_row), (first, after) = self._bounds, shard.record.rows
+            self.rows[place] = None
             if first < first_row or after_row < after:
-                row = self.positions(-1) // cache.manifest.context
-                self.rows[-1] = np.flatnonzero((first_row <= row) & (row < after_row))
+                row = self.positions(place) // self.cache.manifest.context
+                self.rows[place] = np.flatnonzero((first_row <= row) & (row < after_row))
+            rows = self.rows[place]
+            found = shard.record.kept if rows is None else len(rows)
+            if self._counts.setdefault(place, found) != found:
+                raise damaged(shard.path, arrays.BadArray(f"{found} positions kept, and not {self._counts[place]}"))
+
+    def _kept(self, index: int) -> int:
+        """Selected rows that the shard of that index has, or will have."""
+        (first_row, after_row), (first, after) = self._bounds, self.cache.manifest.shard_range(index)
+        return len(kept_flat(self.cache.tokens()[max(first, first_row) : min(after, after_row)], self.cache.manifest))
 
     def count(self, shard: int) -> int:
-        """Selected rows of the shard-th of `self.shards`."""
-        rows = self.rows[shard]
-        return self.shards[shard].record.kept if rows is None else len(rows)
+        """Selected rows of the shard-th of `indices`."""
+        return self._counts[shard]
 
     def __len__(self) -> int:
         """Selected rows, that is tokens, in all."""
-        return sum(map(self.count, range(len(self.shards))))
+        return sum(self._counts.values())
 
     def positions(self, shard: int) -> npt.NDArray[np.int64]:
-        """Flat positions in `tokens` of the selected rows of the shard-th of `self.shards`, in stored order."""
+        """Flat positions in `tokens` of the selected rows of the shard-th of `indices`, in stored order."""
         opened, rows = self.shards[shard], self.rows[shard]
         try:
             positions = opened.positions()
@@ -98,28 +114,68 @@ class Selection:
             raise damaged(opened.path, bad) from bad
         return positions if rows is None else positions[rows]
 
-    def block_table(self) -> npt.NDArray[np.int64]:
-        """[blocks, 3]: shard, first and after of every block; every selected row once, in stored order."""
-        counts = np.array([self.count(shard) for shard in range(len(self.shards))], np.int64)
+    def block_table(self, shards: range | None = None) -> npt.NDArray[np.int64]:
+        """[blocks, 3]: shard, first and after of every block; every selected row, or of `shards`, once, in order."""
+        places = np.arange(len(self.indices))[slice(None) if shards is None else slice(shards.start, shards.stop)]
+        counts = np.array([self.count(shard) for shard in places], np.int64)
         blocks = -(-counts // BLOCK_ROWS)
-        shard = np.repeat(np.arange(len(counts)), blocks)
-        first = BLOCK_ROWS * (np.arange(len(shard)) - np.repeat(blocks.cumsum() - blocks, blocks))
-        return np.stack([shard, first, np.minimum(first + BLOCK_ROWS, counts[shard])], axis=1)
+        at = np.repeat(np.arange(len(counts)), blocks)
+        first = BLOCK_ROWS * (np.arange(len(at)) - np.repeat(blocks.cumsum() - blocks, blocks))
+        return np.stack([places[at], first, np.minimum(first + BLOCK_ROWS, counts[at])], axis=1)
 
     def blocks(self) -> Plan:
         """Every selected row once, in stored order."""
         return [Block(*row) for row in self.block_table().tolist()]
 
 
-def epoch_plans(selection: Selection, *, seed: int, epoch: int, batch_tokens: int) -> Iterator[Plan]:
-    """The batches of one epoch: every selected token once, in an order fixed by (seed, epoch).
+class Window(NamedTuple):
+    """Neighbouring shards of a selection whose blocks are shuffled together, cut into batches of `size` tokens."""
 
-    All have `batch_tokens` tokens but the last, which has what remains.
+    shards: range
+    tokens: int
+    size: int
+
+    @property
+    def steps(self) -> int:
+        return -(-self.tokens // self.size)
+
+    def batch_tokens(self) -> list[int]:
+        """N of each of its batches: `size`, and what remains in the last."""
+        return [min(self.size, self.tokens - at) for at in range(0, self.tokens, self.size)]
+
+
+def windows_of(selection: Selection, batch_tokens: int, window: int | None) -> list[Window]:
+    """The windows of `window` shards, the last of fewer; None: one window of all shards.
+
+    A window is divided evenly, into batches of at most `batch_tokens`: none ends with a much smaller one, whose
+    gradient would be noise. Only the last batch of a whole epoch without windows may be small.
     """
-    table = selection.block_table()
-    order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(len(table))
-    pieces = (table[order[at : at + _PLAN_PIECE_BLOCKS]] for at in range(0, len(order), _PLAN_PIECE_BLOCKS))
-    return cut_plans((Block(*row) for piece in pieces for row in piece.tolist()), batch_tokens)
+    found = []
+    every = max(1, window or len(selection.indices))
+    for first in range(0, len(selection.indices), every):
+        shards = range(first, min(first + every, len(selection.indices)))
+        if tokens := sum(map(selection.count, shards)):
+            steps = -(-tokens // batch_tokens)
+            found.append(Window(shards, tokens, batch_tokens if window is None else -(-tokens // steps)))
+    return found
+
+
+def epoch_plans(
+    selection: Selection, *, seed: int, epoch: int, batch_tokens: int, window: int | None = None
+) -> Iterator[Plan]:
+    """The batches of one epoch: every selected token once, in an order fixed by (seed, epoch, window).
+
+    Without windows all have `batch_tokens` tokens but the last, which has what remains; see `windows_of`.
+    """
+    for at, one in enumerate(windows_of(selection, batch_tokens, window)):
+        yield from cut_plans(_shuffled(selection, one, [seed, epoch, at]), one.size)
+
+
+def _shuffled(selection: Selection, window: Window, seeds: list[int]) -> Iterator[Block]:
+    table = selection.block_table(window.shards)
+    order = np.random.Generator(np.random.PCG64(seeds)).permutation(len(table))
+    for at in range(0, len(order), _PLAN_PIECE_BLOCKS):
+        yield from (Block(*row) for row in table[order[at : at + _PLAN_PIECE_BLOCKS]].tolist())
 
 
 def cut_plans(blocks: Iterator[Block], batch_tokens: int) -> Iterator[Plan]:
@@ -200,9 +256,10 @@ def _memory(shape: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> Tensor:
     return torch.frombuffer(held, dtype=dtype).view(shape)
 
 
-def read_sample(selection: Selection, *, seed: int, tokens: int) -> Batch:
-    """The first `tokens` (or all there are) of the first epoch, in memory of their own."""
-    plans = islice(epoch_plans(selection, seed=seed, epoch=0, batch_tokens=tokens), 1)
+def read_sample(selection: Selection, *, seed: int, tokens: int, window: int | None = None) -> Batch:
+    """The first `tokens` of the first epoch, or all that its first window has, in memory of their own."""
+    first = windows_of(selection, tokens, window)[0]
+    plans = islice(cut_plans(_shuffled(selection, first, [seed, 0, 0]), tokens), 1)
     (batch,) = load(selection, plans, tokens, torch.device("cpu"))
     return batch
 

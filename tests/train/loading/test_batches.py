@@ -35,6 +35,7 @@ from routesae.train.loading.batches import (
     epoch_plans,
     load,
     read_sample,
+    windows_of,
 )
 
 CPU = torch.device("cpu")
@@ -236,6 +237,64 @@ def test_the_order_does_not_depend_on_the_batch_size(position_cache: Cache) -> N
     assert small == large
 
 
+def of_windows(selection: Selection, window: int | None, batch_tokens: int = 300) -> list[Plan]:
+    return list(epoch_plans(selection, seed=2, epoch=1, batch_tokens=batch_tokens, window=window))
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 1000])
+def test_windows_give_every_token_once_and_mix_only_their_own_shards(position_cache: Cache, window: int) -> None:
+    selection = training(position_cache)
+    plans = of_windows(selection, window)
+    read = decoded(torch.cat([b.hidden_LND.clone() for b in load(selection, iter(plans), 300, CPU)], dim=1)[0])
+    assert sorted(read) == wanted_positions(position_cache, 0, position_cache.manifest.train_rows)
+    mixed = [{block.shard // window for block in plan} for plan in plans]
+    assert all(len(of_plan) == 1 for of_plan in mixed)
+    order = [of_plan.pop() for of_plan in mixed]
+    assert order == sorted(order)
+    assert max(order) == (len(selection.indices) - 1) // window
+
+
+def test_no_window_ends_with_a_small_batch(position_cache: Cache) -> None:
+    selection = training(position_cache)
+    for window in windows_of(selection, 300, 2):
+        sizes = window.batch_tokens()
+        assert len(sizes) == -(-window.tokens // 300)
+        assert sum(sizes) == window.tokens
+        assert max(sizes) <= 300
+        assert min(sizes) > max(sizes) - len(sizes)
+
+
+def test_a_window_of_all_shards_has_the_order_without_windows(position_cache: Cache) -> None:
+    selection = training(position_cache)
+    whole, one = (of_windows(selection, window, 10**6) for window in (None, 1000))
+    assert whole == one
+
+
+def test_plans_are_the_same_before_any_shard_is_there(position_cache: Cache, tmp_path: Path) -> None:
+    """Also where the last shard of the selection is held out in part."""
+    root = Path(shutil.copytree(position_cache.path, tmp_path / "root", ignore=shutil.ignore_patterns("shard-*")))
+    rows = position_cache.manifest.train_rows
+    whole = Selection(position_cache, 0, rows, (3,))
+    growing = Selection(Cache(root), 0, rows, (3,), growing=True)
+    assert whole.rows[len(whole.indices) - 1] is not None
+    assert of_windows(growing, 2) == of_windows(whole, 2)
+    assert len(growing) == len(whole)
+    for shard in position_cache.shards():
+        shutil.copytree(shard.path, root / shard.path.name)
+    growing.open(range(len(growing.indices)))
+    read = [[b.hidden_LND.clone() for b in load(of, iter(of_windows(of, 2)), 300, CPU)] for of in (whole, growing)]
+    assert torch.equal(torch.cat(read[0], dim=1), torch.cat(read[1], dim=1))
+
+
+def test_the_first_sample_is_of_the_first_window(position_cache: Cache) -> None:
+    selection = training(position_cache)
+    (first, *_) = windows_of(selection, 10**6, 2)
+    sample = decoded(read_sample(selection, seed=4, tokens=10**6, window=2).hidden_LND[0])
+    after = position_cache.manifest.shard_range(1)[1]
+    assert sorted(sample) == wanted_positions(position_cache, 0, after)
+    assert len(sample) == first.tokens
+
+
 def test_a_batch_is_made_of_contiguous_blocks_from_many_shards(position_cache: Cache) -> None:
     selection = training(position_cache)
     plans = list(epoch_plans(selection, seed=0, epoch=0, batch_tokens=1024))
@@ -332,7 +391,7 @@ def test_a_shard_lost_while_training_stops_it_and_is_named(
     monkeypatch.setattr(rows, "OPEN_FILES", 1)  # one that is held open is read on, lost or not
     cache = Cache(copied(position_cache, tmp_path))
     selection = training(cache)
-    for shard in selection.shards:
+    for shard in selection.shards.values():
         for layer in selection.layers:
             shard.array(f"layer_{layer:02d}")  # checked once, as after a first epoch
     plans = (plan for at in range(20) for plan in epoch_plans(selection, seed=0, epoch=at, batch_tokens=200))
