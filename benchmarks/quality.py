@@ -46,6 +46,7 @@ from routesae.train.evaluate import score_on_cache
 from routesae.train.folder.checkpoint import load_sae, read_config, save_sae
 from routesae.train.loading.batches import Batch, Selection, cut_plans, load
 from routesae.train.losses import squared_error_shares
+from routesae.train.optimiser import peak_lr
 from routesae.train.saes import SAE
 from routesae.train.saes.normalise import Hidden, normalise
 from routesae.train.settings import settings_of
@@ -211,7 +212,7 @@ def main() -> None:
     parser.add_argument("--layer", type=int, required=True)
     parser.add_argument("--latents", type=int, default=2304)
     parser.add_argument("--k", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--lr", type=float, help="default: that of `routesae train`")
     parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--tokens", type=read_count, default=400_000, help="of training, such as 8M")
     parser.add_argument("--seeds", type=int, default=3)
@@ -226,6 +227,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "quality.jsonl")
     args = parser.parse_args()
     cache = Cache(args.cache)
+    args.lr = args.lr or peak_lr(args.latents)
     setup = {name: getattr(args, name) for name in ("layer", "latents", "k", "lr", "batch_tokens", "tokens")}
     done = [json.loads(line) for line in args.results.read_text().splitlines()] if args.results.exists() else []
     for seed in range(args.seeds) if not args.only_table else ():

@@ -38,7 +38,7 @@ RUN, BLOCKS, SAES = "quiet log-json status", "cache-dir cache-bytes", "sae out c
 TRAIN = """cache sae latents expansion k layer sparsity pre-act-loss prefixes routing aggregate routed router balance
     normalize batch-tokens epochs tokens window dead-after-tokens anneal-k-from sparsity-warmup recipe lr clip
     precision max-memory log-every-steps log-project checkpoint-every log seed verify device shard cpu-offload out
-    config"""
+    freeze from config"""
 OPTIONS = {
     "harvest": f"""model data data-config split text-field min-chars tokens context layers dtype overflow
         skip-positions keep-special shard-tokens batch-sequences seed device lm-dtype worker workers out

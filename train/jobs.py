@@ -20,6 +20,7 @@ from routesae.machine.device import pick_device
 from routesae.reporting import WrongInput
 from routesae.train.folder.checkpoint import CONFIG, load_sae, read_config
 from routesae.train.folder.hub import fetch_sae
+from routesae.train.optimiser import peak_lr
 from routesae.train.saes import SAE, SINGLE_LAYER, Recipe, build
 from routesae.train.saes.matryoshka import default_prefixes
 from routesae.train.saes.sae import CONTROLS
@@ -48,6 +49,12 @@ class Job:
     recipe: Recipe
     folder: Path
     identity: dict[str, Any]
+
+    @property
+    def lr(self) -> float:
+        """Adam's peak learning rate."""
+        assert self.settings.lr is not None  # jobs_of puts it there
+        return self.settings.lr
 
     @property
     def name(self) -> str:
@@ -79,6 +86,7 @@ def jobs_of(settings: TrainSettings, cache: Cache, device: torch.device) -> list
         folder = Path(settings.out) / (run.name or default_name(recipe))
         if folder in jobs:
             raise WrongInput(f"two SAEs of this run would be {folder}; name each in its [[run]] of a --config")
+        run = run.replace(lr=run.lr or peak_lr(recipe.latents, published=recipe.published))
         decisive = {name: value for name, value in run.to_dict().items() if name not in ("name", "warm_start")}
         identity: dict[str, Any] = {"run": decisive, "recipe": recipe.to_dict(), "pass": shared, "cache": origin}
         identity["from"] = dict(source.hashes) if source else None

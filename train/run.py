@@ -102,6 +102,7 @@ def train(settings: TrainSettings, report: Report = silent) -> list[TrainResult]
         begun = int(ranks.broadcast([begun])[0])
         keep_freed_memory()
         pace = pace_of(selection, settings, device)
+        log.info("peak learning rate %s", ", ".join(f"{lr:g}" for lr in sorted({job.lr for job in jobs})))
         with ranks.all_or_none():
             trainees = [trainee_of(job, settings, pace, device, stack, ranks) for job in jobs]
         if begun == 0:
@@ -171,7 +172,7 @@ def trainee_of(
             )
     names = settings.log if ranks.first else ()
     trackers = open_trackers(names, job.name, job.partial, job.settings.to_dict(), settings.log_project)
-    step_log = StepLog(sae, job.partial if ranks.first else None, trackers, job.settings.lr)
+    step_log = StepLog(sae, job.partial if ranks.first else None, trackers, job.lr)
     stack.callback(step_log.close)
     return Trainee(sae, job, pace, step_log, ranks)
 
@@ -294,7 +295,7 @@ def _finish(trainee: Trainee, sae: SAE, settings: TrainSettings, cache: Cache, r
     if manifest.train_rows < manifest.rows:
         held_out = score_on_cache(sae, cache, manifest.train_rows, manifest.rows, report)
         if not math.isfinite(held_out.norm_mse):
-            raise FailedRun(f"training ended with a NormMSE of {held_out.norm_mse}; lower --lr {job.settings.lr}")
+            raise FailedRun(f"training ended with a NormMSE of {held_out.norm_mse}; lower --lr {job.lr}")
         trainee.log.write_held_out(trainee.pace.total_steps, held_out.to_dict())
     else:
         log.warning("%s has no held-out rows; nothing to score the SAE on", cache.path)

@@ -142,7 +142,9 @@ class RunSettings(Settings):
         choices=("none", "encoder", "decoder"),
         swept=True,
     )
-    lr: float = setting(0.0005, OPTIMISER, "Peak learning rate of Adam.", gt=0)
+    lr: float | None = setting(
+        None, OPTIMISER, "Peak learning rate of Adam.", gt=0, none="auto", unset="auto: 0.192/√F for F latents"
+    )
     clip: float | None = setting(
         None,
         OPTIMISER,

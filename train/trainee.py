@@ -90,7 +90,7 @@ class Trainee:
         torch.manual_seed((pace.seed << 32) + step)  # what training draws is then the same after a resume
         sae.k = annealed_k(done, pace.total_steps, pace.sparsity_warmup, settings.anneal_k_from, sae.recipe.k)
         published = sae.recipe.published
-        lr = settings.lr * lr_factor(done, pace.total_steps, published=published)
+        lr = self.job.lr * lr_factor(done, pace.total_steps, published=published)
         warmth = 1.0 if published else sparsity_factor(done, pace.total_steps, pace.sparsity_warmup)
         dead_F = self.idle_tokens_F >= pace.dead_after_tokens
         counts_F = torch.zeros_like(self.idle_tokens_F)
@@ -140,7 +140,7 @@ class Trainee:
         tensors = self._tensors()
         finite = all(bool(local_rows(tensor).isfinite().all()) for tensor in tensors.values())
         if self.ranks.largest(not finite):
-            raise FailedRun(f"the weights are NaN or infinite at step {step}; lower --lr {self.job.settings.lr}")
+            raise FailedRun(f"the weights are NaN or infinite at step {step}; lower --lr {self.job.lr}")
         gathered = {name: whole(tensor) for name, tensor in tensors.items()}
         if self.ranks.first:
             save_checkpoint(self.job.partial, step, gathered, self.job.identity)

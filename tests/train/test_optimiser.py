@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from routesae.train.optimiser import annealed_k, lr_factor, sparsity_factor
+from routesae.train.optimiser import annealed_k, lr_factor, peak_lr, sparsity_factor
 
 
 def test_the_rate_warms_up_stays_and_decays_at_the_stated_borders() -> None:
@@ -31,6 +31,12 @@ def test_every_step_of_any_run_has_a_rate_above_zero_and_the_peak_is_reached(tot
 
 def test_a_run_of_one_step_takes_it_at_the_full_rate() -> None:
     assert lr_factor(0, 1) == 1
+
+
+def test_auto_falls_with_the_root_of_the_latents_and_the_published_rate_does_not() -> None:
+    assert peak_lr(2304) == 4e-3
+    assert [peak_lr(latents) for latents in (4608, 9216, 36864)] == [0.00283, 2e-3, 1e-3]
+    assert {peak_lr(latents, published=True) for latents in (64, 9216)} == {5e-4}
 
 
 # ------------------------------------------------------------------------------------------- λ and the annealed k

@@ -91,7 +91,7 @@ def fitted(
     )
     job = Job(chosen.runs[0], sae.recipe, folder, {})
     job.partial.mkdir()
-    log = StepLog(sae, job.partial, [], chosen.runs[0].lr)
+    log = StepLog(sae, job.partial, [], job.lr)
     with closing(log):
         fit([Trainee(sae, job, pace, log)], selection, chosen, 0, report)
     return logged(job.partial)
@@ -197,6 +197,21 @@ def test_a_frozen_part_keeps_its_random_weights_in_every_variant_and_the_rest_is
         weights = {f"{'shared.' * (trained.recipe.sae == 'routesae')}W_{of}_FD" for of in ("enc", "dec")}
         assert {name for name in kept if "W_" in name} == {name for name in weights if part[:3] in name}
         assert recipe == "published" or len(kept) == 1, result.folder.name
+
+
+@pytest.mark.parametrize(
+    "given", [{"lr": "auto"}, {"lr": None}, {"lr": "0.024"}, {"lr": "auto", "recipe": "published"}]
+)
+def test_a_rate_that_is_not_given_is_worked_out_said_and_recorded(
+    settings: Settings, caplog: pytest.LogCaptureFixture, given: dict[str, Any]
+) -> None:
+    with caplog.at_level("INFO"):
+        result = only(settings(**given))
+    lr = 5e-4 if "recipe" in given else 0.024  # 0.192/√64
+    assert f"peak learning rate {lr}" in caplog.messages
+    source = read_config(result.folder)["metadata"]["routesae"]["source"]
+    assert source["settings"]["run"]["lr"] == source["identity"]["run"]["lr"] == lr
+    assert metrics(result)[1]["lr"] == lr
 
 
 # ------------------------------------------------------------------------------------------------- from an SAE
@@ -351,7 +366,7 @@ def test_the_log_says_of_each_stretch_of_steps_what_the_steps_did(
         weighted = sum(loss * size for loss, size in zip(losses, sizes, strict=True))
         assert line["loss"] == pytest.approx(weighted / sum(sizes), rel=1e-5)
         assert line["dead"] == pytest.approx(sum(n >= 2500 for n in idle) / 64)
-        assert line["lr"] == pytest.approx(chosen.runs[0].lr * lr_factor(line["step"] - 1, total_steps))
+        assert line["lr"] == pytest.approx(3e-3 * lr_factor(line["step"] - 1, total_steps))
         assert line["tokens_per_second"] > 0
         assert 0 <= line["data_wait"] < 1
         some_are_dead |= line["dead"] > 0

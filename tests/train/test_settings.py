@@ -32,7 +32,7 @@ def test_nothing_given_is_one_routesae_of_the_defaults() -> None:
     assert (RunSettings().sae, RunSettings().k, RunSettings().lr, RunSettings().normalize) == (
         "routesae",
         64,
-        5e-4,
+        None,
         "token",
     )
 
