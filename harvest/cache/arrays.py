@@ -21,9 +21,8 @@ import errno
 import json
 import os
 import struct
-from collections.abc import Callable, Container, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Container, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
@@ -40,6 +39,9 @@ Array = npt.NDArray[Any]
 ChunkHashes = npt.NDArray[np.uint64]
 
 CHUNK_ROWS = 256
+# Arrays of a shard to write at once, a thread each. A thread copies 1.6 to 2.2 GB/s into the page cache, and an NVMe
+# disk takes 3 to 7; more threads would only take cores and, where there is a GPU, pinned memory of a layer each.
+WRITERS = 4
 CHECKSUM_DIFFERS = "checksum differs from the one recorded"
 NO_FSYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF)  # what file systems say that lack it for folders
 _MOST_CHUNKS = 1 << 20  # of an array: an index of 16 MB, for 268 million rows
@@ -230,25 +232,11 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-@contextmanager
-def syncing() -> Iterator[Callable[[Path], None]]:
-    """Gives a function that has a file reach the disk while others are written; by the end all have.
-
-    Raises OSError at the end where one did not.
-    """
-    with ThreadPoolExecutor(1, thread_name_prefix="fsync") as thread:
-        pending: list[Future[None]] = []
-        yield lambda path: pending.append(thread.submit(fsync, path))
-        for one in pending:
-            one.result()
-
-
 def fsync_tree(folder: Path) -> None:
     """fsync `folder`, and every file and folder below it, so that they survive a power cut."""
-    for path, _, files in os.walk(folder):
-        for name in files:
-            fsync(Path(path, name))
-        fsync(Path(path))
+    paths = [path for top, _, files in os.walk(folder) for path in (Path(top), *(Path(top, name) for name in files))]
+    with ThreadPoolExecutor(WRITERS, thread_name_prefix="fsync") as threads:  # one flush of the disk serves several
+        list(threads.map(fsync, paths))
 
 
 def chunk_rows_of(metadata: Any, shape: tuple[int, ...], dtype: npt.DTypeLike) -> int:

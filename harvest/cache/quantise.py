@@ -59,14 +59,16 @@ class Encoding(NamedTuple):
     norm_mse: Tensor
 
 
-def row_statistics(hidden_mD: Tensor) -> tuple[Tensor, Tensor]:
-    """mean_m and std_m, float32, of rows of any float dtype; std unbiased and without an epsilon."""
+def row_statistics(hidden_mD: Tensor, scratch_mD: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """mean_m and std_m, float32, of rows of any float dtype; std unbiased and without an epsilon.
+
+    scratch_mD: float32, overwritten; may be the rows themselves.
+    """
     x_mD = hidden_mD.float()
     mean_m = x_mD.mean(dim=1)
-    # Through the norm of what is centred already: torch.var_mean is several times slower on a CPU.
-    centred_mD = x_mD.sub_(mean_m[:, None]) if x_mD is not hidden_mD else x_mD - mean_m[:, None]
-    norm_m = torch.linalg.vector_norm(centred_mD, dim=1)
-    return mean_m, norm_m / max(1, x_mD.shape[1] - 1) ** 0.5
+    # Through the norm of what is centred already: torch.var_mean is many times slower on a CPU.
+    centred_mD = torch.sub(x_mD, mean_m[:, None], out=scratch_mD)
+    return mean_m, torch.linalg.vector_norm(centred_mD, dim=1) / max(1, x_mD.shape[1] - 1) ** 0.5
 
 
 def piece_rows(width: int, device: torch.device) -> int:

@@ -11,7 +11,9 @@ from __future__ import annotations
 import logging
 import secrets
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -95,7 +97,8 @@ def write_shard(
 ) -> ShardRecord:
     """Write shard `index`.
 
-    values: every array of the shard but chunk_hashes, by name, each taken when it is its turn.
+    values: every array of the shard but chunk_hashes, by name. One is taken when the one arrays.WRITERS before it is
+    written, so that its memory may be used again.
     record: makes the shard's attributes once the hashes are known.
     """
     with writing_shard(path, shard_name(index)) as partial:
@@ -107,23 +110,29 @@ def write_shard(
 
 
 def _write_arrays(partial: Path, manifest: Manifest, values: Iterable[tuple[str, arrays.Array]]) -> dict[str, str]:
-    """Write the arrays into a shard's folder, each while the last reaches the disk; return their hashes."""
-    chunks: dict[str, arrays.ChunkHashes] = {}
+    """Write the arrays into a shard's folder, arrays.WRITERS at once; return their hashes."""
     by_row = hashed_arrays(manifest)
-    with arrays.syncing() as sync:
 
-        def write(name: str, array: arrays.Array, attributes: Mapping[str, Any]) -> None:
-            folder = partial / name
-            # What is read at once is one chunk.
-            chunk_rows = arrays.CHUNK_ROWS if name in by_row else max(1, len(array))
-            arrays.write_array(folder, array, chunk_rows=chunk_rows, attributes=attributes)
-            sync(arrays.data_file(folder, array.ndim))
-            chunks[name] = arrays.chunk_hashes(array)
+    def write(name: str, array: arrays.Array, attributes: Mapping[str, Any]) -> arrays.ChunkHashes:
+        folder = partial / name
+        # What is read at once is one chunk.
+        chunk_rows = arrays.CHUNK_ROWS if name in by_row else max(1, len(array))
+        arrays.write_array(folder, array, chunk_rows=chunk_rows, attributes=attributes)
+        arrays.fsync(arrays.data_file(folder, array.ndim))  # while others are written
+        return arrays.chunk_hashes(array)
 
+    with ThreadPoolExecutor(arrays.WRITERS, thread_name_prefix="array-writer") as threads:
+        under_way: deque[Future[arrays.ChunkHashes]] = deque(maxlen=arrays.WRITERS)
+        written: dict[str, Future[arrays.ChunkHashes]] = {}
         for name, array in values:
-            write(name, array, {"hidden_state": FORMULA} if array.dtype == np.int8 else {})
-        columns = np.stack([chunks[name] for name in by_row], axis=1)
-        write(CHUNK_HASHES, columns, {"columns": by_row})
+            attributes = {"hidden_state": FORMULA} if array.dtype == np.int8 else {}
+            written[name] = threads.submit(write, name, array, attributes)
+            under_way.append(written[name])
+            if len(under_way) == arrays.WRITERS:
+                under_way[0].result()
+        chunks = {name: one.result() for name, one in written.items()}
+    columns = np.stack([chunks[name] for name in by_row], axis=1)
+    chunks[CHUNK_HASHES] = write(CHUNK_HASHES, columns, {"columns": by_row})
     return {name: arrays.hash_of(of) for name, of in chunks.items()}
 
 

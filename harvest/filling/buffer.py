@@ -1,9 +1,10 @@
 """One shard in the making: run the LM over its rows, shuffle the kept hidden states of every layer, write them.
 
-Hidden states are checked, measured and scattered to their stored place as each block returns them, on the LM's
-device, so that what reaches the disk is one contiguous write a layer. Filling never waits for the device. Committing
-waits only for what it does itself, on a stream of its own, and runs beside the next shard's filling. With --dtype
-int8 the buffer holds float16, and a layer is encoded when it is its turn to be written.
+Hidden states are checked, measured and appended to the buffer as each block returns them, on the LM's device. A layer
+is put into stored order when it is its turn to be written: a CPU takes a third of the time to read rows in a random
+order that it takes to write them so. Filling never waits for the device. Committing waits only for what it does
+itself, on a stream of its own, and runs beside the next shard's filling. With --dtype int8 the buffer holds float16,
+and a layer is encoded when it is its turn.
 
 Dimension letters: s rows a shard, B rows a batch, T context, P positions of a batch, n kept positions of the
 shard, m kept positions of a batch, L layers, D width.
@@ -12,7 +13,6 @@ shard, m kept positions of a batch, L layers, D width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -31,28 +31,51 @@ from routesae.reporting import FailedRun
 PIECE_ROWS = 1024  # to measure at a time: fewer cost more calls, more leave the cores' caches
 
 
-class ShardBuffer:
-    """hidden_LnD of shard `index` on `device`, rows in stored order, with their statistics."""
+class Staging:
+    """What every layer passes through on its way to the disk: one for all shards of a run.
 
-    def __init__(self, token_ids_sT: Ids, manifest: Manifest, index: int, device: torch.device):
+    memory: as many layers as are written at once, pinned where they come from a GPU. stream: what copies them there.
+    """
+
+    def __init__(self, manifest: Manifest, device: torch.device):
+        cuda = device.type == "cuda"
+        self.stream = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
+        dtype = torch.int8 if manifest.dtype == "int8" else CACHE_DTYPES[manifest.dtype]
+        shape, layers = (_most_kept(manifest), manifest.width), min(arrays.WRITERS, len(manifest.layers))
+        self.memory = [torch.empty(shape, dtype=dtype, pin_memory=cuda) for _ in range(layers)]
+
+
+class ShardBuffer:
+    """hidden_LnD of shard `index` on `device`, with their statistics; rows as the LM reads them.
+
+    memory: of a buffer of the same cache that is done with. Fresh memory, which the kernel zeroes, costs a CPU more
+    time than all that is done to what is put there.
+    """
+
+    def __init__(
+        self, token_ids_sT: Ids, manifest: Manifest, index: int, device: torch.device, memory: Tensor | None = None
+    ):
         self.token_ids_sT = token_ids_sT
         self.manifest = manifest
         self.index = index
         self.order = shard_order(token_ids_sT, manifest, index)
-        shape = (len(manifest.layers), len(self.order), manifest.width)
-        self.hidden_LnD = torch.empty(shape, dtype=CACHE_DTYPES[manifest.dtype], device=device)
+        shape = (len(manifest.layers), len(self.order))
+        if memory is None:
+            most = (len(manifest.layers), _most_kept(manifest), manifest.width)
+            memory = torch.empty(most, dtype=CACHE_DTYPES[manifest.dtype], device=device)
+        self.memory = memory
+        self.hidden_LnD = memory[:, : len(self.order)]
         self.limit = torch.finfo(self.hidden_LnD.dtype).max
-        self.mean_Ln = torch.empty(shape[:2], device=device)
-        self.std_Ln = torch.empty(shape[:2], device=device)
+        self.mean_Ln = torch.empty(shape, device=device)
+        self.std_Ln = torch.empty(shape, device=device)
         # Before any cast, and on the device, so that no batch waits for them: each layer's largest −x and x, NaN if a
         # value was; and how many values exceed the limit, counted only if they are to be clipped.
         self.extremes_L2 = torch.zeros((shape[0], 2), device=device)
         self.over_L = torch.zeros(shape[0], dtype=torch.int64, device=device)
         # On a CPU rows pass through all steps while they are in its cache; a GPU wants few, large steps.
         self._piece_rows = PIECE_ROWS if device.type == "cpu" else max(1, token_ids_sT.size)
-        # stored row of each flat position; -1 where it is not kept
-        self._stored_row = torch.full((token_ids_sT.size,), -1, dtype=torch.int64)
-        self._stored_row[torch.from_numpy(self.order).long()] = torch.arange(len(self.order))
+        self._kept_n = np.sort(self.order)  # flat positions, in the rows' order here
+        self._place_n = _to_device(torch.from_numpy(np.searchsorted(self._kept_n, self.order)), device)  # as stored
         self._filled: torch.cuda.Event | None = None
         self._encodings: list[Encoding] = []  # of the layers written as int8 so far
 
@@ -63,12 +86,12 @@ class ShardBuffer:
         layers, context = self.manifest.layers, self.manifest.context
         for start in range(0, len(self.token_ids_sT), batch_sequences):
             token_ids_BT = torch.from_numpy(self.token_ids_sT[start : start + batch_sequences]).long()
-            stored = self._stored_row[start * context : start * context + token_ids_BT.numel()]
-            kept = torch.nonzero(stored >= 0).squeeze(1)
-            kept_m, stored_m = _to_device(kept, model.device), _to_device(stored[kept], model.device)
+            begin = start * context
+            first, after = np.searchsorted(self._kept_n, [begin, begin + token_ids_BT.numel()]).tolist()
+            kept_m = _to_device(torch.from_numpy(self._kept_n[first:after] - begin), model.device)
 
-            def take(layer: int, hidden_BTD: Tensor, kept_m: Tensor = kept_m, stored_m: Tensor = stored_m) -> None:
-                self._take(layers.index(layer), hidden_BTD.flatten(0, 1), kept_m, stored_m)
+            def take(layer: int, hidden_BTD: Tensor, kept_m: Tensor = kept_m, first: int = first) -> None:
+                self._take(layers.index(layer), hidden_BTD.flatten(0, 1), kept_m, first)
 
             with capturing(model, layers, take):
                 run_until(model, _to_device(token_ids_BT, model.device), layers[-1])
@@ -76,45 +99,44 @@ class ShardBuffer:
         if model.device.type == "cuda":
             self._filled = torch.cuda.current_stream(model.device).record_event()
 
-    def _take(self, at: int, hidden_PD: Tensor, kept_m: Tensor, stored_m: Tensor) -> None:
-        clip = self.manifest.overflow == "clip"
+    def _take(self, at: int, hidden_PD: Tensor, kept_m: Tensor, first: int) -> None:
+        """Append the kept ones of the positions to a layer, whose first `first` rows are there."""
         for start in range(0, len(kept_m), self._piece_rows):
-            piece = slice(start, start + self._piece_rows)
-            kept_mD = hidden_PD.index_select(0, kept_m[piece])
+            kept_mD = hidden_PD.index_select(0, kept_m[start : start + self._piece_rows])
+            rows = slice(first + start, first + start + len(kept_mD))
             low, high = torch.aminmax(kept_mD)
             self.extremes_L2[at] = torch.maximum(self.extremes_L2[at], torch.stack([-low, high]).float())
-            if clip:  # in float32: bfloat16 would round the limit itself to a value beyond it
+            # By way of float32: from bfloat16 to float16 at once takes a CPU three times as long, and bfloat16 would
+            # round the limit itself to a value beyond it.
+            kept_mD = kept_mD.float()
+            if self.manifest.overflow == "clip":
                 self.over_L[at] += (kept_mD.abs() > self.limit).sum()
-                kept_mD = kept_mD.float().clamp_(-self.limit, self.limit)
-            # By way of float32: from bfloat16 to float16 at once takes a CPU three times as long.
-            kept_mD = kept_mD.float().to(self.hidden_LnD.dtype)
-            mean_m, std_m = row_statistics(kept_mD)
-            _words(self.hidden_LnD[at]).index_copy_(0, stored_m[piece], _words(kept_mD))
-            self.mean_Ln[at].index_copy_(0, stored_m[piece], mean_m)
-            self.std_Ln[at].index_copy_(0, stored_m[piece], std_m)
+                kept_mD.clamp_(-self.limit, self.limit)
+            self.hidden_LnD[at, rows] = kept_mD
+            kept_mD.copy_(self.hidden_LnD[at, rows])  # as it is stored
+            self.mean_Ln[at, rows], self.std_Ln[at, rows] = row_statistics(kept_mD, scratch_mD=kept_mD)
 
     # --------------------------------------------------------------------------------------------------- committing
 
-    def commit(self, cache: Cache, batch_sequences: int) -> ShardRecord:
-        """Check, copy to the host layer by layer, and write the shard. May run in a thread of its own.
+    def commit(self, cache: Cache, batch_sequences: int, staging: Staging) -> ShardRecord:
+        """Check, copy to the host layer by layer, and write the shard. May run in a thread of its own, one at a time.
 
         Raises FailedRun if a kept value is not finite or does not fit the cache's dtype, naming layer, document and
         remedy.
         """
-        stream: AbstractContextManager[object] = nullcontext()
         if self._filled is not None:  # on CUDA, wait for this shard's filling only, not for the next one's
-            copies = torch.cuda.Stream(self.hidden_LnD.device)  # type: ignore[no-untyped-call]
-            copies.wait_event(self._filled)
-            stream = torch.cuda.stream(copies)
+            assert staging.stream is not None
+            staging.stream.wait_event(self._filled)
         layers = self.manifest.layers
-        with stream:
+        with torch.cuda.stream(staging.stream):
             for at in range(len(layers)):
                 self._check(at, cache)
+            self.mean_Ln, self.std_Ln = self.mean_Ln[:, self._place_n], self.std_Ln[:, self._place_n]
             return write_shard(
                 cache.folder,
                 self.manifest,
                 self.index,
-                self._arrays(),
+                self._arrays(staging),
                 lambda hashes: ShardRecord(
                     index=self.index,
                     rows=self.manifest.shard_range(self.index),
@@ -133,7 +155,7 @@ class ShardBuffer:
             return
         # What did not fit is now infinite or, rounded or clipped, the largest number that does.
         bad_n = ~(self.hidden_LnD[at].abs() < self.limit).all(dim=1)
-        flat = int(self.order[int(torch.nonzero(bad_n)[0])])
+        flat = int(self._kept_n[int(torch.nonzero(bad_n)[0])])
         row, position = divmod(flat, self.manifest.context)
         row += self.manifest.shard_range(self.index)[0]
         starts = cache.document_starts()
@@ -151,17 +173,16 @@ class ShardBuffer:
             "--dtype float32 holds them"
         )
 
-    def _arrays(self) -> Iterator[tuple[str, arrays.Array]]:
-        """Every array, by name, in the order of the format."""
+    def _arrays(self, staging: Staging) -> Iterator[tuple[str, arrays.Array]]:
+        """Every array, by name, in the order of the format; layers in memory that `write_shard` is done with."""
         yield "token_ids", self.token_ids_sT
         yield "order", self.order
-        layers = self.manifest.layers
-        if self.hidden_LnD.is_cuda:
-            hidden = self._copied_to_host()
-        else:
-            hidden = (self._to_write(at).numpy() for at in range(len(layers)))
-        for layer, hidden_nD in zip(layers, hidden, strict=True):
-            yield layer_name(layer), hidden_nD
+        for at, layer in enumerate(self.manifest.layers):
+            staged_nD = staging.memory[at % len(staging.memory)][: len(self.order)]
+            self._stage(at, staged_nD)
+            if staging.stream is not None:
+                staging.stream.synchronize()
+            yield layer_name(layer), staged_nD.numpy()
         yield "token_mean", _columns(self.mean_Ln)
         yield "token_std", _columns(self.std_Ln)
         if self._encodings:
@@ -169,32 +190,17 @@ class ShardBuffer:
             yield "channel_mean", torch.stack([one.channels.mean_D for one in self._encodings]).cpu().numpy()
             yield "channel_std", torch.stack([one.channels.std_D for one in self._encodings]).cpu().numpy()
 
-    def _to_write(self, at: int) -> Tensor:
-        """A layer's numbers, on the device, as they go to the disk; called for each layer in its turn."""
-        if self.manifest.dtype != "int8":
-            return self.hidden_LnD[at]
-        q_nD, encoding = encoded(self.hidden_LnD[at], self.std_Ln[at])
-        self.mean_Ln[at], self.std_Ln[at] = encoding.mean_n, encoding.std_n  # of the rows as they are read back
-        self._encodings.append(encoding)
-        return q_nD
-
-    def _copied_to_host(self) -> Iterator[arrays.Array]:
-        """The layers by way of two pinned buffers: one is filled while the other is written."""
-        count = len(self.manifest.layers)
-        dtype = torch.int8 if self.manifest.dtype == "int8" else self.hidden_LnD.dtype
-        pinned = [torch.empty(self.hidden_LnD.shape[1:], dtype=dtype, pin_memory=True) for _ in range(min(2, count))]
-
-        def copy(at: int) -> tuple[Tensor, torch.cuda.Event]:
-            copied_nD = pinned[at % 2].copy_(self._to_write(at), non_blocking=True)
-            return copied_nD, torch.cuda.current_stream(self.hidden_LnD.device).record_event()
-
-        ahead = copy(0)
-        for at in range(count):
-            copied_nD, arrived = ahead
-            if at + 1 < count:
-                ahead = copy(at + 1)
-            arrived.synchronize()
-            yield copied_nD.numpy()
+    def _stage(self, at: int, staged_nD: Tensor) -> None:
+        """Copy a layer's numbers, as they go to the disk, to memory of the host; called for each in its turn."""
+        if self.manifest.dtype != "int8" and staged_nD.device == self._place_n.device:
+            torch.index_select(self.hidden_LnD[at], 0, self._place_n, out=staged_nD)
+            return
+        stored_nD = self.hidden_LnD[at].index_select(0, self._place_n)
+        if self.manifest.dtype == "int8":
+            stored_nD, encoding = encoded(stored_nD, self.std_Ln[at])
+            self.mean_Ln[at], self.std_Ln[at] = encoding.mean_n, encoding.std_n  # of the rows as they are read back
+            self._encodings.append(encoding)
+        staged_nD.copy_(stored_nD, non_blocking=True)
 
     def _layer_statistics(self, at: int) -> LayerStatistics:
         """Of a layer that is written."""
@@ -212,10 +218,9 @@ class ShardBuffer:
         )
 
 
-def _words(rows_nD: Tensor) -> Tensor:
-    """The same memory as int64, if rows divide into such: a copy takes its time by the number."""
-    whole = rows_nD.shape[1] * rows_nD.element_size() % 8 == 0
-    return rows_nD.view(torch.int64) if whole else rows_nD
+def _most_kept(manifest: Manifest) -> int:
+    """Rows that a shard of the cache keeps at most."""
+    return min(manifest.shard_rows, manifest.rows) * manifest.context
 
 
 def _columns(values_Ln: Tensor) -> arrays.Array:

@@ -14,15 +14,16 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from routesae.harvest.cache.claims import Claims
 from routesae.harvest.cache.manifest import shard_name
 from routesae.harvest.cache.reader import Cache
-from routesae.harvest.filling.buffer import ShardBuffer
+from routesae.harvest.filling.buffer import ShardBuffer, Staging
 from routesae.harvest.filling.output import Output
 from routesae.harvest.lm.model import LanguageModel
 from routesae.harvest.settings import HarvestSettings, Share, share_of
@@ -69,7 +70,9 @@ def harvest_shards(
             elif deadline is not None and time.monotonic() > deadline:
                 raise _OutOfTime
 
-        writing = writer.submit(lambda: None)  # at most one shard is being written while one is filled
+        staging = Staging(cache.manifest, model.device)
+        memory: Tensor | None = None  # of a shard that is written, to fill again
+        writing: Future[Tensor | None] = writer.submit(lambda: None)  # at most one shard, while one is filled
         for item in work.claimed():
             if item is None:
                 writing.result()
@@ -77,11 +80,11 @@ def harvest_shards(
             else:
                 index, claim = item
                 try:
-                    buffer = batching.fill(model, cache, index, step)
+                    buffer = batching.fill(model, cache, index, step, memory)
                 except _OutOfTime:
                     break
-                writing.result()
-                writing = writer.submit(_write, buffer, output, cache, claim, batching.sequences)
+                memory = writing.result()
+                writing = writer.submit(_write, buffer, output, cache, claim, batching.sequences, staging)
                 del buffer
             if stop():
                 break
@@ -93,10 +96,13 @@ def harvest_shards(
         raise Stopped(f"stopped: {there}; run the same command again to go on", stop_code(request))
 
 
-def _write(buffer: ShardBuffer, output: Output, cache: Cache, claim: Lock, batch_sequences: int) -> None:
+def _write(
+    buffer: ShardBuffer, output: Output, cache: Cache, claim: Lock, batch_sequences: int, staging: Staging
+) -> Tensor:
+    """Commit and publish the shard; return the buffer's memory."""
     try:
         cache.require_unchanged()
-        buffer.commit(cache, batch_sequences)
+        buffer.commit(cache, batch_sequences, staging)
         output.publish(cache, buffer.index)
     except OSError:
         if claim.held() or not cache.has_shard(buffer.index):
@@ -104,6 +110,7 @@ def _write(buffer: ShardBuffer, output: Output, cache: Cache, claim: Lock, batch
         log.info("%s was taken over while this process was suspended", shard_name(buffer.index))
     finally:
         claim.release()
+    return buffer.memory
 
 
 class _OutOfTime(Exception):
@@ -118,8 +125,15 @@ class Batching:
         recorded = [shard.record.batch_sequences for shard in cache.shards()] if asked is None else []
         self.sequences = asked or min(recorded, default=START_SEQUENCES[device.type])
 
-    def fill(self, model: LanguageModel, cache: Cache, index: int, step: Callable[[int], None]) -> ShardBuffer:
-        """The buffer of shard `index`, filled by batches of `self.sequences` rows.
+    def fill(
+        self,
+        model: LanguageModel,
+        cache: Cache,
+        index: int,
+        step: Callable[[int], None],
+        memory: Tensor | None = None,
+    ) -> ShardBuffer:
+        """The buffer of shard `index`, in `memory` if there is any, filled by batches of `self.sequences` rows.
 
         `step` gets the number of rows of each batch, and minus those of a buffer that is begun again. Raises
         FailedRun if no number of rows fits, or the one asked for does not.
@@ -134,7 +148,7 @@ class Batching:
             step(rows)
 
         def filled() -> ShardBuffer:
-            buffer = ShardBuffer(token_ids_sT, cache.manifest, index, model.device)
+            buffer = ShardBuffer(token_ids_sT, cache.manifest, index, model.device, memory)
             buffer.fill(model, self.sequences, stepped)
             return buffer
 

@@ -25,7 +25,7 @@ from routesae.harvest.cache.manifest import Manifest, layer_name
 from routesae.harvest.cache.quantise import encoded, row_statistics
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.cache.verify import verify
-from routesae.harvest.filling.buffer import ShardBuffer
+from routesae.harvest.filling.buffer import ShardBuffer, Staging
 from routesae.harvest.filling.output import Output
 from routesae.harvest.lm.model import LanguageModel, load_lm, weights_hash
 from routesae.harvest.run import harvest
@@ -537,12 +537,13 @@ def test_values_at_the_edge_of_float16(
     manifest = Manifest(**{**cache.manifest.to_dict(), "overflow": overflow})
     buffer = ShardBuffer(np.array(cache.tokens()[:128]), manifest, 0, torch.device("cpu"))
     buffer.fill(LanguageModel(model, model.blocks, 32, torch.device("cpu")), 8, lambda rows: None)
+    staging = Staging(manifest, torch.device("cpu"))
     if stored is None:
         with pytest.raises(FailedRun, match="layer 2, document"):
-            buffer.commit(cache, 8)
+            buffer.commit(cache, 8, staging)
         assert not cache.has_shard(0)
     else:
-        record = buffer.commit(cache, 8)
+        record = buffer.commit(cache, 8, staging)
         assert (cache.shard(0).read("layer_05") == sign * stored).all()
         assert record.statistics["5"].clipped == (0 if value <= LARGEST else record.kept * 32)
 

@@ -125,17 +125,6 @@ def test_the_lm_runs_in_bfloat16_where_the_cpu_has_tiles(
     assert cache.manifest.lm_dtype == lm_dtype
 
 
-@pytest.mark.parametrize("width", [4, 6, 7])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_rows_of_any_width_are_copied_whole(width: int, dtype: torch.dtype) -> None:
-    rows_nD = torch.arange(5.0 * width).view(5, width).to(dtype)
-    stored_LnD = torch.zeros(2, 5, width, dtype=dtype)
-    order = torch.tensor([3, 0, 4, 1, 2])
-    buffer._words(stored_LnD[1]).index_copy_(0, order, buffer._words(rows_nD))
-    assert torch.equal(stored_LnD[1][order], rows_nD)
-    assert not stored_LnD[0].any()
-
-
 def test_how_the_lm_runs_is_said_once(
     tiny_settings: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
