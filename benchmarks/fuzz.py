@@ -53,6 +53,7 @@ from routesae.train.folder.checkpoint import load_sae, save_sae
 from routesae.train.loading.batches import Selection, read_sample
 from routesae.train.saes import Recipe, build
 from routesae.train.settings import settings_of
+from routesae.train.sparse.policy import arithmetic
 from routesae.train.state import checkpoint_file, load_checkpoint, save_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -234,7 +235,8 @@ def readers(scratch: Path) -> list[Reader]:
     save_sae(sae, build(recipe, torch.Generator().manual_seed(0)), {"model": "x"})
     partial = scratch / "run"
     partial.mkdir()
-    save_checkpoint(partial, 3, {"scale": torch.ones(()), "counts": torch.arange(3)}, {"run": {"k": 2}})
+    tensors = {"scale": torch.ones(()), "counts": torch.arange(3)}
+    save_checkpoint(partial, 3, tensors, {"run": {"k": 2}}, arithmetic("cpu"))
     config = scratch / "config.toml"
     config.write_text('k = 4\nlr = 1e-3\nname = "x"\nout = "saes"\nseed = 1\n[[run]]\nsae = "topk"\nlatents = 8\n')
 

@@ -227,7 +227,7 @@ class Bench:
         flags: dict[str, Any] = {"sae": variant, "latents": latents, "k": k, "lr": LR, "cache": str(cache.path)}
         flags |= {"batch_tokens": batch, "epochs": LONG // 1000, "device": str(self.device)}
         settings = settings_of(flags | {"out": str(self.folder / f"saes-{variant}-{latents}-{batch}")})
-        (job,) = jobs_of(settings, cache, self.device)
+        (job,) = jobs_of(settings, cache)
         job.partial.mkdir(parents=True)
         layers = job.recipe.layers
         selection = Selection(cache, 0, cache.manifest.train_rows, layers)

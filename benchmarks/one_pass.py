@@ -39,7 +39,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as out, ExitStack() as stack:
         flags = {"sae": VARIANTS, "layer": args.layer, "latents": args.latents, "out": out, "cache": args.cache}
         settings = settings_of(flags | {"batch_tokens": args.batch_tokens, "epochs": 100})
-        jobs = jobs_of(settings, cache, CPU)
+        jobs = jobs_of(settings, cache)
         selection = Selection(cache, 0, cache.manifest.train_rows, cache.manifest.layers)
         for job in jobs:
             job.partial.mkdir(parents=True)

@@ -125,7 +125,7 @@ def ours(
     flags |= {"routing": routing} if routing else {} if sae == "crosscoder" else {"layer": task.layers[0]}
     flags |= {"recipe": "published", "sparsity": SPARSITY} if recipe_of_published else {}
     settings = settings_of(flags | {"out": str(out), "batch_tokens": len(batch.flat), "epochs": LONG // 1000})
-    (job,) = jobs_of(settings, cache, CPU)
+    (job,) = jobs_of(settings, cache)
     # A routesae reads every layer of its cache; timing one of fewer needs no cache of fewer.
     job = replace(job, recipe=replace(job.recipe, layers=task.layers))
     job.partial.mkdir(parents=True)

@@ -224,7 +224,7 @@ def test_a_step_waits_for_the_device_nowhere(name: str, settings: Callable[..., 
     flags: dict[str, Any] = {"sae": name, "device": "cuda"}
     asked = settings(**flags)
     cache = Cache(asked.cache)
-    (job,) = jobs_of(asked, cache, DEVICE)
+    (job,) = jobs_of(asked, cache)
     job.partial.mkdir(parents=True)
     selection = Selection(cache, 0, cache.manifest.train_rows, job.recipe.layers)
     with ExitStack() as stack:

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from routesae.harvest.cache.reader import Cache
-from routesae.machine.device import pick_device
 from routesae.reporting import WrongInput
 from routesae.train.folder.checkpoint import CONFIG, load_sae, read_config
 from routesae.train.folder.hub import fetch_sae
@@ -34,7 +33,7 @@ DEFAULT_EXPANSION = 8
 DEFAULT_BALANCE = 0.01
 
 ALIKE = ("sae", "routed", "layers", "width", "normalize", "routing", "aggregate")  # what --from must share
-DECISIVE = ("batch_tokens", "epochs", "tokens", "window", "dead_after_tokens", "sparsity_warmup", "seed")
+DECISIVE = ("batch_tokens", "epochs", "tokens", "window", "dead_after_tokens", "sparsity_warmup", "precision", "seed")
 
 
 @dataclass(frozen=True)
@@ -68,13 +67,12 @@ class Job:
 
 def folders(settings: TrainSettings) -> list[Path]:
     """Where each SAE of the settings is, or will be."""
-    return [job.folder for job in jobs_of(settings, Cache(settings.cache), pick_device(settings.device))]
+    return [job.folder for job in jobs_of(settings, Cache(settings.cache))]
 
 
-def jobs_of(settings: TrainSettings, cache: Cache, device: torch.device) -> list[Job]:
+def jobs_of(settings: TrainSettings, cache: Cache) -> list[Job]:
     """Raises WrongInput for settings that do not fit the cache, and for two SAEs of one name."""
     shared = {name: getattr(settings, name) for name in DECISIVE}
-    shared["precision"] = str(precision_of(settings, device))
     origin = {**cache.manifest.to_dict(), "lm_weights": cache.weights_hash()}
     jobs: dict[Path, Job] = {}
     for run in settings.runs:
@@ -92,11 +90,6 @@ def jobs_of(settings: TrainSettings, cache: Cache, device: torch.device) -> list
         identity["from"] = dict(source.hashes) if source else None
         jobs[folder] = Job(run, recipe, folder, json.loads(json.dumps(identity)))
     return list(jobs.values())
-
-
-def precision_of(settings: TrainSettings, device: torch.device) -> torch.dtype:
-    automatic = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"bfloat16": torch.bfloat16, "float32": torch.float32}.get(settings.precision, automatic)
 
 
 def is_finished(job: Job, settings: TrainSettings) -> bool:

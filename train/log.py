@@ -24,6 +24,7 @@ from routesae.train.folder.checkpoint import METRICS_FILE
 from routesae.train.losses import Objective
 from routesae.train.ranks.distributed import batch_rows, batch_sum
 from routesae.train.saes import SAE, Forward
+from routesae.train.sparse.pairs import counted
 from routesae.train.trackers import Tracker
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,8 @@ class StepLog:
         is_first = (self.first_bad_step == 0) & ~objective.total.isfinite()
         self.first_bad_step = torch.where(is_first, step, self.first_bad_step)
         if out.routing_NL is not None:
-            tokens_L = batch_sum(torch.bincount(out.routing_NL.argmax(1), minlength=len(self.routed_L)))
+            at_N = out.routing_NL.argmax(1)
+            tokens_L = batch_sum(counted(at_N, len(self.routed_L), torch.ones_like(at_N)))
             self.routed_L += tokens_L * (tokens / batch_rows(len(out.routing_NL)))
         self.tokens += tokens
         self.lr = lr

@@ -69,22 +69,21 @@ def auxk(
     reconstruction_ND: Tensor,
     encoder: Encoder,
     W_dec_FD: Tensor,
-    dead_F: Tensor,
+    dead_d: Tensor,
     weights_N: Tensor | None = None,
 ) -> Tensor:
     """AuxK: how badly the dead latents alone, the top D/2 of them, model what the live ones leave over.
 
     2406.04093, appendix A.2: ‖e − ê‖² with e = x − x̂ held fixed, relative to ‖e‖² as in the authors' code.
-    Zero where no latent is dead.
+    dead_d: their numbers. Zero where no latent is dead.
     """
-    dead = torch.nonzero(dead_F).squeeze(1)
-    if len(dead) == 0:
+    if len(dead_d) == 0:
         return x_ND.new_zeros(())
     assert encoder.b_enc_F is not None
     assert encoder.b_dec_D is not None
     x_ND, b_dec_D = x_ND.detach(), encoder.b_dec_D.detach()
     residual_ND = x_ND - reconstruction_ND.detach()
-    of_dead = Encoder(encoder.W_enc_FD[dead], encoder.b_enc_F[dead], b_dec_D, *encoder[3:])
-    pairs, z_M = encode_topk(x_ND, of_dead, min(x_ND.shape[1] // 2, len(dead)))
-    modelled_ND = pairs.decode(z_M.relu(), W_dec_FD[dead], torch.zeros_like(b_dec_D))
+    of_dead = Encoder(encoder.W_enc_FD[dead_d], encoder.b_enc_F[dead_d], b_dec_D, *encoder[3:])
+    pairs, z_M = encode_topk(x_ND, of_dead, min(x_ND.shape[1] // 2, len(dead_d)))
+    modelled_ND = pairs.decode(z_M.relu(), W_dec_FD[dead_d], torch.zeros_like(b_dec_D))
     return norm_mse(residual_ND, modelled_ND, weights_N)

@@ -22,6 +22,7 @@ import torch
 from routesae import __version__
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.cache.verify import require_intact
+from routesae.machine.device import has_bfloat16_units
 from routesae.machine.faults import disk_faults
 from routesae.machine.lock import Lock, hold
 from routesae.machine.memory import keep_freed_memory
@@ -29,7 +30,7 @@ from routesae.machine.stop import stop_code, stop_requests
 from routesae.reporting import FailedRun, Progress, Report, Stopped, WrongInput, silent
 from routesae.train.evaluate import CacheScores, score_on_cache
 from routesae.train.folder.checkpoint import commit_folder, save_sae
-from routesae.train.jobs import Job, first_step, is_finished, jobs_of, precision_of, source_of
+from routesae.train.jobs import Job, first_step, is_finished, jobs_of, source_of
 from routesae.train.loading.batches import (
     Batch,
     Plan,
@@ -46,7 +47,7 @@ from routesae.train.ranks.distributed import ALONE, Ranks, joined_ranks
 from routesae.train.saes import SAE, build
 from routesae.train.saes.normalise import Hidden
 from routesae.train.settings import TrainSettings
-from routesae.train.sparse.policy import arithmetic
+from routesae.train.sparse.policy import chosen, exactly
 from routesae.train.state import drop_checkpoints
 from routesae.train.trackers import open_trackers, require_trackers
 from routesae.train.trainee import Pace, Trainee
@@ -87,8 +88,9 @@ def train(settings: TrainSettings, report: Report = silent) -> list[TrainResult]
             cache = Cache(settings.cache)
             if settings.verify and ranks.first:
                 require_intact(cache, report)
-            jobs = jobs_of(settings, cache, device)
+            jobs = jobs_of(settings, cache)
             selection = _selection(cache, jobs, settings, ranks)
+            pace = pace_of(selection, settings, device)
             for job in jobs if ranks.first else []:
                 job.folder.parent.mkdir(parents=True, exist_ok=True)
                 lock = hold(job.folder.with_name(f".{job.name}.lock"), f"the SAE {job.folder}")
@@ -101,7 +103,6 @@ def train(settings: TrainSettings, report: Report = silent) -> list[TrainResult]
             begun = first_step(jobs, settings) if ranks.first else 0
         begun = int(ranks.broadcast([begun])[0])
         keep_freed_memory()
-        pace = pace_of(selection, settings, device)
         log.info("peak learning rate %s", ", ".join(f"{lr:g}" for lr in sorted({job.lr for job in jobs})))
         with ranks.all_or_none():
             trainees = [trainee_of(job, settings, pace, device, stack, ranks) for job in jobs]
@@ -112,11 +113,15 @@ def train(settings: TrainSettings, report: Report = silent) -> list[TrainResult]
         with ranks.all_or_none():
             for trainee in trainees if begun else []:
                 trainee.load(begun)
-        fit(trainees, selection, settings, begun, report, locks)
-        saes = [trainee.whole_sae().eval() for trainee in trainees]  # which every rank takes part in
-        _own_again(locks)
-        finishing = zip(trainees, saes, strict=True) if ranks.first else ()
-        results = [_finish(trainee, sae, settings, cache, report) for trainee, sae in finishing]
+        arithmetic = trainees[0].arithmetic
+        log.info("training on %s: %s", device, arithmetic)
+        with arithmetic.applied():
+            fit(trainees, selection, settings, begun, report, locks)
+            saes = [trainee.whole_sae().eval() for trainee in trainees]  # which every rank takes part in
+            _own_again(locks)
+            finishing = zip(trainees, saes, strict=True) if ranks.first else ()
+            with exactly(device.type):  # as analyze scores
+                results = [_finish(trainee, sae, settings, cache, report) for trainee, sae in finishing]
     for trainee, (folder, scores) in zip(trainees if ranks.first else [], results, strict=True):
         start = float(trainee.log.start)
         if scores is not None and scores.fvu > 1 and scores.norm_mse > WORSE * start:
@@ -143,16 +148,20 @@ def _selection(cache: Cache, jobs: Sequence[Job], settings: TrainSettings, ranks
 def pace_of(selection: Selection, settings: TrainSettings, device: torch.device) -> Pace:
     total_steps, _ = planned(selection, settings)
     run_tokens = total_steps * min(settings.batch_tokens, len(selection))
-    precision = precision_of(settings, device)
-    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    shown = str(precision).removeprefix("torch.")
-    log.info("training on %s%s in %s, %s", device, threads, shown, arithmetic(device.type))
+    arithmetic = chosen(
+        device.type,
+        bfloat16_units=has_bfloat16_units(device),
+        precision=settings.precision,
+        threads=torch.get_num_threads(),
+        max_memory=settings.max_memory,
+    )
+    arithmetic.require_possible(device)
     return Pace(
         total_steps=total_steps,
         epoch_steps=len(step_tokens(selection, settings)),
         dead_after_tokens=settings.dead_after_tokens or min(DEAD_AFTER_TOKENS, max(1, run_tokens // 4)),
         sparsity_warmup=settings.sparsity_warmup,
-        precision=precision,
+        arithmetic=arithmetic,
         seed=settings.seed,
     )
 
@@ -162,14 +171,11 @@ def trainee_of(
 ) -> Trainee:
     """A new SAE ready to be trained; the stack closes its log. Raises WrongInput if --max-memory is too small."""
     sae = build(job.recipe, torch.Generator().manual_seed(settings.seed)).to(device).train()
-    if settings.max_memory is not None:
-        chunk_rows = settings.max_memory // (4 * job.recipe.latents)
-        sae.arithmetic = arithmetic(device.type)._replace(chunk_rows=chunk_rows)
-        if chunk_rows == 0:
-            raise WrongInput(
-                f"--max-memory {settings.max_memory:,} bytes do not hold the {job.recipe.latents:,} pre-activations "
-                f"of one token; give {4 * job.recipe.latents:,} or more"
-            )
+    if pace.arithmetic.rows_at_once(1, job.recipe.latents, torch.float32) == 0:
+        raise WrongInput(
+            f"--max-memory {settings.max_memory:,} bytes do not hold the {job.recipe.latents:,} pre-activations "
+            f"of one token; give {4 * job.recipe.latents:,} or more"
+        )
     names = settings.log if ranks.first else ()
     trackers = open_trackers(names, job.name, job.partial, job.settings.to_dict(), settings.log_project)
     step_log = StepLog(sae, job.partial if ranks.first else None, trackers, job.lr)
@@ -311,6 +317,7 @@ def _finish(trainee: Trainee, sae: SAE, settings: TrainSettings, cache: Cache, r
             "run": job.settings.to_dict(),
         },
         "identity": job.identity,
+        "arithmetic": trainee.arithmetic.to_dict(),
         "cache": {**manifest.to_dict(), "path": settings.cache},  # as given: a pushed SAE shows no home folder
         "model": manifest.model,
         "corpus": manifest.corpus,

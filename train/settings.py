@@ -231,8 +231,8 @@ class TrainSettings(Settings):
     precision: str = setting(
         "auto",
         RUN,
-        "Precision of dense products; auto is bfloat16 on CUDA alone.",
-        choices=("auto", "float32", "bfloat16"),
+        "Precision of dense products; auto is bfloat16 on CUDA that multiplies it natively, else float32.",
+        choices=("auto", "float32", "tf32", "bfloat16"),
     )
     max_memory: int | None = setting(
         None, RUN, "Bytes that encoding may take at a time, such as 64M.", ge=1, unset="what is fastest"

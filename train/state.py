@@ -2,7 +2,8 @@
 
     saes/.NAME.partial/           an SAE in training; renamed to saes/NAME when it is finished
       metrics.jsonl
-      step-00000400.safetensors   weights, Adam's moments, counters; in its metadata what must not change, and a hash
+      step-00000400.safetensors   weights, Adam's moments, counters; in its metadata what must not change, how
+                                sums are done (sparse/policy.py), and a hash
 
 All SAEs of a pass are checkpointed at the same steps,
 and the pass goes on from the newest step that all of them have.
@@ -13,7 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -21,33 +22,45 @@ from routesae.harvest.cache.arrays import fsync
 from routesae.machine.files import BadFile, parse_json
 from routesae.reporting import FailedRun, WrongInput
 from routesae.train.folder.tensors import read_tensors, write_tensors
+from routesae.train.sparse.policy import Arithmetic
 
-FORMAT = "3"  # format 2 had another hash
+FORMAT = "4"  # format 3 did not hold how sums are done
 
 
 def checkpoint_file(partial: Path, step: int) -> Path:
     return partial / f"step-{step:08d}.safetensors"
 
 
-def save_checkpoint(partial: Path, step: int, tensors: Mapping[str, Tensor], identity: Mapping[str, Any]) -> None:
-    """Write a checkpoint of one SAE. tensors: on any device. identity: what must not change. Raises OSError."""
+class Checkpoint(NamedTuple):
+    """identity: what must not change. arithmetic: how sums are done."""
+
+    tensors: dict[str, Tensor]
+    identity: dict[str, Any]
+    arithmetic: Arithmetic
+
+
+def save_checkpoint(
+    partial: Path, step: int, tensors: Mapping[str, Tensor], identity: Mapping[str, Any], arithmetic: Arithmetic
+) -> None:
+    """Write a checkpoint of one SAE. tensors: on any device. Raises OSError."""
     partial.mkdir(parents=True, exist_ok=True)
-    metadata = {"format": FORMAT, "step": str(step), "identity": json.dumps(identity)}
+    facts = {"identity": identity, "arithmetic": arithmetic.to_dict()}
+    metadata = {"format": FORMAT, "step": str(step), **{name: json.dumps(value) for name, value in facts.items()}}
     write_tensors(checkpoint_file(partial, step), tensors, metadata)
     fsync(partial)
 
 
-def load_checkpoint(partial: Path, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors and the identity of a checkpoint. Raises FailedRun if it is damaged."""
+def load_checkpoint(partial: Path, step: int) -> Checkpoint:
+    """Raises FailedRun if it is damaged."""
     path, remedy = checkpoint_file(partial, step), f"delete {partial} and start again"
     try:
         tensors, metadata, _ = read_tensors(path)
-        identity = parse_json(metadata.get("identity", "{}").encode())
-    except (OSError, BadFile) as error:
+        if (metadata.get("format"), metadata.get("step")) != (FORMAT, str(step)):
+            raise FailedRun(f"{path} is not a checkpoint of step {step} in format {FORMAT}; {remedy}")
+        facts = {name: parse_json(metadata.get(name, "{}").encode()) for name in ("identity", "arithmetic")}
+        return Checkpoint(tensors, facts["identity"], Arithmetic(**facts["arithmetic"]))
+    except (OSError, BadFile, TypeError, WrongInput) as error:
         raise FailedRun(f"{path} cannot be read ({error}); {remedy}") from error
-    if (metadata.get("format"), metadata.get("step")) != (FORMAT, str(step)):
-        raise FailedRun(f"{path} is not a checkpoint of step {step} in format {FORMAT}; {remedy}")
-    return tensors, identity
 
 
 def newest_step(partials: Sequence[Path]) -> int:

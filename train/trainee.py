@@ -28,6 +28,7 @@ from routesae.train.ranks.distributed import (
 )
 from routesae.train.saes import SAE, build
 from routesae.train.saes.normalise import Hidden
+from routesae.train.sparse.policy import Arithmetic
 from routesae.train.state import load_checkpoint, save_checkpoint
 
 # SAELens and dictionary_learning clip the gradient of ‖x − x̂‖², D times NormMSE's, at 1. That clips every step, so
@@ -38,13 +39,13 @@ DEFAULT_CLIP = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class Pace:
-    """What all SAEs of a pass share. precision: autocast's; float32 turns autocast off."""
+    """What all SAEs of a pass share. arithmetic: how sums are done on the device that the pass began on."""
 
     total_steps: int
     epoch_steps: int
     dead_after_tokens: int
     sparsity_warmup: float
-    precision: torch.dtype
+    arithmetic: Arithmetic
     seed: int
 
 
@@ -59,7 +60,9 @@ class Trainee:
         self.ranks, self.device, self.divided = ranks, sae.device, False
         default_clip = 0.0 if sae.recipe.published else DEFAULT_CLIP
         self.clip = default_clip if job.settings.clip is None else job.settings.clip
+        self.arithmetic = sae.arithmetic = pace.arithmetic
         self.idle_tokens_F = torch.zeros(sae.recipe.latents, dtype=torch.int64, device=sae.device)
+        self.dead_d = self.idle_tokens_F[:0]  # the latents that are dead, by number
 
     def divide(self, *, offload: bool) -> None:
         """Leave this rank its rows of the weights and of Adam's moments. Before the first step only."""
@@ -92,14 +95,13 @@ class Trainee:
         published = sae.recipe.published
         lr = self.job.lr * lr_factor(done, pace.total_steps, published=published)
         warmth = 1.0 if published else sparsity_factor(done, pace.total_steps, pace.sparsity_warmup)
-        dead_F = self.idle_tokens_F >= pace.dead_after_tokens
         counts_F = torch.zeros_like(self.idle_tokens_F)
         objectives = []
         for turn in range(sae.turns):
             sae.turn = turn
-            with torch.autocast(self.device.type, pace.precision, enabled=pace.precision != torch.float32):
+            with torch.autocast(self.device.type, torch.bfloat16, self.arithmetic.precision == "bfloat16"):
                 out = sae(hidden)
-                objective = sae.loss(out, dead_F, warmth)
+                objective = sae.loss(out, self.dead_d, warmth)
             self.adam.zero_grad()
             objective.total.backward()  # type: ignore[no-untyped-call]
             if not self.divided:  # else the backward pass has summed them
@@ -115,6 +117,13 @@ class Trainee:
         self.idle_tokens_F = torch.where(counts_F > 0, 0, self.idle_tokens_F + tokens)
         mean = Objective(*(torch.stack(parts).detach().mean() for parts in zip(*objectives, strict=True)))
         self.log.add(out, mean, counts_F if sae.turns == 1 else counts_F / sae.turns, tokens, lr, step)
+        self._find_dead()
+
+    def _find_dead(self) -> None:
+        """Which latents are dead: what a step ends with, and where alone it waits for the device, as on sums over
+        all pairs nothing else in it does."""
+        if self.log.tokens_done + self.log.tokens >= self.pace.dead_after_tokens:  # else none can be
+            self.dead_d = torch.nonzero(self.idle_tokens_F >= self.pace.dead_after_tokens).squeeze(1)
 
     @torch.no_grad()
     def whole_sae(self) -> SAE:
@@ -143,12 +152,17 @@ class Trainee:
             raise FailedRun(f"the weights are NaN or infinite at step {step}; lower --lr {self.job.lr}")
         gathered = {name: whole(tensor) for name, tensor in tensors.items()}
         if self.ranks.first:
-            save_checkpoint(self.job.partial, step, gathered, self.job.identity)
+            save_checkpoint(self.job.partial, step, gathered, self.job.identity, self.arithmetic)
 
     @torch.no_grad()
     def load(self, step: int) -> None:
-        """Become what it was after step `step`. Raises FailedRun if the checkpoint is damaged or does not fit."""
-        tensors, _ = load_checkpoint(self.job.partial, step)
+        """Become what it was after step `step`, and do sums as it did.
+
+        Raises FailedRun if the checkpoint is damaged or does not fit, WrongInput if this device cannot.
+        """
+        tensors, _, begun = load_checkpoint(self.job.partial, step)
+        begun.require_possible(self.device)
+        self.arithmetic = self.sae.arithmetic = begun.replace(max_memory=self.pace.arithmetic.max_memory)
         into = self._tensors()
         kinds = [{name: (t.shape, t.dtype) for name, t in state.items()} for state in (into, tensors)]
         if differing := sorted({name for name, _ in kinds[0].items() ^ kinds[1].items()}):
@@ -158,6 +172,7 @@ class Trainee:
             copy_whole(into[name], tensor)
         self.log.restore(*into["log.counts"].tolist())
         self.sae.scale = float(tensors["scale"])
+        self._find_dead()
 
     def _tensors(self) -> dict[str, Tensor]:
         """Everything a checkpoint holds: weights, buffers, moments, counters and the log's sums."""

@@ -30,7 +30,6 @@ from routesae.analyze.scores.run import analyze
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.run import harvest
 from routesae.harvest.settings import HarvestSettings
-from routesae.machine.device import pick_device
 from routesae.machine.files import problem_of, read_signed, signed, write_json
 from routesae.machine.lock import hold
 from routesae.reporting import Report, WrongInput, silent
@@ -83,7 +82,7 @@ def _run(settings: PipelineSettings, record: Record, report: Report) -> Pipeline
     origin = {"cache": cache_identity(cache)["fingerprint"]}
     folders = []
     if settings.train is not None:
-        jobs = jobs_of(settings.train, cache, pick_device(settings.train.device))
+        jobs = jobs_of(settings.train, cache)
         folders = [job.folder for job in jobs]
         stages["train"] = _train(settings.train, jobs, origin, record, report)
     elif any((settings.analyze, settings.contexts, settings.interpret, settings.report)):

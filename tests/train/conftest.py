@@ -13,8 +13,10 @@ FLOAT32_PATHS = ["dense, float32", "sparse, float32", "sparse, proposed in bfloa
 
 
 def _take(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    proposal = torch.bfloat16 if "bfloat16" in name else torch.float32
-    monkeypatch.setattr(SAE, "arithmetic", Arithmetic(proposal, -1.0 if "dense" in name else 1.1))
+    proposal = "bfloat16" if "bfloat16" in name else "float32"
+    monkeypatch.setattr(
+        SAE, "arithmetic", Arithmetic(proposal=proposal, sparse_below=-1.0 if "dense" in name else 1.1)
+    )
 
 
 @pytest.fixture(params=FLOAT64_PATHS + FLOAT32_PATHS)

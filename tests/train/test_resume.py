@@ -34,6 +34,8 @@ from routesae.train.run import TrainResult, train
 from routesae.train.saes import SAES, Recipe, build
 from routesae.train.saes.normalise import Hidden
 from routesae.train.settings import RunSettings, TrainSettings
+from routesae.train.sparse import search
+from routesae.train.sparse.policy import chosen
 from routesae.train.state import checkpoint_file, drop_checkpoints, load_checkpoint, save_checkpoint
 
 CPU = torch.device("cpu")
@@ -248,7 +250,7 @@ def test_lines_written_after_the_checkpoint_are_cut_and_a_checkpoint_right_after
     assert [line["step"] for line in lines(partial)] == [3, 6]
     stopped(run, stop_after, ["topk"], tmp_path, 1, resume=True)
     assert [line["step"] for line in lines(partial)] == [3]
-    tensors, _ = load_checkpoint(partial, 5)
+    tensors = load_checkpoint(partial, 5).tensors
     assert tensors["log.counts"][0] == (partial / "metrics.jsonl").stat().st_size
     run(["topk"], tmp_path, resume=True)
     assert_same(tmp_path / "topk", alone("topk"))
@@ -364,6 +366,78 @@ def test_a_stopped_overwrite_goes_on_and_then_replaces_the_old_sae(
         assert [path.name for path in tmp_path.iterdir()] == ["topk"]
 
 
+# ----------------------------------------------------------------------------------- how sums are done, kept by a run
+
+
+def test_a_run_resumed_on_another_machine_does_sums_as_it_began_and_says_so(
+    run: Pass,
+    stop_after: Stop,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    set_threads: Callable[[int], None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Begun with two threads on a CPU that multiplies bfloat16 natively, continued on one that does not."""
+    caplog.set_level("INFO")
+    seen: list[tuple[int, set[torch.dtype]]] = []
+    inner = search.pre_activations
+
+    def watched(x_ND: torch.Tensor, encoder: search.Encoder, dtype: torch.dtype) -> Any:
+        seen.append((torch.get_num_threads(), dtype))
+        return inner(x_ND, encoder, dtype)
+
+    monkeypatch.setattr(search, "pre_activations", watched)
+    runs = (RunSettings(sae="topk", latents=256, k=8, name="topk"),)
+
+    def on(native: bool, threads: int) -> None:
+        set_threads(threads)
+        monkeypatch.setattr("routesae.train.run.has_bfloat16_units", lambda _: native)
+
+    on(True, 2)
+    run([], tmp_path / "whole", runs=runs)
+    assert set(seen) == {(2, torch.bfloat16)}
+    stop_after(3)
+    with pytest.raises(Stopped):
+        run([], tmp_path, runs=runs)
+    stop_after(None)
+    on(False, 1)
+    seen.clear()
+    caplog.clear()
+    run([], tmp_path, runs=runs, resume=True)
+    assert set(seen) == {(2, torch.bfloat16)}
+    assert torch.get_num_threads() == 1  # again
+    said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("training on")]
+    assert said == [
+        "training on cpu: float32 as on cpu, 2 threads, active latents proposed in bfloat16, "
+        "sums over active pairs below 1/12 of all"
+    ]
+    assert_same(tmp_path / "topk", tmp_path / "whole" / "topk")
+    kept = json.loads((tmp_path / "topk" / "cfg.json").read_text())["metadata"]["routesae"]["source"]["arithmetic"]
+    assert kept == chosen("cpu", bfloat16_units=True, threads=2).to_dict()
+    seen.clear()
+    run([], tmp_path / "new", runs=runs)
+    assert set(seen) == {(1, torch.float32)}  # a new run does as its own machine is fast at
+
+
+def test_a_run_begun_in_tf32_is_not_continued_where_there_is_none(
+    run: Pass, stop_after: Stop, tmp_path: Path
+) -> None:
+    stopped(run, stop_after, ["topk"], tmp_path, 3)
+    partial = tmp_path / ".topk.partial"
+    tensors, identity, _ = load_checkpoint(partial, 3)
+    save_checkpoint(partial, 3, tensors, identity, chosen("cuda", bfloat16_units=True, precision="tf32"))
+    before = contents(tmp_path)
+    with pytest.raises(WrongInput, match=r"--precision tf32 needs CUDA .* cpu; give float32, or --resume where"):
+        run(["topk"], tmp_path, resume=True)
+    assert contents(tmp_path) == before
+
+
+def test_tf32_is_refused_on_a_cpu_before_anything_is_written(run: Pass, tmp_path: Path) -> None:
+    with pytest.raises(WrongInput, match="--precision tf32 needs CUDA"):
+        run(["topk"], tmp_path / "saes", precision="tf32")
+    assert not (tmp_path / "saes").exists()
+
+
 # ------------------------------------------------------------------------------------------------------ refused
 
 
@@ -373,7 +447,7 @@ def test_a_stopped_overwrite_goes_on_and_then_replaces_the_old_sae(
         ({"seed": 1}, r"pass\.seed \(was 0, now 1\)"),
         ({"batch_tokens": 500}, r"pass\.batch_tokens \(was 1000, now 500\)"),
         ({"epochs": 2}, r"pass\.epochs \(was None, now 2\)"),
-        ({"precision": "bfloat16"}, r"pass\.precision \(was torch\.float32, now torch\.bfloat16\)"),
+        ({"precision": "bfloat16"}, r"pass\.precision \(was auto, now bfloat16\)"),
         ({"sparsity_warmup": 0.25}, r"pass\.sparsity_warmup \(was 0\.5, now 0\.25\)"),
         ({"run": {"k": 4}}, r"recipe\.k \(was 8, now 4\), run\.k \(was 8, now 4\)"),
         ({"run": {"lr": 1e-3}}, r"run\.lr \(was 0\.003, now 0\.001\)"),
@@ -458,15 +532,15 @@ def alter_an_identity(path: Path) -> None:
 
 def lose_a_tensor(path: Path) -> None:
     """As somebody would who means it: the checksum is right."""
-    tensors, identity = load_checkpoint(path.parent, 3)
+    tensors, *facts = load_checkpoint(path.parent, 3)
     del tensors["adam.0.exp_avg"]
-    save_checkpoint(path.parent, 3, tensors, identity)
+    save_checkpoint(path.parent, 3, tensors, *facts)
 
 
 def reshape_a_tensor(path: Path) -> None:
-    tensors, identity = load_checkpoint(path.parent, 3)
+    tensors, *facts = load_checkpoint(path.parent, 3)
     tensors["sae.W_dec_FD"] = tensors["sae.W_dec_FD"][:, :3].contiguous()
-    save_checkpoint(path.parent, 3, tensors, identity)
+    save_checkpoint(path.parent, 3, tensors, *facts)
 
 
 def rename(path: Path) -> None:
@@ -492,9 +566,9 @@ def rename(path: Path) -> None:
         (
             "step-00000003.safetensors",
             rename,
-            r"step-00000004\.safetensors is not a checkpoint of step 4 in format 3",
+            r"step-00000004\.safetensors is not a checkpoint of step 4 in format 4",
         ),
-        ("step-00000003.safetensors", lambda path: save_file({}, path), r"is not a checkpoint of step 3 in format 3"),
+        ("step-00000003.safetensors", lambda path: save_file({}, path), r"is not a checkpoint of step 3 in format 4"),
         ("metrics.jsonl", Path.unlink, r"metrics\.jsonl has 0 bytes, fewer than at its checkpoint"),
     ],
 )
@@ -513,8 +587,8 @@ def test_a_checkpoint_of_the_older_format_is_refused_with_what_to_do_and_overwri
 ) -> None:
     stopped(run, stop_after, ["topk"], tmp_path, 3)
     old = checkpoint_file(tmp_path / ".topk.partial", 3)
-    save_file(load_file(old), old, metadata={"format": "2", "step": "3", "identity": "{}", "hash": "0"})
-    with pytest.raises(FailedRun, match=rf"{old} is not a checkpoint of step 3 in format 3; delete {old.parent} and"):
+    save_file(load_file(old), old, metadata={"format": "3", "step": "3", "identity": "{}", "hash": "0"})
+    with pytest.raises(FailedRun, match=rf"{old} is not a checkpoint of step 3 in format 4; delete {old.parent} and"):
         run(["topk"], tmp_path, resume=True)
     run(["topk"], tmp_path, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["topk"]
@@ -640,7 +714,7 @@ def test_an_sae_trained_on_rescaled_states_is_saved_as_the_same_function_of_raw_
     recipe = read_recipe(result.folder)
     assert recipe.normalize == "none"
     trained = build(Recipe(**{**recipe.__dict__, "normalize": "dataset"})).eval()
-    tensors, _ = load_checkpoint(result.folder, STEPS)
+    tensors = load_checkpoint(result.folder, STEPS).tensors
     trained.load_state_dict({key[4:]: tensor for key, tensor in tensors.items() if key.startswith("sae.")})
     scale = trained.scale = float(tensors["scale"])
     held_out = Selection(tiny_cache, tiny_cache.manifest.train_rows, tiny_cache.manifest.rows, recipe.layers)

@@ -38,6 +38,7 @@ from routesae.train.saes.normalise import Hidden
 from routesae.train.settings import TrainSettings
 from routesae.train.sparse import search
 from routesae.train.sparse.pairs import Latents
+from routesae.train.sparse.policy import arithmetic
 from routesae.train.state import newest_step
 from routesae.train.trainee import Pace, Trainee
 
@@ -86,7 +87,7 @@ def fitted(
         epoch_steps=total_steps,
         dead_after_tokens=chosen.dead_after_tokens,
         sparsity_warmup=chosen.sparsity_warmup,
-        precision=torch.float32,
+        arithmetic=arithmetic("cpu"),
         seed=chosen.seed,
     )
     job = Job(chosen.runs[0], sae.recipe, folder, {})
@@ -302,11 +303,11 @@ class Recorded:
         self.dead: list[Tensor] = []
         inner = sae.loss
 
-        def loss(out: Forward, dead_F: Tensor, sparsity_factor: float = 1.0) -> Objective:
-            given = inner(out, dead_F, sparsity_factor)
+        def loss(out: Forward, dead_d: Tensor, sparsity_factor: float = 1.0) -> Objective:
+            given = inner(out, dead_d, sparsity_factor)
             self.outs.append(Forward(*(part if part is None else _detached(part) for part in out)))
             self.losses.append(given.total.item())
-            self.dead.append(dead_F.clone())
+            self.dead.append(dead_d.clone())
             return given
 
         monkeypatch.setattr(sae, "loss", loss)
@@ -351,7 +352,7 @@ def test_the_log_says_of_each_stretch_of_steps_what_the_steps_did(
         sizes = [len(out.x_ND) for out in outs]
         for at, (out, size) in enumerate(zip(outs, sizes, strict=True)):
             # AuxK works on the latents that were dead before the step.
-            assert recorded.dead[begin + at].tolist() == [n >= 2500 for n in idle]
+            assert recorded.dead[begin + at].tolist() == [latent for latent, n in enumerate(idle) if n >= 2500]
             fired = set(out.latents.active()[1].tolist())
             idle = [0 if latent in fired else n + size for latent, n in enumerate(idle)]
         tokens += sum(sizes)
@@ -510,7 +511,7 @@ def test_the_epochs_of_a_run_are_ordered_differently(tiny_cache: Cache, settings
         ({"clip": -1.0}, r"--clip -1 is below 0"),
         ({"sae": "vanilla", "sparsity": -1.0}, r"--sparsity -1 is below 0"),
         ({"normalize": "layer"}, r"--normalize 'layer' is none of token, dataset, none"),
-        ({"precision": "float16"}, r"--precision 'float16' is none of auto, float32, bfloat16"),
+        ({"precision": "float16"}, r"--precision 'float16' is none of auto, float32, tf32, bfloat16"),
         ({"sparsity_warmup": 1.5}, r"--sparsity-warmup 1.5 is above 1"),
         ({"checkpoint_every_steps": 0}, r"--checkpoint-every 0 is below 1"),
         ({"sae": "routesae", "router": "oracle"}, r"--router 'oracle' is none of published, top2"),

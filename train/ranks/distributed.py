@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what it sets for each process
 PATIENCE = timedelta(days=1)  # rank 0 may verify a whole cache first; a rank that dies is noticed at once
 SMALL_NUMBERS = 1 << 16  # smaller gradients are sent as one message, since every message costs about the same
+KEYS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # of floats, by their bytes
 _REPORTED = 16  # added to an exit code by rank 0, whose message stands for all
 
 # Tokens of the current batch on this rank and on all ranks; tokens that several ranks read count for each.
@@ -263,20 +264,17 @@ def batch_least(values: Tensor) -> Tensor:
 
 
 def batch_kth_largest(values_M: Tensor, k: int) -> Tensor:
-    """The k-th largest of the positive values of all ranks, which together have at least k.
+    """The k-th largest of the values of all ranks, which is to be above 0; 0 between ranks if it is not. No gradient.
 
-    Found digit by digit from the top, as in a radix sort, so ranks exchange counts of digits rather than values.
+    Ranks find it bit by bit from the top, and so exchange counts rather than values. Nobody waits for a device.
     """
+    # As integers positive floats keep their order, and are sorted faster.
+    keys_M = values_M.flatten().view(KEYS[values_M.element_size()]).sort().values
     if _batch.get() is None:
-        return torch.kthvalue(-values_M, k).values.neg()
-    assert values_M.dtype == torch.float32
-    keys_M = values_M.view(torch.int32)  # positive floats keep their order when read as integers
-    found, left = 0, k
-    for shift, digits in ((20, 2048), (10, 1024), (0, 1024)):
-        rest_M = keys_M >> shift
-        alike_M = rest_M[rest_M.div(digits, rounding_mode="floor") == found] % digits
-        at_least = batch_sum(torch.bincount(alike_M, minlength=digits)).flip(0).cumsum(0).tolist()
-        above = next(i for i, count in enumerate(at_least) if count >= left)
-        left -= at_least[above - 1] if above else 0
-        found = found * digits + digits - 1 - above
-    return torch.tensor(found, dtype=torch.int32, device=values_M.device).view(torch.float32)
+        return keys_M[-k].view(values_M.dtype)
+    found = keys_M.new_zeros(1)
+    for bit in reversed(range(8 * values_M.element_size() - 1)):
+        higher = found | 1 << bit
+        at_least = batch_sum(len(keys_M) - torch.searchsorted(keys_M, higher))
+        found = torch.where(at_least >= k, higher, found)
+    return found.view(values_M.dtype)[0]

@@ -8,7 +8,7 @@
 θ is a running mean, so that it follows the weights: a batch counts a tenth, and more at the start, where
 there are few. (At 1/100 it lagged behind the falling activations of a run of 200 steps: L0 45 in use for 64 trained.)
 
-Dimension letters: N tokens, D width, F latents.
+Dimension letters: N tokens, D width, F latents, P pairs of a token and a latent: all, or those that are active.
 """
 
 from __future__ import annotations
@@ -43,15 +43,17 @@ class BatchTopK(SingleLayerSAE):
         if not self.training:
             latents = self.latents_of(x_ND)
             return Forward(x_ND, self.decode_rows(latents), latents)
-        pairs, f_M = encode_batchtopk(x_ND, self.encoder(), self.k)
-        self._learn_threshold(f_M)
-        reconstruction_ND = pairs.decode(f_M, self.W_dec_FD, self.b_dec_D)
-        return Forward(x_ND, reconstruction_ND, Latents(f_M, pairs), weights_N=weights_N)
+        pairs, z_P = encode_batchtopk(x_ND, self.encoder(), self.k)
+        f_P = z_P.relu()
+        self._learn_threshold(f_P)
+        reconstruction_ND = pairs.decode(f_P, self.W_dec_FD, self.b_dec_D)
+        return Forward(x_ND, reconstruction_ND, Latents(f_P, pairs), weights_N=weights_N)
 
     @torch.no_grad()
-    def _learn_threshold(self, f_M: Tensor) -> None:
+    def _learn_threshold(self, f_P: Tensor) -> None:
         self.batches += 1
-        least = batch_least(f_M.min() if len(f_M) else f_M.new_tensor(torch.inf))
+        none = self.threshold.new_full((), torch.inf)
+        least = batch_least(torch.where(f_P > 0, f_P, none).min() if f_P.numel() else none)
         rate = (1 / self.batches).clamp(min=THRESHOLD_RATE)
         self.threshold += torch.where(least < torch.inf, rate * (least - self.threshold), 0)
 

@@ -65,7 +65,7 @@ class Gated(SteeredSAE):
     r_mag_F: nn.Parameter
 
     def autoencode(self, x_ND: Tensor, weights_N: Tensor | None = None) -> Forward:
-        pairs, shared_P = encode_above(x_ND, self.encoder(), -self.b_gate_F.detach())
+        pairs, shared_P = encode_above(x_ND, self.encoder(), -self.b_gate_F.detach(), self.k)
         biases = (pairs.at(self.b_gate_F), pairs.at(self.r_mag_F.exp()), pairs.at(self.b_mag_F))
         gate_P, f_P = _Gate.apply(shared_P, *biases)  # type: ignore[no-untyped-call]
         reconstruction_ND = pairs.decode(f_P, self.W_dec_FD, self.b_dec_D)

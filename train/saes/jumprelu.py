@@ -51,11 +51,13 @@ class JumpReLU(SingleLayerSAE):
         threshold_F = self.threshold_F.clamp(min=0)
         # What lies within half a bandwidth below its threshold is not active, and yet moves the threshold.
         floor_F = threshold_F.detach() - self.bandwidth / 2
+        encoder = self.encoder()
+        may_be_few = self.recipe.published and not encoder.arithmetic.dense(self.k, len(floor_F))
         pairs: Pairs | AllPairs
-        if self.recipe.published and bool((floor_F < 0).any()):  # its estimate then counts every f of 0 as near
-            pairs, z_P = AllPairs(), encode_all(x_ND, self.encoder())
+        if may_be_few and bool((floor_F < 0).any()):  # the published estimate then counts every f of 0 as near
+            pairs, z_P = AllPairs(), encode_all(x_ND, encoder)
         else:
-            pairs, z_P = encode_above(x_ND, self.encoder(), floor_F)
+            pairs, z_P = encode_above(x_ND, encoder, floor_F, self.k)
         threshold_P = pairs.at(threshold_F)
         f_P = jumprelu(z_P, threshold_P, self.bandwidth)
         active_P = step(f_P if self.recipe.published else z_P, threshold_P, self.bandwidth)
@@ -67,13 +69,12 @@ class JumpReLU(SingleLayerSAE):
     def penalty_weight(self, sparsity_factor: float) -> float:
         return sparsity_factor * (TARGET_WEIGHT if self.recipe.sparsity is None else self.recipe.sparsity)
 
-    def objective(self, out: Forward, dead_F: Tensor, sparsity_factor: float) -> Objective:
-        objective = super().objective(out, dead_F, sparsity_factor)
-        dead = torch.nonzero(dead_F).squeeze(1) if self.recipe.pre_act_loss else dead_F[:0]
-        if len(dead) == 0:
+    def objective(self, out: Forward, dead_d: Tensor, sparsity_factor: float) -> Objective:
+        objective = super().objective(out, dead_d, sparsity_factor)
+        if len(dead_d) == 0 or not self.recipe.pre_act_loss:
             return objective
-        z_Nd = F.linear(out.x_ND - self.b_dec_D, self.W_enc_FD[dead], self.b_enc_F[dead])
-        short_Nd: Tensor = (self.threshold_F[dead].clamp(min=0) - z_Nd).relu() * self.W_dec_FD[dead].norm(dim=1)
+        z_Nd = F.linear(out.x_ND - self.b_dec_D, self.W_enc_FD[dead_d], self.b_enc_F[dead_d])
+        short_Nd: Tensor = (self.threshold_F[dead_d].clamp(min=0) - z_Nd).relu() * self.W_dec_FD[dead_d].norm(dim=1)
         revival = self.recipe.pre_act_loss * mean_over_rows(short_Nd.sum(1), out.weights_N)
         return objective._replace(total=objective.total + revival)
 

@@ -6,21 +6,19 @@
 
 The sizes default to F/16, F/8, F/4, F/2, F.
 
-Dimension letters: N tokens, D width, F latents, M pairs of a token and a latent active on it.
+Dimension letters: N tokens, D width, F latents.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
 
-import torch
 from torch import Tensor
 
 from routesae.train.losses import norm_mse
 from routesae.train.saes.batchtopk import BatchTopK
 from routesae.train.saes.sae import Forward
-from routesae.train.sparse.pairs import Latents, Pairs
+from routesae.train.sparse.pairs import Latents
 
 DEFAULT_FRACTIONS = (16, 8, 4, 2, 1)
 
@@ -41,9 +39,6 @@ class Matryoshka(BatchTopK):
     def _prefixes(self, latents: Latents) -> Iterator[Tensor]:
         """x̂_m of every size but F, each the last one and the latents that it has more."""
         reconstruction_ND: Tensor = self.b_dec_D
-        f_M, pairs = latents.values_P, latents.pairs
-        assert isinstance(pairs, Pairs)
-        for first, after in pairwise((0, *self.recipe.prefixes[:-1])):
-            kept_M = torch.nonzero((pairs.latents_M >= first) & (pairs.latents_M < after)).squeeze(1)
-            reconstruction_ND = pairs.where(kept_M).decode(f_M[kept_M], self.W_dec_FD, reconstruction_ND)
+        for part_ND in latents.pairs.decode_parts(latents.values_P, self.W_dec_FD, self.recipe.prefixes[:-1]):
+            reconstruction_ND = part_ND + reconstruction_ND
             yield reconstruction_ND

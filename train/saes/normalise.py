@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
+from functools import cache
 from typing import Any
 
 import torch
@@ -135,14 +136,14 @@ class NormalisedLayers:
         """What takes all layers' rows back, layer after layer; by_token: of each token all its layers, [N, L, 1]."""
         if self.undo is None:
             return Frame()
-        mean_LN1, std_LN1 = (part_LN1[list(self.at)] for part_LN1 in self.undo)
+        mean_LN1, std_LN1 = (torch.stack([part_LN1[i] for i in self.at]) for part_LN1 in self.undo)
         if by_token:
             return Frame(mean_LN1.transpose(0, 1), std_LN1.transpose(0, 1))
         return Frame(mean_LN1.flatten(0, 1), std_LN1.flatten(0, 1))
 
     def rows(self, at_R: Tensor, token_R: Tensor) -> tuple[Tensor, Frame]:
         """x_RD of each row's token at its layer, at_R counted as in `of`; and what takes it back."""
-        at_R = torch.tensor(self.at, device=at_R.device)[at_R]
+        at_R = _on_device(self.at, at_R.device)[at_R]
         x_RD = self.hidden_LND[at_R, token_R].float()
         if self.undo is None:
             return x_RD, Frame()
@@ -177,6 +178,12 @@ class NormalisedLayers:
                 yield rows, hidden_nD, None, torch.ones_like(hidden_nD[:, :1])
             else:
                 yield rows, hidden_nD, self.apply[0][at, rows], self.apply[1][at, rows]
+
+
+@cache
+def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """The numbers, moved once: every move waits for the device."""
+    return torch.tensor(numbers, device=device)
 
 
 class _Weighted(torch.autograd.Function):

@@ -32,6 +32,8 @@ from routesae.train.ranks.distributed import batch_mean
 from routesae.train.saes.normalise import Hidden, NormalisedLayers
 from routesae.train.saes.sae import CONTROLS, SAE, Reading, Recipe
 from routesae.train.saes.single import SingleLayerSAE, checked
+from routesae.train.sparse.pairs import counted
+from routesae.train.sparse.policy import exactly
 
 ROUTER = "router.safetensors"
 _MIX = (0x9E3779B97F4A7C15 - 2**64, 0xBF58476D1CE4E5B9 - 2**64)  # of splitmix64, as int64
@@ -80,14 +82,14 @@ class RouteSAE(SAE):
         """w_NL."""
         if self.recipe.router == "random":
             if training:  # the trainer seeds the generator for every step
-                at_N = torch.randint(len(x), (x.tokens,)).to(x.device)
+                at_N = torch.randint(len(x), (x.tokens,), device=x.device)
             elif x.place_N is None:
                 raise WrongInput("--router random goes by each token's id and position; give them with `Hidden`")
             else:
                 at_N = hashed_layers(x.place_N, len(x))
-            return nn.functional.one_hot(at_N, len(x)).float()
+            return torch.zeros(x.tokens, len(x), device=x.device).scatter_(1, at_N[:, None], 1.0)
         gathered_ND = x.total() / len(x) if self.recipe.aggregate == "mean" else x.total()
-        with torch.autocast(x.device.type, enabled=False):  # bfloat16 would move tokens to other layers
+        with exactly(x.device.type):  # bfloat16 would move tokens to other layers
             r_NL = gathered_ND @ self.router_LD.T
         return torch.softmax(r_NL, dim=1)
 
@@ -147,5 +149,5 @@ def hashed_layers(place_N: Tensor, layers: int) -> Tensor:
 def balance_loss(w_NL: Tensor, at_R: Tensor) -> Tensor:
     """L·Σ_ℓ f_ℓ P_ℓ: 1 where tokens and probabilities are spread evenly, L where one layer has all."""
     layers = w_NL.shape[1]
-    share_L = batch_mean(torch.bincount(at_R, minlength=layers) / len(at_R))
+    share_L = batch_mean(counted(at_R, layers, torch.ones_like(at_R)) / len(at_R))
     return layers * (share_L * batch_mean(w_NL.mean(0))).sum()

@@ -169,12 +169,13 @@ class SAE(nn.Module, ABC):
         terms = [term for term in (out.auxiliary, reading.auxiliary) if term is not None]
         return out._replace(routing_NL=reading.routing_NL, auxiliary=sum(terms[1:], terms[0]) if terms else None)
 
-    def loss(self, out: Forward, dead_F: Tensor, sparsity_factor: float = 1.0) -> Objective:
+    def loss(self, out: Forward, dead_d: Tensor, sparsity_factor: float = 1.0) -> Objective:
         """The training objective of a pass.
 
-        dead_F (bool) marks latents not active for `dead_after_tokens`; sparsity_factor, 0 to 1, warms λ up.
+        dead_d: the latents, by number, that were not active for `dead_after_tokens`; as a number a latent, so that
+        how many they are is known here without waiting for the device. sparsity_factor, 0 to 1, warms λ up.
         """
-        objective: Objective = self.dictionary.objective(out, dead_F, sparsity_factor)
+        objective: Objective = self.dictionary.objective(out, dead_d, sparsity_factor)
         return objective
 
     def encode(self, hidden: Hidden | Tensor) -> Latents:

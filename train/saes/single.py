@@ -111,7 +111,7 @@ class SingleLayerSAE(SAE):
         """λ now; sparsity_factor, 0 to 1, warms it up."""
         raise AssertionError(f"{self.recipe.sae} has no penalty")
 
-    def objective(self, out: Forward, dead_F: Tensor, sparsity_factor: float) -> Objective:
+    def objective(self, out: Forward, dead_d: Tensor, sparsity_factor: float) -> Objective:
         """As `SAE.loss`."""
         error = loss = norm_mse(out.x_ND, out.reconstruction_ND, out.weights_N)
         if out.penalty is not None:
@@ -119,7 +119,7 @@ class SingleLayerSAE(SAE):
         if out.auxiliary is not None:
             loss = loss + out.auxiliary
         if self.has_auxk and not self.recipe.published:
-            revival = auxk(out.x_ND, out.reconstruction_ND, self.encoder(), self.W_dec_FD, dead_F, out.weights_N)
+            revival = auxk(out.x_ND, out.reconstruction_ND, self.encoder(), self.W_dec_FD, dead_d, out.weights_N)
             loss = loss + AUXK_WEIGHT * revival
         return Objective(loss, error)
 

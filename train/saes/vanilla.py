@@ -27,7 +27,7 @@ class Vanilla(SteeredSAE):
     architecture = "standard"
 
     def autoencode(self, x_ND: Tensor, weights_N: Tensor | None = None) -> Forward:
-        pairs, z_P = encode_above(x_ND, self.encoder(), torch.zeros_like(self.b_enc_F))
+        pairs, z_P = encode_above(x_ND, self.encoder(), torch.zeros_like(self.b_enc_F), self.k)
         f_P = z_P.relu()
         latents = Latents(f_P, pairs)
         if self.training:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from routesae.train.ranks.distributed import batch_kth_largest, batch_least, batch_rows, batch_sum
-from routesae.train.sparse.pairs import AllPairs, Latents, Pairs
+from routesae.train.sparse.pairs import AllPairs, Latents, Pairs, counted
 from routesae.train.sparse.search import Encoder, all_above, largest, pre_activations, topk_of
 
 PROBE_ROWS = 128  # that the share is estimated from
@@ -43,7 +43,7 @@ class _Encode(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         (x_ND, W_enc_FD, b_dec_D), pairs = ctx.saved_tensors, ctx.pairs
         (dz_M,) = grads
-        db_F = torch.bincount(pairs.latents_M, weights=dz_M, minlength=len(W_enc_FD)).to(dz_M.dtype)
+        db_F = counted(pairs.latents_M, len(W_enc_FD), dz_M)
         dW_FD = pairs.rows_by_latent(dz_M, x_ND)
         db_dec_D = None
         if b_dec_D is not None:
@@ -65,22 +65,26 @@ def encode_topk(x_ND: Tensor, encoder: Encoder, k: int) -> tuple[Pairs | AllPair
     All pairs where k is a larger share of the latents than the device's arithmetic is faster for, and memory is not
     limited; z is then 0 but for the k largest.
     """
-    f, chosen = len(encoder.W_enc_FD), encoder.arithmetic
-    if k > chosen.sparse_below * f and chosen.chunk_rows is None:  # else memory is to hold fewer rows than these
-        z_NF = encode_all(x_ND, encoder)
-        if k == f:
-            return AllPairs(), z_NF
-        with torch.no_grad():
-            is_small_NF = torch.ones_like(z_NF, dtype=torch.bool).scatter_(1, largest(z_NF.detach(), k), False)
-        return AllPairs(), z_NF.masked_fill(is_small_NF, 0)
+    f = len(encoder.W_enc_FD)
+    if encoder.arithmetic.dense(k, f):
+        return AllPairs(), _largest_alone(encode_all(x_ND, encoder), k)
     with torch.no_grad():
         z_NK, indices_NK = topk_of(x_ND, encoder, k)
         pairs = Pairs.of(indices_NK, f)
     return pairs, encode_pairs(x_ND, encoder, pairs, z_NK.flatten())
 
 
-def encode_batchtopk(x_ND: Tensor, encoder: Encoder, k: int) -> tuple[Pairs, Tensor]:
-    """The pairs of the k·N largest pre-activations of the batch, those above 0, and z_M, differentiable."""
+def encode_batchtopk(x_ND: Tensor, encoder: Encoder, k: int) -> tuple[Pairs | AllPairs, Tensor]:
+    """The pairs that hold the k·N largest pre-activations of the batch, as far as they are above 0, and z_P.
+
+    All pairs as in encode_topk; z is then 0 but for those. Over `Pairs` it waits for the device, as their number is
+    not known before. Between ranks all that tie for the last place are kept.
+    """
+    if encoder.arithmetic.dense(k, len(encoder.W_enc_FD)):
+        z_NF = encode_all(x_ND, encoder)
+        if (kept := k * batch_rows(len(x_ND))) != k * len(x_ND):
+            return AllPairs(), z_NF.masked_fill(z_NF < batch_kth_largest(z_NF.detach(), kept), 0)
+        return AllPairs(), _largest_alone(z_NF.view(1, -1), kept).view_as(z_NF)
     with torch.no_grad():
         tokens_M, latents_M, z_M = _batchtopk(x_ND, encoder, k)
         pairs = Pairs(len(x_ND), len(encoder.W_enc_FD), tokens_M, latents_M)
@@ -107,11 +111,14 @@ def _batchtopk(x_ND: Tensor, encoder: Encoder, k: int) -> tuple[Tensor, Tensor, 
     return tokens_M.index_select(0, kept), latents_M.index_select(0, kept), z_M.index_select(0, kept)
 
 
-def encode_above(x_ND: Tensor, encoder: Encoder, floor_F: Tensor) -> tuple[Pairs | AllPairs, Tensor]:
+def encode_above(x_ND: Tensor, encoder: Encoder, floor_F: Tensor, k: int) -> tuple[Pairs | AllPairs, Tensor]:
     """Pairs that hold at least every z above its latent's floor, and their z, differentiable.
 
-    All pairs where more of them lie above than the device's arithmetic is faster for.
+    All pairs where more of them lie above than the device's arithmetic is faster for. So it is at once if k, how many
+    are to be active on a token, is more; else some rows are looked at, which waits for the device.
     """
+    if encoder.arithmetic.dense(k, len(floor_F)):
+        return AllPairs(), encode_all(x_ND, encoder)
     with torch.no_grad():
         probe_nF = torch.cat([z_nF > floor_F for _, z_nF in pre_activations(x_ND[:PROBE_ROWS], encoder, x_ND.dtype)])
         dense = bool(probe_nF.count_nonzero() > encoder.arithmetic.sparse_below * probe_nF.numel())
@@ -121,6 +128,15 @@ def encode_above(x_ND: Tensor, encoder: Encoder, floor_F: Tensor) -> tuple[Pairs
         tokens_M, latents_M, z_M = all_above(x_ND, encoder, floor_F)
         pairs = Pairs(len(x_ND), len(floor_F), tokens_M, latents_M)
     return pairs, encode_pairs(x_ND, encoder, pairs, z_M)
+
+
+def _largest_alone(z_RF: Tensor, k: int) -> Tensor:
+    """z where it is among the k largest of its row, else 0."""
+    if k == z_RF.shape[1]:
+        return z_RF
+    with torch.no_grad():
+        is_small_RF = torch.ones_like(z_RF, dtype=torch.bool).scatter_(1, largest(z_RF.detach(), k), False)
+    return z_RF.masked_fill(is_small_RF, 0)
 
 
 def encode_all(x_ND: Tensor, encoder: Encoder) -> Tensor:

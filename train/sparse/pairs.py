@@ -11,14 +11,17 @@ Dimension letters: N tokens, D width, F latents, K latents a token, M pairs; P: 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from routesae.train.sparse.policy import exactly
 from routesae.train.sparse.search import row_products
 
 # From so many pairs a token on, a CPU sums rows a few columns at a time: those of all rows then lie near a core, and
@@ -123,17 +126,25 @@ class AllPairs:
 
     def by_token(self, v_NF: Tensor, weight_F: Tensor | None = None) -> Tensor:
         """[N]: the sum over each token's pairs, weighted by latent if weight_F is given."""
-        return v_NF.sum(1) if weight_F is None else v_NF @ weight_F
+        wide = torch.promote_types(v_NF.dtype, torch.float32)  # bfloat16 holds no sum of many
+        if weight_F is None:
+            return v_NF.sum(1, dtype=wide)
+        with exactly(v_NF.device.type):
+            return v_NF.to(wide) @ weight_F
 
     def decode(self, f_NF: Tensor, W_dec_FD: Tensor, b_dec_D: Tensor) -> Tensor:
         """x̂_ND = W_decᵀ f + b_dec."""
         return f_NF @ W_dec_FD + b_dec_D
 
+    def decode_parts(self, f_NF: Tensor, W_dec_FD: Tensor, ends: Sequence[int]) -> Sequence[Tensor]:
+        """W_decᵀ f [N, D] of the latents up to the first end alone, of those from there to the second, and so on."""
+        return [f_NF[:, first:end] @ W_dec_FD[first:end] for first, end in pairwise((0, *ends))]
+
     def active_counts(self, f_NF: Tensor) -> Tensor:
         if f_NF.dtype == torch.bfloat16:  # which cannot count beyond 256
             return (f_NF > 0).sum(0)
         signs_NF = torch.sign(f_NF)  # as a product: summing booleans takes twice as long
-        with torch.autocast(f_NF.device.type, enabled=False):
+        with exactly(f_NF.device.type):
             return (signs_NF.new_ones(len(signs_NF)) @ signs_NF).long()
 
     def dense(self, f_NF: Tensor) -> Tensor:
@@ -155,10 +166,7 @@ class Pairs:
     ):
         self.tokens, self.latents = tokens, latents
         self.tokens_M, self.latents_M = tokens_M, latents_M
-        if offsets_N is None:
-            counts_N = torch.bincount(tokens_M, minlength=tokens)
-            offsets_N = torch.cumsum(counts_N, 0) - counts_N
-        self.offsets_N = offsets_N
+        self.offsets_N = _first_of_each(tokens_M, tokens) if offsets_N is None else offsets_N
 
     @classmethod
     def of(cls, indices_NK: Tensor, latents: int) -> Pairs:
@@ -166,10 +174,6 @@ class Pairs:
         n, k = indices_NK.shape
         token_N = torch.arange(n, device=indices_NK.device)
         return cls(n, latents, token_N.repeat_interleave(k), indices_NK.flatten(), token_N * k)
-
-    def where(self, kept_M: Tensor) -> Pairs:
-        """Some of them; kept_M: their places, ascending."""
-        return Pairs(self.tokens, self.latents, self.tokens_M[kept_M], self.latents_M[kept_M])
 
     def at(self, v_F: Tensor) -> Tensor:
         """A latent's number for each of its pairs."""
@@ -185,9 +189,19 @@ class Pairs:
         reconstruction_ND: Tensor = _Decode.apply(f_M, W_dec_FD, self)  # type: ignore[no-untyped-call]
         return reconstruction_ND + b_dec_D
 
+    def decode_parts(self, f_M: Tensor, W_dec_FD: Tensor, ends: Sequence[int]) -> Sequence[Tensor]:
+        """As AllPairs'. Waits for the device, as the number of pairs in the parts is not known before."""
+        if not ends:
+            return ()
+        bounds = torch.tensor(ends, device=self.latents_M.device)
+        part_M, order_M = torch.sort(torch.bucketize(self.latents_M, bounds, right=True), stable=True)
+        order_M = order_M[: int((part_M < len(ends)).sum())]
+        tokens_M = part_M[: len(order_M)] * self.tokens + self.tokens_M[order_M]
+        parts = Pairs(len(ends) * self.tokens, self.latents, tokens_M, self.latents_M[order_M])  # N tokens each
+        return torch.split(parts.decode(f_M[order_M], W_dec_FD, W_dec_FD.new_zeros(())), self.tokens)
+
     def active_counts(self, f_M: Tensor) -> Tensor:
-        # Exact, as the sums are float64.
-        return torch.bincount(self.latents_M, weights=(f_M > 0).double(), minlength=self.latents).long()
+        return counted(self.latents_M, self.latents, (f_M > 0).long())
 
     def dense(self, f_M: Tensor) -> Tensor:
         return f_M.new_zeros(self.tokens, self.latents).index_put_((self.tokens_M, self.latents_M), f_M)
@@ -207,9 +221,8 @@ class Pairs:
         Sorted once; every weight gradient uses it. Stable, so that a run is repeatable bit for bit.
         """
         narrow = torch.int16 if self.latents < 2**15 else torch.int32  # half the passes of a radix sort
-        order_M = torch.argsort(self.latents_M.to(narrow), stable=True)
-        counts_F = torch.bincount(self.latents_M, minlength=self.latents)
-        return order_M, self.tokens_M.index_select(0, order_M), torch.cumsum(counts_F, 0) - counts_F
+        latents_M, order_M = torch.sort(self.latents_M.to(narrow), stable=True)
+        return order_M, self.tokens_M.index_select(0, order_M), _first_of_each(latents_M, self.latents)
 
     def rows_by_latent(self, weights_M: Tensor, rows_ND: Tensor) -> Tensor:
         """[F, D]: for each latent the sum of its tokens' rows, weighted; zero if it has none."""
@@ -229,6 +242,16 @@ class Pairs:
                 indices_M, rows_RC, offsets_B, mode="sum", per_sample_weights=weights_M
             )
         return sums_BD
+
+
+def _first_of_each(sorted_M: Tensor, size: int) -> Tensor:
+    """int64 [size]: where each number's run begins."""
+    return torch.searchsorted(sorted_M, torch.arange(size, dtype=sorted_M.dtype, device=sorted_M.device))
+
+
+def counted(at_M: Tensor, size: int, counts_M: Tensor) -> Tensor:
+    """[size]: the sums of the counts at each number from 0 on. torch.bincount waits for the device, twice."""
+    return counts_M.new_zeros(size).index_add_(0, at_M, counts_M)
 
 
 class _Decode(torch.autograd.Function):

@@ -1,13 +1,14 @@
 """How an SAE's sums are done on a device: pure functions of what the device can do, of shapes and of flags.
 
-Nothing here changes what is computed, only rounding and time. A run logs what was chosen. A checkpoint does not hold
-it, so a run that is resumed on another kind of machine rounds as that one does.
+Nothing here changes what is computed, only rounding and time. A run says in one line what was chosen, and its
+checkpoints and its cfg.json hold it: a run that is resumed elsewhere does as it did, as nothing is asked again.
 
 Two numbers of a device decide. The first is how much faster it multiplies bfloat16 than float32. Where it does, the
 encoder's product over all N·F pairs runs in bfloat16; on a CPU it only proposes candidates, whose pre-activations are
 computed anew in float32 (sparse/search.py), so that an SAE's numbers do not depend on the CPU. CPUs with AMX, with
 AVX512-BF16 (Zen 4 and 5, some Sapphire Rapids guests) or Arm's BF16 do; others emulate it, and float32 is faster. On
-CUDA the whole step runs under autocast, in bfloat16 from compute capability 8 on (V100 and T4 emulate it).
+CUDA the whole step runs under autocast, in bfloat16 from compute capability 8 on (V100 and T4 emulate it, and stay in
+float32); float32 products that autocast leaves are multiplied in TF32.
 
 The second is how many multiplications it does in the time of one gathered number. Decoding, and each weight's
 gradient, is either a dense product of 2·N·F·D operations at P a second, or a gathered pass over the N·k active pairs,
@@ -15,53 +16,139 @@ which reads k·N rows of D numbers of s bytes at B bytes a second. The pass is t
 
     k/F < 2·B / (s·P)
 
-An H100 (P = 989e12 in bfloat16, B = 3.35e12) comes to 1/590 for float32 rows, which is what the kernels gather. For a
-CPU, whose caches hold the rows that many tokens share, no such formula holds: the crossing was measured at .09 to .12
-of all pairs for gated and vanilla SAEs (benchmarks/RESULTS.md), in float32 and in bfloat16.
+An H100 (P = 989e12 in bfloat16, 495e12 in TF32, 67e12 in float32; B = 3.35e12) comes to 1/590, 1/295 and 1/40 for
+float32 rows, which is what the kernels gather. For a CPU, whose caches hold the rows that many tokens share, no such
+formula holds: the crossing was measured at .09 to .12 of all pairs for gated and vanilla SAEs
+(benchmarks/RESULTS.md), in float32 and in bfloat16.
 
 Dimension letters: N tokens, D width, F latents, k active latents a token.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
-from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from routesae.machine.device import has_bfloat16_units
+from routesae.machine.settings import RUN, Settings, setting
+from routesae.reporting import WrongInput
 
-SPARSE_BELOW = {"cpu": 1 / 12, "cuda": 1 / 590}
+SPARSE_BELOW = {"cpu": 1 / 12, "bfloat16": 1 / 590, "tf32": 1 / 295, "float32": 1 / 40}  # the latter three: CUDA's
 # At fewer rows the encoder is fetched from memory too often, at more their product leaves the cores' caches
 # (benchmarks/steps.py on a Xeon: 256 rows 1.3 times slower).
 CPU_CHUNK_ROWS = {torch.float32: 512, torch.bfloat16: 2048}
 
 
-class Arithmetic(NamedTuple):
-    """How the sums of an SAE are done on a device.
+class Arithmetic(Settings):
+    """How the sums of an SAE are done on a device, by numbers that JSON can hold."""
 
-    proposal: precision of the encoder's product over float32 rows; candidates found in a narrower one are computed
-    anew. sparse_below: the share of all N·F pairs below which sums run over active pairs alone. chunk_rows: tokens
-    encoded at a time; None for what is fastest.
-    """
+    kind: str = setting("cpu", RUN, "Of the device.", choices=("cpu", "cuda"))
+    precision: str = setting(
+        "float32",
+        RUN,
+        "Of dense products. bfloat16 is autocast's, beside which CUDA multiplies float32 in TF32.",
+        choices=("float32", "tf32", "bfloat16"),
+    )
+    proposal: str = setting(
+        "float32",
+        RUN,
+        "Of the encoder's product over float32 rows without autocast; candidates that a narrower one finds are "
+        "computed anew.",
+        choices=("float32", "bfloat16"),
+    )
+    sparse_below: float = setting(..., RUN, "Share of all N·F pairs below which sums run over active pairs alone.")
+    threads: int = setting(1, RUN, "Of the CPU.", ge=1)
+    max_memory: int | None = setting(None, RUN, "Bytes that encoding may take at a time.", ge=1, unset="the fastest")
 
-    proposal: torch.dtype
-    sparse_below: float
-    chunk_rows: int | None = None
+    def dense(self, k: int, latents: int) -> bool:
+        """Whether sums run over all pairs where k latents a token are active. With max_memory they never do."""
+        return self.max_memory is None and k > self.sparse_below * latents
 
-    def rows_at_once(self, n: int, kind: str, dtype: torch.dtype) -> int:
-        """Of n tokens on a device of that kind, how many are encoded at a time in that precision."""
-        if self.chunk_rows is not None:
-            return min(n, self.chunk_rows)
-        return min(n, CPU_CHUNK_ROWS.get(dtype, 512)) if kind == "cpu" else n
+    def rows_at_once(self, n: int, latents: int, dtype: torch.dtype) -> int:
+        """Of n tokens, how many are encoded at a time in that precision."""
+        if self.max_memory is not None:
+            return min(n, self.max_memory // (4 * latents))
+        return min(n, CPU_CHUNK_ROWS.get(dtype, 512)) if self.kind == "cpu" else n
+
+    def proposes(self, x_ND: Tensor) -> torch.dtype:
+        """The precision that the encoder's product of these rows runs in; if it is theirs, the product is exact."""
+        if x_ND.dtype != torch.float32:
+            return x_ND.dtype
+        autocast = torch.is_autocast_enabled(x_ND.device.type)
+        narrow = torch.get_autocast_dtype(x_ND.device.type) if autocast else torch.float32
+        return torch.bfloat16 if narrow == torch.float32 and self.proposal == "bfloat16" else narrow
+
+    def require_possible(self, device: torch.device) -> None:
+        """Raises WrongInput for TF32 on a device that has none; the rest any device can do, if slowly."""
+        if self.precision == "tf32" and not (device.type == "cuda" and has_bfloat16_units(device)):
+            raise WrongInput(
+                f"--precision tf32 needs CUDA of compute capability 8 or more, and this is {device}; give float32, "
+                "or --resume where the run began"
+            )
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """PyTorch's threads and its precision of float32 products as chosen; and as before at the end."""
+        threads, tf32 = torch.get_num_threads(), self.kind == "cuda" and self.precision != "float32"
+        torch.set_num_threads(self.threads)
+        try:
+            with _float32_products("high" if tf32 else "highest"):
+                yield
+        finally:
+            torch.set_num_threads(threads)
 
     def __str__(self) -> str:
-        proposes = "" if self.proposal == torch.float32 else "active latents proposed in bfloat16, "
-        return f"{proposes}sums over active pairs below 1/{1 / self.sparse_below:.0f} of all"
+        proposes = ", active latents proposed in bfloat16" if self.proposal == "bfloat16" else ""
+        memory = "" if self.max_memory is None else f", {self.max_memory:,} bytes for encoding"
+        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+        return (
+            f"{self.precision} as on {self.kind}, {threads}{proposes}, "
+            f"sums over active pairs below 1/{1 / self.sparse_below:.0f} of all{memory}"
+        )
+
+
+def chosen(
+    kind: str, *, bfloat16_units: bool, precision: str = "float32", threads: int = 1, max_memory: int | None = None
+) -> Arithmetic:
+    """What is fastest on a device of that kind ("cpu", "cuda").
+
+    bfloat16_units: whether it multiplies bfloat16 natively. precision: "auto" is bfloat16 on CUDA that does.
+    """
+    if precision == "auto":
+        precision = "bfloat16" if kind == "cuda" and bfloat16_units else "float32"
+    return Arithmetic(
+        kind=kind,
+        precision=precision,
+        proposal="bfloat16" if kind == "cpu" and bfloat16_units else "float32",
+        sparse_below=SPARSE_BELOW["cpu" if kind == "cpu" else precision],
+        threads=threads,
+        max_memory=max_memory,
+    )
 
 
 @cache
 def arithmetic(kind: str) -> Arithmetic:
-    """What is fastest on a device of that kind ("cpu", "cuda"); under autocast its precision goes before."""
-    native = kind == "cpu" and has_bfloat16_units()
-    return Arithmetic(torch.bfloat16 if native else torch.float32, SPARSE_BELOW[kind])
+    """What is fastest in use, where nothing is trained."""
+    return chosen(kind, bfloat16_units=kind == "cpu" and has_bfloat16_units())
+
+
+@contextmanager
+def exactly(kind: str) -> Iterator[None]:
+    """Products in float32, whatever autocast and TF32 would do to them."""
+    with torch.autocast(kind, enabled=False), _float32_products("highest"):
+        yield
+
+
+@contextmanager
+def _float32_products(precision: str) -> Iterator[None]:
+    """precision: "high" has CUDA multiply float32 in TF32; every torch since 1.12 knows it by this name."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

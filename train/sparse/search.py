@@ -24,12 +24,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from routesae.train.sparse.policy import Arithmetic, arithmetic
+from routesae.train.ranks.distributed import KEYS
+from routesae.train.sparse.policy import Arithmetic, arithmetic, exactly
 
 GROUP = 8  # latents of which only the largest is looked at first
 SPARE = 8  # candidates beyond k, and an eighth of k more
 MARGIN = 2**-5  # below a floor, in standard deviations of a pre-activation: ten of the proposal's errors
-_KEYS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _KEYS_WITH_PLACE = {torch.int16: (torch.int32, 16), torch.int32: (torch.int64, 32)}
 _COLUMNS = 32  # a bfloat16 product is fastest where its inner size is a multiple of this
 
@@ -56,17 +56,8 @@ class Encoder(NamedTuple):
         bias_F = self.W_enc_FD.new_zeros(len(self.W_enc_FD)) if self.b_enc_F is None else self.b_enc_F
         if self.b_dec_D is None:
             return bias_F
-        with torch.autocast(self.W_enc_FD.device.type, enabled=False):  # bfloat16 would round it for all tokens alike
+        with exactly(self.W_enc_FD.device.type):  # bfloat16 would round it for all tokens alike
             return bias_F - self.W_enc_FD @ self.b_dec_D
-
-
-def proposal_dtype(x_ND: Tensor, proposal: torch.dtype) -> torch.dtype:
-    """The precision that the product runs in; if it is that of x, it is exact. proposal: Arithmetic's."""
-    kind = x_ND.device.type
-    if x_ND.dtype != torch.float32:
-        return x_ND.dtype
-    precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
-    return proposal if precision == torch.float32 else precision
 
 
 def pre_activations(x_ND: Tensor, encoder: Encoder, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
@@ -75,7 +66,7 @@ def pre_activations(x_ND: Tensor, encoder: Encoder, dtype: torch.dtype) -> Itera
     dtype: that of x, or a narrower one for proposals.
     """
     n, width = x_ND.shape
-    chunk = encoder.arithmetic.rows_at_once(n, x_ND.device.type, dtype)
+    chunk = encoder.arithmetic.rows_at_once(n, len(encoder.W_enc_FD), dtype)
     z_nF = torch.empty(chunk, len(encoder.W_enc_FD), dtype=dtype, device=x_ND.device)
     slices = (slice(start, min(start + chunk, n)) for start in range(0, n, max(1, chunk)))
     if dtype == x_ND.dtype:
@@ -103,7 +94,7 @@ def largest(z_nF: Tensor, k: int) -> Tensor:
     The k largest are in the k groups of the largest maxima, so that most values are only compared with those of
     their group; the groups' maxima are searched in the same way.
     """
-    return _largest(z_nF.view(_KEYS[z_nF.element_size()]), k)  # as integers, positive numbers keep their order
+    return _largest(z_nF.view(KEYS[z_nF.element_size()]), k)  # as integers, positive numbers keep their order
 
 
 def _largest(keys_nF: Tensor, k: int) -> Tensor:
@@ -141,7 +132,7 @@ def _threads(count: int) -> ThreadPoolExecutor:
 
 def topk_of(x_ND: Tensor, encoder: Encoder, k: int) -> tuple[Tensor, Tensor]:
     """(z_NK, indices_NK): the k largest pre-activations of each token, those above 0 exactly, in no order."""
-    dtype = proposal_dtype(x_ND, encoder.arithmetic.proposal)
+    dtype = encoder.arithmetic.proposes(x_ND)
     exact = dtype == x_ND.dtype
     room = k if exact else min(k + k // 8 + SPARE, len(encoder.W_enc_FD))
     proposing = encoder if exact else encoder.raised(_margin(x_ND, encoder).max())
@@ -162,7 +153,7 @@ def topk_of(x_ND: Tensor, encoder: Encoder, k: int) -> tuple[Tensor, Tensor]:
 
 def all_above(x_ND: Tensor, encoder: Encoder, floor_F: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(tokens_M, latents_M, z_M) of every pre-activation above its latent's floor; by token."""
-    dtype = proposal_dtype(x_ND, encoder.arithmetic.proposal)
+    dtype = encoder.arithmetic.proposes(x_ND)
     exact = dtype == x_ND.dtype
     floor_F = floor_F.to(x_ND.dtype)
     above = encoder.raised(-floor_F)
@@ -197,7 +188,7 @@ def _positive(z_nF: Tensor) -> tuple[Tensor, Tensor]:
     n, f = z_nF.shape
     group = math.gcd(f, 2 * GROUP)
     groups = f // group
-    keys_nF = z_nF.view(_KEYS[z_nF.element_size()])
+    keys_nF = z_nF.view(KEYS[z_nF.element_size()])
     row_Q, at_Q = torch.nonzero(keys_nF.view(n, group, groups).amax(1) > 0, as_tuple=True)
     columns_QG = at_Q[:, None] + groups * torch.arange(group, device=at_Q.device)
     members_QG = keys_nF.flatten().take(row_Q[:, None] * f + columns_QG)

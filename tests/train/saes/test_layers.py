@@ -16,8 +16,8 @@ from routesae.train.saes.single import geometric_median
 from routesae.train.saes.topk import TopK
 
 L, N, D, LATENTS, K = 3, 20, 8, 32, 4
-NONE_DEAD = torch.zeros(LATENTS, dtype=torch.bool)
-DEAD = torch.arange(LATENTS) < 7
+DEAD = torch.arange(7)
+NONE_DEAD = DEAD[:0]
 
 
 def normalised(seed: int = 0) -> Tensor:
@@ -193,12 +193,12 @@ def topk_by_hand(W: dict[str, Tensor], rows: list[Tensor], dead: list[int]) -> t
     return loss, latents
 
 
-def assert_is_topk_of(sae: SAE, x_LND: Tensor, rows: list[Tensor], dead_F: Tensor) -> None:
+def assert_is_topk_of(sae: SAE, x_LND: Tensor, rows: list[Tensor], dead_d: Tensor) -> None:
     W = leaves(sae)
-    expected, latents = topk_by_hand(W, [row.double() for row in rows], dead_F.nonzero().flatten().tolist())
+    expected, latents = topk_by_hand(W, [row.double() for row in rows], dead_d.tolist())
     expected.backward()
     out = sae(Normalised(x_LND))
-    objective = sae.loss(out, dead_F)
+    objective = sae.loss(out, dead_d)
     objective.total.backward()
     assert torch.equal(out.x_ND, torch.stack(rows))
     f_NF = out.latents.dense().detach().double()
@@ -208,23 +208,23 @@ def assert_is_topk_of(sae: SAE, x_LND: Tensor, rows: list[Tensor], dead_F: Tenso
 
 
 @pytest.mark.usefixtures("float32_path")
-@pytest.mark.parametrize("dead_F", [NONE_DEAD, DEAD], ids=["none dead", "some dead"])
-def test_mlsae_its_loss_and_gradients_are_topks_over_every_token_of_every_layer(dead_F: Tensor) -> None:
+@pytest.mark.parametrize("dead_d", [NONE_DEAD, DEAD], ids=["none dead", "some dead"])
+def test_mlsae_its_loss_and_gradients_are_topks_over_every_token_of_every_layer(dead_d: Tensor) -> None:
     x_LND = normalised()
     rows = [x_LND[layer, n] for layer in range(L) for n in range(N)]
-    assert_is_topk_of(make("mlsae"), x_LND, rows, dead_F)
+    assert_is_topk_of(make("mlsae"), x_LND, rows, dead_d)
 
 
 @pytest.mark.usefixtures("float32_path")
-@pytest.mark.parametrize("dead_F", [NONE_DEAD, DEAD], ids=["none dead", "some dead"])
-def test_random_its_loss_and_gradients_are_topks_over_every_token_of_one_layer(dead_F: Tensor) -> None:
+@pytest.mark.parametrize("dead_d", [NONE_DEAD, DEAD], ids=["none dead", "some dead"])
+def test_random_its_loss_and_gradients_are_topks_over_every_token_of_one_layer(dead_d: Tensor) -> None:
     x_LND, sae = normalised(), make("random")
     torch.manual_seed(11)
     with torch.no_grad():
         chosen_ND = sae(Normalised(x_LND)).x_ND
     at = [torch.equal(chosen_ND, x_ND) for x_ND in x_LND].index(True)
     torch.manual_seed(11)  # the trainer seeds every step, so a run can be repeated
-    assert_is_topk_of(sae, x_LND, list(x_LND[at]), dead_F)
+    assert_is_topk_of(sae, x_LND, list(x_LND[at]), dead_d)
 
 
 def test_random_visits_every_layer_about_as_often_and_in_use_reads_them_all() -> None:

@@ -34,7 +34,7 @@ class Tanh(SteeredSAE):
     architecture = "standard"
 
     def autoencode(self, x_ND: Tensor, weights_N: Tensor | None = None) -> Forward:
-        pairs, z_P = encode_above(x_ND, self.encoder(), torch.zeros_like(self.b_enc_F))
+        pairs, z_P = encode_above(x_ND, self.encoder(), torch.zeros_like(self.b_enc_F), self.k)
         latents = Latents(z_P.relu(), pairs)
         if self.training:
             self.penalty.steer(latents.active_counts.sum() / len(x_ND), self.k)

@@ -17,7 +17,7 @@ from routesae.train.saes.sae import CONTROLS, ROUTERS
 from routesae.train.saes.single import SingleLayerSAE, geometric_median
 
 L, N, D, LATENTS, K = 3, 40, 16, 48, 5
-NONE_DEAD = torch.zeros(LATENTS, dtype=torch.bool)
+NONE_DEAD = torch.zeros(0, dtype=torch.int64)
 VARIANTS = [(routing, aggregate) for routing in ("hard", "soft") for aggregate in ("sum", "mean")]
 
 

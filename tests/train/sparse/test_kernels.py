@@ -72,7 +72,7 @@ def floors(latents: int) -> Tensor:
 
 
 def above_sparsely(x_ND: Tensor, encoder: Encoder, k: int) -> tuple[Pairs | AllPairs, Tensor]:
-    found = encode_above(x_ND, encoder, floors(len(encoder.W_enc_FD)))
+    found = encode_above(x_ND, encoder, floors(len(encoder.W_enc_FD)), k)
     assert isinstance(found[0], Pairs)
     return found
 
@@ -85,7 +85,7 @@ SELECTIONS = {
 }
 
 
-SPARSELY = Arithmetic(torch.float32, 1.1)  # at any density
+SPARSELY = Arithmetic(sparse_below=1.1)  # at any density
 
 
 class Out(NamedTuple):
@@ -358,7 +358,7 @@ def test_a_gradient_that_is_not_contiguous_is_the_same_gradient() -> None:
 def test_float32_gradients_are_those_of_float64_to_1e_5(selection: str, proposal: torch.dtype) -> None:
     given, select = problem(600, 16, 64), SELECTIONS[selection]
     exact = outputs_and_gradients(dense_autoencode, select, given, 4)
-    proposed = partial(sparse_autoencode, how=SPARSELY._replace(proposal=proposal))
+    proposed = partial(sparse_autoencode, how=SPARSELY.replace(proposal=str(proposal).removeprefix("torch.")))
     found = outputs_and_gradients(proposed, select, Problem(*(tensor.float() for tensor in given)), 4)
     assert torch.equal(found["f_NF"] != 0, exact["f_NF"] != 0)
     for name, tensor in exact.items():
@@ -403,7 +403,8 @@ def test_batchtopk_looks_again_at_all_above_zero_where_its_sample_of_tokens_aske
 
 def test_batchtopk_keeps_exactly_k_a_token_on_average_where_that_many_are_above_zero() -> None:
     given = problem(700, 4, 16)
-    pairs, z_M = encode_batchtopk(given.x_ND, Encoder(*given[1:3]), 3)
+    pairs, z_M = encode_batchtopk(given.x_ND, Encoder(*given[1:3], chosen=SPARSELY), 3)
+    assert isinstance(pairs, Pairs)
     assert len(z_M) == len(pairs.latents_M) == 2100
     assert len(set(torch.bincount(pairs.tokens_M, minlength=700).tolist())) > 5  # not three each
 
@@ -418,7 +419,7 @@ def test_few_pairs_above_their_floors_are_handled_as_pairs_and_many_as_all_pairs
     for share, kind in ((0.01, Pairs), (0.07, Pairs), (0.1, AllPairs), (0.5, AllPairs)):
         # The share is estimated from the first rows.
         floor = z_NF[: kernels.PROBE_ROWS].flatten().sort(descending=True).values[round(share * 128 * 60)]
-        pairs, z_P = encode_above(given.x_ND, encoder, floor.expand(60))
+        pairs, z_P = encode_above(given.x_ND, encoder, floor.expand(60), 4)
         assert type(pairs) is kind, share
         expected_P = z_NF if isinstance(pairs, AllPairs) else z_NF[pairs.tokens_M, pairs.latents_M]
         torch.testing.assert_close(z_P, expected_P)
@@ -476,6 +477,6 @@ def test_a_pre_activation_at_its_threshold_is_not_active() -> None:
     floor_F = torch.tensor([0.5, 0.5])
     assert threshold_latents(torch.zeros(1, 2), encoder, floor_F).dense().tolist() == [[0.0, 1.0]]
     assert jumprelu(torch.tensor([[0.5, 1.0]]), floor_F, 0.1).tolist() == [[0.0, 1.0]]
-    pairs, z_M = encode_above(torch.zeros(1, 2), encoder, floor_F)
+    pairs, z_M = encode_above(torch.zeros(1, 2), encoder, floor_F, 1)
     assert isinstance(pairs, Pairs)
     assert (pairs.latents_M.tolist(), z_M.tolist()) == ([1], [1.0])

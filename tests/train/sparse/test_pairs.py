@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import pytest
@@ -80,15 +81,26 @@ def test_sums_over_pairs_are_those_of_a_loop() -> None:
     assert of_latents_FD[12].count_nonzero() == 0  # no pair has it
 
 
-def test_some_of_the_pairs_are_pairs_again() -> None:
-    pairs, values_M, listed = listed_pairs()
-    given = rows()
-    kept_M = torch.tensor([at for at, (_, latent, _) in enumerate(listed) if 3 <= latent < 8])
-    expected_ND = torch.zeros(30, 5, dtype=torch.float64)
-    for token, latent, value in listed:
-        if 3 <= latent < 8:
-            expected_ND[token] += value * given.W_dec_FD[latent]
-    torch.testing.assert_close(pairs.where(kept_M).rows_by_token(values_M[kept_M], given.W_dec_FD), expected_ND)
+@pytest.mark.parametrize("kind", [Pairs, AllPairs])
+def test_parts_decode_the_latents_between_their_ends_each_alone(kind: type) -> None:
+    given_pairs, values_M, listed = listed_pairs()
+    given, ends = rows(), (3, 4, 8)
+    pairs = given_pairs if kind is Pairs else AllPairs()
+    values_P = values_M if kind is Pairs else given_pairs.dense(values_M)
+    W_dec_FD = given.W_dec_FD.clone().requires_grad_()
+    parts = pairs.decode_parts(values_P, W_dec_FD, ends)
+    assert len(parts) == 3
+    torch.stack([(at + 1) * part_ND.sum() for at, part_ND in enumerate(parts)]).sum().backward()
+    expected_FD = torch.zeros_like(given.W_dec_FD)
+    for at, (first, end) in enumerate(pairwise((0, *ends))):
+        expected_ND = torch.zeros(30, 5, dtype=torch.float64)
+        for token, latent, value in listed:
+            if first <= latent < end:
+                expected_ND[token] += value * given.W_dec_FD[latent]
+                expected_FD[latent] += value * (at + 1)
+        torch.testing.assert_close(parts[at].detach(), expected_ND)
+    torch.testing.assert_close(W_dec_FD.grad, expected_FD)
+    assert len(pairs.decode_parts(values_P, W_dec_FD, ())) == 0
 
 
 def test_no_pairs_at_all_decode_to_the_bias_and_send_gradients_of_zero() -> None:

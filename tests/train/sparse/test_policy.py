@@ -1,12 +1,15 @@
-"""Which arithmetic pays on which device."""
+"""Which arithmetic pays on which device, and that a run keeps to it."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 
 from routesae.machine.device import has_bfloat16_units
-from routesae.train.sparse.policy import Arithmetic, arithmetic
+from routesae.reporting import WrongInput
+from routesae.train.sparse.policy import Arithmetic, arithmetic, chosen, exactly
 
 
 @pytest.mark.parametrize(
@@ -26,8 +29,8 @@ def test_a_cpu_proposes_in_bfloat16_where_it_multiplies_it_natively(
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     arithmetic.cache_clear()
     assert has_bfloat16_units() is native
-    assert arithmetic("cpu").proposal == (torch.bfloat16 if native else torch.float32)
-    assert arithmetic("cuda").proposal == torch.float32  # autocast decides there
+    assert arithmetic("cpu").proposal == ("bfloat16" if native else "float32")
+    assert arithmetic("cuda").proposal == "float32"  # autocast decides there
     arithmetic.cache_clear()
 
 
@@ -36,17 +39,92 @@ def test_a_torch_that_cannot_tell_what_the_cpu_does_computes_in_float32(monkeypa
     assert has_bfloat16_units() is False
 
 
+@pytest.mark.parametrize(
+    ("capability", "asked", "precision"),
+    [
+        ((7, 5), "auto", "float32"),  # a T4 emulates bfloat16
+        ((8, 0), "auto", "bfloat16"),
+        ((9, 0), "float32", "float32"),
+        ((9, 0), "tf32", "tf32"),
+    ],
+)
+def test_a_gpu_multiplies_bfloat16_where_it_has_units_for_it_and_else_what_was_asked_for(
+    capability: tuple[int, int], asked: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    units = has_bfloat16_units("cuda")
+    assert chosen("cuda", bfloat16_units=units, precision=asked).precision == precision
+    assert chosen("cpu", bfloat16_units=True, precision="auto").precision == "float32"
+
+
+def test_tf32_is_refused_in_one_line_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    how = chosen("cuda", bfloat16_units=True, precision="tf32")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    how.require_possible(torch.device("cuda"))
+    with pytest.raises(WrongInput, match=r"--precision tf32 needs CUDA of .* 8 or more, and this is cpu; give f"):
+        how.require_possible(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 0))
+    with pytest.raises(WrongInput, match="this is cuda"):
+        how.require_possible(torch.device("cuda"))
+
+
 def test_cuda_sums_over_active_pairs_only_where_its_bandwidth_makes_that_faster() -> None:
-    products, bytes_a_second, bytes_a_number = 989e12, 3.35e12, 4  # an H100's, of bfloat16; rows are float32
-    crossing = 2 * bytes_a_second / (bytes_a_number * products)
-    assert arithmetic("cuda").sparse_below == pytest.approx(crossing, rel=0.01)
+    bytes_a_second, bytes_a_number = 3.35e12, 4  # an H100's; rows are float32
+    for precision, products in (("bfloat16", 989e12), ("tf32", 495e12), ("float32", 67e12)):
+        crossing = 2 * bytes_a_second / (bytes_a_number * products)
+        how = chosen("cuda", bfloat16_units=True, precision=precision)
+        assert how.sparse_below == pytest.approx(crossing, rel=0.01)
+        assert how.dense(64, round(64 / crossing * 0.98))
+        assert not how.dense(64, round(64 / crossing * 1.02))
+        assert not how.replace(max_memory=10**9).dense(64, 64)
     assert arithmetic("cpu").sparse_below == pytest.approx(1 / 12)
 
 
-def test_rows_at_once_are_those_asked_for_or_what_a_cpus_caches_hold_or_all() -> None:
-    chosen = Arithmetic(torch.float32, 1 / 12)
-    assert chosen.rows_at_once(10_000, "cpu", torch.float32) == 512
-    assert chosen.rows_at_once(10_000, "cpu", torch.bfloat16) == 2048
-    assert chosen.rows_at_once(100, "cpu", torch.bfloat16) == 100
-    assert chosen.rows_at_once(10_000, "cuda", torch.float32) == 10_000
-    assert chosen._replace(chunk_rows=7).rows_at_once(10_000, "cuda", torch.float32) == 7
+def test_rows_at_once_are_those_that_memory_holds_or_a_cpus_caches_or_all() -> None:
+    cpu, cuda = (chosen(kind, bfloat16_units=True) for kind in ("cpu", "cuda"))
+    assert cpu.rows_at_once(10_000, 64, torch.float32) == 512
+    assert cpu.rows_at_once(10_000, 64, torch.bfloat16) == 2048
+    assert cpu.rows_at_once(100, 64, torch.bfloat16) == 100
+    assert cuda.rows_at_once(10_000, 64, torch.float32) == 10_000
+    assert cuda.replace(max_memory=4 * 64 * 7 + 5).rows_at_once(10_000, 64, torch.float32) == 7
+
+
+def test_threads_and_tf32_are_what_the_policy_says_only_while_it_is_applied() -> None:
+    def now() -> tuple[int, str]:
+        return torch.get_num_threads(), torch.get_float32_matmul_precision()
+
+    before = now()
+    for precision, products in (("bfloat16", "high"), ("tf32", "high"), ("float32", "highest")):
+        with chosen("cuda", bfloat16_units=True, precision=precision, threads=3).applied():
+            assert now() == (3, products)
+            with exactly("cpu"):
+                assert now() == (3, "highest")
+            assert now() == (3, products)
+        assert now() == before
+    with pytest.raises(KeyError), chosen("cpu", bfloat16_units=True, threads=2).applied():
+        raise KeyError
+    assert now() == before
+
+
+def test_exactly_is_float32_under_autocast_too() -> None:
+    """As 1 + 2^-9 is no bfloat16."""
+    a = torch.tensor([[1 + 2**-9]])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (a @ a).dtype == torch.bfloat16
+        with exactly("cpu"):
+            assert (a @ a).item() == (1 + 2**-9) ** 2
+
+
+def test_what_was_chosen_is_kept_whole_and_said_in_a_line() -> None:
+    every: list[dict[str, Any]] = [
+        {"kind": "cuda", "bfloat16_units": True, "precision": "auto", "threads": 4, "max_memory": 10**6},
+        {"kind": "cpu", "bfloat16_units": True, "threads": 1},
+    ]
+    for facts in every:
+        how = chosen(facts.pop("kind"), **facts)
+        assert Arithmetic(**how.to_dict()) == how
+    assert str(how) == (
+        "float32 as on cpu, 1 thread, active latents proposed in bfloat16, sums over active pairs below 1/12 of all"
+    )
+    with pytest.raises(WrongInput, match="kind 'tpu'"):
+        Arithmetic(**{**how.to_dict(), "kind": "tpu"})

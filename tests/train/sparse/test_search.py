@@ -16,7 +16,6 @@ from routesae.train.sparse.search import (
     all_above,
     largest,
     pre_activations,
-    proposal_dtype,
     row_products,
     topk_of,
 )
@@ -152,8 +151,9 @@ def precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 def given_in(precision: str, given: Problem) -> Problem:
     if precision != "float64":
-        proposal = torch.bfloat16 if precision == "proposed in bfloat16" else torch.float32
-        return given._replace(encoder=given.encoder._replace(chosen=Arithmetic(proposal, 1.0)))
+        proposal = "bfloat16" if precision == "proposed in bfloat16" else "float32"
+        how = Arithmetic(proposal=proposal, sparse_below=1.0)
+        return given._replace(encoder=given.encoder._replace(chosen=how))
     parts = (None if part is None else part.double() for part in given.encoder[:3])
     return Problem(given.x_ND.double(), Encoder(*parts))
 
@@ -192,11 +192,11 @@ def test_the_top_k_is_the_same_whichever_precision_proposes() -> None:
         given = problem(kind)
         z_NF, rounding = given.exact()
         found = {}
-        for proposal in (torch.float32, torch.bfloat16):
-            encoder = given.encoder._replace(chosen=Arithmetic(proposal, 1.0))
+        for proposal in ("float32", "bfloat16"):
+            encoder = given.encoder._replace(chosen=Arithmetic(proposal=proposal, sparse_below=1.0))
             z_NK, indices_NK = topk_of(given.x_ND, encoder, 8)
             found[proposal] = z_NK.sort(dim=1).values, indices_NK.sort(dim=1).values
-        plain, proposed = found[torch.float32], found[torch.bfloat16]
+        plain, proposed = found["float32"], found["bfloat16"]
         torch.testing.assert_close(proposed[0], plain[0], rtol=1e-5, atol=rounding)
         best_N9 = torch.topk(z_NF, 9, dim=1).values
         clear_N = best_N9[:, 7] - best_N9[:, 8] > 2 * rounding
@@ -280,15 +280,16 @@ def test_pre_activations_come_in_order_and_once_and_within_their_precision(kind:
 def test_only_float32_rows_are_proposed_for_in_what_autocast_or_the_arithmetic_says() -> None:
     x_ND = torch.zeros(2, 3)
     for proposal in (torch.float32, torch.bfloat16):
-        assert proposal_dtype(x_ND, proposal) == proposal
-        assert proposal_dtype(x_ND.double(), proposal) == torch.float64
-        assert proposal_dtype(x_ND.bfloat16(), proposal) == torch.bfloat16
+        proposes = Arithmetic(proposal=str(proposal).removeprefix("torch."), sparse_below=1.0).proposes
+        assert proposes(x_ND) == proposal
+        assert proposes(x_ND.double()) == torch.float64
+        assert proposes(x_ND.bfloat16()) == torch.bfloat16
         for dtype in (torch.bfloat16, torch.float16):
             with torch.autocast("cpu", dtype=dtype):
-                assert proposal_dtype(x_ND, proposal) == dtype
-                assert proposal_dtype(x_ND.double(), proposal) == torch.float64
+                assert proposes(x_ND) == dtype
+                assert proposes(x_ND.double()) == torch.float64
         with torch.autocast("cpu", enabled=False):
-            assert proposal_dtype(x_ND, proposal) == proposal
+            assert proposes(x_ND) == proposal
 
 
 def test_under_autocast_what_is_handed_out_is_as_exact_as_without_it() -> None:

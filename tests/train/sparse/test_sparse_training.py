@@ -21,8 +21,7 @@ from routesae.train.sparse.search import Encoder
 from routesae.train.trainee import DEFAULT_CLIP
 
 L, N, D, LATENTS, K = 3, 160, 24, 256, 4
-NONE_DEAD = torch.zeros(LATENTS, dtype=torch.bool)
-DEAD = torch.arange(LATENTS) >= LATENTS - 30
+DEAD = torch.arange(LATENTS - 30, LATENTS)
 OVER_ONE: dict[str, dict[str, Any]] = {
     "vanilla": {"sae": "vanilla"},
     "gated": {"sae": "gated"},
@@ -88,10 +87,10 @@ def test_the_objective_and_all_gradients_over_few_pairs_are_those_over_all(
     case, layers = (OVER_ONE[name], 1) if name in OVER_ONE else (OVER_SEVERAL[name], L)
     x_LND = rows(layers, seed=1)
     found: dict[type, dict[str, Tensor]] = {}
-    few, plain = torch.bfloat16, torch.float32
+    few, plain = "bfloat16", "float32"
     for proposal, kind in ((few, Pairs), (plain, Pairs), (plain, AllPairs)):
         below = -1 if kind is AllPairs else policy.SPARSE_BELOW["cpu"]
-        monkeypatch.setattr(SAE, "arithmetic", Arithmetic(proposal, below))
+        monkeypatch.setattr(SAE, "arithmetic", Arithmetic(proposal=proposal, sparse_below=below))
         sae = make(case, x_LND)
         out = sae(Normalised(x_LND))
         assert type(out.latents.pairs) is kind  # chosen by itself where few are active
@@ -149,11 +148,11 @@ def curve(sae: SAE, kind: type, dtype: torch.dtype) -> Tensor:
 def test_200_steps_of_training_over_few_pairs_have_the_curve_of_those_over_all(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(SAE, "arithmetic", Arithmetic(torch.bfloat16, 1.1))
+    monkeypatch.setattr(SAE, "arithmetic", Arithmetic(proposal="bfloat16", sparse_below=1.1))
     recipe = Recipe(sae=name, layers=(1,), width=D, latents=LATENTS, k=2 * K)
     sparsely = build(recipe, torch.Generator().manual_seed(0))
     sparse = curve(sparsely, Pairs, dtype)
-    monkeypatch.setattr(SAE, "arithmetic", Arithmetic(torch.float32, -1))
+    monkeypatch.setattr(SAE, "arithmetic", Arithmetic(sparse_below=-1.0))
     monkeypatch.setattr(losses, "encode_topk", plain_encode_topk)
     densely = DenseTopK if name == "topk" else build
     dense = curve(densely(recipe, torch.Generator().manual_seed(0)), AllPairs, dtype)
