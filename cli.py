@@ -18,6 +18,8 @@ from routesae.console.commands import BLOCKS, CONFIG, DRY_RUN, JSON, PIPELINE, W
 from routesae.console.terminal import columns, echo, side_by_side, table
 from routesae.reporting import FailedRun, human_bytes, visible
 
+TOKENS_OF = {"held-out": "held-out tokens", "all": "tokens of all rows"}
+
 
 @click.group(
     "routesae", cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 10_000}
@@ -109,14 +111,14 @@ def ablation(settings: Any, rows: list[dict[str, Any]]) -> None:
 
 @command(main, "analyze.scores.settings:AnalyzeSettings", JSON, BLOCKS, WATCH, run="analyze.scores.run:analyze")
 def analyze(settings: Any, results: dict[str, Any]) -> None:
-    """Score SAEs on the held-out rows of a cache.
+    """Score SAEs on a cache: its held-out rows, or all of a corpus that they were not trained on.
 
     What follows ± is half of a 95 % confidence interval, by bootstrap over rows; --json has both its ends.
 
     Example: routesae analyze --metric KLDiv --metric Recovered --tokens 20k --json scores.json
     """
     echo(*table(results["saes"], *directions()))
-    echo(f"on {results['tokens_scored']:,} held-out tokens")
+    echo(f"on {results['tokens_scored']:,} {TOKENS_OF[results['rows']]} of {results['cache']['corpus']}")
 
 
 @command(main, "analyze.clamp.settings:ClampSettings", JSON, WATCH, run="analyze.clamp.run:clamp")
@@ -153,7 +155,8 @@ def compare(settings: Any, found: Any) -> None:
     Example: routesae compare saes/topk_layer15_4608_k64 saes/jumprelu_layer15_4608_k64
     """
     echo(*str(found).split("\n"))
-    echo(f"A: {found['a']}", f"B: {found['b']}", f"on {found['tokens']:,} held-out tokens")
+    echo(f"A: {found['a']}", f"B: {found['b']}")
+    echo(f"on {found['tokens']:,} {TOKENS_OF[found['rows']]} of {found['corpus']}")
 
 
 @command(main, "analyze.contexts.settings:ContextSettings", BLOCKS, WATCH, run="analyze.contexts.run:contexts")

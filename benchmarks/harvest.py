@@ -120,7 +120,7 @@ def beside_plain_writes(folder: Path, manifest: Manifest, tokens: int, rounds: i
     rows = tokens // manifest.context
     manifest = Manifest(**{**manifest.to_dict(), "shard_rows": rows, "rows": rows})
     token_ids_sT = rng.integers(100, 1000, (rows, manifest.context)).astype(np.int32)
-    order = shard_order(token_ids_sT, manifest, 0)
+    order = shard_order(manifest.kept(token_ids_sT, np.zeros(token_ids_sT.shape, np.uint8)), manifest, 0)
     hidden_nD = rng.standard_normal((len(order), manifest.width), np.float32).astype(manifest.dtype)
     hidden = [(layer, hidden_nD + hidden_nD.dtype.type(layer)) for layer in manifest.layers]
     arrays = list(float_shard(token_ids_sT, order, hidden))

@@ -30,7 +30,6 @@ from routesae.analyze.inputs.lm import lm_of_cache, load_lm_of
 from routesae.analyze.scores.intervals import draws, measure
 from routesae.analyze.scores.lm_scores import score_with_lm
 from routesae.analyze.scores.metrics import METRICS
-from routesae.harvest.cache.manifest import kept_positions
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.lm.model import LanguageModel
 from routesae.machine.device import pick_device
@@ -162,8 +161,7 @@ def main() -> None:
     lm = load_lm_of([lm_of_cache(cache)], None, device=args.device, lm_dtype="float32").lm
     first = cache.manifest.train_rows
     ids_ST = cache.tokens()[first : first + args.rows]
-    dropped = cache.manifest.dropped_ids
-    kept_ST = kept_positions(ids_ST, dropped_ids=dropped, skip_positions=cache.manifest.skip_positions)
+    kept_ST = cache.kept(first, first + args.rows)
     ids, kept = torch.tensor(ids_ST, dtype=torch.int64).to(device), torch.from_numpy(kept_ST).to(device)
     seconds: dict[str, list[float]] = {"together": [], "one by one": []}
     worst = 0.0

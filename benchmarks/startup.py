@@ -121,7 +121,7 @@ def stand_in(path: Path) -> Path:
         skip_positions=1,
         versions={},
     )
-    order = shard_order(token_ids_sT, manifest, 0)
+    order = shard_order(manifest.kept(token_ids_sT, np.zeros(token_ids_sT.shape, np.uint8)), manifest, 0)
     hidden = [(layer, rng.standard_normal((len(order), WIDTH), np.float32).astype("<f2")) for layer in LAYERS]
 
     def record(hashes: Any) -> ShardRecord:

@@ -146,7 +146,7 @@ def make_option(of: type[Settings], field: str, one: Setting) -> click.Parameter
         flags = flag if one.default is False else f"{flag}/--no-{flag[2:]}"
         return click.Option([flags, field], is_flag=True, default=None, help=text, envvar=one.env)
     metavar = choices or one.metavar or {int: "N", float: "X"}.get(kind, "TEXT")
-    repeated = one.swept or (several and kind not in (int, float))
+    repeated = one.swept or (several and kind not in (int, float) and not one.commas)
     return click.Option(
         [flag, field], metavar=metavar + "..." * repeated, multiple=repeated, help=text, envvar=one.env
     )

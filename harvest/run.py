@@ -15,7 +15,7 @@ from routesae.harvest.cache.arrays import BadArray
 from routesae.harvest.cache.claims import Claims
 from routesae.harvest.cache.manifest import shard_name
 from routesae.harvest.cache.reader import Cache, damaged, root_array
-from routesae.harvest.cache.writer import ROOT_ARRAYS, remove_partial_shards
+from routesae.harvest.cache.writer import remove_partial_shards
 from routesae.harvest.filling.begin import open_or_begin, require_disk
 from routesae.harvest.filling.output import Output
 from routesae.harvest.filling.shards import harvest_shards
@@ -60,7 +60,7 @@ def harvest(settings: HarvestSettings, report: Report = silent) -> Cache:
         is_resumed = output.is_begun()
         cache = open_or_begin(output, settings, config, lm_dtype, claims, report, prove)
         remove_partial_shards(folder, claims)
-        cache.tokens(), cache.document_starts()  # refused where they are not what was written
+        cache.tokens(), cache.roles(), cache.documents()  # refused where they are not what was written
         output.publish_left(cache, claims)
         if missing := len(cache.missing()):
             if is_resumed:
@@ -87,7 +87,7 @@ def _whole(cache: Cache) -> Cache:
     name = ""
     try:
         cache.require_whole()
-        for name in ROOT_ARRAYS:
+        for name in cache.manifest.root_hashes:
             root_array(cache.storage, cache.manifest, name)
         for shard in cache.shards():
             for array in shard.record.hashes:

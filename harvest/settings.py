@@ -9,6 +9,8 @@ from typing import NamedTuple
 from routesae.machine.settings import DEVICE, KEPT, LM_DTYPE, MODEL, RUN, SEED, Settings, setting
 from routesae.reporting import WrongInput
 
+PROVENANCE = ("data", "place")  # columns of documents.parquet that every cache has
+
 
 class Share(NamedTuple):
     """Which of how many workers a process is."""
@@ -28,21 +30,55 @@ class HarvestSettings(Settings):
     """Settings of one harvest. Raises WrongInput where a value is impossible."""
 
     model: str = setting("meta-llama/Llama-3.2-1B", MODEL, "Hub id, local folder, .gguf file, or demo.")
-    data: str = setting(
-        "Skylion007/openwebtext",
+    data: tuple[str, ...] = setting(
+        ("Skylion007/openwebtext",),
         MODEL,
-        "A .txt, .parquet or .jsonl file (also .gz, .zst), a folder of them, a hub dataset id, or demo.",
+        "A .txt, .parquet or .jsonl file (also .gz, .zst), a folder of them or of save_to_disk, a hub dataset id, or "
+        "demo.",
+    )
+    mix: tuple[float, ...] = setting(
+        (),
+        MODEL,
+        "Share of the tokens that each of several --data gives.",
+        metavar="X,X…",
+        unset="of one --data, all",
+        gt=0,
     )
     data_config: str | None = setting(
         None, MODEL, "Configuration of a hub dataset that has several.", metavar="NAME", unset="its default"
     )
-    split: str = setting("train", MODEL, "Split of a hub dataset.")
-    text_field: str = setting("text", MODEL, "Field or column that holds a document's text.")
-    min_chars: int = setting(100, MODEL, "Skip documents shorter than this many characters.", ge=0)
+    split: str = setting("train", MODEL, "Split of a hub dataset, or of a folder of save_to_disk.")
+    text_field: str = setting(
+        "text",
+        MODEL,
+        "Field of a text or messages; where it is missing, messages, or chosen and rejected.",
+    )
+    token_field: str | None = setting(
+        None, MODEL, "Field of token ids, used as they are instead of a text.", metavar="TEXT", unset="texts are read"
+    )
+    min_chars: int = setting(100, MODEL, "Skip texts and conversations shorter than this many characters.", ge=0)
     tokens: int = setting(10_000_000, MODEL, "Tokens of the corpus to run the LM on.", ge=1)
     context: int = setting(512, MODEL, "Tokens in a row, that is, a sequence of the LM.", ge=2)
     layers: str | None = setting(
         None, KEPT, 'Layers to keep, such as "4-12" or "4,8,12".', metavar="LIST", unset="n//4 to 3n//4"
+    )
+    held_out: float = setting(
+        0.05,
+        KEPT,
+        "Share of the rows that train never reads: 0 for training alone, 1 for scoring alone.",
+        ge=0,
+        le=1,
+    )
+    keep_fields: tuple[str, ...] = setting(
+        (), KEPT, "Fields of each document to keep beside where it came from.", commas=True, metavar="NAME,NAME…"
+    )
+    keep_roles: tuple[str, ...] = setting(
+        (),
+        KEPT,
+        "Keep only tokens that messages of these roles spell.",
+        commas=True,
+        unset="all",
+        metavar="NAME,NAME…",
     )
     dtype: str = setting(
         "float16",
@@ -70,7 +106,19 @@ class HarvestSettings(Settings):
     )
     out: str = setting("shards", RUN, "Folder of the cache, or a URL: s3://bucket/shards.", metavar="PATH")
 
+    @property
+    def corpus(self) -> str:
+        """What the manifest calls the corpus: the --data, of several with their shares."""
+        mixed = [f"{share:g} {data}" for share, data in zip(self.mix, self.data, strict=False)]
+        return " + ".join(mixed if len(self.data) > 1 else self.data)
+
     def check(self) -> None:
+        if len(set(self.data)) != (len(self.mix) or 1):
+            shares = f"{len(self.mix)} shares of --mix" if self.mix else "no --mix"
+            several = f"{len(set(self.data))} different --data and {shares}"
+            raise WrongInput(f"{several}; give a share for each, such as --mix 0.7,0.3")
+        if taken := set(self.keep_fields) & set(PROVENANCE):
+            raise WrongInput(f"--keep-fields {min(taken)} is the name of a column that every cache has; rename it")
         if self.skip_positions >= self.context:
             raise WrongInput(f"--skip-positions {self.skip_positions} leaves nothing of --context {self.context}")
         if (self.worker is None) != (self.workers is None):

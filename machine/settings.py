@@ -38,7 +38,8 @@ class Setting:
     flag: its spelling where that is not the field's name. choices: the words it may be. only_for: the variant or
     trait that has it. unset: what None comes to, in words; none: the word that says None.
     instead_of: the setting that says the same in another unit; at most one of the two is given.
-    swept: it may be given several times, and every combination is trained. ge, gt, le, lt: its bounds.
+    swept: it may be given several times, and every combination is trained. commas: its words may be written as one,
+    with commas between them. ge, gt, le, lt: its bounds.
     """
 
     default: Any  # ... for none
@@ -53,6 +54,7 @@ class Setting:
     instead_of: str | None = None
     choices: Collection[str] = ()
     swept: bool = False
+    commas: bool = False
     env: str | None = None
     positional: bool = False
     ge: float | None = None
@@ -75,6 +77,7 @@ LM_DTYPE = setting(
     "Precision of the LM; auto is the harvest's, and in harvest bfloat16 where the device is fast at it.",
     choices=("auto", "float32", "bfloat16"),
 )
+ROWS = ("held-out", "all")
 CACHE = setting("shards", MODEL, "Folder or URL that harvest wrote.", metavar="PATH")
 OUT = setting("saes", RUN, "Folder of SAE folders.", metavar="PATH")
 SAES = setting(
@@ -187,8 +190,8 @@ def _from_text(of: type[Settings], name: str, value: Any) -> Any:
     try:
         if not several:
             return _read(value, kind, one.choices if one else ())
-        if isinstance(value, str) and kind in (int, float):
-            value = value.split(",")
+        if isinstance(value, str) and (kind in (int, float) or (one and one.commas)):
+            value = [item.strip() for item in value.split(",")]
         items = value if isinstance(value, list | tuple) else [value]
         return tuple(_read(item, kind, one.choices if one else ()) for item in items)
     except ValueError as error:

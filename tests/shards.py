@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import torch
+import xxhash
 
 from routesae.harvest.cache.arrays import array_hash, read_group, write_array, write_group
-from routesae.harvest.cache.manifest import STATISTICS, LayerStatistics, Manifest, layer_name
+from routesae.harvest.cache.manifest import DOCUMENTS, STATISTICS, LayerStatistics, Manifest, layer_name
 from routesae.harvest.cache.quantise import row_statistics
 from routesae.harvest.cache.writer import begin_cache, staging
 
@@ -38,14 +41,20 @@ def float_shard(
 
 def begin(path: Path, tokens_ST: Array, **fields: Any) -> Manifest:
     """A cache of one document and no shards yet. fields: those of the manifest that are not about its arrays."""
-    document_starts = np.zeros(1, "<i8")
-    names = ("tokens_hash", "document_starts_hash")
-    hashes = dict(zip(names, map(array_hash, (tokens_ST, document_starts)), strict=True))
-    manifest = Manifest(**hashes, **fields, weights_hash="x", exact_weights_hash="x", documents=1)
+    root = {"tokens": tokens_ST, "roles": np.zeros(tokens_ST.shape, "|u1"), "document_starts": np.zeros(1, "<i8")}
+    pyarrow.parquet.write_table(
+        pyarrow.table({"data": ["made"], "place": ["1"]}), sink := pyarrow.BufferOutputStream()
+    )
+    documents = sink.getvalue().to_pybytes()
+    made = {f"{name}_hash": array_hash(array) for name, array in root.items()}
+    made |= {"documents_hash": xxhash.xxh3_64_hexdigest(documents), "weights_hash": "x", "exact_weights_hash": "x"}
+    made |= {"documents": 1, "held_out": 0.05, "roles": (), "keep_roles": (), "keep_fields": ()}
+    manifest = Manifest(**{**made, **fields})
     path.mkdir(parents=True, exist_ok=True)
     with staging(path, "tokens") as prepared:
-        write_array(prepared / "tokens", tokens_ST)
-        write_array(prepared / "document_starts", document_starts)
+        for name, array in root.items():
+            write_array(prepared / name, array)
+        (prepared / DOCUMENTS).write_bytes(documents)
         begin_cache(path, manifest, prepared)
     return manifest
 

@@ -40,12 +40,12 @@ TRAIN = """cache sae latents expansion k layer sparsity pre-act-loss prefixes ro
     precision max-memory log-every-steps log-project checkpoint-every log seed verify device shard cpu-offload out
     freeze from config"""
 OPTIONS = {
-    "harvest": f"""model data data-config split text-field min-chars tokens context layers dtype overflow
-        skip-positions keep-special shard-tokens batch-sequences seed device lm-dtype worker workers out
+    "harvest": f"""model data mix data-config split text-field token-field min-chars tokens context layers
+        held-out keep-fields keep-roles dtype overflow skip-positions keep-special shard-tokens batch-sequences seed device lm-dtype worker workers out
         {RUN} {BLOCKS}""",
     "train": f"{TRAIN} name overwrite resume {RUN} {BLOCKS}",
     "ablation": f"{TRAIN} score-tokens model lm-dtype plot contexts threshold {RUN} {BLOCKS}",
-    "analyze": f"metric tokens all-positions infer-k theta batch-sequences lm-dtype json {SAES} {RUN} {BLOCKS}",
+    "analyze": f"metric rows tokens all-positions infer-k theta batch-sequences lm-dtype json {SAES} {RUN} {BLOCKS}",
     "contexts": f"""threshold per-class max-classes min-contexts choose top window samples batch-tokens overwrite
         {SAES} {RUN} {BLOCKS}""",
     "clamp": f"""add multiply set ablate error-term prompt prompts text-field hh max-prompts chat max-new-tokens
@@ -222,7 +222,7 @@ def test_table_and_json_hold_the_same_numbers(
     header, units, _, *lines, last = result.stdout.splitlines()
     assert units.split() == ["nats"] * 4
     scores = json.loads(file.read_text())
-    assert last == f"on {scores['tokens_scored']:,} held-out tokens"
+    assert last == f"on {scores['tokens_scored']:,} held-out tokens of {tiny_cache.manifest.corpus}"
     assert len(lines) == len(scores["saes"]) == 2
     for line, row in zip(lines, scores["saes"], strict=True):
         shown = dict(zip(header.split(), re.split(r"\s{2,}", line.strip()), strict=True))
@@ -243,7 +243,7 @@ def test_table_and_json_hold_the_same_numbers(
 
 def test_json_files_never_hold_a_bare_nan(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     row = {"sae": "x", "NormMSE": float("nan"), "intervals": {"NormMSE": (float("nan"), float("inf"))}}
-    results = {"saes": [row], "tokens_scored": 1}
+    results = {"saes": [row], "tokens_scored": 1, "rows": "all", "cache": {"corpus": "x"}}
     monkeypatch.setattr("routesae.analyze.scores.run.analyze", lambda settings, report: results)
     assert invoke("analyze", "--json", tmp_path / "scores.json").exit_code == 0
     assert read_json(tmp_path / "scores.json")["saes"] == [

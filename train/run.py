@@ -136,6 +136,11 @@ def _selection(cache: Cache, jobs: Sequence[Job], settings: TrainSettings, ranks
     """The training rows of every layer that an SAE reads. Raises WrongInput if there are too few."""
     layers = sorted({layer for job in jobs for layer in job.recipe.layers})
     selection = Selection(cache, 0, cache.manifest.train_rows, layers)
+    if cache.manifest.train_rows == 0:
+        raise WrongInput(
+            f"{cache.path} was harvested with --held-out {cache.manifest.held_out:g}, for scoring alone, so there is "
+            "no row to train on; give another --cache"
+        )
     if len(selection) == 0:
         raise WrongInput(f"{cache.path} has no kept token in its training rows; harvest more text")
     if settings.batch_tokens < ranks.world:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from routesae.analyze.inputs.saes import open_saes
+from routesae.analyze.inputs.saes import open_saes, rows_to_read
 from routesae.analyze.latents.settings import CompareSettings
 from routesae.harvest.cache.reader import Cache
 from routesae.machine.device import pick_device
@@ -38,7 +38,9 @@ TINY = 1e-12
 
 
 class Comparison(dict[str, Any]):
-    """a, b: the SAEs' names. tokens: N. counts: how many latents are shared, by each measure and both, of how many;
+    """a, b: the SAEs' names. tokens: N, of the rows of the corpus that are named.
+
+    counts: how many latents are shared, by each measure and both, of how many;
     mean_nearest: the mean over A's latents of their largest likeness to any of B's. pairs: the shared latents, with
     their likeness by each measure, None where they are not shared by it."""
 
@@ -65,11 +67,11 @@ def compare(settings: CompareSettings, report: Report = silent) -> Comparison:
     if len(opened) < 2:
         raise WrongInput(f"{settings.a} and {settings.b} are one SAE; name two")
     one, other = saes = [opened_sae.sae for opened_sae in opened.values()]
-    first, after = cache.manifest.train_rows, cache.manifest.rows
+    rows, first, after = rows_to_read(None, cache, opened)
     after = min(after, first + max(1, settings.tokens // cache.manifest.context))
     selection = Selection(cache, first, after, sorted({*one.layers, *other.layers}))
     if len(selection) == 0:
-        raise WrongInput(f"{cache.path} has no held-out token to compare on; harvest more text")
+        raise WrongInput(f"{cache.path} has no token to compare on; harvest more text")
     W_FC, W_GC = _decoders(one, other)
     f, g = _activations(selection, saes, device, report)
     found = {"decoder": _nearest(lambda part: W_FC[part] @ W_GC.T, one.latents)}
@@ -88,7 +90,8 @@ def compare(settings: CompareSettings, report: Report = silent) -> Comparison:
             pairs.setdefault((a, b), {"A": a, "B": b, **dict.fromkeys(found)})[name] = float(like_F[a])
     strongest = sorted(pairs.values(), key=lambda pair: -sum(pair[name] or 0 for name in found))
     named = dict(zip("ab", opened, strict=True))
-    return Comparison(named, tokens=len(selection), counts=counts, pairs=Table(strongest))
+    read = {"tokens": len(selection), "rows": rows, "corpus": cache.manifest.corpus}
+    return Comparison(named, **read, counts=counts, pairs=Table(strongest))
 
 
 def _decoders(one: SAE, other: SAE) -> list[Tensor]:

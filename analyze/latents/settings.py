@@ -40,7 +40,7 @@ class CompareSettings(Settings):
     a: str = setting(..., MODEL, "SAE folder, or user/repo[/folder][@revision] on the hub.", positional=True)
     b: str = setting(..., MODEL, "The other one.", positional=True)
     cache: str = CACHE
-    tokens: int = setting(20_000, MATCHING, "Held-out tokens to correlate activations over, in whole rows.", ge=1)
+    tokens: int = setting(20_000, MATCHING, "Tokens to correlate activations over, in whole rows.", ge=1)
     threshold: float = setting(
         0.7, MATCHING, "Cosine of decoder rows, or correlation, of latents that count as shared.", gt=0, le=1
     )

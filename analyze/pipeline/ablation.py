@@ -43,13 +43,14 @@ def ablation(settings: AblationSettings, report: Report = silent) -> list[dict[s
     """
     if settings.plot and importlib.util.find_spec("matplotlib") is None:
         raise WrongInput("the Pareto plot needs matplotlib: pip install 'routesae[plot]', or give --no-plot")
-    training = settings.training
+    training, manifest = settings.training, Cache(settings.training.cache).manifest
+    if manifest.train_rows == manifest.rows:
+        raise WrongInput(f"{training.cache} has no held-out rows to score SAEs on; harvest one with --held-out 0.05")
     Path(settings.out).mkdir(parents=True, exist_ok=True)
     train(training, report)
     out, saes = Path(settings.out), tuple(str(folder) for folder in folders(training))
     common: dict[str, Any] = {"cache": training.cache, "device": training.device, "model": settings.model}
-    tokens_hash = Cache(training.cache).manifest.tokens_hash
-    facts = {sae: read_facts(Path(sae), tokens_hash) for sae in saes}
+    facts = {sae: read_facts(Path(sae), manifest.tokens_hash) for sae in saes}
     unread = tuple(sae for sae, of in facts.items() if not of or of["settings"]["threshold"] != settings.threshold)
     if settings.contexts and unread:
         contexts(ContextSettings(saes=unread, threshold=settings.threshold, overwrite=True, **common), report)

@@ -129,14 +129,15 @@ def _run(settings: PipelineSettings, record: Record, report: Report) -> Pipeline
 
 def _harvest(asked: HarvestSettings, cache: Path, record: Record, report: Report) -> bool:
     inputs = {name: value for name, value in asked.to_dict().items() if name not in HOW_IT_RUNS}
-    inputs |= {"files of data": listing(asked.data), "files of model": listing(asked.model)}
+    inputs |= {"files of data": [listing(data) for data in asked.data], "files of model": listing(asked.model)}
+    inputs = plain(inputs)
     whole = (cache / "zarr.json").exists() and not Cache(cache).missing()
     before = record.steps.get("harvest", {}).get("inputs", {})
-    for name in ("data", "model"):
+    for name, shown in (("data", asked.corpus), ("model", asked.model)):
         same_name = before.get(name) == inputs[name] and before.get("out") == inputs["out"]
-        if same_name and whole and before.get(f"files of {name}") != plain(inputs[f"files of {name}"]):
+        if same_name and whole and before.get(f"files of {name}") != inputs[f"files of {name}"]:
             raise WrongInput(
-                f"{inputs[name]} has changed since {cache} was harvested, and a cache is never replaced; "
+                f"{shown} has changed since {cache} was harvested, and a cache is never replaced; "
                 f"give another out or cache, or delete {cache}"
             )
     step = Step("harvest", inputs, (cache / "zarr.json",))

@@ -108,7 +108,7 @@ METRICS: dict[str, Metric] = {
         ),
         Metric(
             name="Dead",
-            meaning="share of latents that are active on no held-out token",
+            meaning="share of latents that are active on none of the tokens",
             better=LOWER,
             value=lambda sums: sums["dead"],
             by_row=False,  # a draw repeats rows, so it sees fewer different ones and finds more latents dead

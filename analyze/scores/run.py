@@ -1,4 +1,4 @@
-"""Run `routesae analyze`: score SAEs on the held-out rows of a cache, one row of numbers for each SAE and sparsity.
+"""Run `routesae analyze`: score SAEs on rows of a cache, one row of numbers for each SAE and sparsity.
 
 The LM is loaded only if a metric needs it.
 """
@@ -10,17 +10,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from routesae import __version__
 from routesae.analyze.contexts.file import read_facts
 from routesae.analyze.inputs.identity import cache_identity, sae_identity, versions
 from routesae.analyze.inputs.lm import lm_of_cache, load_lm_of
-from routesae.analyze.inputs.saes import OpenSAE, open_saes
+from routesae.analyze.inputs.saes import OpenSAE, open_saes, rows_to_read
 from routesae.analyze.scores.intervals import draws, measure
 from routesae.analyze.scores.metrics import METRICS
 from routesae.analyze.scores.results import described
 from routesae.analyze.scores.settings import AnalyzeSettings
 from routesae.analyze.scores.sparsity import at_sparsity
-from routesae.harvest.cache.manifest import kept_positions
 from routesae.harvest.cache.reader import Cache
 from routesae.machine.device import pick_device
 from routesae.machine.files import signed
@@ -41,9 +42,7 @@ def analyze(settings: AnalyzeSettings, report: Report = silent) -> dict[str, Any
     identity = cache_identity(cache)
     device = pick_device(settings.device)
     opened = open_saes(settings.saes, Path(settings.out), cache, device)
-    first, after = cache.manifest.train_rows, cache.manifest.rows
-    if first == after:
-        raise WrongInput(f"{cache.path} has no held-out rows: it is one row of tokens; harvest more text")
+    which, first, after = rows_to_read(settings.rows, cache, opened)
     if settings.tokens is not None:
         after = min(after, first + max(1, settings.tokens // cache.manifest.context))
     saes, rows = _views(opened, settings, cache.manifest.tokens_hash)
@@ -67,6 +66,7 @@ def analyze(settings: AnalyzeSettings, report: Report = silent) -> dict[str, Any
         "settings": settings.to_dict(),
         "device": str(device),
         "cache": identity,
+        "rows": which,
         "rows_scored": [first, after],
         "tokens_scored": (after - first) * cache.manifest.context,
         "identities": {name: sae_identity(sae.sae) for name, sae in opened.items()},
@@ -137,11 +137,10 @@ def _row_sums_of_lm(
             log.warning("%s: left out of the LM's metrics: %s", name, refusal)
     if not spliceable:
         raise WrongInput(f"none of {', '.join(saes)} can be spliced into the LM; train one with --routing hard")
-    manifest = cache.manifest
     loaded = load_lm_of([lm_of_cache(cache)], settings.model, device=settings.device, lm_dtype=settings.lm_dtype)
-    token_ids_ST = cache.tokens()[rows]
-    dropped, skipped = ((), 0) if settings.all_positions else (manifest.dropped_ids, manifest.skip_positions)
-    kept_ST = kept_positions(token_ids_ST, dropped_ids=dropped, skip_positions=skipped)
+    token_ids_ST, kept_ST = cache.tokens()[rows], cache.kept(rows.start, rows.stop)
+    if settings.all_positions:
+        kept_ST = np.ones_like(kept_ST)
     return score_with_lm(
         loaded.lm,
         spliceable,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from routesae.analyze.scores.metrics import CACHE_METRICS, LM_METRICS, METRICS
-from routesae.machine.settings import CACHE, DEVICE, LM_DTYPE, MODEL, OUT, RUN, SAES, SEED, Settings, setting
+from routesae.machine.settings import CACHE, DEVICE, LM_DTYPE, MODEL, OUT, ROWS, RUN, SAES, SEED, Settings, setting
 
 SCORING = "What is scored"
 
@@ -22,7 +22,14 @@ class AnalyzeSettings(Settings):
     saes: tuple[str, ...] = SAES
     out: str = OUT
     cache: str = CACHE
-    tokens: int | None = setting(None, SCORING, "Held-out tokens to score on, in whole rows.", ge=1, unset="all")
+    rows: str | None = setting(
+        None,
+        SCORING,
+        "Rows of the cache to score on.",
+        choices=ROWS,
+        unset="all, if every SAE was trained on another corpus; else held-out",
+    )
+    tokens: int | None = setting(None, SCORING, "Tokens to score on, the first of those rows.", ge=1, unset="all")
     all_positions: bool = setting(
         False, SCORING, "Splice at every position, as the published code does, not just at those training used."
     )

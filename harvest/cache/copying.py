@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from routesae.harvest.cache import arrays
 from routesae.harvest.cache.claims import Claims
-from routesae.harvest.cache.manifest import Manifest, shard_arrays, shard_name
+from routesae.harvest.cache.manifest import DOCUMENTS, STARTS, TOKENS, Manifest, shard_arrays, shard_name
 from routesae.harvest.cache.reader import Cache, Shard, damaged, open_storage, root_array
 from routesae.harvest.cache.storage import Storage, is_url
 from routesae.harvest.cache.store.bucket import BucketFolder
@@ -23,7 +23,6 @@ from routesae.harvest.cache.store.disk import DiskFolder
 from routesae.harvest.cache.verify import Hashes, hash_shard, verify_root
 from routesae.harvest.cache.writer import (
     ROOT_ARRAYS,
-    TOKENS,
     begin_cache,
     is_uncommitted,
     remove_partial_shards,
@@ -33,7 +32,7 @@ from routesae.harvest.cache.writer import (
 from routesae.machine.faults import disk_faults
 from routesae.reporting import FailedRun, Progress, Report, WrongInput, human_bytes, silent
 
-VECTORS = ("document_starts", "order")  # arrays of one dimension; all others have two
+VECTORS = (STARTS, "order")  # arrays of one dimension; all others have two
 
 
 class Merged(NamedTuple):
@@ -184,9 +183,11 @@ def send(
     target.put("zarr.json", (folder / "zarr.json").read_bytes())
 
 
-def _files(array: str) -> tuple[str, str]:
-    """Names of an array's files: its one data file and its metadata. Whatever else is in its folder stays behind."""
-    return f"{array}/{arrays.data_name(1 if array in VECTORS else 2)}", f"{array}/zarr.json"
+def _files(array: str) -> tuple[str, ...]:
+    """Names of an array's files: its one data file, its metadata and the table that goes with document_starts.
+    Whatever else is in its folder stays behind."""
+    more = (DOCUMENTS,) if array == STARTS else ()
+    return *more, f"{array}/{arrays.data_name(1 if array in VECTORS else 2)}", f"{array}/zarr.json"
 
 
 def require_same_cache(one: Cache, other: Cache) -> None:

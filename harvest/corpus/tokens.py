@@ -5,7 +5,9 @@ it); if the tokenizer adds nothing, an EOS ends each. The stream is cut into row
 begins documents with a BOS every row begins with one too, since such models are poor, and Gemma's useless,
 without it. The last, partial row is dropped.
 
-Dimension letters: S rows, T context.
+A conversation is what the chat template makes of it, and token ids are used as they are; neither gets a BOS or EOS.
+
+Dimension letters: S rows, T context, and tokens of a document.
 """
 
 from __future__ import annotations
@@ -14,13 +16,16 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Iterator
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
 
-from routesae.harvest.cache.manifest import Ids
-from routesae.harvest.corpus.texts import Document
+from routesae.harvest.cache.manifest import Ids, Roles
+from routesae.harvest.corpus.chat import BadConversation, conversation_ids
+from routesae.harvest.corpus.texts import Document, TextCounts
+from routesae.reporting import WrongInput
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +33,7 @@ DOCUMENTS_A_CALL = 256  # enough for the tokenizer's threads
 # A tokenizer takes 50 to 100 bytes a character: a line of 50 MB at once would take 5 GB.
 PIECE_CHARS = 1 << 20
 CHARS_A_CALL = 1 << 22
+MOST_ROLES = 255
 
 
 class Framing(NamedTuple):
@@ -43,11 +49,20 @@ class Framing(NamedTuple):
         return self.before[0] if self.before else None
 
 
+class Tokenised(NamedTuple):
+    """A document's token ids int32 [T], framing included, and each one's role: 0, or 1 + its index in the roles."""
+
+    document: Document
+    token_ids_T: Ids
+    roles_T: Roles
+
+
 class Row(NamedTuple):
-    """One packed row: token_ids int32 [T], and the positions in it at which a document begins."""
+    """One packed row: int32 [T] and uint8 [T], and the documents that begin in it, by their positions."""
 
     token_ids_T: Ids
-    document_starts: list[int]
+    roles_T: Roles
+    starts: list[tuple[int, Document]]
 
 
 def framing(tokenizer: Any) -> Framing:
@@ -76,8 +91,56 @@ def _ids(tokenizer: Any, text: str, *, add_special_tokens: bool) -> list[int]:
         return []
 
 
-def tokenize(documents: Iterable[Document], tokenizer: Any, framing: Framing) -> Iterator[Ids]:
-    """The token ids of each document, framing included, in order."""
+def tokenize(
+    documents: Iterable[Document],
+    tokenizer: Any,
+    framing: Framing,
+    *,
+    roles: dict[str, int],
+    counts: TextCounts,
+    needs_roles: bool = False,
+) -> Iterator[Tokenised]:
+    """The token ids of each document, in order.
+
+    roles: {role: its number, from 1}; those that are met are added. counts: conversations that cannot be used are
+    added to its malformed ones, and those in which roles are not known, if it needs_roles. Raises WrongInput for
+    token ids that the tokenizer does not have, and for conversations if it has no chat template.
+    """
+    largest = max(tokenizer.get_vocab().values())
+    for kind, group in groupby(documents, lambda document: type(document.content)):
+        if kind is str:
+            for document, ids_T in _of_texts(group, tokenizer, framing):
+                yield Tokenised(document, ids_T, np.zeros(len(ids_T), np.uint8))
+            continue
+        for document in group:
+            content, of_tokens = document.content, None
+            if isinstance(content, np.ndarray):
+                ids = content.tolist()
+                if len(beyond := content[(content < 0) | (content > largest)]):
+                    raise WrongInput(
+                        f"{document.origin}: token id {beyond[0]} is not one of the tokenizer's, 0 to {largest}; "
+                        "give ids that were made with it, or texts"
+                    )
+            else:
+                assert not isinstance(content, str)
+                try:
+                    ids, of_tokens = conversation_ids(tokenizer, content)
+                    if of_tokens is None and needs_roles:
+                        raise BadConversation(
+                            "its tokens cannot be told by role: the chat template changes what messages say, or the "
+                            "tokenizer does not say where its tokens stand"
+                        )
+                except BadConversation as bad:
+                    counts.documents -= 1
+                    counts.note_malformed(document.origin, str(bad))
+                    continue
+            numbers = [0 if one is None else roles.setdefault(one, len(roles) + 1) for one in of_tokens or ()]
+            if len(roles) > MOST_ROLES:
+                raise WrongInput(f"{document.origin}: messages have more than {MOST_ROLES} roles; name fewer")
+            yield Tokenised(document, np.array(ids, np.int32), np.array(numbers or [0] * len(ids), np.uint8))
+
+
+def _of_texts(documents: Iterable[Document], tokenizer: Any, framing: Framing) -> Iterator[tuple[Document, Ids]]:
     before, after = np.array(framing.before, np.int32), np.array(framing.after, np.int32)
     special, literal = set(framing.special_ids) - {tokenizer.unk_token_id}, 0
     parts = [before]
@@ -87,11 +150,11 @@ def tokenize(documents: Iterable[Document], tokenizer: Any, framing: Framing) ->
             options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
             # split_special_tokens: a literal <s> in a text is text. Not every tokenizer obeys, hence the count.
             ids = tokenizer([text for text, _ in call], split_special_tokens=True, **options)["input_ids"]
-            for piece_ids, (_, is_last) in zip(ids, call, strict=True):
+            for piece_ids, (_, document) in zip(ids, call, strict=True):
                 literal += not special.isdisjoint(piece_ids)
                 parts.append(np.array(piece_ids, np.int32))
-                if is_last:
-                    yield np.concatenate([*parts, after])
+                if document is not None:
+                    yield document, np.concatenate([*parts, after])
                     parts = [before]
     finally:
         if literal:
@@ -102,18 +165,19 @@ def tokenize(documents: Iterable[Document], tokenizer: Any, framing: Framing) ->
             )
 
 
-def _calls(documents: Iterable[Document]) -> Iterator[list[tuple[str, bool]]]:
+def _calls(documents: Iterable[Document]) -> Iterator[list[tuple[str, Document | None]]]:
     """What to tokenise at once, some DOCUMENTS_A_CALL texts of up to CHARS_A_CALL characters together, or one longer.
 
-    Each comes with whether it is its document's last.
+    The last of each document comes with it.
     """
-    call, chars = list[tuple[str, bool]](), 0
+    call, chars = list[tuple[str, Document | None]](), 0
     for document in documents:
-        for text, is_last in _pieces(document.text):
+        assert isinstance(document.content, str)
+        for text, is_last in _pieces(document.content):
             if call and chars + len(text) > CHARS_A_CALL:
                 yield call
                 call, chars = [], 0
-            call.append((text, is_last))
+            call.append((text, document if is_last else None))
             chars += len(text)
         if len(call) >= DOCUMENTS_A_CALL:
             yield call
@@ -136,40 +200,47 @@ def _pieces(text: str) -> Iterator[tuple[str, bool]]:
     yield text[start:], True
 
 
-def pack(pieces: Iterable[Ids], *, context: int, row_start: int | None) -> Iterator[Row]:
+def pack(documents: Iterable[Tokenised], *, context: int, row_start: int | None) -> Iterator[Row]:
     """Cut the stream of documents into rows of `context` ids; the last partial row is dropped.
 
     row_start: the id every row begins with; not repeated if a document that begins there brings its own.
     """
-    row, filled, starts = np.empty(context, np.int32), 0, list[int]()
-    for piece in pieces:
+    row = Row(np.empty(context, np.int32), np.zeros(context, np.uint8), [])
+    filled = 0
+    for document, piece, roles in documents:
         taken = 0
         while taken < len(piece):
             if filled == 0 and row_start is not None and piece[taken] != row_start:
-                row[0], filled = row_start, 1
+                row.token_ids_T[0], filled = row_start, 1
             if taken == 0:
-                starts.append(filled)
+                row.starts.append((filled, document))
             n = min(context - filled, len(piece) - taken)
-            row[filled : filled + n] = piece[taken : taken + n]
+            row.token_ids_T[filled : filled + n] = piece[taken : taken + n]
+            row.roles_T[filled : filled + n] = roles[taken : taken + n]
             filled, taken = filled + n, taken + n
             if filled == context:
-                yield Row(row, starts)
-                row, filled, starts = np.empty(context, np.int32), 0, []
+                yield row
+                row = Row(np.empty(context, np.int32), np.zeros(context, np.uint8), [])
+                filled = 0
 
 
 class Fingerprint:
-    """xxh3-128 over the documents read, in order: what the corpus was, however it was stored."""
+    """xxh3-128 over the documents, in order: what the corpus was, however it was stored."""
 
     def __init__(self) -> None:
         self._hash = xxhash.xxh3_128()
 
-    def hashing(self, documents: Iterable[Document]) -> Iterator[Document]:
+    def hashing(self, documents: Iterable[Tokenised]) -> Iterator[Tokenised]:
         """The same documents, each hashed as it passes."""
-        for document in documents:
-            text = document.text.encode()
-            self._hash.update(len(text).to_bytes(8, "little"))
-            self._hash.update(text)
-            yield document
+        for tokenised in documents:
+            content = tokenised.document.content
+            if isinstance(content, np.ndarray):
+                data = content.tobytes()
+            else:
+                data = (content if isinstance(content, str) else json.dumps(content, sort_keys=True)).encode()
+            self._hash.update(len(data).to_bytes(8, "little"))
+            self._hash.update(data)
+            yield tokenised
 
     def hexdigest(self) -> str:
         return self._hash.hexdigest()

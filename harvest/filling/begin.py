@@ -19,9 +19,9 @@ from typing import Any
 from routesae import __version__
 from routesae.harvest.cache import arrays
 from routesae.harvest.cache.claims import Claims
-from routesae.harvest.cache.manifest import SETTINGS, Manifest, token_bytes
+from routesae.harvest.cache.manifest import SETTINGS, TOKENS, Manifest, token_bytes
 from routesae.harvest.cache.reader import Cache
-from routesae.harvest.cache.writer import STAGED_TOKENS, TOKENS, begin_cache, is_uncommitted, staging
+from routesae.harvest.cache.writer import STAGED_TOKENS, begin_cache, is_uncommitted, staging
 from routesae.harvest.corpus.packing import write_tokens
 from routesae.harvest.corpus.texts import located
 from routesae.harvest.corpus.tokens import tokenizer_hash
@@ -122,7 +122,8 @@ def _begin(
     )
     revision = getattr(config, "_commit_hash", None)
     tokenizer = lm.load_tokenizer(settings.model, revision)
-    located(settings.data)  # said before the LM is loaded
+    for data in settings.data:
+        located(data)  # said before the LM is loaded
     proved = prove(tokenizer, layers)
     for left in output.folder.glob(STAGED_TOKENS):  # of harvesters that died: the claim is ours
         shutil.rmtree(left, ignore_errors=True)

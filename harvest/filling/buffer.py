@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -53,12 +54,18 @@ class ShardBuffer:
     """
 
     def __init__(
-        self, token_ids_sT: Ids, manifest: Manifest, index: int, device: torch.device, memory: Tensor | None = None
+        self,
+        token_ids_sT: Ids,
+        kept_sT: npt.NDArray[np.bool_],
+        manifest: Manifest,
+        index: int,
+        device: torch.device,
+        memory: Tensor | None = None,
     ):
         self.token_ids_sT = token_ids_sT
         self.manifest = manifest
         self.index = index
-        self.order = shard_order(token_ids_sT, manifest, index)
+        self.order = shard_order(kept_sT, manifest, index)
         shape = (len(manifest.layers), len(self.order))
         if memory is None:
             most = (len(manifest.layers), _most_kept(manifest), manifest.width)

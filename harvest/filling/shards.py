@@ -139,7 +139,7 @@ class Batching:
         FailedRun if no number of rows fits, or the one asked for does not.
         """
         first, after = cache.manifest.shard_range(index)
-        token_ids_sT = np.array(cache.tokens()[first:after])
+        token_ids_sT, kept_sT = np.array(cache.tokens()[first:after]), cache.kept(first, after)
         done = 0
 
         def stepped(rows: int) -> None:
@@ -148,7 +148,7 @@ class Batching:
             step(rows)
 
         def filled() -> ShardBuffer:
-            buffer = ShardBuffer(token_ids_sT, cache.manifest, index, model.device, memory)
+            buffer = ShardBuffer(token_ids_sT, kept_sT, cache.manifest, index, model.device, memory)
             buffer.fill(model, self.sequences, stepped)
             return buffer
 

@@ -535,7 +535,7 @@ def test_values_at_the_edge_of_float16(
     shutil.rmtree(begun / "shard-00000")
     cache, model = Cache(begun), Constant(sign * value)
     manifest = Manifest(**{**cache.manifest.to_dict(), "overflow": overflow})
-    buffer = ShardBuffer(np.array(cache.tokens()[:128]), manifest, 0, torch.device("cpu"))
+    buffer = ShardBuffer(np.array(cache.tokens()[:128]), cache.kept(0, 128), manifest, 0, torch.device("cpu"))
     buffer.fill(LanguageModel(model, model.blocks, 32, torch.device("cpu")), 8, lambda rows: None)
     staging = Staging(manifest, torch.device("cpu"))
     if stored is None:

@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from routesae.harvest.cache import arrays
-from routesae.harvest.cache.manifest import kept_flat
 from routesae.harvest.cache.reader import Cache, Shard, damaged
 from routesae.machine.device import CACHE_DTYPES
 from routesae.train.loading.rows import Read, RowReader, reads_of_rows
@@ -95,7 +94,7 @@ class Selection:
     def _kept(self, index: int) -> int:
         """Selected rows that the shard of that index has, or will have."""
         (first_row, after_row), (first, after) = self._bounds, self.cache.manifest.shard_range(index)
-        return len(kept_flat(self.cache.tokens()[max(first, first_row) : min(after, after_row)], self.cache.manifest))
+        return int(self.cache.kept(max(first, first_row), min(after, after_row)).sum())
 
     def count(self, shard: int) -> int:
         """Selected rows of the shard-th of `indices`."""

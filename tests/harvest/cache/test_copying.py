@@ -58,7 +58,7 @@ def test_parts_make_the_cache_of_one_harvest(tiny_cache: Cache, tmp_path: Path, 
     assert [contents(each) for each in parts] == before
     links = (tmp_path / "whole" / "shard-00001" / "layer_02" / "c" / "0" / "0").stat().st_nlink
     assert links == (2 if link else 1)
-    names = ["document_starts", *(f"shard-0000{i}" for i in range(5)), "tokens", "zarr.json"]
+    names = ["document_starts", "roles", *(f"shard-0000{i}" for i in range(5)), "tokens", "zarr.json"]
     assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == names
 
 

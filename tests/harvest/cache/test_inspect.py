@@ -13,6 +13,7 @@ import pytest
 
 from routesae.harvest.cache.arrays import array_hash, data_file, read_group, write_array
 from routesae.harvest.cache.inspect import describe
+from routesae.harvest.cache.manifest import DOCUMENTS
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.cache.verify import verify
 from routesae.harvest.run import harvest
@@ -111,6 +112,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "truncated tokens": (lambda f: truncate(the_file(f / "tokens"), 1000), "tokens", "bytes"),
     "missing tokens": (lambda f: shutil.rmtree(f / "tokens"), "tokens", "missing"),
     "truncated starts": (lambda f: truncate(the_file(f / "document_starts"), 100), "document_starts", "bytes"),
+    "altered roles": (lambda f: flip(the_file(f / "roles"), 100), "roles", "checksum"),
+    "altered documents": (lambda f: flip(f / DOCUMENTS, 100), DOCUMENTS, "checksum"),
+    "missing documents": (lambda f: (f / DOCUMENTS).unlink(), DOCUMENTS, "missing"),
     "missing starts": (lambda f: shutil.rmtree(f / "document_starts"), "document_starts", "missing"),
 }
 

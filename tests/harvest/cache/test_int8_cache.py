@@ -133,7 +133,7 @@ def test_other_caches_say_nothing_of_it_and_stay_readable_by_what_read_them_befo
     assert sorted(attributes["statistics"]["2"]) == ["clipped", "max_abs", "mean", "mean_square", "non_finite"]
     statistics = tiny_cache.shard(0).record.statistics["2"]
     assert (statistics.int8_fvu, statistics.int8_norm_mse) == (None, None)
-    assert tiny_cache.manifest.format_version == FORMAT_VERSION == 4
+    assert tiny_cache.manifest.format_version == FORMAT_VERSION == 5
 
 
 def test_threads_change_no_bit(

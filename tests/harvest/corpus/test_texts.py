@@ -11,13 +11,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from routesae.harvest.corpus import texts
-from routesae.harvest.corpus.texts import TextCounts, read_documents
-from routesae.harvest.corpus.tokens import Fingerprint
+from routesae.harvest.corpus.texts import Document, TextCounts, read_documents
+from routesae.harvest.corpus.tokens import Fingerprint, Tokenised
+from routesae.harvest.settings import HarvestSettings
 from routesae.reporting import FailedRun, WrongInput
 
 TEXTS = [f"Document {i}: naïve café, 東京, “{'x' * i}” \N{GRINNING FACE}\nand a second line." for i in range(12)]
@@ -25,8 +27,11 @@ TEXTS = [f"Document {i}: naïve café, 東京, “{'x' * i}” \N{GRINNING FACE}
 
 def read(data: Path | str, **changes: Any) -> tuple[list[str], TextCounts]:
     counts = TextCounts()
-    options = {"text_field": "text", "split": "train", "min_chars": 0, "seed": 0, **changes}
-    return [document.text for document in read_documents(str(data), counts=counts, **options)], counts
+    return [str(document.content) for document in documents(data, counts, **changes)], counts
+
+
+def documents(data: Path | str, counts: TextCounts | None = None, **changes: Any) -> Iterator[Document]:
+    return read_documents(str(data), HarvestSettings(**{"min_chars": 0, **changes}), counts or TextCounts())
 
 
 def lines(texts: list[str], field: str = "text") -> bytes:
@@ -95,11 +100,10 @@ def test_archives_of_several_members_are_read_whole(tmp_path: Path) -> None:
 def test_fingerprint_is_of_the_documents_not_of_how_they_are_stored(tmp_path: Path) -> None:
     def fingerprint(texts: list[str], name: str, data: bytes) -> str:
         (tmp_path / name).write_bytes(data)
-        found, counts = Fingerprint(), TextCounts()
-        documents = read_documents(
-            str(tmp_path / name), text_field="text", split="train", min_chars=0, seed=0, counts=counts
-        )
-        assert [document.text for document in found.hashing(documents)] == texts
+        found = Fingerprint()
+        none = np.empty(0, np.int32), np.empty(0, np.uint8)
+        hashed = found.hashing(Tokenised(document, *none) for document in documents(tmp_path / name))
+        assert [tokenised.document.content for tokenised in hashed] == texts
         return found.hexdigest()
 
     plain = fingerprint(TEXTS, "a.jsonl", lines(TEXTS))
@@ -174,9 +178,8 @@ def test_a_hopeless_file_is_given_up_before_its_end(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines(["x"] * 900) + b"{\n" * 1000 + lines(["x"] * 50_000))
     counts = TextCounts()
-    documents = read_documents(str(path), text_field="text", split="train", min_chars=0, seed=0, counts=counts)
     with pytest.raises(FailedRun, match="malformed"):
-        list(documents)
+        list(documents(path, counts))
     assert counts.entries == 1000
 
 
@@ -295,10 +298,10 @@ def test_a_hub_dataset_is_streamed_from_the_split_asked_for(monkeypatch: pytest.
 
     hub(monkeypatch, load)
     counts = TextCounts()
-    documents = read_documents("owner/name", text_field="text", split="test", min_chars=0, seed=0, counts=counts)
-    assert next(documents) == (TEXTS[0], "owner/name:1")
+    found = documents("owner/name", counts, split="test")
+    assert next(found) == (TEXTS[0], "owner/name:1", "owner/name", "owner/name:1", {})
     assert len(taken) == 1  # no document is fetched before it is wanted
-    assert [document.text for document in documents] == TEXTS[1:] + TEXTS * 10
+    assert [document.content for document in found] == TEXTS[1:] + TEXTS * 10
     assert (counts.short, counts.malformed) == (1, [])
 
 
@@ -370,7 +373,7 @@ def test_a_dataset_of_several_configurations_is_read_by_name_and_without_one_the
         return [{"text": name}]
 
     hub(monkeypatch, load)
-    assert read("owner/name", config="de")[0] == ["de"]
+    assert read("owner/name", data_config="de")[0] == ["de"]
     with pytest.raises(WrongInput, match=r"\['en', 'de'\]\. Give one with --data-config$"):
         read("owner/name")
 
@@ -566,9 +569,8 @@ def test_a_document_without_an_end_is_malformed_and_the_next_one_is_read(
     with gzip.open(tmp_path / "x.jsonl.gz", "wt") as file:
         file.write("\n".join(lines))
     counts = TextCounts()
-    options: dict[str, Any] = {"text_field": "text", "split": "train", "min_chars": 0, "seed": 0, "counts": counts}
     with pytest.raises(FailedRun, match=r"x.jsonl.gz:2: a line of .* bytes or more; cut it into documents"):
-        list(read_documents(str(tmp_path / "x.jsonl.gz"), **options))
+        list(documents(tmp_path / "x.jsonl.gz", counts))
     assert (counts.entries, counts.documents) == (3, 2)
     (tmp_path / "y.txt").write_text("b" * 1000)
     with pytest.raises(FailedRun, match=r"y.txt: a text of .* bytes or more"):

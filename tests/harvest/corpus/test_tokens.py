@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,24 @@ import pytest
 
 from routesae.harvest.cache.manifest import kept_positions
 from routesae.harvest.corpus import tokens
-from routesae.harvest.corpus.texts import Document
-from routesae.harvest.corpus.tokens import Framing, framing, pack, tokenize, tokenizer_hash
+from routesae.harvest.corpus.texts import Document, TextCounts
+from routesae.harvest.corpus.tokens import Framing, Tokenised, framing, pack, tokenize, tokenizer_hash
 
 BOS, EOS = 0, 1
+NOWHERE = Document("", "here")
+
+
+def ids_of(documents: Iterable[Document], tokenizer: Any, frame: Framing) -> Iterator[Any]:
+    return (one.token_ids_T for one in tokenize(documents, tokenizer, frame, roles={}, counts=TextCounts()))
+
+
+def packed(documents: Iterable[Any], *, context: int, row_start: int | None) -> list[Any]:
+    tokenised = (Tokenised(NOWHERE, ids, np.zeros(len(ids), np.uint8)) for ids in documents)
+    return list(pack(tokenised, context=context, row_start=row_start))
+
+
+def starts(row: Any) -> list[int]:
+    return [position for position, _ in row.starts]
 
 
 def load(folder: Path) -> Any:
@@ -64,21 +78,21 @@ def test_pack_equals_a_list_built_one_token_at_a_time(context: int, row_start: i
         if row_start is not None:
             documents = [[row_start, *document] if rng.random() < 0.5 else document for document in documents]
         expected = naive_rows(documents, context, row_start)
-        found = list(pack((np.array(d, np.int32) for d in documents), context=context, row_start=row_start))
-        assert [(row.token_ids_T.tolist(), row.document_starts) for row in found] == [row[:2] for row in expected]
+        found = packed((np.array(d, np.int32) for d in documents), context=context, row_start=row_start)
+        assert [(row.token_ids_T.tolist(), starts(row)) for row in found] == [row[:2] for row in expected]
         assert all(row.token_ids_T.dtype == np.int32 for row in found)
 
 
 def test_without_row_start_rows_are_the_documents_end_to_end_less_the_last_part() -> None:
     documents = [np.arange(n, dtype=np.int32) + 100 * n for n in (3, 11, 0, 5, 4)]
-    rows = list(pack(documents, context=8, row_start=None))
+    rows = packed(documents, context=8, row_start=None)
     assert np.concatenate([row.token_ids_T for row in rows]).tolist() == np.concatenate(documents)[:16].tolist()
-    assert [row.document_starts for row in rows] == [[0, 3], [6]]  # the empty one has none, the last is cut off
+    assert [starts(row) for row in rows] == [[0, 3], [6]]  # the empty one has none, the last is cut off
 
 
 def test_with_row_start_every_row_begins_with_it_and_no_document_token_is_lost() -> None:
     documents = [np.array([9, *range(10, 10 + n)], np.int32) for n in (3, 20, 6, 1)]
-    rows = [row.token_ids_T.tolist() for row in pack(documents, context=5, row_start=9)]
+    rows = [row.token_ids_T.tolist() for row in packed(documents, context=5, row_start=9)]
     assert [row[0] for row in rows] == [9] * len(rows)
     assert all(row[1] != 9 for row in rows)  # a document's own BOS is not doubled at a row's start
     bare = [token for row in rows for token in row if token != 9]
@@ -87,7 +101,7 @@ def test_with_row_start_every_row_begins_with_it_and_no_document_token_is_lost()
 
 
 def test_pack_yields_rows_of_their_own_memory() -> None:
-    rows = list(pack([np.arange(12, dtype=np.int32)], context=4, row_start=None))
+    rows = packed([np.arange(12, dtype=np.int32)], context=4, row_start=None)
     rows[0].token_ids_T[:] = -1
     assert rows[1].token_ids_T.tolist() == [4, 5, 6, 7]
 
@@ -148,9 +162,9 @@ def test_tokenize_gives_every_document_what_the_tokenizer_gives_it_alone(
     if template is not None:
         tokenizer = with_template(tokenizer, template)
     documents = [Document(f"document {i} of the model" + " x" * (i % 7), f"file:{i}") for i in range(600)]
-    found = list(tokenize(iter(documents), tokenizer, framing(tokenizer)))
+    found = list(ids_of(iter(documents), tokenizer, framing(tokenizer)))
     for document, ids in zip(documents, found, strict=True):
-        alone = tokenizer(document.text)["input_ids"]
+        alone = tokenizer(document.content)["input_ids"]
         assert ids.tolist() == (alone if template is not None else [*alone, EOS])
         assert ids.dtype == np.int32
 
@@ -206,19 +220,20 @@ def test_a_long_document_is_tokenised_in_pieces_that_do_not_show(
     tokenizer = load(tiny_model)
     frame = framing(tokenizer)
     documents = [Document(text, "long"), Document("short", "short"), Document(text[:1500], "cut")]
-    whole = [ids.tolist() for ids in tokenize(documents, tokenizer, frame)]
+    whole = [ids.tolist() for ids in ids_of(documents, tokenizer, frame)]
     monkeypatch.setattr(tokens, "PIECE_CHARS", 1000)
     monkeypatch.setattr(tokens, "CHARS_A_CALL", 2500)
     calls: list[int] = []
 
     class Noting:
         unk_token_id = None
+        get_vocab = tokenizer.get_vocab
 
         def __call__(self, texts: list[str], **options: Any) -> Any:
             calls.append(sum(map(len, texts)))
             return tokenizer(texts, **options)
 
-    pieces = [ids.tolist() for ids in tokenize(documents, Noting(), frame)]
+    pieces = [ids.tolist() for ids in ids_of(documents, Noting(), frame)]
     assert max(calls) <= 2500
     if " " in text or not text:
         assert pieces == whole
@@ -237,7 +252,7 @@ def test_long_documents_come_few_at_a_time(tiny_model: Path, monkeypatch: pytest
             read.append(number)
             yield Document("token " * 100, "book")
 
-    stream = tokenize(books(), tokenizer, framing(tokenizer))
+    stream = ids_of(books(), tokenizer, framing(tokenizer))
     next(stream)
     assert len(read) == 2
 
@@ -250,13 +265,13 @@ def test_a_special_token_that_is_spelt_in_a_text_is_text(
 ) -> None:
     tokenizer = load(tiny_model)
     frame = framing(tokenizer)
-    (ids,) = tokenize([Document(text, "here")], tokenizer, frame)
+    (ids,) = ids_of([Document(text, "here")], tokenizer, frame)
     assert ids[-1] == EOS
     assert not {BOS, EOS} & set(ids[:-1].tolist())
     assert tokenizer.decode(ids[:-1]) == text
     assert caplog.records == []
     plain = "the router layer token " * 5
-    (ids,) = tokenize([Document(plain, "here")], tokenizer, frame)
+    (ids,) = ids_of([Document(plain, "here")], tokenizer, frame)
     assert ids[:-1].tolist() == tokenizer(plain, add_special_tokens=False)["input_ids"]
 
 
@@ -267,11 +282,12 @@ def test_a_tokenizer_that_takes_it_for_the_token_all_the_same_is_counted_and_sai
 
     class Deaf:
         unk_token_id = None
+        get_vocab = tokenizer.get_vocab
 
         def __call__(self, texts: list[str], **options: Any) -> Any:
             return tokenizer(texts, **{**options, "split_special_tokens": False})
 
     texts = ["the <s> router", "a layer", "</s></s>"]
-    assert len(list(tokenize([Document(text, "") for text in texts], Deaf(), framing(tokenizer)))) == 3
+    assert len(list(ids_of([Document(text, "") for text in texts], Deaf(), framing(tokenizer)))) == 3
     (record,) = caplog.records
     assert record.getMessage().startswith("2 texts spell special tokens such as <s>")
