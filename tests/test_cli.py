@@ -41,7 +41,8 @@ TRAIN = """cache sae latents expansion k layer sparsity pre-act-loss prefixes ro
     freeze from config"""
 OPTIONS = {
     "harvest": f"""model data mix data-config split text-field token-field min-chars tokens context layers
-        held-out keep-fields keep-roles dtype overflow skip-positions keep-special shard-tokens batch-sequences seed device lm-dtype worker workers out
+        held-out keep-fields keep-roles dtype overflow
+        skip-positions keep-special shard-tokens batch-sequences seed device lm-dtype worker workers out
         {RUN} {BLOCKS}""",
     "train": f"{TRAIN} name overwrite resume {RUN} {BLOCKS}",
     "ablation": f"{TRAIN} score-tokens model lm-dtype plot contexts threshold {RUN} {BLOCKS}",
