@@ -1,7 +1,8 @@
 """SAELens' configuration of an SAE: written for ours, and obeyed or refused in the SAEs of strangers.
 
 SAELens v6 holds one dictionary over one input, of the architectures standard, gated, topk and jumprelu. That covers
-vanilla, gated, topk, jumprelu, batchtopk and matryoshka (the last two as jumprelu), and the shared SAE of a routesae.
+vanilla, gated, topk and hierarchical, jumprelu, batchtopk and matryoshka (these two as jumprelu), and the shared SAE
+of a routesae.
 """
 
 from __future__ import annotations

@@ -40,6 +40,7 @@ SAES: dict[str, type[SAE]] = {
     "batchtopk": _class("batchtopk.BatchTopK"),
     "jumprelu": _class("jumprelu.JumpReLU"),
     "matryoshka": _class("matryoshka.Matryoshka"),
+    "hierarchical": _class("hierarchical.HierarchicalTopK"),
     "routesae": _class("routesae.RouteSAE"),
     "crosscoder": _class("crosscoder.Crosscoder"),
     "mlsae": _class("layers.MLSAE"),

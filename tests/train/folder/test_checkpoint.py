@@ -156,6 +156,7 @@ def test_the_further_weights_of_each_variant_are_those_of_saelens(tmp_path: Path
         "vanilla": ("standard", ["b_enc"]),
         "gated": ("gated", ["b_gate", "b_mag", "r_mag"]),
         "topk": ("topk", ["b_enc"]),
+        "hierarchical": ("topk", ["b_enc"]),
         "jumprelu": ("jumprelu", ["b_enc", "threshold"]),
         "batchtopk": ("jumprelu", ["b_enc", "threshold"]),
         "matryoshka": ("jumprelu", ["b_enc", "threshold"]),
@@ -224,6 +225,7 @@ def test_cfg_json_keeps_the_recipe_and_where_the_sae_came_from(tmp_path: Path) -
         "routed": "topk",
         "router": "published",
         "balance": 0.0,
+        "freeze": "none",
         "published": False,
     }
 

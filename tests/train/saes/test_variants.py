@@ -14,6 +14,7 @@ from routesae.tests.hidden import Normalised, normalise_layers
 from routesae.train.losses import AUXK_WEIGHT, squared_error_shares
 from routesae.train.saes import SAE, SAES, SINGLE_LAYER, Recipe, RouteSAE, SingleLayerSAE, build
 from routesae.train.saes.batchtopk import BatchTopK
+from routesae.train.saes.hierarchical import halvings
 from routesae.train.saes.matryoshka import default_prefixes
 from routesae.train.saes.penalty import PenaltyWeight
 from routesae.train.saes.single import geometric_median
@@ -28,6 +29,7 @@ CASES: dict[str, dict[str, Any]] = {
     "topk": {"sae": "topk"},
     "batchtopk": {"sae": "batchtopk"},
     "matryoshka": {"sae": "matryoshka", "prefixes": (4, 9, LATENTS)},
+    "hierarchical": {"sae": "hierarchical"},
     "jumprelu target": {"sae": "jumprelu"},
     "jumprelu lambda": {"sae": "jumprelu", "sparsity": 0.01},
     "jumprelu pre-act": {"sae": "jumprelu", "pre_act_loss": 0.03},
@@ -105,7 +107,7 @@ def expected_of(sae: SingleLayerSAE, W: dict[str, Tensor], x_ND: Tensor, dead_d:
         if kind == "vanilla":
             f.append(z[t].clamp(min=0))
             terms.append(lam * (f[t].mean() if recipe.published else (f[t] * norms_F).sum()))
-        elif kind == "topk":
+        elif kind in ("topk", "hierarchical"):
             best = set(sorted(range(LATENTS), key=lambda i, t=t: -z[t][i].item())[:k])
             f.append(torch.stack([z[t][i].clamp(min=0) if i in best else z[t][i] * 0 for i in range(LATENTS)]))
         elif kind == "gated":
@@ -138,7 +140,12 @@ def expected_of(sae: SingleLayerSAE, W: dict[str, Tensor], x_ND: Tensor, dead_d:
     if kind == "matryoshka":
         for size in recipe.prefixes[:-1]:
             loss = loss + sum(share(x, f_F[:size] @ W_dec[:size] + b_dec) for x, f_F in zip(x_ND, f, strict=True)) / n
-    if kind in ("topk", "batchtopk", "matryoshka") and not recipe.published:
+    if kind == "hierarchical":
+        for size, weight in ((1, 1 / 2), (2, 1 / 2)):  # of k = 4, whose own is 1: 3 and 4 of all j, 2, and 1
+            for x_D, f_F in zip(x_ND, f, strict=True):
+                best = sorted(range(LATENTS), key=lambda i, f_F=f_F: -f_F[i].item())[:size]
+                loss = loss + weight * share(x_D, sum(f_F[i] * W_dec[i] for i in best) + b_dec) / n
+    if kind in ("topk", "batchtopk", "matryoshka", "hierarchical") and not recipe.published:
         loss = loss + 1 / 32 * auxk_of(W, x_ND.detach(), reconstructions, dead_d)
     return Expected(loss, torch.stack(f), torch.stack(reconstructions))
 
@@ -233,7 +240,7 @@ def test_the_cases_cover_every_variant_over_one_layer() -> None:
     assert {case["sae"] for case in CASES.values()} == set(SINGLE_LAYER)
 
 
-@pytest.mark.parametrize("case", ["topk", "batchtopk", "matryoshka"])
+@pytest.mark.parametrize("case", ["topk", "batchtopk", "matryoshka", "hierarchical"])
 def test_dead_latents_change_the_loss_by_a_32nd_of_auxk(case: str) -> None:
     sae = make(case)
     out = sae(Normalised(normalised()))
@@ -252,6 +259,10 @@ def test_the_gates_decoder_is_frozen_in_the_auxiliary_term_and_free_elsewhere() 
     gradients = torch.autograd.grad(out.auxiliary, (sae.W_dec_FD, sae.b_dec_D), allow_unused=True, retain_graph=True)
     assert gradients[0] is None  # b_dec has one still, through the encoder's centring
     assert torch.autograd.grad(sae.loss(out, NONE_DEAD).total, sae.W_dec_FD)[0].abs().max() > 0
+
+
+def test_a_hierarchical_sae_is_trained_at_its_k_and_all_of_its_halvings() -> None:
+    assert [halvings(k) for k in (1, 4, 13)] == [[1], [1, 2, 4], [1, 3, 6, 13]]
 
 
 def test_matryoshkas_sizes_default_to_halvings_that_end_with_all_latents() -> None:
