@@ -37,7 +37,7 @@ GPU_PIECE_VALUES = 1 << 24
 
 
 class Channels(NamedTuple):
-    """Float32 [D]: what a layer's rows in one shard are measured from, and in."""
+    """Float32 [D]: what a layer's rows in one shard are measured from, and in; [m, D] for rows of several shards."""
 
     mean_D: Tensor
     std_D: Tensor

@@ -4,7 +4,8 @@ A batch is made of blocks of up to 256 contiguous stored rows from many shards. 
 written, so no mixing buffer is needed. A thread announces blocks to the kernel a few batches ahead (otherwise the
 disk would see one small read at a time) and, with a second thread, reads them one batch ahead of the trainer.
 
-Dimension letters: N tokens a batch, L layers of the selection, M layers of the cache, D width, m rows of a span.
+Dimension letters: N tokens a batch, L layers of the selection, M layers of the cache, D width, m rows of a span, S
+shards that a batch is from.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 from routesae.harvest.cache import arrays
+from routesae.harvest.cache.quantise import Channels, decode
 from routesae.harvest.cache.reader import Cache, Shard, damaged
 from routesae.machine.device import CACHE_DTYPES
 from routesae.train.loading.rows import Read, RowReader, reads_of_rows
@@ -43,6 +45,29 @@ class Batch(NamedTuple):
     hidden_LND: Tensor
     mean_LN1: Tensor
     std_LN1: Tensor
+
+
+class Encoded(NamedTuple):
+    """A batch of an int8 cache as it is stored, half the bytes to copy to a GPU; shard_N: which of S a token is from.
+
+    channels_S2LD: means and deviations of each shard's channels.
+    """
+
+    q_LND: Tensor
+    mean_LN1: Tensor
+    std_LN1: Tensor
+    scale_LN1: Tensor
+    shard_N: Tensor
+    channels_S2LD: Tensor
+
+    def decoded(self) -> Batch:
+        """Where it is, to the same bytes on any device."""
+        hidden_LND = torch.empty_like(self.q_LND, dtype=torch.float16)
+        scratch_ND = torch.empty_like(self.q_LND[0], dtype=torch.float32)
+        for at, q_ND in enumerate(self.q_LND):
+            channels = Channels(*(of_SD[self.shard_N] for of_SD in self.channels_S2LD[:, :, at].unbind(1)))
+            decode(q_ND, self.scale_LN1[at, :, 0], channels, scratch_ND, hidden_LND[at])
+        return Batch(hidden_LND, self.mean_LN1, self.std_LN1)
 
 
 class Block(NamedTuple):
@@ -236,14 +261,17 @@ def tokens_of(plan: Plan) -> int:
     return sum(block.after - block.first for block in plan)
 
 
-def empty_batch(selection: Selection, tokens: int, *, pinned: bool = False) -> Batch:
+def empty_batch(selection: Selection, tokens: int) -> Batch:
     """Memory for a batch of `tokens`, at least one."""
+    return Batch(*_staging(selection, tokens, pinned=False, encoded=False))
+
+
+def _staging(selection: Selection, tokens: int, *, pinned: bool, encoded: bool) -> list[Tensor]:
+    """What a reader fills: of a Batch, or the first four of an Encoded one."""
     manifest, layers = selection.cache.manifest, len(selection.layers)
-    return Batch(
-        _memory((layers, tokens, manifest.width), CACHE_DTYPES[manifest.dtype], pinned),
-        _memory((layers, tokens, 1), torch.float32, pinned),
-        _memory((layers, tokens, 1), torch.float32, pinned),
-    )
+    dtype = torch.int8 if encoded else CACHE_DTYPES[manifest.dtype]
+    numbers = [_memory((layers, tokens, 1), torch.float32, pinned) for _ in range(3 if encoded else 2)]
+    return [_memory((layers, tokens, manifest.width), dtype, pinned), *numbers]
 
 
 def _memory(shape: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> Tensor:
@@ -267,20 +295,24 @@ def load(selection: Selection, plans: Iterator[Plan], batch_tokens: int, device:
     """The batch of every plan on `device`; valid until the next one is asked for.
 
     Close it (contextlib.closing) where it is not read to its end, and its threads end too.
-    On CUDA the copy to the device is made from pinned memory on a stream of its own, one batch ahead.
-    Raises FailedRun where a file is gone, cut or altered.
+    On CUDA the copy to the device is made from pinned memory on a stream of its own, one batch ahead; int8 is decoded
+    there. Raises FailedRun where a file is gone, cut or altered.
     """
-    staged = _staged(selection, plans, batch_tokens, pinned=device.type == "cuda")
-    return _on_device(staged, device) if device.type == "cuda" else staged
+    cuda = device.type == "cuda"
+    encoded = cuda and selection.cache.manifest.dtype == "int8"
+    staged = _staged(selection, plans, batch_tokens, pinned=cuda, encoded=encoded)
+    return _on_device(staged, device) if cuda else cast("Batches", staged)
 
 
-def _staged(selection: Selection, plans: Iterator[Plan], batch_tokens: int, *, pinned: bool) -> Batches:
-    reader = RowReader(selection.cache.manifest, selection.layers)
+def _staged(
+    selection: Selection, plans: Iterator[Plan], batch_tokens: int, *, pinned: bool = False, encoded: bool = False
+) -> Generator[Batch | Encoded, None, None]:
+    reader = RowReader(selection.cache.manifest, selection.layers, decoding=not encoded)
     tokens = min(batch_tokens, len(selection))
-    free: queue.Queue[Batch | None] = queue.Queue()
-    ready: queue.Queue[tuple[Batch, int] | BaseException | None] = queue.Queue()
+    free: queue.Queue[list[Tensor] | None] = queue.Queue()
+    ready: queue.Queue[tuple[list[Tensor], Batch | Encoded] | BaseException | None] = queue.Queue()
     for _ in range(STAGING_BATCHES):
-        free.put(empty_batch(selection, tokens, pinned=pinned))
+        free.put(_staging(selection, tokens, pinned=pinned, encoded=encoded))
     stopped = threading.Event()
 
     def fill() -> None:
@@ -290,12 +322,16 @@ def _staged(selection: Selection, plans: Iterator[Plan], batch_tokens: int, *, p
                     staging = free.get()
                     if staging is None or stopped.is_set():
                         return
+                    # The beginning of the memory, so that a smaller batch is contiguous too: a copy to a GPU is
+                    # asynchronous only if it is.
+                    values = [most.view(-1)[: most[:, :n].numel()].view_as(most[:, :n]) for most in staging]
                     half = len(reads) // 2
-                    memory = [values.numpy() for values in staging]
+                    memory = [one.numpy() for one in values]
                     other_half = second.submit(reader.read, reads[half:], *memory)
                     reader.read(reads[:half], *memory)
                     other_half.result()
-                    ready.put((staging, n))
+                    channels = _channels(reader, reads, pinned=pinned) if encoded else ()
+                    ready.put((staging, (Encoded if encoded else Batch)(*values, *channels)))
             ready.put(None)
         except BaseException as failure:  # handed to the trainer's thread, which raises it
             ready.put(failure)
@@ -314,12 +350,22 @@ def _staged(selection: Selection, plans: Iterator[Plan], batch_tokens: int, *, p
         while (item := ready.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
-            staging, n = item
-            yield Batch(*(values[:, :n] for values in staging))
+            staging, batch = item
+            yield batch
             free.put(staging)
     finally:
         end()
         atexit.unregister(end)
+
+
+def _channels(reader: RowReader, reads: Sequence[Read], *, pinned: bool) -> tuple[Tensor, Tensor]:
+    """shard_N and channels_S2LD of a batch."""
+    shards = {read.shard: None for read in reads}
+    number = {shard: at for at, shard in enumerate(shards)}
+    sizes = [read.rows.stop - read.rows.start for read in reads]
+    shard_N = torch.tensor([number[read.shard] for read in reads]).repeat_interleave(torch.tensor(sizes))
+    channels_S2LD = torch.stack([reader.channels(shard) for shard in shards])
+    return (shard_N.pin_memory(), channels_S2LD.pin_memory()) if pinned else (shard_N, channels_S2LD)
 
 
 def _advised(reader: RowReader, selection: Selection, plans: Iterator[Plan]) -> Iterator[tuple[list[Read], int]]:
@@ -340,26 +386,21 @@ def _advised(reader: RowReader, selection: Selection, plans: Iterator[Plan]) -> 
     yield from ahead
 
 
-def _on_device(staged: Batches, device: torch.device) -> Batches:
+def _on_device(staged: Iterator[Batch | Encoded], device: torch.device) -> Batches:
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    copied: tuple[Batch, torch.cuda.Event] | None = None
+    ahead: Batch | None = None
     for staging in staged:
         with torch.cuda.stream(stream):
-            batch = Batch(*(values.to(device, non_blocking=True) for values in staging))
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
-        if copied is not None:
-            yield _arrived(*copied)
-        # `staged` reuses the buffer once it is resumed; by now its copy ran beside the trainer's whole step.
-        event.synchronize()
-        copied = (batch, event)
-    if copied is not None:
-        yield _arrived(*copied)
-
-
-def _arrived(batch: Batch, event: torch.cuda.Event) -> Batch:
-    current = torch.cuda.current_stream(batch.hidden_LND.device)
-    current.wait_event(event)
-    for values in batch:
-        values.record_stream(current)
-    return batch
+            copied = type(staging)(*(values.to(device, non_blocking=True) for values in staging))
+            batch = copied.decoded() if isinstance(copied, Encoded) else copied
+            arrived = stream.record_event()
+        if ahead is not None:
+            yield ahead
+        # `staged` reuses the buffer once it is resumed; by now its copy ran beside the trainer's whole step. And the
+        # batch is there, whichever stream is to read it.
+        arrived.synchronize()
+        for values in batch:
+            values.record_stream(torch.cuda.current_stream(device))
+        ahead = batch
+    if ahead is not None:
+        yield ahead

@@ -3,8 +3,8 @@
 A chunk of CHUNK_ROWS rows is hashed in the thread that read it, right after that, while the core's cache still has it
 (chunk_hashes, harvest/cache/reader.py). If only part of a chunk is wanted, all of it is read into memory of the
 thread, so reads are of whole chunks wherever they can be (train/loading/batches.py). What a cache holds as int8 is
-decoded (harvest/cache/quantise.py) in the same thread, some rows at a time, so that it goes from the page cache to
-float16 without leaving the core's own cache.
+decoded (harvest/cache/quantise.py) in the same thread, unless a GPU is to do it, some rows at a time, so that it goes
+from the page cache to float16 without leaving the core's own cache.
 
 Dimension letters: N tokens a batch, n of them read at once, m rows of a read, L layers of the selection, M layers of
 the cache, D width, W numbers a row (D of a layer, M of token_mean and the like), C chunks, A arrays hashed by chunk.
@@ -78,13 +78,18 @@ def reads_of_rows(shard: Shard, rows: npt.NDArray[np.int64], at: int) -> list[Re
 
 
 class RowReader:
-    """Reads rows of `layers` out of the shards of a cache; safe for several threads."""
+    """Reads rows of `layers` out of the shards of a cache; safe for several threads.
 
-    def __init__(self, manifest: Manifest, layers: Sequence[int]):
+    decoding: int8 is read as float16, else as it is, and what it takes to decode it too.
+    """
+
+    def __init__(self, manifest: Manifest, layers: Sequence[int], *, decoding: bool = True):
         self._names = [layer_name(layer) for layer in layers]
         self._columns = [manifest.layers.index(layer) for layer in layers]
         self._cache_layers = len(manifest.layers)
         self._quantised = manifest.dtype == "int8"
+        self._decodes = self._quantised and decoding
+        self._by_row = (*STATISTICS, *((SCALE,) if self._quantised and not decoding else ()))
         hashed = hashed_arrays(manifest)
         self._hash_columns = {name: column for column, name in enumerate(hashed)}
         # Plain functions, not methods: a cycle would hold files open for as long as the collector pleases.
@@ -92,7 +97,7 @@ class RowReader:
         chunks = -(-manifest.shard_rows * manifest.context // CHUNK_ROWS)
         self._hashes = lru_cache(max(1, HASHES_BYTES // (8 * len(hashed) * chunks)))(_chunk_hashes)
         channels = partial(_channels, self._columns)
-        self._channels = lru_cache(max(1, CHANNELS_BYTES // (8 * len(self._names) * manifest.width)))(channels)
+        self.channels = lru_cache(max(1, CHANNELS_BYTES // (8 * len(self._names) * manifest.width)))(channels)
         self._announced: set[Shard] = set()  # whose small arrays were
         self._scratch = threading.local()
 
@@ -109,24 +114,24 @@ class RowReader:
                 with suppress(BadArray, OSError):
                     self._opened(read.shard, name).advise(first, after)
 
-    def read(self, reads: Sequence[Read], hidden_LND: Rows, *statistics_LN1: Rows) -> None:
-        """Copy what `reads` names, neighbours in the batch, float16 or float32; and what STATISTICS names of it.
+    def read(self, reads: Sequence[Read], hidden_LND: Rows, *by_row_LN1: Rows) -> None:
+        """Copy what `reads` names, neighbours in the batch; and what STATISTICS names of it, and SCALE of int8.
 
         Raises FailedRun where a file is gone, cut or altered, or an object store does not answer.
         """
         if not reads:
             return
         begin, end = reads[0].rows.start, reads[-1].rows.stop
-        statistics_nM = [np.empty((end - begin, self._cache_layers), np.float32) for _ in STATISTICS]
+        by_row_nM = [np.empty((end - begin, self._cache_layers), np.float32) for _ in self._by_row]
         for read in reads:
-            if self._quantised:
+            if self._decodes:
                 self._read_quantised(read, hidden_LND[:, read.rows])
             else:
                 for name, out_ND in zip(self._names, hidden_LND, strict=True):
                     self.read_array(name, read, out_ND[read.rows])
-            for name, values_nM in zip(STATISTICS, statistics_nM, strict=True):
+            for name, values_nM in zip(self._by_row, by_row_nM, strict=True):
                 self.read_array(name, read, values_nM[read.rows.start - begin : read.rows.stop - begin])
-        for values_nM, out_LN1 in zip(statistics_nM, statistics_LN1, strict=True):
+        for values_nM, out_LN1 in zip(by_row_nM, by_row_LN1, strict=True):
             out_LN1[:, begin:end, 0] = values_nM[:, self._columns].T
 
     def _read_quantised(self, read: Read, out_LmD: Rows) -> None:
@@ -136,7 +141,7 @@ class RowReader:
         q_mD = self._memory("q", (m, width), np.int8)
         rows = piece_rows(width, torch.device("cpu"))
         x_mD = torch.from_numpy(self._memory("x", (rows, width), np.float32))
-        for at, channels in enumerate(self._channels(read.shard)):
+        for at, channels in enumerate(map(Channels, *self.channels(read.shard))):
             self.read_array(self._names[at], read, q_mD)
             scale_m = torch.from_numpy(scale_mM[:, self._columns[at]])
             stored_mD, decoded_mD = torch.from_numpy(q_mD), torch.from_numpy(out_LmD[at])
@@ -205,13 +210,13 @@ def _chunk_hashes(shard: Shard) -> ChunkHashes:
         return np.array(shard.read(CHUNK_HASHES).T, order="C")  # not a view of the mapped file
 
 
-def _channels(columns: list[int], shard: Shard) -> list[Channels]:
-    """Of each layer of a selection. Raises FailedRun where they are damaged."""
+def _channels(columns: list[int], shard: Shard) -> torch.Tensor:
+    """[2, L, D]: means and deviations of the channels of a selection's layers. Raises FailedRun where damaged."""
     read = []
     for name in CHANNEL_ARRAYS:
         with _reading(shard, name):
             read.append(torch.from_numpy(shard.read(name)[columns]))
-    return [Channels(*one) for one in zip(*read, strict=True)]
+    return torch.stack(read)
 
 
 def _open_file_limit() -> int:

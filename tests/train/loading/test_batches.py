@@ -33,8 +33,11 @@ from routesae.train.loading.batches import (
     Selection,
     cut_plans,
     epoch_plans,
+    largest_share,
     load,
     read_sample,
+    share_of,
+    tokens_of,
     windows_of,
 )
 
@@ -433,6 +436,22 @@ def test_a_damaged_shard_record_is_refused_by_name(position_cache: Cache, tmp_pa
 def assert_no_nan(loader: Iterator[Batch]) -> None:
     for batch in loader:
         assert not batch.hidden_LND.isnan().any()
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_every_share_of_every_batch_is_contiguous(position_cache: Cache, world: int) -> None:
+    """The last one too, and those that are a row less: a GPU is sent nothing else without a copy before."""
+    selection = training(position_cache)
+    sizes = set()
+    for rank in range(world):
+        plans = epoch_plans(selection, seed=0, epoch=0, batch_tokens=500)
+        shares = [share_of(plan, rank, world) for plan in plans]
+        read = load(selection, iter(shares), largest_share(500, world), CPU)
+        for share, batch in zip(shares, read, strict=True):
+            assert batch.hidden_LND.shape == (3, tokens_of(share), WIDTH)
+            assert all(values.is_contiguous() for values in batch)
+            sizes.add(tokens_of(share))
+    assert len(sizes) > world // 2 + 1
 
 
 def loader_threads() -> list[threading.Thread]:

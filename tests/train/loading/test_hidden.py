@@ -19,6 +19,7 @@ from routesae.harvest.cache.writer import write_shard
 from routesae.reporting import FailedRun
 from routesae.tests.object_store import Proxy, put_folder
 from routesae.tests.shards import change_attributes, float_shard
+from routesae.train.loading import batches
 from routesae.train.loading import rows as loading
 from routesae.train.loading.batches import Selection, epoch_plans, load
 from routesae.train.run import train
@@ -67,6 +68,19 @@ def epoch_of(cache: Cache, layers: Sequence[int], first_row: int, after_row: int
     return [values.clone() for batch in load(selection, plans, 900, CPU) for values in batch]
 
 
+def epoch_decoded_after_the_copy(cache: Cache, layers: Sequence[int], *rows: int) -> list[torch.Tensor]:
+    """The same by the route to a GPU: int8 as it is stored is what is copied."""
+    selection = Selection(cache, *rows, layers)
+    staged = batches._staged(selection, epoch_plans(selection, seed=3, epoch=0, batch_tokens=900), 900, encoded=True)
+    found = []
+    for batch in staged:
+        assert isinstance(batch, batches.Encoded)
+        assert batch.q_LND.dtype == torch.int8
+        assert batch.q_LND.is_contiguous()
+        found += [values.clone() for values in batch.decoded()]
+    return found
+
+
 def same(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> bool:
     pairs = list(zip(one, other, strict=True))
     return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
@@ -91,6 +105,7 @@ def test_batches_are_bitwise_those_of_the_decoded_numbers(
     expected = epoch_of(decoded_cache, layers, *rows)
     assert expected[0].dtype == torch.float16
     assert same(epoch_of(int8_cache, layers, *rows), expected)
+    assert same(epoch_decoded_after_the_copy(int8_cache, layers, *rows), expected)
 
 
 def test_batches_out_of_an_object_store_are_the_same(int8_cache: Cache, s3: Proxy, s3_url: str) -> None:
