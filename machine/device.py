@@ -17,14 +17,20 @@ LM_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def pick_device(device: str) -> torch.device:
     """Return the device called `device`; auto is CUDA if there is any.
 
-    Under torchrun CUDA without a number is the GPU of this process's LOCAL_RANK. Raises WrongInput for a device that
-    this machine does not have.
+    Under torchrun CUDA without a number is the GPU of this process's LOCAL_RANK, or the only one that the launcher
+    shows to this process (CUDA_VISIBLE_DEVICES). Raises WrongInput for a device that this machine does not have.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     remedy = "use --device cpu or auto"
+    count = torch.cuda.device_count()
     if device == "cuda" and "LOCAL_RANK" in os.environ:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        rank = int(os.environ["LOCAL_RANK"])
+        last = (
+            int(os.environ.get("LOCAL_WORLD_SIZE", rank + 1)) - 1
+        )  # without a GPU for it none begins, to wait for it
+        shown_alone = count == 1 and "CUDA_VISIBLE_DEVICES" in os.environ
+        device = f"cuda:{0 if shown_alone else rank if last < count else last}"
         remedy = "start fewer processes (--nproc-per-node), or give the --device that all are to share"
     try:
         picked = torch.device(device)
@@ -32,7 +38,6 @@ def pick_device(device: str) -> torch.device:
         picked = torch.device("meta")
     if picked.type not in ("cpu", "cuda"):
         raise WrongInput(f"unknown device {device!r}; give auto, cpu, cuda, cuda:0 …")
-    count = torch.cuda.device_count()
     if picked.type == "cuda" and (picked.index or 0) >= count:
         here = f"the last CUDA device is cuda:{count - 1}" if count else "there is no CUDA device"
         raise WrongInput(f"--device {device} is not here: {here}; {remedy}")

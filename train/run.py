@@ -81,7 +81,7 @@ def train(settings: TrainSettings, report: Report = silent) -> list[TrainResult]
     locks: list[Lock] = []
     kept, again = "the last checkpoint stays", "give the same command with --resume"
     faults = disk_faults(Path(settings.out), lambda: kept, lambda: bool(locks), again)
-    with faults, joined_ranks(group=divided) as ranks, ExitStack() as stack:
+    with faults, joined_ranks(settings.device, dividing=divided) as ranks, ExitStack() as stack:
         report = report if ranks.first else silent
         with ranks.all_or_none():
             device = ranks.device(settings.device)

@@ -25,7 +25,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what it sets for each process
-PATIENCE = timedelta(days=1)  # rank 0 may verify a whole cache first; a rank that dies is noticed at once
+PATIENCE = timedelta(days=1)  # on the CPU: rank 0 may verify a whole cache first; a rank that dies is noticed at once
+GPU_PATIENCE = timedelta(minutes=10)  # ranks agree on the CPU before each step: on the GPU none is waited for long
 SMALL_NUMBERS = 1 << 16  # smaller gradients are sent as one message, since every message costs about the same
 KEYS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # of floats, by their bytes
 _REPORTED = 16  # added to an exit code by rank 0, whose message stands for all
@@ -130,25 +131,38 @@ ALONE = Ranks()
 
 
 @contextmanager
-def joined_ranks(*, group: bool = False) -> Iterator[Ranks]:
+def joined_ranks(device: str, *, dividing: bool = False) -> Iterator[Ranks]:
     """Join the ranks that torchrun started, or be the only one; leave the process group at the end.
 
-    group: make a process group for a lone process too, as sharding needs one.
-    Raises FailedRun if the other processes cannot be reached.
+    device: as it is asked for. dividing: make a process group for a lone process too, as sharding needs one.
+    Raises WrongInput if torch is too old to divide an SAE, FailedRun if the other processes cannot be reached.
     """
+    if dividing:
+        from torch.distributed.fsdp import FSDPModule
+
+        if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):  # pytorch/pytorch#155915, of June 2025
+            raise WrongInput(f"--shard and --cpu-offload need a later torch than {torch.__version__}; upgrade it")
     launched = all(name in os.environ for name in TORCHRUN) and int(os.environ["WORLD_SIZE"]) > 1
-    if not launched and not group:
+    if not launched and not dividing:
         yield ALONE
         return
-    cuda = torch.cuda.is_available()
-    options: dict[str, Any] = {"timeout": PATIENCE}
+    ranks = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if launched else ALONE
+    picked = torch.device("cpu")
+    with suppress(WrongInput):  # raised again where all ranks pick theirs, and end together
+        picked = ranks.device(device)
+    options: dict[str, Any] = {"backend": "gloo", "timeout": PATIENCE}
+    if cuda := picked.type == "cuda":
+        gpu = torch.device("cuda", picked.index or 0)
+        torch.cuda.set_device(gpu)  # before anything is on a GPU, or every rank has a context on the first one too
+        options = {"backend": "cpu:gloo,cuda:nccl", "timeout": GPU_PATIENCE, "device_id": gpu}
     if not launched:
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[attr-defined]
     with _peer_errors():
-        if launched and cuda:
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **options)
-    ranks = Ranks(dist.get_rank(), dist.get_world_size())
+        dist.init_process_group(**options)
+        if cuda:
+            world = dist.group.WORLD
+            assert world is not None
+            world._get_backend(torch.device("cpu"))._set_default_timeout(PATIENCE)
     if not ranks.first:
         logging.getLogger("routesae").setLevel(logging.WARNING)  # rank 0 logs for all
     try:
@@ -162,10 +176,17 @@ def joined_ranks(*, group: bool = False) -> Iterator[Ranks]:
 
 @contextmanager
 def _peer_errors() -> Iterator[None]:
-    """Turn PyTorch's RuntimeError about sockets, raised when another rank is gone, into a FailedRun."""
+    """Turn PyTorch's RuntimeError about sockets, raised when another rank is gone, into a FailedRun.
+
+    Raises WrongInput if NCCL found two ranks on one GPU.
+    """
     try:
         yield
     except RuntimeError as error:
+        if "Duplicate GPU" in str(error):
+            raise WrongInput(
+                "two processes share a GPU; start fewer (--nproc-per-node), or show them more"
+            ) from error
         reason = next(iter(str(error).splitlines()), "no reason given")
         raise FailedRun(
             f"another process of this run is gone or cannot be reached ({reason}); add --resume to continue the run"

@@ -12,8 +12,10 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from datetime import timedelta
 from itertools import cycle, islice, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -399,7 +401,7 @@ def test_every_gradient_is_summed_however_large_it_is(monkeypatch: pytest.Monkey
 def test_a_batch_of_fewer_tokens_than_processes_is_refused(
     tiny_cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "joined_ranks", lambda **_: nullcontext(Ranks(0, 8)))
+    monkeypatch.setattr(run, "joined_ranks", lambda *_, **__: nullcontext(Ranks(0, 8)))
     monkeypatch.setattr(Ranks, "largest", lambda _, number: number)
     path = config(tmp_path, tiny_cache, ["topk"], batch_tokens=7)
     with pytest.raises(WrongInput, match="--batch-tokens 7 is below the 8 processes"):
@@ -418,3 +420,56 @@ def test_a_gpu_for_every_process_or_a_word_on_how_many_there_are(monkeypatch: py
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(WrongInput, match=r"last CUDA device is cuda:1; start fewer processes"):
         Ranks(5, 8).device("auto")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_RANK", "0")  # it too, or it would wait for the others on its GPU
+    with pytest.raises(WrongInput, match=r"--device cuda:2 is not here: the last CUDA device is cuda:1"):
+        Ranks(0, 8).device("auto")
+
+
+@pytest.mark.parametrize(("visible", "gpus", "index"), [(None, 4, 3), ("5", 1, 0)])
+def test_a_process_takes_its_gpu_first_and_waits_minutes_for_others_there_and_a_day_on_the_cpu(
+    visible: str | None, gpus: int, index: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls: list[tuple[str, Any]] = []
+
+    class Gloo:
+        def _set_default_timeout(self, timeout: timedelta) -> None:
+            calls.append(("cpu timeout", timeout))
+
+    class World:
+        def _get_backend(self, device: torch.device) -> Gloo:
+            assert device.type == "cpu"
+            return Gloo()
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(("set_device", device)))
+    monkeypatch.setattr(dist, "init_process_group", lambda **options: calls.append(("init", options)))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append(("destroy", None)))
+    monkeypatch.setattr(dist, "group", SimpleNamespace(WORLD=World()))
+    caplog.set_level("INFO", "routesae")  # so that what a rank does to it is undone
+    launched = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3", "MASTER_ADDR": "here", "MASTER_PORT": "1"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with distributed.joined_ranks("auto") as ranks:
+        assert ranks == Ranks(3, 4)
+        assert ranks.device("auto") == torch.device("cuda", index)
+    gpu = torch.device("cuda", index)
+    nccl = {"backend": "cpu:gloo,cuda:nccl", "timeout": timedelta(minutes=10), "device_id": gpu}
+    assert calls == [("set_device", gpu), ("init", nccl), ("cpu timeout", timedelta(days=1)), ("destroy", None)]
+    calls.clear()
+    with distributed.joined_ranks("cpu"):
+        pass
+    assert calls == [("init", {"backend": "gloo", "timeout": timedelta(days=1)}), ("destroy", None)]
+
+
+def test_two_processes_on_one_gpu_and_a_torch_that_cannot_divide_are_wrong_input(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(WrongInput, match="two processes share a GPU"), distributed._peer_errors():
+        raise RuntimeError("NCCL error\nDuplicate GPU detected : rank 1 and rank 0 both on CUDA device 7000")
+    monkeypatch.delattr("torch.distributed.fsdp.FSDPModule.set_force_sum_reduction_for_comms")
+    with pytest.raises(WrongInput, match="--shard and --cpu-offload need a later torch than"):
+        distributed.joined_ranks("cpu", dividing=True).__enter__()
