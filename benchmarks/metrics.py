@@ -33,6 +33,7 @@ from routesae.analyze.scores.metrics import METRICS
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.lm.model import LanguageModel
 from routesae.machine.device import pick_device
+from routesae.machine.settings import LMSettings
 from routesae.train.folder.checkpoint import load_sae
 from routesae.train.run import train
 from routesae.train.saes import SAE, Crosscoder, RouteSAE
@@ -158,7 +159,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as out:
         folders = args.sae or six_saes(cache, args.layer, args.latents, out)
         saes = {folder.name: load_sae(folder, device) for folder in folders}
-    lm = load_lm_of([lm_of_cache(cache)], None, device=args.device, lm_dtype="float32").lm
+    lm = load_lm_of([lm_of_cache(cache)], None, LMSettings(device=args.device, lm_dtype="float32")).lm
     first = cache.manifest.train_rows
     ids_ST = cache.tokens()[first : first + args.rows]
     kept_ST = cache.kept(first, first + args.rows)

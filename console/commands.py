@@ -24,6 +24,7 @@ FIRST = ("Model and corpus", "What is kept", "The dictionary", "This variant onl
 LAST = "The run"
 BLOCKS, WATCH, JSON = "harvest.cache.settings:BlockOptions", "console.options:Watch", "console.options:JsonFile"
 CONFIG, PIPELINE, DRY_RUN = (f"console.options:{name}" for name in ("ConfigFile", "PipelineFile", "DryRun"))
+BATCHES = ("batch_sequences", "batch_tokens", "max_memory")  # what takes less memory where it is lower
 LONGEST_CHOICES = 28  # characters; longer lists of choices stand in the help text
 LONGEST_MESSAGE = 2_000  # characters
 HUNG_UP = 141  # what a shell says of a program that SIGPIPE ended
@@ -226,6 +227,14 @@ class Commands(click.Group):
             if isinstance(error, BrokenPipeError) and hung_up():
                 raise
             self.end(ctx, error, 1)
+        except Exception as error:
+            from routesae.machine.memory import is_out_of_memory
+
+            if not is_out_of_memory(error):
+                raise
+            options = getattr(self.commands[str(ctx.invoked_subcommand)], "generated", {})
+            flags = [options[field][1].opts[0] for field in BATCHES if field in options] or ["what it has to hold"]
+            self.end(ctx, f"out of memory: lower {' or '.join(flags)} ({shortened(str(error).split(chr(10))[0])})", 1)
         except Terminated as error:
             self.end(ctx, f"{error}; the same command begins again, harvest and train where they stood", 143)
         except KeyboardInterrupt:

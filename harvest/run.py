@@ -46,14 +46,15 @@ def harvest(settings: HarvestSettings, report: Report = silent) -> Cache:
     loaded: list[tuple[lm.LanguageModel, str]] = []  # and the exact hash of its weights
 
     def load(revision: str | None) -> None:
-        model = lm.load_lm(settings.model, revision, device=device, lm_dtype=lm_dtype)
+        model = lm.load_lm(settings.model, revision, device=device, lm_dtype=lm_dtype, device_map=settings.device_map)
         loaded.append((model, lm.weights_hash(model, exact=True)))
 
     def prove(tokenizer: Any, layers: Sequence[int]) -> dict[str, Any]:
         load(getattr(config, "_commit_hash", None))
         (model, exact) = loaded[0]
+        weights = lm.weights_hash(model)  # before it runs, which unpacks some quantised weights for good
         offset = probe.prove(model, settings.model, tokenizer, layers, settings.context)
-        return {"hidden_states_offset": offset, "weights_hash": lm.weights_hash(model), "exact_weights_hash": exact}
+        return {"hidden_states_offset": offset, "weights_hash": weights, "exact_weights_hash": exact}
 
     claims = Claims(folder)
     with early, disk_faults(folder, lambda: _kept(output), lambda: claims.has_taken), claims:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from routesae.machine.settings import DEVICE, KEPT, LM_DTYPE, MODEL, RUN, SEED, Settings, setting
+from routesae.machine.settings import KEPT, MODEL, RUN, SEED, LMSettings, setting
 from routesae.reporting import WrongInput
 
 PROVENANCE = ("data", "place")  # columns of documents.parquet that every cache has
@@ -26,7 +26,7 @@ class Share(NamedTuple):
         return sorted(shards, key=lambda index: ((index - self.worker) % self.workers, index))
 
 
-class HarvestSettings(Settings):
+class HarvestSettings(LMSettings):
     """Settings of one harvest. Raises WrongInput where a value is impossible."""
 
     model: str = setting("meta-llama/Llama-3.2-1B", MODEL, "Hub id, local folder, .gguf file, or demo.")
@@ -96,8 +96,6 @@ class HarvestSettings(Settings):
         None, RUN, "Rows in a forward pass.", ge=1, unset="8 on a CPU, what fits on CUDA"
     )
     seed: int = SEED
-    device: str = DEVICE
-    lm_dtype: str = LM_DTYPE
     worker: int | None = setting(
         None, RUN, "Number of this worker, from 0, of several that share the work.", unset="torchrun's RANK"
     )

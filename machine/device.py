@@ -44,6 +44,14 @@ def pick_device(device: str) -> torch.device:
     return picked
 
 
+def free_memory(device: torch.device) -> int | None:
+    """Bytes of a GPU that nobody uses, this process's own reserve included; None for the CPU."""
+    if device.type == "cpu":
+        return None
+    reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + reserved
+
+
 def has_bfloat16_units(device: torch.device | str = "cpu") -> bool:
     """Whether the device multiplies bfloat16 natively, and so faster than float32.
 
@@ -56,14 +64,14 @@ def has_bfloat16_units(device: torch.device | str = "cpu") -> bool:
     return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16"))
 
 
-def pick_lm_dtype(lm_dtype: str, device: torch.device) -> str:
-    """Return the precision an LM runs in; auto is bfloat16 where the device multiplies it natively, else float32.
+def pick_lm_dtype(lm_dtype: str, device: torch.device, recorded: object = None) -> str:
+    """Return the precision an LM runs in; auto is the recorded one, or else bfloat16 where the device multiplies it.
 
-    Hidden states lose 1e-4 of their variance to bfloat16, a thousandth of what an SAE does, and a Xeon with AMX gives
-    them 2.5 times as fast.
+    Hidden states lose 1e-4 of their variance to it, a thousandth of what an SAE does, and come 2.5 times as fast.
     """
     if lm_dtype == "auto":
-        return "bfloat16" if has_bfloat16_units(device) else "float32"
+        native = "bfloat16" if has_bfloat16_units(device) else "float32"
+        return str(recorded) if recorded in list(LM_DTYPES) else native
     if lm_dtype not in LM_DTYPES:
         raise WrongInput(f"unknown --lm-dtype {lm_dtype!r}; give auto, {' or '.join(LM_DTYPES)}")
     return lm_dtype

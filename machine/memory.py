@@ -1,8 +1,9 @@
-"""Set up the C library's allocator for tensors that are made and freed over and over."""
+"""Set up the C library's allocator for tensors made and freed over and over, and tell when memory ran out."""
 
 from __future__ import annotations
 
 import ctypes
+import re
 import sys
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
@@ -19,3 +20,9 @@ def keep_freed_memory() -> None:
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
         library.mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
         library.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out. CUDA's libraries and torch's CPU allocator say so in a RuntimeError's text alone."""
+    said = r"out of memory|can't allocate memory|_ALLOC_FAILED"
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(re.search(said, str(error))))

@@ -158,6 +158,20 @@ class Settings:
         return type(self)(**{**vars(self), **changes})
 
 
+class LMSettings(Settings):
+    """Settings of whatever loads an LM."""
+
+    device: str = DEVICE
+    lm_dtype: str = LM_DTYPE
+    device_map: str | None = setting(
+        None,
+        RUN,
+        "Where the parts of an LM larger than --device are: auto, or accelerate's map as JSON or a file of it.",
+        metavar="auto|JSON|FILE",
+        unset="all on --device",
+    )
+
+
 def flag_of(of: type[Settings], name: str) -> str:
     """How users write a setting: --checkpoint-every, or FILE for an argument."""
     one = of.described.get(name)

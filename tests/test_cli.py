@@ -42,19 +42,20 @@ TRAIN = """cache sae latents expansion k layer sparsity pre-act-loss prefixes ro
 OPTIONS = {
     "harvest": f"""model data mix data-config split text-field token-field min-chars tokens context layers
         held-out keep-fields keep-roles dtype overflow
-        skip-positions keep-special shard-tokens batch-sequences seed device lm-dtype worker workers out
+        skip-positions keep-special shard-tokens batch-sequences seed device lm-dtype device-map worker workers out
         {RUN} {BLOCKS}""",
     "train": f"{TRAIN} name overwrite resume {RUN} {BLOCKS}",
     "ablation": f"{TRAIN} score-tokens model lm-dtype plot contexts threshold {RUN} {BLOCKS}",
-    "analyze": f"metric rows tokens all-positions infer-k theta batch-sequences lm-dtype json {SAES} {RUN} {BLOCKS}",
+    "analyze": f"""metric rows tokens all-positions infer-k theta batch-sequences lm-dtype device-map json
+        {SAES} {RUN} {BLOCKS}""",
     "contexts": f"""threshold per-class max-classes min-contexts choose top window samples batch-tokens overwrite
         {SAES} {RUN} {BLOCKS}""",
     "clamp": f"""add multiply set ablate error-term prompt prompts text-field hh max-prompts chat max-new-tokens
-        temperature batch-sequences lm-dtype json sae out device model seed {RUN}""",
+        temperature batch-sequences lm-dtype device-map json sae out device model seed {RUN}""",
     "interpret": f"""latents examples prompt score max-cost prices retry-unparsed overwrite base-url api-version
         key-env concurrency timeout retries temperature max-output-tokens dry-run {SAES} {RUN} {BLOCKS}""",
-    "report": f"html scores contexts logits serve port lm-dtype sae out cache device model {RUN} {BLOCKS}",
-    "latents": f"sae out text file messages top model device lm-dtype json {RUN}",
+    "report": f"html scores contexts logits serve port lm-dtype device-map sae out cache device model {RUN} {BLOCKS}",
+    "latents": f"sae out text file messages top model device lm-dtype device-map json {RUN}",
     "compare": f"A B cache tokens threshold device json {RUN} {BLOCKS}",
     "run": f"config {RUN}",
     "convert": "FILE sae k layer layers routing aggregate normalize model out name overwrite",

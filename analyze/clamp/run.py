@@ -47,7 +47,7 @@ def clamp(settings: ClampSettings, report: Report = silent) -> dict[str, Any]:
     change = Clamp(sae, changes, error_term=settings.error_term)
     prompts = read_prompts(settings)
     record = lm_of_sae(folder, sae.recipe)
-    loaded = load_lm_of([record], settings.model, device=settings.device, lm_dtype=settings.lm_dtype)
+    loaded = load_lm_of([record], settings.model, settings)
     if "config_hash" not in record.facts:
         log.warning("cfg.json does not describe %s; only width and layers were compared", record.name)
     steps.require_cached_attention(loaded.lm)

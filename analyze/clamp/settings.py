@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from routesae.machine.settings import DEVICE, LM_DTYPE, MODEL, OUT, RUN, SEED, Settings, setting
+from routesae.machine.settings import MODEL, OUT, RUN, SEED, LMSettings, setting
 from routesae.reporting import WrongInput
 
 CHANGES, PROMPTS, GENERATION = "Changes to latents", "Prompts", "Generation"
 
 
-class ClampSettings(Settings):
+class ClampSettings(LMSettings):
     """Settings of one clamping. Raises WrongInput where a value is impossible."""
 
     sae: str | None = setting(
@@ -57,8 +57,6 @@ class ClampSettings(Settings):
     seed: int = SEED
     batch_sequences: int = setting(8, RUN, "Prompts in a forward pass of the LM.", ge=1)
     model: str | None = setting(None, MODEL, "Where the LM is now.", unset="where the SAE says")
-    device: str = DEVICE
-    lm_dtype: str = LM_DTYPE
 
     def check(self) -> None:
         if self.error_term and not (self.add or self.multiply or self.set or self.ablate):

@@ -95,7 +95,7 @@ def generate(
             inputs["position_ids"] = (mask_BS.cumsum(1) - 1).clamp(min=0)[:, -ids_BT.shape[1] :]
         with nullcontext() if clamp is None else steering(lm, clamp, kept):
             # Rows that have ended are fed too, to no effect: no row sees another.
-            final_BTD = lm.body(input_ids=ids_BT, attention_mask=mask_BS.long(), **inputs)[0]
+            final_BTD = lm.body(input_ids=ids_BT, attention_mask=mask_BS.long(), **inputs)[0].to(lm.device)
         log_p_BV = torch.log_softmax(logits(lm, final_BTD[:, -1]), dim=1)
         next_B = pick(step, log_p_BV)
         picked.append(next_B)

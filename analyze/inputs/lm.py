@@ -22,7 +22,8 @@ from routesae.harvest.cache.reader import Cache
 from routesae.harvest.corpus.tokens import Framing, framing, tokenizer_hash
 from routesae.harvest.lm import model as loading
 from routesae.harvest.lm.model import LanguageModel
-from routesae.machine.device import LM_DTYPES, pick_device, pick_lm_dtype
+from routesae.machine.device import pick_device, pick_lm_dtype
+from routesae.machine.settings import LMSettings
 from routesae.reporting import WrongInput
 from routesae.train.folder.checkpoint import read_config
 from routesae.train.saes import SAE, Recipe
@@ -278,21 +279,33 @@ def load_tokenizer_of(records: Sequence[LMRecord], model: str | None) -> Any:
     return tokenizer
 
 
-def load_lm(model: str, *, revision: str | None = None, device: str = "auto", lm_dtype: str = "auto") -> LM:
+def load_lm(
+    model: str,
+    revision: str | None = None,
+    *,
+    device: str = "auto",
+    lm_dtype: str = "auto",
+    device_map: str | None = None,
+) -> LM:
     """The LM and tokenizer of a hub id, folder, .gguf file or "demo".
 
     device: "auto" (CUDA where there is any), "cpu", "cuda:1" …. lm_dtype: "float32", "bfloat16", or "auto", which is
-    bfloat16 where the device multiplies it natively. Raises WrongInput where it cannot be loaded.
+    bfloat16 where the device multiplies it natively. device_map: for an LM larger than the device, "auto", or JSON or
+    a file of it such as {"model.layers": "disk", "": 0}. Raises WrongInput where it cannot be loaded.
     """
     picked = pick_device(device)
-    lm = loading.load_lm(model, revision, device=picked, lm_dtype=pick_lm_dtype(lm_dtype, picked))
-    return LM(lm, loading.load_tokenizer(model, revision), model, revision)
+    chosen = pick_lm_dtype(lm_dtype, picked)
+    lm = loading.load_lm(model, revision, device=picked, lm_dtype=chosen, device_map=device_map)
+    loaded = LM(lm, loading.load_tokenizer(model, revision), model, revision)
+    if getattr(lm.model, "is_quantized", False):
+        _ = loaded.record  # now: the first pass unpacks some quantised weights for good
+    return loaded
 
 
-def load_lm_of(records: Sequence[LMRecord], model: str | None, *, device: str, lm_dtype: str) -> LM:
+def load_lm_of(records: Sequence[LMRecord], model: str | None, settings: LMSettings) -> LM:
     """The whole LM that all records are of. model: where it is now, or None for where the first record says.
 
-    lm_dtype: "auto" is the precision that the first record's cache was harvested in, if it says so: an SAE that is
+    --lm-dtype auto is the precision that the first record's cache was harvested in, if it says so: an SAE that is
     spliced into the LM then meets the hidden states that it was trained on, rounded as they were.
     Raises WrongInput if the record does not say where the LM is, or `model` is another one.
     """
@@ -303,11 +316,9 @@ def load_lm_of(records: Sequence[LMRecord], model: str | None, *, device: str, l
         found = _loaded(record, name, config_hash=loading.config_hash(config))
         require_same_lm(record, found._replace(width=width, layers=layers), GIVE_MODEL)
     tokenizer = load_tokenizer_of(records, model)
-    harvested = records[0].facts.get("lm_dtype")
-    if lm_dtype == "auto" and isinstance(harvested, str) and harvested in LM_DTYPES:
-        lm_dtype = harvested
-    picked = pick_device(device)
-    loaded = loading.load_lm(name, revision, device=picked, lm_dtype=pick_lm_dtype(lm_dtype, picked))
+    device = pick_device(settings.device)
+    lm_dtype = pick_lm_dtype(settings.lm_dtype, device, recorded=records[0].facts.get("lm_dtype"))
+    loaded = loading.load_lm(name, revision, device=device, lm_dtype=lm_dtype, device_map=settings.device_map)
     lm = LM(loaded, tokenizer, name, revision)
     for record in records:
         require_same_lm(record, lm.record, GIVE_MODEL)

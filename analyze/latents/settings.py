@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from routesae.machine.settings import CACHE, DEVICE, LM_DTYPE, MODEL, OUT, Settings, setting
+from routesae.machine.settings import CACHE, DEVICE, MODEL, OUT, LMSettings, Settings, setting
 from routesae.reporting import WrongInput
 
 TEXT, MATCHING = "The text", "Which latents match"
 
 
-class LatentsSettings(Settings):
+class LatentsSettings(LMSettings):
     """Settings of one look at a text. Raises WrongInput where a value is impossible."""
 
     sae: str | None = setting(
@@ -26,8 +26,6 @@ class LatentsSettings(Settings):
     )
     top: int = setting(5, TEXT, "Strongest latents of a token to list.", ge=1)
     model: str | None = setting(None, MODEL, "Where the LM is now.", unset="where the SAE says")
-    device: str = DEVICE
-    lm_dtype: str = LM_DTYPE
 
     def check(self) -> None:
         if sum(one is not None for one in (self.text, self.file, self.messages)) != 1:

@@ -139,7 +139,7 @@ def latents_of_text(settings: LatentsSettings, report: Report = silent) -> TextL
     folder, beside = one_sae(settings.sae, Path(settings.out))
     sae = load_sae(folder, pick_device(settings.device))
     of_sae = lm_of_sae(folder, sae.recipe)
-    lm = load_lm_of([of_sae], settings.model, device=settings.device, lm_dtype=settings.lm_dtype)
+    lm = load_lm_of([of_sae], settings.model, settings)
     return latents(lm, sae, text, top=settings.top, beside=beside)
 
 

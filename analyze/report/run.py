@@ -115,7 +115,7 @@ def _load_lm(settings: ReportSettings, runs: Sequence[Run]) -> LM | None:
     of_saes = [lm_of_sae(run.folder, run.recipe) for run in runs]
     try:
         model = settings.model or _at_hand(of_saes[0])
-        return load_lm_of(of_saes, model, device=settings.device, lm_dtype=settings.lm_dtype)
+        return load_lm_of(of_saes, model, settings)
     except WrongInput as refusal:
         if settings.model is not None or settings.serve:
             raise

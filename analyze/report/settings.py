@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from routesae.machine.settings import DEVICE, LM_DTYPE, MODEL, OUT, RUN, SAES, Settings, setting
+from routesae.machine.settings import MODEL, OUT, RUN, SAES, LMSettings, setting
 from routesae.reporting import WrongInput
 
 PAGE = "The page"
 
 
-class ReportSettings(Settings):
+class ReportSettings(LMSettings):
     """Settings of one page. Raises WrongInput where a value is impossible."""
 
     saes: tuple[str, ...] = SAES
@@ -38,8 +38,6 @@ class ReportSettings(Settings):
     )
     serve: bool = setting(False, RUN, "Then serve the page on this machine, with a box for one's own text.")
     port: int = setting(8760, RUN, "Port of --serve; 0 is any that is free.", ge=0, lt=2**16)
-    device: str = DEVICE
-    lm_dtype: str = LM_DTYPE
 
     def check(self) -> None:
         if not Path(self.html).absolute().parent.is_dir():

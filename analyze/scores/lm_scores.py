@@ -24,11 +24,13 @@ from routesae.analyze.scores import replacement
 from routesae.harvest.cache.manifest import Ids
 from routesae.harvest.lm.model import LanguageModel
 from routesae.harvest.lm.passes import clean_pass, logits, spliced_pass
+from routesae.machine.device import free_memory
 from routesae.reporting import Progress, Report, silent
 from routesae.train.saes import SAE, RouteSAE
 from routesae.train.saes.normalise import places_of
 
-CHUNK_POSITIONS = 256  # positions whose logits exist at a time: 50 MB each pass at SmolLM2's 49,152 tokens
+CHUNK_POSITIONS = 256  # positions whose logits exist at a time on a CPU: 50 MB each pass at SmolLM2's 49,152 tokens
+LIVE_LOGITS = 8  # float32 numbers a position and token of the vocabulary: four of these arrays, and what makes them
 PASSES_HELD = 8  # passes whose final states, [B, T, D] each, are held at a time and compared with the same logits
 
 Rows = npt.NDArray[np.float64]
@@ -92,6 +94,11 @@ def score_with_lm(
     return results
 
 
+def chunk_positions(vocabulary: int, free_bytes: int | None) -> int:
+    """Positions whose logits exist at a time: what half of a GPU's free memory holds; free_bytes is None on a CPU."""
+    return CHUNK_POSITIONS if free_bytes is None else max(1, free_bytes // 2 // (4 * LIVE_LOGITS * vocabulary))
+
+
 def _site(sae: SAE) -> str:
     """Where an SAE is spliced: SAEs of the same layers share it, as do views of one SAE, which share its router."""
     if isinstance(sae, RouteSAE):
@@ -109,8 +116,9 @@ def _compare(
     zeros_N = torch.zeros(len(next_N), dtype=torch.float64, device=next_N.device)
     kl = {key: zeros_N.clone() for key in flat}
     ce = {key: zeros_N.clone() for key in flat}
-    for start in range(0, len(next_N), CHUNK_POSITIONS):
-        chunk = slice(start, start + CHUNK_POSITIONS)
+    size = chunk_positions(lm.model.config.get_text_config().vocab_size, free_memory(lm.device))
+    for start in range(0, len(next_N), size):
+        chunk = slice(start, start + size)
         clean_CV = logits(lm, flat[CLEAN][chunk])
         p_CV = torch.softmax(clean_CV, dim=1)
         log_total_C = torch.logsumexp(clean_CV, dim=1)

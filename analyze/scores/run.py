@@ -137,7 +137,7 @@ def _row_sums_of_lm(
             log.warning("%s: left out of the LM's metrics: %s", name, refusal)
     if not spliceable:
         raise WrongInput(f"none of {', '.join(saes)} can be spliced into the LM; train one with --routing hard")
-    loaded = load_lm_of([lm_of_cache(cache)], settings.model, device=settings.device, lm_dtype=settings.lm_dtype)
+    loaded = load_lm_of([lm_of_cache(cache)], settings.model, settings)
     token_ids_ST, kept_ST = cache.tokens()[rows], cache.kept(rows.start, rows.stop)
     if settings.all_positions:
         kept_ST = np.ones_like(kept_ST)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from routesae.analyze.scores.metrics import CACHE_METRICS, LM_METRICS, METRICS
-from routesae.machine.settings import CACHE, DEVICE, LM_DTYPE, MODEL, OUT, ROWS, RUN, SAES, SEED, Settings, setting
+from routesae.machine.settings import CACHE, MODEL, OUT, ROWS, RUN, SAES, SEED, LMSettings, setting
 
 SCORING = "What is scored"
 
 
-class AnalyzeSettings(Settings):
+class AnalyzeSettings(LMSettings):
     """Settings of one scoring. Raises WrongInput where a value is impossible."""
 
     metrics: tuple[str, ...] = setting(
@@ -52,5 +52,3 @@ class AnalyzeSettings(Settings):
     )
     seed: int = SEED
     model: str | None = setting(None, MODEL, "Where the LM is now.", unset="where the cache says")
-    device: str = DEVICE
-    lm_dtype: str = LM_DTYPE

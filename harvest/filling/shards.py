@@ -28,7 +28,7 @@ from routesae.harvest.filling.output import Output
 from routesae.harvest.lm.model import LanguageModel
 from routesae.harvest.settings import HarvestSettings, Share, share_of
 from routesae.machine.lock import Lock
-from routesae.machine.memory import keep_freed_memory
+from routesae.machine.memory import is_out_of_memory, keep_freed_memory
 from routesae.machine.stop import stop_code, stop_requests
 from routesae.reporting import FailedRun, Progress, Report, Stopped, human_bytes
 
@@ -155,7 +155,9 @@ class Batching:
         while True:
             try:
                 return filled()
-            except torch.OutOfMemoryError as full:
+            except (RuntimeError, MemoryError) as full:
+                if not is_out_of_memory(full):
+                    raise
                 if self._is_asked or self.sequences == 1:
                     sizes = "--batch-sequences, or none," if self._is_asked else "--shard-tokens or --context"
                     raise FailedRun(

@@ -6,8 +6,13 @@ transformers for ℓ < n, blocks.{ℓ-1}.hook_resid_post of TransformerLens.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
+import importlib.util
 import json
+import logging
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,11 +21,13 @@ from typing import Any
 
 import torch
 import xxhash
-from torch import nn
+from torch import Tensor, nn
 
 from routesae.harvest.lm.gguf import source
 from routesae.machine.device import LM_DTYPES
-from routesae.reporting import WrongInput
+from routesae.machine.files import BadFile, parse_json, read_bytes
+from routesae.machine.memory import is_out_of_memory
+from routesae.reporting import WrongInput, shortened
 
 # Keys of a config that say how a model was stored or run, not which model it is.
 _INCIDENTAL_CONFIG = (
@@ -30,6 +37,7 @@ _INCIDENTAL_CONFIG = (
     "torch_dtype",
     "use_cache",
     "architectures",
+    "quantization_config",  # which loading changes; the hash of the weights tells
 )
 _HASHED_AT_ONCE = 1 << 24  # values of a parameter, for weights_hash
 
@@ -38,7 +46,8 @@ _HASHED_AT_ONCE = 1 << 24  # values of a parameter, for weights_hash
 class LanguageModel:
     """A loaded causal LM in eval mode, without gradients.
 
-    model: the transformers model. blocks: its decoder blocks, shared with it. width: D.
+    model: the transformers model. blocks: its decoder blocks, shared with it. width: D. device: where it takes token
+    ids, and where the hidden states of all its blocks are handed out.
     """
 
     model: Any
@@ -103,14 +112,34 @@ def load_tokenizer(model: str, revision: str | None = None) -> Any:
         return AutoTokenizer.from_pretrained(source(model), revision=revision or "main", trust_remote_code=False)
 
 
-def load_lm(model: str, revision: str | None = None, *, device: torch.device, lm_dtype: str) -> LanguageModel:
-    """The whole causal LM on `device`. Raises WrongInput if it cannot be loaded or has no list of blocks."""
-    from transformers import AutoModelForCausalLM
+def load_lm(
+    model: str, revision: str | None = None, *, device: torch.device, lm_dtype: str, device_map: str | None = None
+) -> LanguageModel:
+    """The whole causal LM, which takes token ids on `device` and is all there unless a device map says otherwise.
 
+    lm_dtype: the precision it is loaded and computes in; of a quantised one, that of all that is not quantised.
+    Raises WrongInput if it cannot be loaded or has no list of blocks.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.quantizers import AutoHfQuantizer
+
+    config, places, offload_folder = load_config(model, revision), None, None
+    if device_map is not None:
+        places = _read_device_map(device_map)
+        offload_folder = tempfile.mkdtemp(prefix="routesae-")  # for what the model's own files do not hold as it is
+        atexit.register(shutil.rmtree, offload_folder, ignore_errors=True)
+    elif importlib.util.find_spec("accelerate") is not None:  # else by way of host memory
+        places = {"": device}
+    quantisation = getattr(config, "quantization_config", None)
     with _explained(model):
+        if quantisation is not None and not AutoHfQuantizer.supports_quant_method(quantisation):
+            raise ValueError(f"transformers does not know how to read quant_method {quantisation['quant_method']!r}")
         loaded, report = AutoModelForCausalLM.from_pretrained(
             source(model),
+            config=config,
             dtype=LM_DTYPES[lm_dtype],
+            device_map=places,
+            offload_folder=offload_folder,
             revision=revision or "main",
             trust_remote_code=False,
             ignore_mismatched_sizes=True,  # they are refused here, by name
@@ -125,9 +154,44 @@ def load_lm(model: str, revision: str | None = None, *, device: torch.device, lm
         )
     if getattr(loaded, "_supports_sdpa", False):  # transformers' own choice as well, but a setting can change that
         loaded.set_attn_implementation("sdpa")
+    loaded.eval().requires_grad_(False)
+    if quantisation is not None:
+        _cast_plain(loaded, LM_DTYPES[lm_dtype])
+    if places is None:
+        loaded.to(device)
+    if isinstance(places, dict) and (unknown := places.keys() - dict(loaded.named_modules()).keys()):
+        raise WrongInput(f"--device-map: {type(loaded).__name__} has no module {min(unknown)!r}")
     blocks = find_blocks(loaded, model)
-    loaded.eval().requires_grad_(False).to(device)
     return LanguageModel(loaded, blocks, loaded.config.get_text_config().hidden_size, device)
+
+
+def _read_device_map(device_map: str) -> Any:
+    """What transformers takes for --device-map. Raises WrongInput for anything but auto, JSON or a file of it."""
+    here = ["cpu", "disk", *(name for i in range(torch.cuda.device_count()) for name in (i, f"cuda:{i}"))]
+    try:
+        if device_map == "auto":
+            return device_map
+        places = parse_json(device_map.encode() if device_map.lstrip().startswith("{") else read_bytes(device_map))
+        for name, place in places.items():
+            if place not in here or isinstance(place, bool):
+                raise BadFile(f"{place!r} is none of {', '.join(map(str, here))}")
+            if inner := [other for other in places if other != name and other.startswith(name and f"{name}.")]:
+                raise BadFile(f"{inner[0]!r} is a part of {name!r}")
+        return places
+    except (OSError, BadFile, AttributeError) as error:  # AttributeError: of JSON that is no object
+        raise WrongInput(
+            f"--device-map {shortened(device_map)} is not auto, nor JSON or a file of it that puts each module of an "
+            f'LM in one place, such as {{"model": 0, "lm_head": "cpu"}}: {shortened(str(error))}'
+        ) from error
+
+
+def _cast_plain(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give the modules of a quantised LM that are not quantised one precision: some loaders leave them as stored."""
+    for module in model.modules():
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if all(type(one) in (nn.Parameter, Tensor) and one.dtype in LM_DTYPES.values() for one in own):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(dtype)
 
 
 def cut_after(lm: LanguageModel, layer: int) -> LanguageModel:
@@ -171,34 +235,53 @@ def weights_hash(lm: LanguageModel, *, exact: bool = False) -> str:
     Tells a fine-tuned model from its base, which share a config. The first is the same for every precision loaded.
     """
     hasher = xxhash.xxh3_128()
-    stored = {tensor.data_ptr(): tensor for tensor in lm.model.state_dict().values()}  # tied ones once
-    for tensor in stored.values():
+    for tensor in _stored_tensors(lm.model):
         hasher.update(str(tuple(tensor.shape)).encode())
-        for piece in tensor.detach().flatten().split(_HASHED_AT_ONCE):
+        for piece in torch.split(tensor.detach().flatten(), _HASHED_AT_ONCE):
             if piece.is_floating_point() and not exact:
                 piece = piece.to(torch.bfloat16)
-            hasher.update(piece.view(torch.uint8).cpu().numpy())
+            hasher.update(piece.view(torch.uint8).cpu().numpy().data)
     return hasher.hexdigest()
+
+
+def _stored_tensors(model: Any) -> Iterator[Tensor]:
+    """Every parameter and stored buffer, tied ones once; those that are not in memory come one at a time."""
+    from transformers.integrations.accelerate import load_offloaded_parameter
+
+    tied, stored = getattr(model, "all_tied_weights_keys", {}), dict[Any, tuple[str, Tensor]]()
+    for name, whole in model.state_dict().items():
+        for part in _parts(whole):
+            stored.setdefault(tied.get(name, name) if part.is_meta else part.data_ptr(), (name, part))
+    for name, tensor in stored.values():
+        yield load_offloaded_parameter(model, name) if tensor.is_meta else tensor
+
+
+def _parts(tensor: Any) -> list[Tensor]:
+    """The tensors that one of a quantising package's own class is made of."""
+    names = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else ()
+    return [part for name in names for part in _parts(getattr(tensor, name))] or [tensor]
 
 
 @contextmanager
 def _explained(model: str) -> Iterator[None]:
     """Turn what transformers raises for a model it cannot load into one line with the remedy."""
-    from safetensors import SafetensorError
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # "Loading weights" flickers by; downloads keep their bars
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # what it warns of, weights that are missing, is refused here
+    for package in ("accelerate", "bitsandbytes"):  # these warn of what was asked for, the second at every product
+        logging.getLogger(package).setLevel(logging.ERROR)
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        if isinstance(error, WrongInput):
+    except Exception as error:  # from strangers' code, on a stranger's files: whatever it is, it is the answer
+        if isinstance(error, WrongInput) or is_out_of_memory(error):
             raise
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise WrongInput(
-            f"model {model!r} cannot be loaded: {reason.rstrip('.')}. For a gated model accept its licence on the "
-            "hub and log in with `hf auth login`; or give a local folder, a .gguf file, or demo"
+            f"model {model!r} cannot be loaded: {shortened(reason, 300).rstrip('.')}. For a gated model accept its "
+            "licence on the hub and log in with `hf auth login`; for a quantised one install what reads it; or give "
+            "a local folder, a .gguf file, or demo"
         ) from error
     finally:
         transformers_logging.set_verbosity(verbosity)

@@ -46,7 +46,7 @@ def _with_hidden(output: Any, hidden_BTD: Tensor) -> Any:
 @contextmanager
 def capturing(lm: LanguageModel, layers: Sequence[int], take: Callable[[int, Tensor], None]) -> Iterator[None]:
     """While open, every forward pass hands take(layer, hidden_BTD) each requested layer's output."""
-    with _hooks(lm, layers, lambda layer, output: take(layer, block_hidden(output))):
+    with _hooks(lm, layers, lambda layer, output: take(layer, block_hidden(output).to(lm.device))):
         yield
 
 
@@ -96,11 +96,11 @@ def clean_pass(lm: LanguageModel, token_ids_BT: Tensor, layers: Sequence[int]) -
 
     def keep(layer: int, output: Any) -> None:
         if layer in layers:
-            hidden[layer] = block_hidden(output)
+            hidden[layer] = block_hidden(output).to(lm.device)
         returned[layer] = _small_parts(output, block_hidden(output).numel())
 
     with _hooks(lm, range(1, max(layers, default=0) + 1), keep):
-        final_BTD = lm.body(input_ids=token_ids_BT, use_cache=False)[0]
+        final_BTD = lm.body(input_ids=token_ids_BT, use_cache=False)[0].to(lm.device)
     return CleanPass(final_BTD, hidden, returned)
 
 
@@ -131,7 +131,7 @@ def spliced_pass(lm: LanguageModel, token_ids_BT: Tensor, clean: CleanPass, edit
             skip = lambda *args, output=output, **kwargs: output  # noqa: E731
             stack.enter_context(_forward_replaced(lm.blocks[layer - 1], skip))
         stack.enter_context(editing(lm, {layer: edit for layer, edit in edits.items() if layer != first}))
-        final_BTD = lm.body(input_ids=token_ids_BT, use_cache=False)[0]
+        final_BTD = lm.body(input_ids=token_ids_BT, use_cache=False)[0].to(lm.device)
     assert isinstance(final_BTD, Tensor)
     return final_BTD
 
@@ -141,7 +141,7 @@ def editing(lm: LanguageModel, edits: Mapping[int, Edit]) -> Iterator[None]:
     """While open, every forward pass has edits[ℓ] applied to the output of each layer ℓ."""
 
     def change(layer: int, output: Any) -> Any:
-        return _with_hidden(output, edits[layer](block_hidden(output)))
+        return _with_hidden(output, edits[layer](block_hidden(output).to(lm.device)))
 
     with _hooks(lm, edits, change):
         yield
@@ -150,11 +150,14 @@ def editing(lm: LanguageModel, edits: Mapping[int, Edit]) -> Iterator[None]:
 @contextmanager
 def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """While open, calling the module (hooks included) runs `forward` in place of its own."""
+    own = module.__dict__.get("forward")  # accelerate's, where there is a device map
     module.__dict__["forward"] = forward
     try:
         yield
     finally:
         del module.__dict__["forward"]
+        if own is not None:
+            module.__dict__["forward"] = own
 
 
 # --------------------------------------------------------------------------------------------------------- the head

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from routesae.harvest.lm.model import LanguageModel
 from routesae.harvest.lm.passes import capturing, clean_pass, logits, run_until, spliced_pass
+from routesae.machine.memory import is_out_of_memory
 from routesae.reporting import WrongInput
 
 TOKENS = 16  # a row of the proof
 # How far, relative to its norm, a vector may be from an equal one that was computed in another batch.
-TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 # The names that configurations have for the number of positions: max_position_embeddings, n_ctx, max_seq_len …
 _POSITIONS = re.compile(
     r"(max|n)_(\w+_)?(positions?(_embeddings)?|ctx|seq(uence)?_?len(gth)?|context_?len(gth)?)"
@@ -53,9 +54,9 @@ def prove(lm: LanguageModel, name: str, tokenizer: Any, layers: Sequence[int], c
         _prove_splice(lm, ids_BT[:2, :TOKENS], layers, own_BTV)
     except (_Unfit, WrongInput) as unfit:
         raise WrongInput(f"{name} ({type(lm.model).__name__}) cannot be harvested: {unfit}") from None
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # from a stranger's code, on a plain row of tokens: whatever it is, it is the answer
+        if is_out_of_memory(error):
+            raise
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
         raise WrongInput(
             f"{name} ({type(lm.model).__name__}) cannot be harvested: its forward pass fails with "

@@ -21,6 +21,7 @@ from routesae.harvest.run import harvest
 from routesae.harvest.settings import HarvestSettings
 from routesae.machine import device
 from routesae.machine.files import signed
+from routesae.machine.settings import LMSettings
 from routesae.reporting import WrongInput
 from routesae.train.folder.checkpoint import load_sae
 from routesae.train.run import train
@@ -131,7 +132,7 @@ def test_an_lm_of_automatic_precision_runs_in_the_one_its_cache_was_harvested_in
     topk: Path, tiny_cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def dtype(record: LMRecord, lm_dtype: str = "auto") -> torch.dtype:
-        found: torch.dtype = load_lm_of([record], None, device="cpu", lm_dtype=lm_dtype).model.dtype
+        found: torch.dtype = load_lm_of([record], None, LMSettings(device="cpu", lm_dtype=lm_dtype)).model.dtype
         return found
 
     def said(lm_dtype: Any) -> LMRecord:

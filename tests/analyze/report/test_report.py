@@ -41,6 +41,7 @@ from routesae.cli import main
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.lm.model import LanguageModel, load_lm, load_tokenizer
 from routesae.machine.files import signed, write_json
+from routesae.machine.settings import LMSettings
 from routesae.reporting import WrongInput
 from routesae.tests.analyze.interpret.chat_server import write_answer
 from routesae.tests.made_up import retrain
@@ -549,7 +550,7 @@ def test_own_text_is_answered_by_what_the_sae_does_with_it(served: Page, saes: P
     text = "the router reads a token of the hidden state"
     sae = load_sae(saes / "routesae", CPU)
     record = lm_of_sae(saes / "routesae", sae.recipe)
-    expected = latents(load_lm_of([record], str(tiny_model), device="cpu", lm_dtype="auto"), sae, text, top=8)
+    expected = latents(load_lm_of([record], str(tiny_model), LMSettings(device="cpu")), sae, text, top=8)
     status, found = ask(served, {"run": 1, "text": text, "latent": 7})
     assert status == 200
     assert found["tokens"] == expected.tokens

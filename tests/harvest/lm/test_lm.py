@@ -30,7 +30,7 @@ from routesae.harvest.lm.model import (
     model_layers,
     weights_hash,
 )
-from routesae.harvest.lm.passes import capturing, run_until
+from routesae.harvest.lm.passes import capturing, clean_pass, logits, run_until, spliced_pass
 from routesae.harvest.run import harvest
 from routesae.harvest.settings import HarvestSettings
 from routesae.machine.device import pick_device, pick_lm_dtype
@@ -348,3 +348,195 @@ def test_a_demo_or_gguf_reader_that_is_not_installed_says_what_to_install(
         load_config("demo")
     with pytest.raises(WrongInput, match=r"pip install 'routesae\[gguf\]'"):
         load_config(str(tmp_path / "model.gguf"))
+
+
+# ------------------------------------------------------------------------------------------- where its parts are
+
+
+MAPS = {
+    "auto": "auto",
+    "all of it on the disk": '{"": "disk"}',
+    "every other block on the disk": json.dumps(
+        dict.fromkeys(["model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"], "cpu")
+        | {f"model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(6)}
+    ),
+}
+
+
+def tied(folder: Path, tiny_model: Path) -> Path:
+    """A GPT-2, whose head is its embedding."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    shutil.copytree(tiny_model, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    GPT2LMHeadModel(GPT2Config(vocab_size=320, n_positions=64, n_embd=32, n_layer=3, n_head=2)).save_pretrained(
+        folder
+    )
+    return folder
+
+
+def mixture(folder: Path, tiny_model: Path) -> Path:
+    """A Mixtral, whose weights transformers rearranges, and so writes anew for the disk."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    shutil.copytree(tiny_model, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    MixtralForCausalLM(
+        MixtralConfig(vocab_size=320, num_hidden_layers=3, num_local_experts=3, **sizes)
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("made", "device_map"),
+    [*((None, name) for name in MAPS), (tied, "all of it on the disk"), (mixture, "all of it on the disk")],
+)
+def test_states_and_hashes_are_those_of_one_device_wherever_a_map_puts_the_blocks(
+    made: Callable[[Path, Path], Path] | None, device_map: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("accelerate")
+    model = tiny_model if made is None else made(tmp_path / "model", tiny_model)
+    (tmp_path / "map.json").write_text(MAPS[device_map])
+    one = load(model)
+    for said in (MAPS[device_map], str(tmp_path / "map.json")) if device_map != "auto" else ("auto",):
+        lm = load_lm(str(model), device=CPU, lm_dtype="float32", device_map=said)
+        assert any(parameter.is_meta for parameter in lm.model.parameters()) == (device_map != "auto")
+        assert [weights_hash(lm, exact=exact) for exact in (True, False)] == [
+            weights_hash(one, exact=exact) for exact in (True, False)
+        ]
+        clean, plain = clean_pass(lm, TOKEN_IDS_BT, [1, 2]), clean_pass(one, TOKEN_IDS_BT, [1, 2])
+        edits = {1: lambda hidden_BTD: 2 * hidden_BTD, 2: lambda hidden_BTD: hidden_BTD + 1}
+        for inputs in ({}, edits):
+            found, expected = (
+                logits(of, spliced_pass(of, TOKEN_IDS_BT, its, inputs).flatten(0, 1))
+                for of, its in ((lm, clean), (one, plain))
+            )
+            assert torch.equal(found, expected)
+        expected_states, whole = taken(one, (1, 2, 3), 3), taken(lm, (1, 2, 3), 3)
+        lm = cut_after(lm, 3)
+        gc.collect()
+        cut = taken(lm, (1, 2, 3), 3)
+        assert all(torch.equal(one_BTD, whole[layer]) for layer, one_BTD in expected_states.items())
+        assert all(torch.equal(one_BTD, cut[layer]) for layer, one_BTD in expected_states.items())
+
+
+@pytest.mark.parametrize(
+    ("device_map", "message"),
+    [
+        ("balanced", "--device-map balanced is not auto, nor JSON or a file"),
+        ("[1]", "is not auto, nor JSON or a file"),
+        ("{", "not JSON"),
+        ('{"": 0}', "0 is none of cpu, disk"),
+        ('{"": true}', "True is none of cpu, disk"),
+        ('{"": null}', "None is none of cpu, disk"),
+        ('{"": {}}', "{} is none of cpu, disk"),
+        ('{"": "cpu", "": "disk"}', "stands twice"),
+        ('{"": "cpu", "model.layers.1": "disk"}', "'model.layers.1' is a part of ''"),
+        ('{"model.layers": "disk"}', "does not give any device for the following parameters: model.embed_tokens"),
+        ('{"model": "cpu", "lm_head": "cpu", "heads": "disk"}', "LlamaForCausalLM has no module 'heads'"),
+        ('{"(": "cpu"}', "cannot be loaded"),
+    ],
+)
+def test_a_device_map_that_cannot_be_is_one_line(device_map: str, message: str, tiny_model: Path) -> None:
+    pytest.importorskip("accelerate")
+    with pytest.raises(WrongInput) as refused:
+        load_lm(str(tiny_model), device=CPU, lm_dtype="float32", device_map=device_map)
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_lm_is_loaded_in_its_precision_and_onto_its_device_at_once(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    pytest.importorskip("accelerate")
+    asked: list[dict[str, Any]] = []
+    own = transformers.AutoModelForCausalLM.from_pretrained
+
+    def spied(*args: Any, **options: Any) -> Any:
+        asked.append(options)
+        return own(*args, **options)
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", spied)
+    load(tiny_model, "bfloat16")
+    spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "accelerate" else spec(name))
+    load(tiny_model)  # by way of host memory
+    assert [(one["dtype"], one["device_map"]) for one in asked] == [
+        (torch.bfloat16, {"": CPU}),
+        (torch.float32, None),
+    ]
+
+
+# --------------------------------------------------------------------------------------------------- quantised ones
+
+CLAIMS: list[tuple[Any, str]] = [  # and what is said where the package that reads it, or a GPU, is not there
+    ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "pip install -U bitsandbytes"),
+    ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "pip install -U bitsandbytes"),
+    ({"quant_method": "gptq", "bits": 4}, "pip install optimum"),
+    ({"quant_method": "awq", "bits": 4}, "pip install gptqmodel"),
+    ({"quant_method": "fbgemm_fp8"}, "requires a GPU"),
+    ({"quant_method": "compressed-tensors", "config_groups": {}}, "pip install compressed-tensors"),
+    ({"quant_method": "torchao", "quant_type": "int8_weight_only"}, "torchao"),
+    ({"quant_method": "quanto", "weights": "int8"}, "pip install optimum-quanto"),
+    ({"quant_method": "hqq", "quant_config": {}}, "HQQ"),
+    ({"quant_method": "aqlm"}, "pip install aqlm"),
+    ({"quant_method": "bitnet"}, "lack model.layers.0.mlp.down_proj.weight_scale"),
+    ({"quant_method": "exl2"}, "does not know how to read quant_method 'exl2'"),
+    ({"quant_method": "bitsandbytes"}, "does not know how to read quant_method 'bitsandbytes'"),
+    *(
+        (nonsense, "cannot be loaded")
+        for nonsense in ("gptq", ["gptq"], 7, {}, {"bits": 4}, {"quant_method": ["gptq"]})
+    ),
+]
+READERS = ("bitsandbytes", "optimum", "gptqmodel", "compressed_tensors", "torchao", "hqq", "aqlm")
+
+
+def claiming(folder: Path, model: Path, quantisation: Any) -> Path:
+    """A copy of a model whose configuration says that it is quantised."""
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantisation}))
+    return folder
+
+
+@pytest.mark.skipif(any(map(importlib.util.find_spec, READERS)), reason="a package that reads them is installed")
+@pytest.mark.parametrize(("quantisation", "message"), CLAIMS, ids=str)
+def test_a_quantised_model_that_cannot_be_read_here_says_why_in_one_line(
+    quantisation: Any, message: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(WrongInput) as refused:
+        load(claiming(tmp_path / "model", tiny_model, quantisation))
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU its weights stay in fp8")
+@pytest.mark.parametrize("lm_dtype", ["float32", "bfloat16"])
+def test_an_fp8_model_computes_in_the_precision_asked_for_what_its_weights_say(
+    lm_dtype: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    pytest.importorskip("accelerate")
+    block = 16
+    names = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [block, block]}
+    model = claiming(tmp_path / "fp8", tiny_model, {**names, "modules_to_not_convert": ["lm_head"]})
+    stored, plain = {}, {}
+    for name, weight in load_file(model / "model.safetensors").items():
+        stored[name] = plain[name] = weight
+        if ".layers." in name and weight.ndim == 2:
+            blocks = weight.unflatten(1, (-1, block)).unflatten(0, (-1, block))  # [rows / 16, 16, columns / 16, 16]
+            scale = blocks.abs().amax((1, 3)) / torch.finfo(torch.float8_e4m3fn).max
+            fp8 = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
+            stored[name], stored[f"{name}_scale_inv"] = fp8.view(weight.shape), scale
+            plain[name] = (fp8.float() * scale[:, None, :, None]).view(weight.shape)
+    save_file(stored, model / "model.safetensors", {"format": "pt"})
+    shutil.copytree(tiny_model, tmp_path / "plain")
+    save_file(plain, tmp_path / "plain" / "model.safetensors", {"format": "pt"})
+    found, expected = load(model, lm_dtype), load(tmp_path / "plain", lm_dtype)
+    assert {parameter.dtype for parameter in found.model.parameters()} == {getattr(torch, lm_dtype)}
+    states, expected_states = taken(found, (1, 6), 6), taken(expected, (1, 6), 6)
+    assert all(torch.equal(states[layer], expected_states[layer]) for layer in (1, 6))
+    assert weights_hash(found) == weights_hash(expected)
+    assert config_hash(found.model.config) == config_hash(load_config(str(model)))
