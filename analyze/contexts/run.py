@@ -71,7 +71,8 @@ def _facts(settings: ContextSettings, name: str, sae: OpenSAE, cache: Cache) -> 
     return {
         "format": FORMAT,
         "routesae": __version__,
-        "settings": settings.to_dict(),
+        # How it was run is left out: the contexts are the same.
+        "settings": {name: getattr(settings, name) for name in RULE},
         "cache": {"path": cache.address, **cache.manifest.to_dict()},
         "sae": {"name": name, "folder": str(sae.folder.resolve()), **sae_identity(sae.sae)},
     }

@@ -37,7 +37,7 @@ from routesae.train.folder.checkpoint import CONFIG, find_saes, read_config
 from routesae.train.jobs import Job, jobs_of
 from routesae.train.run import train
 from routesae.train.settings import TrainSettings
-from routesae.train.state import load_checkpoint, newest_step
+from routesae.train.state import drop_checkpoints, load_checkpoint, newest_step
 
 log = logging.getLogger(__name__)
 
@@ -164,6 +164,7 @@ def _train(
                     f"{job.folder} is there with other settings, and was not trained from here, so it is not "
                     "replaced; give its [[train.run]] a name, or move it away"
                 )
+            drop_checkpoints(job.folder)  # of a run that was killed just before it dropped them
             record.keep(steps[-1])
 
     def work(stale: Sequence[Step]) -> None:

@@ -251,6 +251,31 @@ def test_without_its_record_what_is_trained_is_recognised(
     assert changed(before, written(tmp_path / "out/saes")) == set()
 
 
+def test_a_checkpoint_that_a_killed_run_left_is_no_part_of_its_sae(
+    begun: Callable[..., PipelineResult], tmp_path: Path
+) -> None:
+    sae = begun(TRAIN).saes[0]
+    record = (tmp_path / "out/pipeline.json").read_bytes()
+    (tmp_path / "out/pipeline.json").unlink()
+    shutil.copy(sae / "sae_weights.safetensors", sae / "step-00000004.safetensors")  # killed just before it went
+    begun(TRAIN)
+    assert not list(sae.glob("step-*"))
+    assert (tmp_path / "out/pipeline.json").read_bytes() == record
+
+
+def test_contexts_are_the_same_whether_or_not_others_were_there(
+    begun: Callable[..., PipelineResult], tmp_path: Path
+) -> None:
+    begun(TRAIN, CONTEXTS)
+    names = ("contexts.json", "facts.json")
+    files = [path for name in names for path in (tmp_path / "out/saes").glob(f"*/contexts/*/{name}")]
+    first = [path.read_bytes() for path in files]
+    (tmp_path / "out/pipeline.json").unlink()
+    files[-1].unlink()
+    begun(TRAIN, CONTEXTS)
+    assert (len(files), [path.read_bytes() for path in files]) == (4, first)
+
+
 def test_a_second_pipeline_on_a_folder_is_refused_naming_the_owner(begun: Callable[..., PipelineResult]) -> None:
     refusals: list[str] = []
 
