@@ -15,6 +15,7 @@ from routesae.harvest.cache.arrays import BadArray
 from routesae.harvest.cache.claims import Claims
 from routesae.harvest.cache.manifest import shard_name
 from routesae.harvest.cache.reader import Cache, damaged, root_array
+from routesae.harvest.cache.ring import Ring
 from routesae.harvest.cache.writer import remove_partial_shards
 from routesae.harvest.filling.begin import open_or_begin, require_disk
 from routesae.harvest.filling.output import Output
@@ -60,6 +61,9 @@ def harvest(settings: HarvestSettings, report: Report = silent) -> Cache:
     with early, disk_faults(folder, lambda: _kept(output), lambda: claims.has_taken), claims:
         is_resumed = output.is_begun()
         cache = open_or_begin(output, settings, config, lm_dtype, claims, report, prove)
+        if settings.keep is not None:
+            Ring(cache).resize(settings.keep)
+        ring = Ring(cache) if cache.ring() else None
         remove_partial_shards(folder, claims)
         cache.tokens(), cache.roles(), cache.documents()  # refused where they are not what was written
         output.publish_left(cache, claims)
@@ -67,7 +71,7 @@ def harvest(settings: HarvestSettings, report: Report = silent) -> Cache:
             if is_resumed:
                 count = cache.manifest.shard_count
                 log.info("%d of %d shards are there already", count - missing, count)
-                require_disk(output, cache.manifest, missing)
+                require_disk(output, cache.manifest, min(missing, ring.capacity) if ring else missing)
             if not loaded:
                 load(cache.manifest.revision)
             model, weights = loaded.pop()
@@ -77,7 +81,7 @@ def harvest(settings: HarvestSettings, report: Report = silent) -> Cache:
                     "give the model it was begun with, or another --out"
                 )
             model = lm.cut_after(model, cache.manifest.layers[-1])  # the only reference: the rest is freed
-            harvest_shards(output, cache, model, claims, settings, report)
+            harvest_shards(output, cache, model, claims, settings, report, ring)
             remove_partial_shards(folder, claims)
         cache.require_unchanged()
         return _whole(Cache(output.store or folder))

@@ -95,6 +95,13 @@ class HarvestSettings(LMSettings):
     batch_sequences: int | None = setting(
         None, RUN, "Rows in a forward pass.", ge=1, unset="8 on a CPU, what fits on CUDA"
     )
+    keep: int | None = setting(
+        None,
+        RUN,
+        "Bytes of shards on the disk, such as 500G: one goes once every train --follow has used it.",
+        ge=1,
+        unset="all",
+    )
     seed: int = SEED
     worker: int | None = setting(
         None, RUN, "Number of this worker, from 0, of several that share the work.", unset="torchrun's RANK"
@@ -117,6 +124,8 @@ class HarvestSettings(LMSettings):
             raise WrongInput(f"{several}; give a share for each, such as --mix 0.7,0.3")
         if taken := set(self.keep_fields) & set(PROVENANCE):
             raise WrongInput(f"--keep-fields {min(taken)} is the name of a column that every cache has; rename it")
+        if self.keep is not None and "://" in self.out:
+            raise WrongInput(f"--keep {self.keep} needs --out to be a folder on a disk; {self.out} keeps all shards")
         if self.skip_positions >= self.context:
             raise WrongInput(f"--skip-positions {self.skip_positions} leaves nothing of --context {self.context}")
         if (self.worker is None) != (self.workers is None):

@@ -22,7 +22,7 @@ from routesae.reporting import WrongInput, shortened
 
 MODEL, KEPT, DICTIONARY = "Model and corpus", "What is kept", "The dictionary"
 VARIANT, OPTIMISER, RUN = "This variant only", "Optimiser", "The run"
-SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9}
+SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
 LARGEST_COUNT = 10**15
 LARGEST_TOML_BYTES, MOST_DOTS = 1 << 18, 200  # tomllib takes the square of a dotted key's length
 TYPES = {"int_type": "a whole number", "float_type": "a number", "finite_number": "a finite number"}

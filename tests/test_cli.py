@@ -36,13 +36,14 @@ from routesae.train.settings import settings_of
 # Every command with its own flags, and which of the groups of flags that several commands share.
 RUN, BLOCKS, SAES = "quiet log-json status", "cache-dir cache-bytes", "sae out cache device model seed"
 TRAIN = """cache sae latents expansion k layer sparsity pre-act-loss prefixes routing aggregate routed router balance
-    normalize batch-tokens epochs tokens window dead-after-tokens anneal-k-from sparsity-warmup recipe lr clip
+    normalize batch-tokens epochs tokens window follow dead-after-tokens anneal-k-from sparsity-warmup recipe lr clip
     precision max-memory log-every-steps log-project checkpoint-every log seed verify device shard cpu-offload out
     freeze from config"""
 OPTIONS = {
     "harvest": f"""model data mix data-config split text-field token-field min-chars tokens context layers
         held-out keep-fields keep-roles dtype overflow
-        skip-positions keep-special shard-tokens batch-sequences seed device lm-dtype device-map worker workers out
+        skip-positions keep-special shard-tokens keep batch-sequences seed device lm-dtype device-map worker
+        workers out
         {RUN} {BLOCKS}""",
     "train": f"{TRAIN} name overwrite resume {RUN} {BLOCKS}",
     "ablation": f"{TRAIN} score-tokens model lm-dtype plot contexts threshold {RUN} {BLOCKS}",

@@ -42,6 +42,7 @@ from routesae.train.loading.batches import (
     share_of,
     windows_of,
 )
+from routesae.train.loading.following import Following, begun_cache
 from routesae.train.log import StepLog
 from routesae.train.ranks.distributed import ALONE, Ranks, joined_ranks
 from routesae.train.saes import SAE, build
@@ -85,10 +86,11 @@ def train(settings: TrainSettings, report: Report = silent) -> list[TrainResult]
         report = report if ranks.first else silent
         with ranks.all_or_none():
             device = ranks.device(settings.device)
-            cache = Cache(settings.cache)
+            cache = begun_cache(settings.cache) if settings.follow else Cache(settings.cache)
             if settings.verify and ranks.first:
                 require_intact(cache, report)
             jobs = jobs_of(settings, cache)
+            folders = [job.folder for job in jobs]
             selection = _selection(cache, jobs, settings, ranks)
             pace = pace_of(selection, settings, device)
             for job in jobs if ranks.first else []:
@@ -102,10 +104,16 @@ def train(settings: TrainSettings, report: Report = silent) -> list[TrainResult]
         with ranks.all_or_none():
             begun = first_step(jobs, settings) if ranks.first else 0
         begun = int(ranks.broadcast([begun])[0])
+        with ranks.all_or_none():
+            following = _following(selection, settings)
+            if following and ranks.first:
+                following.register(folders, begun, stack)
         keep_freed_memory()
         log.info("peak learning rate %s", ", ".join(f"{lr:g}" for lr in sorted({job.lr for job in jobs})))
         with ranks.all_or_none():
             trainees = [trainee_of(job, settings, pace, device, stack, ranks) for job in jobs]
+        if begun == 0 and following:
+            following.open(following.windows[0])
         if begun == 0:
             _initialise(trainees, selection, settings)
         for trainee in trainees if divided else []:
@@ -116,7 +124,9 @@ def train(settings: TrainSettings, report: Report = silent) -> list[TrainResult]
         arithmetic = trainees[0].arithmetic
         log.info("training on %s: %s", device, arithmetic)
         with arithmetic.applied():
-            fit(trainees, selection, settings, begun, report, locks)
+            fit(trainees, selection, settings, begun, report, locks, following)
+            if following:
+                following.wait(range(cache.manifest.first_held_out_shard, cache.manifest.shard_count))
             saes = [trainee.whole_sae().eval() for trainee in trainees]  # which every rank takes part in
             _own_again(locks)
             finishing = zip(trainees, saes, strict=True) if ranks.first else ()
@@ -135,7 +145,11 @@ def train(settings: TrainSettings, report: Report = silent) -> list[TrainResult]
 def _selection(cache: Cache, jobs: Sequence[Job], settings: TrainSettings, ranks: Ranks) -> Selection:
     """The training rows of every layer that an SAE reads. Raises WrongInput if there are too few."""
     layers = sorted({layer for job in jobs for layer in job.recipe.layers})
-    selection = Selection(cache, 0, cache.manifest.train_rows, layers)
+    if not settings.follow:
+        cache.require_whole()
+        if cache.ring():
+            raise WrongInput(f"{cache.path} is a ring, whose shards go once they are used; train on it with --follow")
+    selection = Selection(cache, 0, cache.manifest.train_rows, layers, growing=settings.follow)
     if cache.manifest.train_rows == 0:
         raise WrongInput(
             f"{cache.path} was harvested with --held-out {cache.manifest.held_out:g}, for scoring alone, so there is "
@@ -148,6 +162,19 @@ def _selection(cache: Cache, jobs: Sequence[Job], settings: TrainSettings, ranks
             f"--batch-tokens {settings.batch_tokens} is below the {ranks.world} processes that divide it; raise it"
         )
     return selection
+
+
+def _following(selection: Selection, settings: TrainSettings) -> Following | None:
+    """How the selection is followed; None if it is whole. Raises WrongInput if more than one epoch is asked for."""
+    if not settings.follow:
+        return None
+    total_steps, _ = planned(selection, settings)
+    if total_steps > len(step_tokens(selection, settings)):
+        raise WrongInput(
+            f"--follow sees a token once, and --tokens {settings.tokens} is more than the {len(selection):,} that "
+            "there are; give fewer, or harvest more"
+        )
+    return Following(selection, windows_of(selection, settings.batch_tokens, settings.window), total_steps)
 
 
 def pace_of(selection: Selection, settings: TrainSettings, device: torch.device) -> Pace:
@@ -226,6 +253,7 @@ def fit(
     begun: int,
     report: Report = silent,
     locks: Sequence[Lock] = (),
+    following: Following | None = None,
 ) -> None:
     """The training loop: each round takes one step of every SAE. begun: steps that are done already."""
     total_steps, plans = planned(selection, settings)
@@ -235,17 +263,21 @@ def fit(
     most = largest_share(settings.batch_tokens, ranks.world)
     stage = f"train {trainees[0].job.name}" if len(trainees) == 1 else f"train {len(trainees)} SAEs"
     saved = begun
-    with stop_requests() as stop, closing(load(selection, shares, most, device)) as batches:
+    with stop_requests() as stop, ExitStack() as stack:
+        arriving = following.batches(shares, begun, most, device, stop) if following else None
+        batches = stack.enter_context(closing(arriving or load(selection, shares, most, device)))
         for step in range(begun + 1, total_steps + 1):
             began = time.perf_counter()
             batch: Batch | None = None
             failure: Exception | None = None
             try:
                 batch = next(batches)
-            except (FailedRun, OSError) as error:  # the other ranks wait for this one, to end together
-                failure = error
+            except (FailedRun, WrongInput, OSError, Stopped) as error:
+                failure = error  # the other ranks wait for this one, to end together
             waited = time.perf_counter() - began
-            request = stop() if step > begun + 1 else None
+            request = stop() if step > begun + 1 or failure else None
+            if request and isinstance(failure, Stopped):
+                failure = None
             # All ranks end with the same step, whichever of them was asked to stop or has no batch.
             if reason := ranks.largest(_FAILED if failure else request or 0):
                 if saved < step - 1:
@@ -268,9 +300,12 @@ def fit(
                 one = next(iter(shown.values())) if len(shown) == 1 else None
                 facts = one or {name: line["NormMSE"] for name, line in shown.items()}
                 report(Progress(stage, step, total_steps, "steps", facts))
-            if last or step % settings.checkpoint_every_steps == 0:
+            is_due = following is not None and following.is_full(step)
+            if last or is_due or step % settings.checkpoint_every_steps == 0:
                 _checkpoint(trainees, step, locks)
                 saved = step
+                if following:
+                    following.passed(step)
 
 
 def _checkpoint(trainees: Sequence[Trainee], step: int, locks: Sequence[Lock]) -> None:
@@ -317,6 +352,7 @@ def _finish(trainee: Trainee, sae: SAE, settings: TrainSettings, cache: Cache, r
         "settings": {
             **settings.to_dict(),
             "runs": None,
+            "follow": False,
             "resume": False,
             "overwrite": False,
             "run": job.settings.to_dict(),

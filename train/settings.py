@@ -32,6 +32,7 @@ from routesae.reporting import WrongInput
 if TYPE_CHECKING:
     from routesae.train.saes import SAE
 
+FOLLOWED_WINDOW = 16  # shards: about as many as a batch of 4,096 tokens has blocks
 MOST_RUNS = 1_000  # SAEs in one pass; what a file of settings could ask for has no end
 
 
@@ -247,6 +248,7 @@ class TrainSettings(Settings):
     )
     seed: int = SEED
     out: str = OUT
+    follow: bool = setting(False, RUN, "Train on the shards as a harvest writes them, in windows.")
     overwrite: bool = setting(False, RUN, "Replace an SAE of the same name.")
     resume: bool = setting(False, RUN, "Go on from the last checkpoint of the same command.")
     verify: bool = setting(False, RUN, "Compare every checksum of the cache first, which reads all of it.")
@@ -264,6 +266,12 @@ class TrainSettings(Settings):
             raise WrongInput("no SAE to train; name one with --sae")
         if self.resume and self.overwrite:
             raise WrongInput("--resume goes on with what --overwrite would delete; give one of them")
+        if self.follow and (self.epochs or 1) > 1:
+            raise WrongInput(f"--follow sees every token once; leave out --epochs {self.epochs}")
+        if self.follow and self.verify:
+            raise WrongInput("--verify reads the whole cache, which --follow does not wait for; give one of them")
+        if self.follow and self.window is None:
+            vars(self)["window"] = FOLLOWED_WINDOW
 
 
 def settings_of(

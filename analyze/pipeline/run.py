@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 RECORD, SCORES, REPORT = "pipeline.json", "scores.json", "report.html"
 LARGEST_RECORD = 1 << 26  # it lists every file of the corpus
 # Settings that say where and how fast, and change nothing of a cache.
-HOW_IT_RUNS = ("device", "batch_sequences", "worker", "workers")
+HOW_IT_RUNS = ("device", "batch_sequences", "worker", "workers", "keep")
 
 
 @dataclass(frozen=True, kw_only=True)

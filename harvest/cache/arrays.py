@@ -189,10 +189,15 @@ def write_metadata(folder: Path, metadata: Mapping[str, Any], attributes: Mappin
     (folder / "zarr.json").write_text(json.dumps({**metadata, "attributes": dict(attributes)}, indent=2))
 
 
-def write_group(folder: Path, attributes: Mapping[str, Any]) -> None:
-    """Make the folder a Zarr group. Its attributes get another, `checksum`, of all others."""
+def group_metadata(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """The zarr.json of a group. Its attributes get another, `checksum`, of all others."""
     signed = {**attributes, "checksum": _checksum(attributes)}
-    write_metadata(folder, {"attributes": {}, "zarr_format": 3, "node_type": "group"}, signed)
+    return {"attributes": signed, "zarr_format": 3, "node_type": "group"}
+
+
+def write_group(folder: Path, attributes: Mapping[str, Any]) -> None:
+    """Make the folder a Zarr group."""
+    (folder / "zarr.json").write_text(json.dumps(group_metadata(attributes), indent=2))
 
 
 def read_group(data: bytes, unsigned_formats: Container[int | None] = ()) -> dict[str, Any]:

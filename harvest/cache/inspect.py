@@ -24,7 +24,11 @@ def describe(path: str) -> Description:
     """Raises WrongInput where `path` is not a cache."""
     cache = Cache(path)
     manifest, missing = cache.manifest, cache.missing()
-    present = f"{manifest.shard_count - len(missing)} of {manifest.shard_count}"
+    ring = cache.ring()
+    used = ring.used if ring else 0
+    present = f"{manifest.shard_count - used - len(missing)} of {manifest.shard_count}"
+    if ring:
+        present += f", and {used} used by every trainer and deleted: a ring of {human_bytes(ring.keep)}"
     if missing:
         present += f"; missing {', '.join(map(str, missing[:8]))}{' …' if len(missing) > 8 else ''}"
     held_out = manifest.rows - manifest.train_rows

@@ -27,6 +27,7 @@ SCALE, CHANNEL_ARRAYS = "token_scale", ("channel_mean", "channel_std")  # of int
 FORMULA = "channel_mean[l] + channel_std[l] * (token_scale[:, l, None] * q), for the l-th of the cache's layers"
 CHUNK_HASHES = "chunk_hashes"
 FOLLOWERS = "followers"  # the group of a ring, beside the shards (routesae.harvest.cache.ring)
+DISK_RESERVE = 1.01  # indexes, metadata and the file system's own rounding
 Overflow = Literal["error", "clip"]
 MOST_SHARDS = 100_000  # their names have five digits; 6.5 billion tokens at the default size
 # The manifest's fields that are settings of harvest, and which: a resumed run must agree on them.
@@ -143,6 +144,11 @@ class Manifest(_Stored):
         return self.rows - (-int(-self.rows * self.held_out // 1) if self.rows > 1 or self.held_out == 1 else 0)
 
     @property
+    def first_held_out_shard(self) -> int:
+        """Index of the first shard with held-out rows; the number of shards if no row is held out."""
+        return self.train_rows // self.shard_rows if self.train_rows < self.rows else self.shard_count
+
+    @property
     def dropped_ids(self) -> tuple[int, ...]:
         """Token ids whose positions were not harvested."""
         return () if self.keep_special else self.special_ids
@@ -162,6 +168,11 @@ class Manifest(_Stored):
     def token_bytes(self) -> int:
         """Bytes a kept token takes in its shard."""
         return token_bytes(len(self.layers), self.width, self.dtype)
+
+    @property
+    def shard_bytes(self) -> int:
+        """Bytes a shard takes on the disk, on the average."""
+        return int(self.kept_tokens * self.token_bytes * DISK_RESERVE / self.shard_count)
 
     def shard_range(self, index: int) -> tuple[int, int]:
         """First row of tokens in shard `index`, and the one after its last."""

@@ -185,15 +185,15 @@ class Cache:
                 f"{', '.join(map(str, self.manifest.layers))}"
             )
 
-    def require_whole(self, read: Sequence[int] = ()) -> None:
-        """Raises WrongInput where shards are missing, or a ring has deleted one of those that are to be read."""
+    def require_whole(self, read: Sequence[int] | None = None) -> None:
+        """Raises WrongInput where one of these shards is missing or deleted by a ring. None: all that stay."""
         ring = self.ring()
-        if ring and (gone := [index for index in read if index < ring.used]):
+        if ring and (gone := [index for index in read or () if index < ring.used]):
             raise WrongInput(
                 f"{self.path} is a ring: {shard_name(gone[0])} and others were deleted once every trainer had used "
                 "them; what is held out is still there, and routesae harvest writes all again into a new folder"
             )
-        if missing := self.missing():
+        if missing := [index for index in self.missing() if read is None or index in read]:
             remedy = "train with --follow" if ring else "run the same routesae harvest again and it writes just those"
             raise WrongInput(
                 f"{self.path} lacks {len(missing)} of its {self.manifest.shard_count} shards (first "
@@ -226,9 +226,9 @@ class Cache:
         return Shard(self.shards_at / name, self.manifest, ShardRecord.from_dict(attributes, self.manifest, index))
 
     def shards(self) -> Iterator[Shard]:
-        """Every shard that is there, in order. Raises WrongInput naming the first that is damaged."""
-        present = self.shards_at.shard_names()
-        for index in range(self.manifest.shard_count):
+        """Every shard that is there, in order; of a ring those that stay. Raises WrongInput where one is damaged."""
+        present, first = self.shards_at.shard_names(), self.manifest.first_held_out_shard if self.ring() else 0
+        for index in range(first, self.manifest.shard_count):
             if shard_name(index) in present:
                 yield self.opened(index)
 

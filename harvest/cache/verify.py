@@ -120,10 +120,12 @@ def require_intact(cache: Cache, report: Report = silent) -> None:
 
 
 def _verified(cache: Cache, stage: str, report: Report) -> Iterator[tuple[int, list[str], Hashes]]:
-    """Every shard's index, problems and hashes."""
+    """Index, problems and hashes of every shard but those that a ring has deleted, perhaps just now."""
     for index in range(cache.manifest.shard_count):
         missing = [f"{shard_name(index)}: missing"], Hashes()
-        yield index, *(verify_shard(cache, index) if cache.has_shard(index) else missing)
+        problems, hashes = verify_shard(cache, index) if cache.has_shard(index) else missing
+        if not (problems and (ring := cache.ring()) and index < ring.used):
+            yield index, problems, hashes
         report(Progress(stage, index + 1, cache.manifest.shard_count, "shards", {}))
 
 

@@ -25,6 +25,7 @@ from routesae.harvest.cache import arrays
 from routesae.harvest.cache.claims import Claims
 from routesae.harvest.cache.manifest import (
     CHUNK_HASHES,
+    FOLLOWERS,
     FORMULA,
     ROLES,
     STARTS,
@@ -70,7 +71,7 @@ def is_uncommitted(path: Path) -> bool:
     """Whether the folder holds nothing but what a run killed before its manifest was in place can leave."""
     names = {entry.name for entry in path.iterdir()}
     staged = {name for name in names if fnmatch(name, STAGED_TOKENS)}
-    moved = ROOT_ARRAYS if staged else ()
+    moved = (*ROOT_ARRAYS, FOLLOWERS) if staged else ()
     return all(name in moved or fnmatch(name, f".{TOKENS}.claim*") for name in names - staged)
 
 

@@ -19,8 +19,10 @@ from typing import Any
 from routesae import __version__
 from routesae.harvest.cache import arrays
 from routesae.harvest.cache.claims import Claims
-from routesae.harvest.cache.manifest import SETTINGS, TOKENS, Manifest, token_bytes
+from routesae.harvest.cache.manifest import FOLLOWERS, SETTINGS, TOKENS, Manifest, RingState, token_bytes
 from routesae.harvest.cache.reader import Cache
+from routesae.harvest.cache.ring import write_state
+from routesae.harvest.cache.store.disk import folder_bytes
 from routesae.harvest.cache.writer import STAGED_TOKENS, begin_cache, is_uncommitted, staging
 from routesae.harvest.corpus.packing import write_tokens
 from routesae.harvest.corpus.texts import located
@@ -36,7 +38,6 @@ log = logging.getLogger(__name__)
 Prove = Callable[[Any, Sequence[int]], dict[str, Any]]
 """Tries the LM out with a tokenizer at some layers; returns the manifest's fields about what it is."""
 
-DISK_RESERVE = 1.01  # indexes, metadata and the file system's own rounding
 POLL_SECONDS = 0.5  # between looks at what another harvester does
 
 
@@ -138,24 +139,24 @@ def _begin(
             width=width,
             versions={"routesae": __version__, **{p: version(p) for p in ("torch", "transformers")}},
         )
-        require_disk(output, manifest, manifest.shard_count)
+        shards = manifest.shard_count
+        if settings.keep is not None:
+            shards = min(shards, settings.keep // max(1, manifest.shard_bytes))
+        require_disk(output, manifest, shards)
         if claim.held():  # else another took over, while this process was suspended
+            shutil.rmtree(output.folder / FOLLOWERS, ignore_errors=True)
+            if settings.keep is not None:  # before the manifest, so that no trainer takes it for a cache that stays
+                write_state(output.folder, manifest, RingState(keep=settings.keep))
             begin_cache(output.folder, manifest, prepared)
 
 
 def require_disk(output: Output, manifest: Manifest, shards: int) -> None:
     """Raises WrongInput if the disk has no room for `shards` more shards, less what others have written of them."""
-
-    def bytes_of(count: int) -> int:
-        return int(manifest.kept_tokens * manifest.token_bytes * count / manifest.shard_count * DISK_RESERVE)
-
     if output.store is not None:
-        log.info("the shards will take %s at %s", human_bytes(bytes_of(shards)), output.out)
+        log.info("the shards will take %s at %s", human_bytes(shards * manifest.shard_bytes), output.out)
         shards = min(shards, STAGED_SHARDS)
-    needed, free = bytes_of(shards), shutil.disk_usage(output.folder).free
-    for file in (file for part in output.folder.glob(".shard-*.partial") for file in part.rglob("*")):
-        with suppress(FileNotFoundError):  # committed meanwhile
-            needed -= file.stat().st_size
+    needed, free = shards * manifest.shard_bytes, shutil.disk_usage(output.folder).free
+    needed -= sum(map(folder_bytes, output.folder.glob(".shard-*.partial")))
     log.info("the shards will take %s; %s is free at %s", human_bytes(needed), human_bytes(free), output.folder)
     if needed > free:
         raise WrongInput(

@@ -23,6 +23,7 @@ from torch import Tensor
 from routesae.harvest.cache.claims import Claims
 from routesae.harvest.cache.manifest import shard_name
 from routesae.harvest.cache.reader import Cache
+from routesae.harvest.cache.ring import Ring
 from routesae.harvest.filling.buffer import ShardBuffer, Staging
 from routesae.harvest.filling.output import Output
 from routesae.harvest.lm.model import LanguageModel
@@ -43,10 +44,17 @@ TRIES = 3  # of a shard that is deleted while the run is on
 
 
 def harvest_shards(
-    output: Output, cache: Cache, model: LanguageModel, claims: Claims, settings: HarvestSettings, report: Report
+    output: Output,
+    cache: Cache,
+    model: LanguageModel,
+    claims: Claims,
+    settings: HarvestSettings,
+    report: Report,
+    ring: Ring | None = None,
 ) -> None:
     """Write the shards that are missing, beside any other harvesters; return once all are there.
 
+    ring: what the cache is; a shard is written once it has room for it.
     Raises Stopped if it was asked to stop, FailedRun if a shard cannot be made.
     """
     batching = Batching(settings.batch_sequences, cache, model.device)
@@ -57,7 +65,7 @@ def harvest_shards(
         f"{torch.get_num_threads()} threads, {batching.sequences} rows a batch"
     )
     keep_freed_memory()
-    work = Work(cache, claims, share_of(settings), report)
+    work = Work(cache, claims, share_of(settings), report, ring)
     with stop_requests() as stop, ThreadPoolExecutor(1, thread_name_prefix="shard-writer") as writer:
         deadline: float | None = None
 
@@ -176,10 +184,12 @@ class Batching:
 class Work:
     """The missing shards: which to take next, and how much of them is done here and by others."""
 
-    def __init__(self, cache: Cache, claims: Claims, share: Share, report: Report):
-        self._cache, self._claims, self._report = cache, claims, report
-        self._shards = share.order(range(cache.manifest.shard_count))
+    def __init__(self, cache: Cache, claims: Claims, share: Share, report: Report, ring: Ring | None = None):
+        self._cache, self._claims, self._report, self._ring = cache, claims, report, ring
+        shards = range(cache.manifest.shard_count)
+        self._shards = share.order(shards) if ring is None else list(shards)  # as trainers need them
         self._asked = set[int]()  # the shards that were missing at any time
+        self._holding = ""  # whom the ring waited for, when that was last said
         self._tries = Counter[int]()  # of the shards begun here
         self._rows_here = self._rows_elsewhere = self._reported = 0
         self._facts = {"worker": str(share)} if share.workers > 1 else {}
@@ -190,6 +200,8 @@ class Work:
         while left := self._left():
             has_any = False
             for index in left:
+                if self._ring is not None and not self._ring.has_room(index):
+                    break
                 if self._cache.has_shard(index) or (claim := self._claims.take(shard_name(index))) is None:
                     continue
                 if self._cache.has_shard(index):  # committed between the look and the claim
@@ -224,9 +236,15 @@ class Work:
             self.report()
 
     def wait(self) -> None:
-        """Wait a moment for other harvesters. The next look takes over what one of them leaves when it dies."""
+        """Wait a moment for other harvesters, or for room. The next look takes over what one that dies leaves."""
         if left := self._left():
             owners = {str(owner) for index in left if (owner := self._claims.owner(shard_name(index)))}
+            if self._ring is not None:
+                self._ring.advance()
+                if not owners and self._holding != (holding := self._ring.holding()):
+                    log.info("the ring is full: waiting for %s", holding)
+                    self._holding = holding
+                owners = owners or {self._holding}
             self.report(facts={"waiting for": " and ".join(sorted(owners)) or "others"})
             time.sleep(POLL_SECONDS)
 

@@ -70,6 +70,16 @@ def map_file(file: Path | IO[bytes], dtype: npt.DTypeLike, shape: tuple[int, ...
         return np.fromfile(file, dtype, prod(shape)).reshape(shape)
 
 
+def folder_bytes(folder: Path) -> int:
+    """Of all files below, but those that somebody deletes meanwhile."""
+    found = 0
+    for path, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                found += Path(path, name).stat().st_size
+    return found
+
+
 class DiskArray:
     """An array in a folder. content: its hash."""
 
@@ -135,7 +145,7 @@ class DiskFolder:
         shutil.copyfile(self.path / name, target)
 
     def size(self) -> int:
-        return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
+        return folder_bytes(self.path)
 
     def shard_names(self) -> set[str]:
         with os.scandir(self.path) as entries:  # one listing, not a look for each of thousands
