@@ -47,7 +47,7 @@ OPTIONS = {
         {RUN} {BLOCKS}""",
     "train": f"{TRAIN} name overwrite resume {RUN} {BLOCKS}",
     "ablation": f"{TRAIN} score-tokens model lm-dtype plot contexts threshold {RUN} {BLOCKS}",
-    "analyze": f"""metric rows tokens all-positions infer-k theta batch-sequences lm-dtype device-map json
+    "analyze": f"""metric label rows tokens all-positions infer-k theta batch-sequences lm-dtype device-map json
         {SAES} {RUN} {BLOCKS}""",
     "contexts": f"""threshold per-class max-classes min-contexts choose top window samples batch-tokens overwrite
         {SAES} {RUN} {BLOCKS}""",

@@ -54,8 +54,13 @@ def ablation(settings: AblationSettings, report: Report = silent) -> list[dict[s
     unread = tuple(sae for sae, of in facts.items() if not of or of["settings"]["threshold"] != settings.threshold)
     if settings.contexts and unread:
         contexts(ContextSettings(saes=unread, threshold=settings.threshold, overwrite=True, **common), report)
+    metrics = tuple(name for name, metric in METRICS.items() if not metric.needs_labels)  # a corpus may have none
     scoring = AnalyzeSettings(
-        saes=saes, metrics=tuple(METRICS), tokens=settings.score_tokens, lm_dtype=settings.lm_dtype, **common
+        saes=saes,
+        metrics=metrics,
+        tokens=settings.score_tokens,
+        lm_dtype=settings.lm_dtype,
+        **common,
     )
     results = analyze(scoring, report)
     known = [name for name in COLUMNS if any(name in row for row in results["saes"])]

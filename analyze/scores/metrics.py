@@ -10,6 +10,7 @@ array [R] of R draws (R = 1 for the score itself), by the name that the function
     dead         no sum: the share of latents that are active on no token
     rows         rows of tokens; positions: all of their positions; predictions: positions with a next token
     kl           KL(P_clean ‖ P_spliced) of each position, in nats
+    documents    labelled documents; probe_k: those whose label is told from k latents, probe_input: from the input
     ce_clean     cross-entropy of each prediction, in nats; ce_spliced: spliced; ce_zero: with zeros spliced in
 
 This module imports no torch, so that the command line knows the names of the metrics at once.
@@ -38,6 +39,7 @@ class Metric:
 
     column: its name in the results, if that is not the metric's. value: [R], or None if it does not apply to the SAE.
     details: further numbers that are written beside it, [R] or one a layer [R, L], in the same unit.
+    needs_labels: whether it is a function of sums over documents that have a label, and not over rows of tokens.
     zero_ablation: whether the LM also runs with zeros in the SAE's place.
     by_row: whether it is a function of sums over rows, and so has an interval.
     """
@@ -50,6 +52,7 @@ class Metric:
     details: Mapping[str, Function] = field(default_factory=dict)
     unit: str = ""
     needs_lm: bool = False
+    needs_labels: bool = False
     zero_ablation: bool = False
     by_row: bool = True
 
@@ -123,6 +126,19 @@ METRICS: dict[str, Metric] = {
             details={"Shares": _route_shares},
         ),
         Metric(
+            name="Probe",
+            meaning="share of documents whose label is told from one latent a label; also from 5, 20, the input",
+            better=HIGHER,
+            column="Probe_1",
+            value=lambda sums: sums["probe_1"] / sums["documents"],
+            details={
+                "Probe_5": lambda sums: sums["probe_5"] / sums["documents"],
+                "Probe_20": lambda sums: sums["probe_20"] / sums["documents"],
+                "Probe_input": lambda sums: sums["probe_input"] / sums["documents"],
+            },
+            needs_labels=True,
+        ),
+        Metric(
             name="KLDiv",
             meaning="mean KL divergence of the LM's next token, clean against spliced, in nats",
             better=LOWER,
@@ -150,5 +166,5 @@ METRICS: dict[str, Metric] = {
         ),
     )
 }
-CACHE_METRICS = tuple(name for name, metric in METRICS.items() if not metric.needs_lm)
+CACHE_METRICS = tuple(name for name, metric in METRICS.items() if not (metric.needs_lm or metric.needs_labels))
 LM_METRICS = tuple(name for name, metric in METRICS.items() if metric.needs_lm)

@@ -19,6 +19,7 @@ from routesae.analyze.inputs.lm import lm_of_cache, load_lm_of
 from routesae.analyze.inputs.saes import OpenSAE, open_saes, rows_to_read
 from routesae.analyze.scores.intervals import draws, measure
 from routesae.analyze.scores.metrics import METRICS
+from routesae.analyze.scores.probe import probe
 from routesae.analyze.scores.results import described
 from routesae.analyze.scores.settings import AnalyzeSettings
 from routesae.analyze.scores.sparsity import at_sparsity
@@ -48,13 +49,20 @@ def analyze(settings: AnalyzeSettings, report: Report = silent) -> dict[str, Any
     saes, rows = _views(opened, settings, cache.manifest.tokens_hash)
     descriptions = {name: described(one.beside, cache.manifest.tokens_hash) for name, one in opened.items()}
     metrics = [METRICS[name] for name in settings.metrics]
-    of_cache = [metric for metric in metrics if not metric.needs_lm]
+    of_cache = [metric for metric in metrics if not (metric.needs_lm or metric.needs_labels)]
+    of_labels = [metric for metric in metrics if metric.needs_labels]
     of_lm = [metric for metric in metrics if metric.needs_lm]
     drawn_RS = draws(after - first, settings.seed)
     if of_cache:
         for key, scores in score_all_on_cache(saes, cache, first, after, report).items():
             layers = saes[key].recipe.layers
             _add(rows[key], *measure(of_cache, scores.by_row, drawn_RS, layers=layers, dead=scores.dead))
+    if of_labels:
+        # A corpus has few documents, and an SAE reads no label, so those that it was trained on are asked about too.
+        start, end = (first, after) if settings.rows else (0, cache.manifest.rows)
+        end = end if settings.tokens is None else min(end, start + max(1, settings.tokens // cache.manifest.context))
+        for key, sums in probe(saes, cache, slice(start, end), settings.label, settings.seed, report).items():
+            _add(rows[key], *measure(of_labels, sums, draws(len(sums["documents"]), settings.seed)))
     if of_lm:
         for key, row_sums in _row_sums_of_lm(settings, cache, saes, slice(first, after), report).items():
             _add(rows[key], *measure(of_lm, row_sums, drawn_RS))

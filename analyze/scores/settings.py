@@ -30,6 +30,13 @@ class AnalyzeSettings(LMSettings):
         unset="all, if every SAE was trained on another corpus; else held-out",
     )
     tokens: int | None = setting(None, SCORING, "Tokens to score on, the first of those rows.", ge=1, unset="all")
+    label: str | None = setting(
+        None,
+        SCORING,
+        "Field of the documents that Probe tells; it reads all rows of the cache unless --rows is given.",
+        metavar="FIELD",
+        unset="the only one that harvest kept",
+    )
     all_positions: bool = setting(
         False, SCORING, "Splice at every position, as the published code does, not just at those training used."
     )

@@ -1,0 +1,131 @@
+"""The metric Probe: what is told of labels that the text shows, of labels that nothing shows, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from routesae.analyze.latents.cache import Cache as Documents
+from routesae.analyze.scores import probe
+from routesae.analyze.scores.run import analyze
+from routesae.analyze.scores.settings import AnalyzeSettings
+from routesae.harvest.cache.reader import Cache
+from routesae.harvest.run import harvest
+from routesae.harvest.settings import HarvestSettings
+from routesae.reporting import WrongInput
+from routesae.train.folder.checkpoint import load_sae
+from routesae.train.run import train
+from routesae.train.settings import settings_of
+
+ALPHABETS = {"vowels": "aeiou", "first": "bcdfg", "last": "vwxyz"}
+COLUMNS = {"Probe_1", "Probe_5", "Probe_20", "Probe_input"}
+
+
+@pytest.fixture(scope="module")
+def cache(tiny_settings: Callable[..., HarvestSettings], tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    """90 documents whose letters are those of their label; some without one, three of a rare one."""
+    folder, drawn = tmp_path_factory.mktemp("labelled"), random.Random(0)
+    documents = []
+    for number in range(90):
+        label = list(ALPHABETS)[number % 3]
+        text = " ".join("".join(drawn.choices(ALPHABETS[label], k=4)) for _ in range(12))
+        kept = None if number % 15 == 0 else "rare" if number in (31, 32, 34) else label
+        noise = drawn.choice(["heads", "tails"])
+        documents.append({"text": text, "label": kept, "noise": noise, "url": f"http://{number}"})
+    data = folder / "texts.jsonl"
+    data.write_text("".join(json.dumps(document) + "\n" for document in documents))
+    changes = {
+        "tokens": 4500,
+        "layers": "2,3",
+        "keep_fields": ("label", "noise", "url"),
+        "shard_tokens": 1024,
+        "min_chars": 1,
+    }
+    return harvest(tiny_settings(data=str(data), out=str(folder / "shards"), **changes))
+
+
+@pytest.fixture(scope="module")
+def saes(cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("saes")
+    runs = {"sae": ["topk", "routesae", "mlsae", "crosscoder"], "layer": 3, "latents": 48, "k": 6}
+    train(settings_of({**runs, "cache": str(cache.path), "out": str(out), "batch_tokens": 512, "device": "cpu"}))
+    return out
+
+
+def probed(cache: Cache, out: Path, **changes: Any) -> list[dict[str, Any]]:
+    chosen = {"metrics": ("Probe",), "label": "label", "device": "cpu", **changes}
+    rows: list[dict[str, Any]] = analyze(AnalyzeSettings(cache=str(cache.path), out=str(out), **chosen))["saes"]
+    return rows
+
+
+def test_labels_that_the_text_shows_are_told_by_every_kind_of_sae_and_a_coins_are_not(
+    cache: Cache, saes: Path
+) -> None:
+    rows = probed(cache, saes)
+    assert len(rows) == 4
+    for row in rows:
+        assert row["intervals"].keys() == COLUMNS
+        assert row["Probe_input"] > 0.9, row
+        assert row["Probe_20"] > 0.8, row
+        assert all(row["intervals"][name][0] <= row[name] <= row["intervals"][name][1] for name in COLUMNS)
+    topk = {"saes": tuple(row["folder"] for row in rows if row["variant"] == "topk")}
+    (row,) = probed(cache, saes, label="noise", **topk)
+    assert 0.2 < row["Probe_5"] < 0.8, row
+
+
+def test_a_document_is_the_mean_over_its_kept_tokens(
+    cache: Cache, saes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(probe, "_told", lambda *args: seen.append(args) or np.zeros(len(args[1])))
+    (topk,) = saes.glob("topk*")
+    sae = load_sae(topk, torch.device("cpu"))
+    results = probe.probe({"": sae}, cache, slice(0, cache.manifest.rows), "label", 0, lambda now: None)[""]
+    (latents_mF, label_m, _, _), (input_mD, _, _, _) = seen[0], seen[-1]
+    documents, numbers = Documents(cache.path), []
+    for number, label in enumerate(cache.documents()["label"].to_pylist()):
+        if label in ALPHABETS:
+            document = documents.document(number)
+            hidden_TD = document.hidden[3][document.kept]
+            f_TF = sae.encode(hidden_TD).dense()
+            x_TD = sae(hidden_TD).x_ND
+            np.testing.assert_allclose(latents_mF[len(numbers)], f_TF.mean(0), rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(input_mD[len(numbers)], x_TD.mean(0), rtol=1e-4, atol=1e-5)
+            assert label_m[len(numbers)] == label
+            numbers.append(number)
+    assert len(numbers) == len(label_m) == len(results["documents"]) > 60
+
+
+def test_latents_are_chosen_on_the_documents_that_are_fitted_alone() -> None:
+    # Of 3,000 columns of noise some tell all 60 labels by chance; those of four fifths say nothing of the last.
+    random_mC = np.random.default_rng(0).standard_normal((60, 3000)).astype(np.float32)
+    label_m = np.array(["a", "b"] * 30)
+    assert 0.3 < probe._told(random_mC, label_m, 5, 0).mean() < 0.7
+    random_mC[:, 1234] = 5 * (label_m == "b")
+    assert probe._told(random_mC, label_m, 1, 0).mean() == 1
+
+
+def test_labels_that_cannot_be_probed_are_refused(
+    cache: Cache, tiny_cache: Cache, saes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(
+        WrongInput, match="Probe needs one field of the documents; give --label, of label, noise, url"
+    ):
+        probed(cache, saes, label=None)
+    with pytest.raises(WrongInput, match=r"--label topic was not kept of .* documents \(label, noise, url\)"):
+        probed(cache, saes, label="topic")
+    with pytest.raises(WrongInput, match=r"--label url has .* values on .* documents, of which 0 are on 10 or more"):
+        probed(cache, saes, label="url")
+    with pytest.raises(WrongInput, match=r"--label label has .*; Probe needs two such"):
+        probed(cache, saes, rows="held-out")
+    monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
+    with pytest.raises(WrongInput, match=r"scikit-learn: pip install 'routesae\[probe\]'"):
+        probed(cache, saes)
