@@ -173,6 +173,41 @@ def test_wrong_input_of_every_kind_is_one_line_and_exit_code_2(arguments: str, l
     assert line in refused(*arguments.split())
 
 
+@pytest.mark.parametrize(
+    ("command", "room", "remedy"),
+    [
+        ("harvest", "harvest.run.harvest", "lower --batch-sequences"),
+        ("analyze", "analyze.scores.run.analyze", "lower --batch-sequences"),
+        ("train", "train.run.train", "lower --batch-tokens or --max-memory"),
+        ("contexts", "analyze.contexts.run.contexts", "lower --batch-tokens"),
+        ("report", "analyze.report.run.write_report", "lower what it has to hold"),
+        ("cache verify shards", "harvest.cache.verify.verify", "lower what it has to hold"),
+    ],
+)
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore lines"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to"
+        ),
+        MemoryError(),
+    ],
+    ids=["cuda", "cpu", "python"],
+)
+def test_where_memory_runs_out_one_line_names_the_flag_to_lower(
+    error: Exception, command: str, room: str, remedy: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def full(*args: Any) -> None:
+        raise error
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(f"routesae.{room}", full)
+    line = refused(*command.split(), code=1)
+    assert f"out of memory: {remedy} (" in line
+    assert str(error).split("\n")[0] in line
+
+
 def test_flags_say_which_ones_stand_on_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Bytes, paths and choices come through as typed, --no-… as False, and `all` as None."""
     seen: list[Any] = []

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from routesae.machine.device import pick_device
+from routesae.machine.device import free_memory, pick_device
 from routesae.reporting import WrongInput
 
 # Tensors of 12 and 24 MB, as a block's activations, made and freed: the page faults of the last five times.
@@ -77,3 +77,10 @@ def test_torchrun_on_cpus_runs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert str(pick_device("auto")) == "cpu"
+
+
+def test_a_gpus_free_memory_counts_what_this_process_keeps_and_does_not_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("mem_get_info", (5, 80)), ("memory_reserved", 30), ("memory_allocated", 10)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert free_memory(torch.device("cuda:0")) == 5 + 30 - 10
+    assert free_memory(torch.device("cpu")) is None

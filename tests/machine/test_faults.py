@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from routesae.machine.faults import disk_faults
+from routesae.machine.memory import is_out_of_memory
 from routesae.reporting import FailedRun, WrongInput
 
 
@@ -58,3 +62,26 @@ def test_how_to_go_on_is_what_the_run_says(tmp_path: Path) -> None:
             disk_faults(tmp_path, lambda: "kept", lambda: True, "give --resume"),
         ):
             raise OSError(number, "full")
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [lambda: torch.empty(1 << 50), lambda: np.empty(1 << 50), lambda: bytearray(1 << 50)],
+    ids=["torch", "np", "py"],
+)
+def test_memory_that_the_host_has_not_got_is_known_by_what_is_raised(ask: Callable[[], object]) -> None:
+    with pytest.raises((RuntimeError, MemoryError)) as raised:
+        ask()
+    assert is_out_of_memory(raised.value)
+
+
+def test_memory_of_a_gpu_is_known_by_what_is_raised_and_nothing_else_is() -> None:
+    for said in (
+        "CUDA out of memory. Tried to allocate 2 GiB",
+        "CUDA error: out of memory",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+    ):
+        assert is_out_of_memory(RuntimeError(said))
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    for other in (RuntimeError("a shape is wrong"), ValueError("out of memory"), OSError(errno.ENOSPC, "full")):
+        assert not is_out_of_memory(other)

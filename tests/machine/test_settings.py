@@ -84,7 +84,13 @@ def test_the_table_below_is_of_every_settings_class() -> None:
     ours = {
         of.__name__ for of in below(Settings) if of.__module__.startswith("routesae.") and "test" not in of.__module__
     }
-    assert ours - {of.__name__ for of in CLASSES} == {"Settings", "LMSettings", "PipelineSettings", "Recipe"}
+    assert ours - {of.__name__ for of in CLASSES} == {
+        "Settings",
+        "LMSettings",
+        "Arithmetic",
+        "PipelineSettings",
+        "Recipe",
+    }
 
 
 @pytest.mark.parametrize("of", CLASSES)

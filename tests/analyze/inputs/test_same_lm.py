@@ -11,9 +11,14 @@ from typing import Any
 import pytest
 import torch
 
+from routesae.analyze.clamp.run import clamp
+from routesae.analyze.clamp.settings import ClampSettings
 from routesae.analyze.contexts.run import contexts
 from routesae.analyze.contexts.settings import ContextSettings
 from routesae.analyze.inputs.lm import LMRecord, lm_of_cache, lm_of_sae, load_lm_of
+from routesae.analyze.latents.settings import LatentsSettings
+from routesae.analyze.latents.text import latents_of_text
+from routesae.analyze.scores.metrics import LM_METRICS
 from routesae.analyze.scores.run import analyze
 from routesae.analyze.scores.settings import AnalyzeSettings
 from routesae.harvest.cache.reader import Cache
@@ -146,3 +151,16 @@ def test_an_lm_of_automatic_precision_runs_in_the_one_its_cache_was_harvested_in
     assert dtype(said("bfloat16")) == torch.bfloat16
     for nonsense in (None, "int4", ["float32"]):  # cfg.json may be a stranger's
         assert dtype(said(nonsense)) == torch.float32
+
+
+def test_scores_clamps_and_latents_are_the_same_wherever_a_map_puts_the_lm(topk: Path, tiny_cache: Cache) -> None:
+    pytest.importorskip("accelerate")
+
+    def results(device_map: str | None) -> tuple[Any, ...]:
+        where: dict[str, Any] = {"device": "cpu", "device_map": device_map}
+        scoring = AnalyzeSettings(cache=str(tiny_cache.path), saes=(str(topk),), metrics=tuple(LM_METRICS), **where)
+        clamping = ClampSettings(sae=str(topk), set=("3=9",), prompt=("the router reads",), max_new_tokens=4, **where)
+        listing = LatentsSettings(sae=str(topk), text="the router reads a hidden state", **where)
+        return analyze(scoring)["saes"], clamp(clamping)["texts"], list(latents_of_text(listing))
+
+    assert results('{"": "disk"}') == results(None)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from routesae.analyze.scores import lm_scores
 from routesae.analyze.scores.intervals import draws, measure
-from routesae.analyze.scores.lm_scores import score_with_lm
+from routesae.analyze.scores.lm_scores import chunk_positions, score_with_lm
 from routesae.analyze.scores.metrics import LM_METRICS, METRICS
 from routesae.analyze.scores.sparsity import at_sparsity
 from routesae.harvest.cache.manifest import kept_positions
@@ -438,6 +438,20 @@ def test_logits_never_exist_for_more_positions_than_a_chunk(
     handle.remove()
     assert max(seen) == 7
     assert sum(seen) == 3 * ROWS * CONTEXT  # clean, spliced and zero, each position once
+
+
+def test_a_chunk_of_logits_is_256_positions_on_a_cpu_and_what_half_of_its_free_memory_holds_on_a_gpu(
+    llama: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert chunk_positions(49_152, None) == 256
+    assert chunk_positions(128_256, 80 * 10**9) == 80 * 10**9 // 2 // (8 * 4 * 128_256) == 9746
+    assert chunk_positions(128_256, 1000) == 1  # it is then for the allocator to refuse
+    vocabulary, seen = llama.model.config.vocab_size, list[int]()
+    monkeypatch.setattr(lm_scores, "free_memory", lambda device: 2 * 8 * 4 * vocabulary * 5)
+    handle = llama.model.lm_head.register_forward_hook(lambda module, inputs, out: seen.append(out[..., 0].numel()))
+    scored(llama, sae=random_sae("topk", (3,)))
+    handle.remove()
+    assert max(seen) == 5
 
 
 def test_saes_scored_together_score_as_alone(llama: LanguageModel) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from routesae.analyze.scores.replacement import edits, require_spliceable, spliced_layers
 from routesae.harvest.lm.model import LanguageModel, find_blocks, load_lm
-from routesae.harvest.lm.passes import Edit, clean_pass, logits, spliced_pass
+from routesae.harvest.lm.passes import Edit, capturing, clean_pass, editing, logits, run_until, spliced_pass
 from routesae.reporting import WrongInput
 from routesae.tests.hidden import Normalised
 from routesae.train.saes import SAE, Crosscoder, Recipe, RouteSAE, SingleLayerSAE, build
@@ -397,3 +398,29 @@ def test_soft_routing_cannot_be_spliced() -> None:
     require_spliceable(random_sae("routesae", (2, 3)))
     with pytest.raises(WrongInput, match=r"soft routing.*no inverse"):
         require_spliceable(random_sae("routesae", (2, 3), routing="soft"))
+
+
+def test_states_come_to_the_lms_device_wherever_its_blocks_are(llama: LanguageModel) -> None:
+    elsewhere = replace(llama, device=torch.device("meta"))  # so the blocks, on the CPU, are on another device
+    seen: dict[int, Tensor] = {}
+    with capturing(elsewhere, (2, 3), seen.__setitem__):
+        run_until(elsewhere, token_ids(), 3)
+    clean = clean_pass(elsewhere, token_ids(), (2, 3))
+    assert all(hidden_BTD.is_meta for hidden_BTD in (*seen.values(), *clean.hidden.values(), clean.final_BTD))
+    with editing(elsewhere, {2: lambda hidden_BTD: seen.setdefault(4, hidden_BTD)}), suppress(RuntimeError):
+        run_until(elsewhere, token_ids(), 3)
+    assert seen[4].is_meta
+
+
+def test_a_forward_that_stood_in_the_place_of_a_modules_own_stands_there_again(llama: LanguageModel) -> None:
+    """As accelerate's does, where there is a device map."""
+    ids = token_ids()
+    expected = logits(llama, clean_pass(llama, ids, ()).final_BTD[0])
+    own = llama.body.forward
+    llama.body.forward = lambda *args, **kwargs: own(*args, **kwargs)
+    try:
+        before = llama.body.forward
+        assert torch.equal(logits(llama, clean_pass(llama, ids, ()).final_BTD[0]), expected)
+        assert llama.body.__dict__["forward"] is before
+    finally:
+        del llama.body.__dict__["forward"]
