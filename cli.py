@@ -159,7 +159,7 @@ def compare(settings: Any, found: Any) -> None:
     echo(f"on {found['tokens']:,} {TOKENS_OF[found['rows']]} of {found['corpus']}")
 
 
-@command(main, "analyze.contexts.settings:ContextSettings", BLOCKS, WATCH, run="analyze.contexts.run:contexts")
+@command(main, "analyze.contexts.settings:ContextSettings", JSON, BLOCKS, WATCH, run="analyze.contexts.run:contexts")
 def contexts(settings: Any, results: Any) -> None:
     """Write the text that every latent is active on, from the cache and the tokenizer alone.
 
@@ -168,8 +168,11 @@ def contexts(settings: Any, results: Any) -> None:
 
     Example: routesae contexts --sae saes/topk --threshold 4
     """
-    written = [row.pop("written") for row in results]
+    written, groups = [row.pop("written") for row in results], [row.pop("groups", ()) for row in results]
     echo(*table(results))
+    for row, of_groups in zip(results, groups, strict=True):
+        if of_groups:
+            echo("", f"{row['sae']}, by {settings.group_by}:", *table(of_groups))
     for folder in written:
         echo(f"{folder}: contexts.json, contexts.parquet, latents.parquet")
 

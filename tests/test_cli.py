@@ -49,8 +49,8 @@ OPTIONS = {
     "ablation": f"{TRAIN} score-tokens model lm-dtype plot contexts threshold {RUN} {BLOCKS}",
     "analyze": f"""metric label rows tokens all-positions infer-k theta batch-sequences lm-dtype device-map json
         {SAES} {RUN} {BLOCKS}""",
-    "contexts": f"""threshold per-class max-classes min-contexts choose top window samples batch-tokens overwrite
-        {SAES} {RUN} {BLOCKS}""",
+    "contexts": f"""json rows group-by threshold per-class max-classes min-contexts choose top window
+        samples batch-tokens overwrite {SAES} {RUN} {BLOCKS}""",
     "clamp": f"""add multiply set ablate error-term prompt prompts text-field hh max-prompts chat max-new-tokens
         temperature batch-sequences lm-dtype device-map json sae out device model seed {RUN}""",
     "interpret": f"""latents examples prompt score max-cost prices retry-unparsed overwrite base-url api-version

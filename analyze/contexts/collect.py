@@ -25,6 +25,7 @@ from torch import Tensor
 
 from routesae.analyze.contexts.best import NO_WINDOW, Activations, Best, Kept, hashed, joined, rank_within, ranking
 from routesae.analyze.contexts.file import BINS_PER_OCTAVE, HISTOGRAM, KINDS, SAMPLES, TOP
+from routesae.analyze.contexts.groups import Groups
 from routesae.analyze.contexts.settings import ContextSettings
 from routesae.analyze.contexts.windows import Vocabulary, windows
 from routesae.harvest.cache.reader import Cache
@@ -41,6 +42,7 @@ class Collected(NamedTuple):
     histogram_FB: how many activations of each latent are in each bin. sum_F, max_F: of its activations. classes_F:
     token classes above the threshold; max_classes + 1 if there are more. kept_F: whether the published rule keeps it.
     layers: of the SAE, or None if no activation was read from a single one. contexts: by latent, kind and strength.
+    groups: how often latents are on in documents of each, with --group-by.
     routed_CL: of a routesae, held-out tokens of each class by the layer they are read from; with soft routing a token
     counts for each layer by its weight. If no rows are held out, it is of all tokens.
     """
@@ -55,17 +57,19 @@ class Collected(NamedTuple):
     layers: tuple[int, ...] | None
     contexts: Kept
     routed_CL: Tensor | None
+    groups: Groups | None = None
 
 
 @torch.no_grad()
 def collect(
     saes: Mapping[str, SAE], cache: Cache, vocabulary: Vocabulary, settings: ContextSettings, report: Report = silent
 ) -> dict[str, Collected]:
-    """Read the whole cache once, for all SAEs. Raises WrongInput if it holds no token."""
+    """Read the cache once, for all SAEs. Raises WrongInput if it holds no token."""
     layers = sorted({layer for sae in saes.values() for layer in sae.recipe.layers})
-    selection = Selection(cache, 0, cache.manifest.rows, layers)
+    first = 0 if settings.rows == "all" else cache.manifest.train_rows
+    selection = Selection(cache, first, cache.manifest.rows, layers)
     if len(selection) == 0:
-        raise WrongInput(f"{cache.path} has no kept token; harvest more text")
+        raise WrongInput(f"{cache.path} has no kept token in its {settings.rows} rows; harvest more text")
     device = next(iter(saes.values())).device
     collectors = {name: Collector(sae.eval(), cache, vocabulary, settings) for name, sae in saes.items()}
     shards, size, done = range(len(selection.shards)), settings.batch_tokens, 0
@@ -116,6 +120,7 @@ class Collector:
         self._tokens_ST = cache.tokens()
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
+        self.groups = Groups(cache, settings.group_by, self.latents) if settings.group_by else None
         self._rule = self._best(settings.per_class, settings.max_classes)
         self._top = self._best(settings.top, None)
         self._sample = self._best(len(SAMPLES) * settings.samples, None)
@@ -154,7 +159,10 @@ class Collector:
         )
         self.sum_F.index_add_(0, latent_M, value_M.double())
         self.max_F.scatter_reduce_(0, latent_M, value_M, "amax")
-        self._rule.add(found.where(torch.nonzero(value_M > self.settings.threshold).squeeze(1)))
+        above = found.where(torch.nonzero(value_M > self.settings.threshold).squeeze(1))
+        self._rule.add(above)
+        if self.groups is not None:
+            self.groups.add(position_N.numpy(), above.latent_M.cpu().numpy(), above.position_M.cpu().numpy())
         self._top.add(found)
         self._sample.add(found._replace(score_M=hashed(found, self.latents, self.layers, self.settings.seed)))
         self._keys.append(self._key(latent_M, position_M, layer_M))
@@ -189,6 +197,8 @@ class Collector:
 
         for best in (self._rule, self._top, self._sample):
             best.end_shard(of_shard, base, look_up)
+        if self.groups is not None:
+            self.groups.end_shard(after)
 
     def _key(self, latent: Tensor, position: Tensor, layer: Tensor) -> Tensor:
         """One number a latent and row of the shard; along a latent's window they stand close together."""
@@ -221,6 +231,7 @@ class Collector:
             layers=self.sae.recipe.layers if self.one_layer else None,
             contexts=_in_order(chosen, top, self._sample.result()),
             routed_CL=self.routed_CL if len(self.routed_CL) else None,
+            groups=self.groups,
         )
 
 

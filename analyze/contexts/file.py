@@ -18,7 +18,7 @@ import tempfile
 from bisect import bisect_left
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -34,7 +34,7 @@ from routesae.reporting import WrongInput, visible
 if TYPE_CHECKING:
     import pyarrow as pa
 
-FORMAT = 2
+FORMAT = 3  # 2 did not say where documents are from
 FOLDER, CONTEXTS, LATENTS, PUBLISHED = "contexts", "contexts.parquet", "latents.parquet", "contexts.json"
 PARTS = (CONTEXTS, LATENTS, PUBLISHED)
 FACTS = "facts.json"
@@ -52,8 +52,9 @@ class Context:
 
     kind: "chosen", "top", or the third of the sample it is in. layer: that it was read from, or None.
     row, position: of the token in the cache's tokens. document: index into its document_starts, or None in front of
-    the first. at: index of the token in the window. tokens: the window's text, exact when joined. activations: of the
-    latent on each of them.
+    the first. role: of the message that spells the token, or None. place, fields: where its document is from, and
+    what was kept. at: index of the token in the window. tokens: the window's text, exact when joined. activations:
+    of the latent on each of them.
     """
 
     kind: str
@@ -63,6 +64,9 @@ class Context:
     row: int
     position: int
     document: int | None
+    role: str | None = None
+    place: str | None = None
+    fields: Mapping[str, str] = field(default_factory=dict)
     at: int
     token_ids: tuple[int, ...]
     tokens: tuple[str, ...]
@@ -70,8 +74,9 @@ class Context:
 
     @classmethod
     def of_row(cls, row: Mapping[str, Any]) -> Context:
-        values = {field.name: row[field.name] for field in fields(cls)}
+        values = {one.name: row[one.name] for one in fields(cls)}
         listed: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        listed["fields"] = dict(listed["fields"])
         context = cls(**listed)
         if not 0 <= context.at < len(context.tokens) == len(context.token_ids) == len(context.activations):
             raise ValueError(f"latent {row['latent']} has a context of no token, or of uneven lists")
@@ -224,7 +229,7 @@ class ContextsFile:
                         continue
                 rows = file.read_row_group(group)
                 for name in rows.column_names:
-                    if name not in ("layer", "document") and rows[name].null_count:
+                    if name not in ("layer", "document", "role", "place") and rows[name].null_count:
                         raise ValueError(f"{name} is missing in a row")
                 if ascending is not None:
                     rows = rows.filter(pc.is_in(rows["latent"], pa.array(ascending, pa.int32())))
@@ -377,7 +382,10 @@ def _published(rows: list[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]
         for row in of_latent:
             context = Context.of_row(row)
             entry = {"context": context.marked(), "activation": context.activation}
-            entry |= {name: getattr(context, name) for name in ("layer", "row", "position", "document")}
+            entry |= {
+                name: getattr(context, name) for name in ("layer", "row", "position", "document", "role", "place")
+            }
+            entry |= {"fields": dict(context.fields)}
             if context.kind == CHOSEN:
                 by_class.setdefault(context.token_class, []).append(entry)
             elif context.kind in SAMPLES:
@@ -392,7 +400,8 @@ def context_schema() -> pa.Schema:
 
     columns = {
         pa.int32(): ("latent", "rank", "row", "position"),
-        pa.string(): ("kind", "token_class"),
+        pa.string(): ("kind", "token_class", "role", "place"),
+        pa.map_(pa.string(), pa.string()): ("fields",),
         pa.int16(): ("layer", "at"),
         pa.int64(): ("document",),
         pa.float32(): ("activation",),

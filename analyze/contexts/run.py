@@ -27,15 +27,16 @@ from routesae.reporting import Report, Table, WrongInput, silent
 
 log = logging.getLogger(__name__)
 
-RULE = ("threshold", "per_class", "max_classes", "min_contexts", "choose", "top", "window", "samples", "seed")
+RULE = ("rows", "threshold", "per_class", "max_classes", "min_contexts", "choose", "top", "window", "samples", "seed")
 
 
 def contexts(settings: ContextSettings, report: Report = silent) -> Table:
     """Write the contexts of every SAE asked for. One from the hub gets a folder of its own under `out`.
 
     Returns a row for each. Features: latents that the published rule keeps. chosen: latents in contexts.json.
-    contexts: rows of contexts.parquet, the strongest and samples included. written: the folder. Raises WrongInput if
-    cache, SAEs and tokenizer do not belong together.
+    contexts: rows of contexts.parquet, the strongest and samples included. written: the folder. groups: of
+    --group-by, see routesae.analyze.contexts.groups. Raises WrongInput if cache, SAEs and tokenizer do not belong
+    together.
     """
     cache = Cache(settings.cache)
     cache.require_whole()
@@ -63,6 +64,11 @@ def contexts(settings: ContextSettings, report: Report = silent) -> Table:
         place = write_contexts(one.beside, facts, latent_table(collected), batches)
         row = {"sae": name, "latents": len(collected.kept_F), "Features": features, "chosen": chosen}
         rows.append({**row, "contexts": len(kept.kind_M), "strongest": strongest, "written": str(place)})
+        if collected.groups is not None:
+            rows[-1]["groups"] = collected.groups.strongest()
+            for one in rows[-1]["groups"]:
+                classes = dict.fromkeys(kept.of.class_M[kept.of.latent_M == one["latent"]].tolist())
+                one["words"] = ", ".join(vocabulary.class_texts[token_class].strip() for token_class in classes)[:24]
     return rows
 
 

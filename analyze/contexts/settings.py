@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from routesae.machine.settings import CACHE, DEVICE, MODEL, OUT, RUN, SAES, SEED, Settings, setting
+from routesae.machine.settings import CACHE, DEVICE, MODEL, OUT, ROWS, RUN, SAES, SEED, Settings, setting
 
 RULE, SHOWN = "Which latents are kept", "What is shown of a latent"
 CHOICES = ("rule", "top")
@@ -14,6 +14,7 @@ class ContextSettings(Settings):
     cache: str = CACHE
     saes: tuple[str, ...] = SAES
     out: str = OUT
+    rows: str = setting("all", MODEL, "Rows of the cache to read.", choices=ROWS)
     threshold: float = setting(15.0, RULE, "Count activations above this, on the SAE's normalised input.", ge=0)
     per_class: int = setting(2, RULE, "Contexts, at most, of tokens alike but for case and blanks.", ge=1)
     max_classes: int = setting(32, RULE, "Leave out latents of more token classes than this.", ge=1)
@@ -28,6 +29,13 @@ class ContextSettings(Settings):
     top: int = setting(12, SHOWN, "Strongest contexts of every latent.", ge=1)
     samples: int = setting(
         5, SHOWN, "Further contexts of each third (strong, middle, weak) of a random sample.", ge=1
+    )
+    group_by: str | None = setting(
+        None,
+        SHOWN,
+        "Field of the documents: list the latents on in those of one value and not in others.",
+        metavar="FIELD",
+        unset="no groups",
     )
     seed: int = SEED
     overwrite: bool = setting(False, RUN, "Replace contexts of another rule or another SAE.")

@@ -29,7 +29,8 @@ def context_batches(collected: Collected, cache: Cache, vocabulary: Vocabulary) 
     import pyarrow as pa
 
     tokens = np.asarray(cache.tokens()).reshape(-1)
-    document_starts = np.asarray(cache.document_starts())
+    document_starts, documents, manifest = np.asarray(cache.document_starts()), cache.documents(), cache.manifest
+    roles, role_names = cache.roles().reshape(-1), pa.array([None, *manifest.roles], pa.string())
     class_names = pa.array(vocabulary.class_names)
     latent_M = collected.contexts.of.latent_M.numpy()
     last_of_latent = np.flatnonzero(np.diff(latent_M, append=-1)) + 1
@@ -52,6 +53,7 @@ def context_batches(collected: Collected, cache: Cache, vocabulary: Vocabulary) 
             return pa.ListArray.from_arrays(offsets, pa.array(values, kind))
 
         layers = collected.layers
+        said = documents.take(pa.array(document_M, pa.int64(), mask=document_M < 0)).to_pylist()
         columns = {
             "latent": of.latent_M.numpy(),
             "kind": pa.array(KINDS).take(pa.array(kept.kind_M.numpy())),
@@ -59,9 +61,12 @@ def context_batches(collected: Collected, cache: Cache, vocabulary: Vocabulary) 
             "token_class": class_names.take(pa.array(of.class_M.numpy())),
             "activation": of.value_M.numpy(),
             "layer": pa.nulls(len(first_M)) if layers is None else np.array(layers)[of.layer_M.numpy()],
-            "row": position_M // cache.manifest.context,
-            "position": position_M % cache.manifest.context,
+            "row": position_M // manifest.context,
+            "position": position_M % manifest.context,
             "document": pa.array(document_M, pa.int64(), mask=document_M < 0),
+            "role": role_names.take(pa.array(roles[position_M])),
+            "place": pa.array([one["place"] for one in said]),
+            "fields": [[(name, one[name]) for name in manifest.keep_fields if one[name] is not None] for one in said],
             "at": position_M - first_M,
             "token_ids": lists(token_ids, pa.int32()),
             "tokens": lists(vocabulary.pieces(token_ids, lengths_M), pa.string()),

@@ -53,9 +53,15 @@ class Cache:
         manifest, tokens = self.stored.manifest, self.stored.tokens().reshape(-1)
         first, after = np.append(self.stored.document_starts(), len(tokens))[number : number + 2].tolist()
         ids, special = tokens[first:after].tolist(), set(manifest.special_ids)
+        kept = self.stored.documents().slice(number, 1).to_pylist()[0]
+        roles = self.stored.roles().reshape(-1)[first:after].tolist()
         return Document(
             number=number,
             corpus=manifest.corpus,
+            data=kept.pop("data"),
+            place=kept.pop("place"),
+            fields=kept,
+            roles=[manifest.roles[role - 1] if role else None for role in roles],
             row=first // manifest.context,
             position=first % manifest.context,
             text=self._tokenizer.decode([i for i in ids if i not in special], clean_up_tokenization_spaces=False),
@@ -91,18 +97,23 @@ class Cache:
 class Document:
     """One document of a cache, in reading order.
 
-    number: in the corpus, from 0. row, position: where it begins in the cache's tokens. text: without special tokens.
-    tokens: the text of each of its T tokens, special ones too. token_ids: int64 [T]. hidden: hidden[layer] is float32
-    [T, D], NaN where a position was not kept; a layer is read when it is asked for. kept: bool [T], where there are
-    hidden states: `sae.encode(document.hidden[12][document.kept])`.
+    number: in the corpus, from 0. data, place: the --data it is of, and where in that. fields: what --keep-fields
+    kept of it. row, position: where it begins in the cache's tokens. text: without special tokens. tokens: the text
+    of each of its T tokens, special ones too. roles: of the message that spells each, or None. token_ids: int64 [T].
+    hidden: hidden[layer] is float32 [T, D], NaN where a position was not kept; a layer is read when it is asked for.
+    kept: bool [T], where there are hidden states: `sae.encode(document.hidden[12][document.kept])`.
     """
 
     number: int
     corpus: str
+    data: str
+    place: str
+    fields: dict[str, str | None]
     row: int
     position: int
     text: str
     tokens: list[str] = field(repr=False)
+    roles: list[str | None] = field(repr=False)
     token_ids: Tensor = field(repr=False)
     hidden: dict[int, Tensor] = field(repr=False)
 

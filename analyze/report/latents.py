@@ -2,9 +2,10 @@
 
 The page reads a list of all latents when it opens, and pieces of PIECE latents with their contexts as they are looked
 at. A context is [kind, activation, layer, row, position, document, at, words, active, activations]: kind is an index
-into contexts.file.KINDS, words are indices into the piece's list of texts, active are the indices of the words on
-which the latent is active and activations its values there. A word is a token or, where a character takes several,
-all tokens of the character, with their strongest activation.
+into contexts.file.KINDS, document is [number, what is known of it, place], words are indices into the piece's list of
+texts, as the last two of document are, active are the indices of the words on which the latent is active and
+activations its values there. A word is a token or, where a character takes several, all tokens of the character, with
+their strongest activation.
 """
 
 from __future__ import annotations
@@ -139,13 +140,17 @@ def _packed_context(context: Context, texts: dict[str, int]) -> list[Any]:
     words = words_of(context.tokens)
     peaks = [max(context.activations[word.start : word.stop]) for word in words]
     active = [at for at, peak in enumerate(peaks) if peak > 0]
+    about = [f"{name}: {value}" for name, value in {**context.fields, "role": context.role}.items() if value]
     return [
         KINDS.index(context.kind),
         _number(context.activation),
         context.layer,
         context.row,
         context.position,
-        context.document,
+        [
+            context.document,
+            *(texts.setdefault(text, len(texts)) for text in (" · ".join(about), context.place or "")),
+        ],
         next(at for at, word in enumerate(words) if context.at in word),
         [texts.setdefault("".join(context.tokens[word.start : word.stop]), len(texts)) for word in words],
         active,

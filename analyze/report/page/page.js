@@ -384,7 +384,7 @@ function contexts(run, latent, data) {
   return parts;
 }
 
-function context([, activation, layer, row, position, document_, marked, words, active, values], texts, peak, several) {
+function context([, activation, layer, row, position, [document_, about, place], marked, words, active, values], texts, peak, several) {
   const text = make("p");
   text.dir = "auto";
   const on = new Map(active.map((token, i) => [token, values[i]]));
@@ -398,7 +398,9 @@ function context([, activation, layer, row, position, document_, marked, words, 
   const where = make("small", "", several && layer != null ? "layer " + layer : "");
   const side = make("div", "activation", short(activation), where);
   side.title = (document_ == null ? "" : "document " + document_ + ", ") + "row " + row + ", position " + position;
-  return make("div", "context", side, text);
+  if (texts[place]) side.title += ", " + texts[place];
+  const known = texts[about] ? [spell(make("small", "about"), texts[about])] : [];
+  return make("div", "context", side, make("div", "", text, ...known));
 }
 
 // ---------------------------------------------------------------------------------------------- one's own text
