@@ -33,52 +33,43 @@ PIECE_ROWS = 1024  # to measure at a time: fewer cost more calls, more leave the
 
 
 class Staging:
-    """What every layer passes through on its way to the disk: one for all shards of a run.
+    """What the shards of a run are held in, one after another.
 
-    memory: as many layers as are written at once, pinned where they come from a GPU. stream: what copies them there.
+    layers: as many as are written at once, pinned where they come from a GPU. stream: what copies them there. free:
+    the device's memory of shards that are written. Fresh memory, which the kernel zeroes, costs a CPU more time than
+    all that is done to what is put there.
     """
 
     def __init__(self, manifest: Manifest, device: torch.device):
         cuda = device.type == "cuda"
         self.stream = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
         dtype = torch.int8 if manifest.dtype == "int8" else CACHE_DTYPES[manifest.dtype]
-        shape, layers = (_most_kept(manifest), manifest.width), min(arrays.WRITERS, len(manifest.layers))
-        self.memory = [torch.empty(shape, dtype=dtype, pin_memory=cuda) for _ in range(layers)]
+        layers, kept = len(manifest.layers), min(manifest.shard_rows, manifest.rows) * manifest.context
+        self.shape, self.device = (layers, kept, manifest.width), device
+        at_once = range(min(arrays.WRITERS, layers))
+        self.layers = [torch.empty(self.shape[1:], dtype=dtype, pin_memory=cuda) for _ in at_once]
+        self.free: list[Tensor] = []
 
 
 class ShardBuffer:
-    """hidden_LnD of shard `index` on `device`, with their statistics; rows as the LM reads them.
-
-    memory: of a buffer of the same cache that is done with. Fresh memory, which the kernel zeroes, costs a CPU more
-    time than all that is done to what is put there.
-    """
+    """hidden_LnD of shard `index` on the device, with their statistics; rows as the LM reads them."""
 
     def __init__(
-        self,
-        token_ids_sT: Ids,
-        kept_sT: npt.NDArray[np.bool_],
-        manifest: Manifest,
-        index: int,
-        device: torch.device,
-        memory: Tensor | None = None,
+        self, token_ids_sT: Ids, kept_sT: npt.NDArray[np.bool_], manifest: Manifest, index: int, staging: Staging
     ):
         self.token_ids_sT = token_ids_sT
         self.manifest = manifest
         self.index = index
         self.order = shard_order(kept_sT, manifest, index)
-        shape = (len(manifest.layers), len(self.order))
-        if memory is None:
-            most = (len(manifest.layers), _most_kept(manifest), manifest.width)
-            memory = torch.empty(most, dtype=CACHE_DTYPES[manifest.dtype], device=device)
-        self.memory = memory
-        self.hidden_LnD = memory[:, : len(self.order)]
+        self.staging, device, dtype = staging, staging.device, CACHE_DTYPES[manifest.dtype]
+        self._memory = staging.free.pop() if staging.free else torch.empty(staging.shape, dtype=dtype, device=device)
+        self.hidden_LnD = self._memory[:, : len(self.order)]
         self.limit = torch.finfo(self.hidden_LnD.dtype).max
-        self.mean_Ln = torch.empty(shape, device=device)
-        self.std_Ln = torch.empty(shape, device=device)
+        self.statistics_2Ln = torch.empty((2, *self.hidden_LnD.shape[:2]), device=device)  # means and deviations
         # Before any cast, and on the device, so that no batch waits for them: each layer's largest −x and x, NaN if a
         # value was; and how many values exceed the limit, counted only if they are to be clipped.
-        self.extremes_L2 = torch.zeros((shape[0], 2), device=device)
-        self.over_L = torch.zeros(shape[0], dtype=torch.int64, device=device)
+        self.extremes_L2 = torch.zeros((len(manifest.layers), 2), device=device)
+        self.over_L = torch.zeros(len(manifest.layers), dtype=torch.int64, device=device)
         # On a CPU rows pass through all steps while they are in its cache; a GPU wants few, large steps.
         self._piece_rows = PIECE_ROWS if device.type == "cpu" else max(1, token_ids_sT.size)
         self._kept_n = np.sort(self.order)  # flat positions, in the rows' order here
@@ -121,29 +112,30 @@ class ShardBuffer:
                 kept_mD.clamp_(-self.limit, self.limit)
             self.hidden_LnD[at, rows] = kept_mD
             kept_mD.copy_(self.hidden_LnD[at, rows])  # as it is stored
-            self.mean_Ln[at, rows], self.std_Ln[at, rows] = row_statistics(kept_mD, scratch_mD=kept_mD)
+            self.statistics_2Ln[:, at, rows] = torch.stack(row_statistics(kept_mD, scratch_mD=kept_mD))
 
     # --------------------------------------------------------------------------------------------------- committing
 
-    def commit(self, cache: Cache, batch_sequences: int, staging: Staging) -> ShardRecord:
+    def commit(self, cache: Cache, batch_sequences: int) -> ShardRecord:
         """Check, copy to the host layer by layer, and write the shard. May run in a thread of its own, one at a time.
 
         Raises FailedRun if a kept value is not finite or does not fit the cache's dtype, naming layer, document and
         remedy.
         """
         if self._filled is not None:  # on CUDA, wait for this shard's filling only, not for the next one's
-            assert staging.stream is not None
-            staging.stream.wait_event(self._filled)
+            assert self.staging.stream is not None
+            self.staging.stream.wait_event(self._filled)
         layers = self.manifest.layers
-        with torch.cuda.stream(staging.stream):
+        with torch.cuda.stream(self.staging.stream):
             for at in range(len(layers)):
                 self._check(at, cache)
-            self.mean_Ln, self.std_Ln = self.mean_Ln[:, self._place_n], self.std_Ln[:, self._place_n]
-            return write_shard(
+            # Beside the others, whose memory the LM's stream would have for something else while it is read here.
+            self.stored_2Ln = self.statistics_2Ln[:, :, self._place_n]
+            record = write_shard(
                 cache.folder,
                 self.manifest,
                 self.index,
-                self._arrays(staging),
+                self._arrays(),
                 lambda hashes: ShardRecord(
                     index=self.index,
                     rows=self.manifest.shard_range(self.index),
@@ -154,6 +146,8 @@ class ShardBuffer:
                     hashes=dict(hashes),
                 ),
             )
+        self.staging.free.append(self._memory)
+        return record
 
     def _check(self, at: int, cache: Cache) -> None:
         max_abs = float(self.extremes_L2[at].max())  # NaN or infinite if a value was
@@ -180,18 +174,18 @@ class ShardBuffer:
             "--dtype float32 holds them"
         )
 
-    def _arrays(self, staging: Staging) -> Iterator[tuple[str, arrays.Array]]:
+    def _arrays(self) -> Iterator[tuple[str, arrays.Array]]:
         """Every array, by name, in the order of the format; layers in memory that `write_shard` is done with."""
         yield "token_ids", self.token_ids_sT
         yield "order", self.order
         for at, layer in enumerate(self.manifest.layers):
-            staged_nD = staging.memory[at % len(staging.memory)][: len(self.order)]
+            staged_nD = self.staging.layers[at % len(self.staging.layers)][: len(self.order)]
             self._stage(at, staged_nD)
-            if staging.stream is not None:
-                staging.stream.synchronize()
+            if self.staging.stream is not None:
+                self.staging.stream.synchronize()
             yield layer_name(layer), staged_nD.numpy()
-        yield "token_mean", _columns(self.mean_Ln)
-        yield "token_std", _columns(self.std_Ln)
+        yield "token_mean", _columns(self.stored_2Ln[0])
+        yield "token_std", _columns(self.stored_2Ln[1])
         if self._encodings:
             yield "token_scale", _columns(torch.stack([one.scale_n for one in self._encodings]))
             yield "channel_mean", torch.stack([one.channels.mean_D for one in self._encodings]).cpu().numpy()
@@ -204,15 +198,17 @@ class ShardBuffer:
             return
         stored_nD = self.hidden_LnD[at].index_select(0, self._place_n)
         if self.manifest.dtype == "int8":
-            stored_nD, encoding = encoded(stored_nD, self.std_Ln[at])
-            self.mean_Ln[at], self.std_Ln[at] = encoding.mean_n, encoding.std_n  # of the rows as they are read back
+            stored_nD, encoding = encoded(stored_nD, self.stored_2Ln[1, at])
+            self.stored_2Ln[:, at] = torch.stack(
+                [encoding.mean_n, encoding.std_n]
+            )  # of the rows as they are read back
             self._encodings.append(encoding)
         staged_nD.copy_(stored_nD, non_blocking=True)
 
     def _layer_statistics(self, at: int) -> LayerStatistics:
         """Of a layer that is written."""
         width, n = self.manifest.width, max(1, len(self.order))
-        mean_n, variance_n = self.mean_Ln[at].double(), self.std_Ln[at].double().square()
+        mean_n, variance_n = self.stored_2Ln[0, at].double(), self.stored_2Ln[1, at].double().square()
         square_n = (variance_n * (width - 1) + mean_n.square() * width) / width  # the row's mean square
         lost = self._encodings[at] if self._encodings else None
         return LayerStatistics(
@@ -223,11 +219,6 @@ class ShardBuffer:
             int8_fvu=None if lost is None else float(lost.fvu),
             int8_norm_mse=None if lost is None else float(lost.norm_mse),
         )
-
-
-def _most_kept(manifest: Manifest) -> int:
-    """Rows that a shard of the cache keeps at most."""
-    return min(manifest.shard_rows, manifest.rows) * manifest.context
 
 
 def _columns(values_Ln: Tensor) -> arrays.Array:

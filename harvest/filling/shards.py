@@ -14,11 +14,10 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from routesae.harvest.cache.claims import Claims
 from routesae.harvest.cache.manifest import shard_name
@@ -78,9 +77,7 @@ def harvest_shards(
             elif deadline is not None and time.monotonic() > deadline:
                 raise _OutOfTime
 
-        staging = Staging(cache.manifest, model.device)
-        memory: Tensor | None = None  # of a shard that is written, to fill again
-        writing: Future[Tensor | None] = writer.submit(lambda: None)  # at most one shard, while one is filled
+        writing = writer.submit(lambda: None)  # at most one shard is being written while one is filled
         for item in work.claimed():
             if item is None:
                 writing.result()
@@ -88,11 +85,11 @@ def harvest_shards(
             else:
                 index, claim = item
                 try:
-                    buffer = batching.fill(model, cache, index, step, memory)
+                    buffer = batching.fill(model, cache, index, step)
                 except _OutOfTime:
                     break
-                memory = writing.result()
-                writing = writer.submit(_write, buffer, output, cache, claim, batching.sequences, staging)
+                writing.result()
+                writing = writer.submit(_write, buffer, output, cache, claim, batching.sequences)
                 del buffer
             if stop():
                 break
@@ -104,13 +101,10 @@ def harvest_shards(
         raise Stopped(f"stopped: {there}; run the same command again to go on", stop_code(request))
 
 
-def _write(
-    buffer: ShardBuffer, output: Output, cache: Cache, claim: Lock, batch_sequences: int, staging: Staging
-) -> Tensor:
-    """Commit and publish the shard; return the buffer's memory."""
+def _write(buffer: ShardBuffer, output: Output, cache: Cache, claim: Lock, batch_sequences: int) -> None:
     try:
         cache.require_unchanged()
-        buffer.commit(cache, batch_sequences, staging)
+        buffer.commit(cache, batch_sequences)
         output.publish(cache, buffer.index)
     except OSError:
         if claim.held() or not cache.has_shard(buffer.index):
@@ -118,7 +112,6 @@ def _write(
         log.info("%s was taken over while this process was suspended", shard_name(buffer.index))
     finally:
         claim.release()
-    return buffer.memory
 
 
 class _OutOfTime(Exception):
@@ -129,19 +122,12 @@ class Batching:
     """`sequences` rows a forward pass, halved if the device's memory runs out, unless they were asked for."""
 
     def __init__(self, asked: int | None, cache: Cache, device: torch.device):
-        self._is_asked = asked is not None
+        self._is_asked, self._staging = asked is not None, Staging(cache.manifest, device)
         recorded = [shard.record.batch_sequences for shard in cache.shards()] if asked is None else []
         self.sequences = asked or min(recorded, default=START_SEQUENCES[device.type])
 
-    def fill(
-        self,
-        model: LanguageModel,
-        cache: Cache,
-        index: int,
-        step: Callable[[int], None],
-        memory: Tensor | None = None,
-    ) -> ShardBuffer:
-        """The buffer of shard `index`, in `memory` if there is any, filled by batches of `self.sequences` rows.
+    def fill(self, model: LanguageModel, cache: Cache, index: int, step: Callable[[int], None]) -> ShardBuffer:
+        """The buffer of shard `index`, filled by batches of `self.sequences` rows.
 
         `step` gets the number of rows of each batch, and minus those of a buffer that is begun again. Raises
         FailedRun if no number of rows fits, or the one asked for does not.
@@ -156,7 +142,7 @@ class Batching:
             step(rows)
 
         def filled() -> ShardBuffer:
-            buffer = ShardBuffer(token_ids_sT, kept_sT, cache.manifest, index, model.device, memory)
+            buffer = ShardBuffer(token_ids_sT, kept_sT, cache.manifest, index, self._staging)
             buffer.fill(model, self.sequences, stepped)
             return buffer
 

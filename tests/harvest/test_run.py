@@ -535,15 +535,15 @@ def test_values_at_the_edge_of_float16(
     shutil.rmtree(begun / "shard-00000")
     cache, model = Cache(begun), Constant(sign * value)
     manifest = Manifest(**{**cache.manifest.to_dict(), "overflow": overflow})
-    buffer = ShardBuffer(np.array(cache.tokens()[:128]), cache.kept(0, 128), manifest, 0, torch.device("cpu"))
-    buffer.fill(LanguageModel(model, model.blocks, 32, torch.device("cpu")), 8, lambda rows: None)
     staging = Staging(manifest, torch.device("cpu"))
+    buffer = ShardBuffer(np.array(cache.tokens()[:128]), cache.kept(0, 128), manifest, 0, staging)
+    buffer.fill(LanguageModel(model, model.blocks, 32, torch.device("cpu")), 8, lambda rows: None)
     if stored is None:
         with pytest.raises(FailedRun, match="layer 2, document"):
-            buffer.commit(cache, 8, staging)
+            buffer.commit(cache, 8)
         assert not cache.has_shard(0)
     else:
-        record = buffer.commit(cache, 8, staging)
+        record = buffer.commit(cache, 8)
         assert (cache.shard(0).read("layer_05") == sign * stored).all()
         assert record.statistics["5"].clipped == (0 if value <= LARGEST else record.kept * 32)
 

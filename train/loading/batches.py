@@ -4,8 +4,8 @@ A batch is made of blocks of up to 256 contiguous stored rows from many shards. 
 written, so no mixing buffer is needed. A thread announces blocks to the kernel a few batches ahead (otherwise the
 disk would see one small read at a time) and, with a second thread, reads them one batch ahead of the trainer.
 
-Dimension letters: N tokens a batch, L layers of the selection, M layers of the cache, D width, m rows of a span, S
-shards that a batch is from.
+Dimension letters: N tokens a batch, L layers of the selection, M layers of the cache, D width, m rows of a span, R
+reads that a batch is from.
 """
 
 from __future__ import annotations
@@ -48,24 +48,22 @@ class Batch(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """A batch of an int8 cache as it is stored, half the bytes to copy to a GPU; shard_N: which of S a token is from.
-
-    channels_S2LD: means and deviations of each shard's channels.
-    """
+    """A batch of an int8 cache as it is stored, half the bytes to copy to a GPU. read_N: which of its R reads a token
+    is from. channels_R2LD: means and deviations of the channels of the shards that these are from."""
 
     q_LND: Tensor
     mean_LN1: Tensor
     std_LN1: Tensor
     scale_LN1: Tensor
-    shard_N: Tensor
-    channels_S2LD: Tensor
+    read_N: Tensor
+    channels_R2LD: Tensor
 
     def decoded(self) -> Batch:
         """Where it is, to the same bytes on any device."""
         hidden_LND = torch.empty_like(self.q_LND, dtype=torch.float16)
         scratch_ND = torch.empty_like(self.q_LND[0], dtype=torch.float32)
         for at, q_ND in enumerate(self.q_LND):
-            channels = Channels(*(of_SD[self.shard_N] for of_SD in self.channels_S2LD[:, :, at].unbind(1)))
+            channels = Channels(*(of_RD[self.read_N] for of_RD in self.channels_R2LD[:, :, at].unbind(1)))
             decode(q_ND, self.scale_LN1[at, :, 0], channels, scratch_ND, hidden_LND[at])
         return Batch(hidden_LND, self.mean_LN1, self.std_LN1)
 
@@ -330,8 +328,12 @@ def _staged(
                     other_half = second.submit(reader.read, reads[half:], *memory)
                     reader.read(reads[:half], *memory)
                     other_half.result()
-                    channels = _channels(reader, reads, pinned=pinned) if encoded else ()
-                    ready.put((staging, (Encoded if encoded else Batch)(*values, *channels)))
+                    if encoded:
+                        sizes = torch.tensor([read.rows.stop - read.rows.start for read in reads])
+                        values.append(torch.repeat_interleave(sizes))
+                        values.append(torch.stack([reader.channels(read.shard) for read in reads]))
+                        values[-2:] = [one.pin_memory() if pinned else one for one in values[-2:]]
+                    ready.put((staging, (Encoded if encoded else Batch)(*values)))
             ready.put(None)
         except BaseException as failure:  # handed to the trainer's thread, which raises it
             ready.put(failure)
@@ -356,16 +358,6 @@ def _staged(
     finally:
         end()
         atexit.unregister(end)
-
-
-def _channels(reader: RowReader, reads: Sequence[Read], *, pinned: bool) -> tuple[Tensor, Tensor]:
-    """shard_N and channels_S2LD of a batch."""
-    shards = {read.shard: None for read in reads}
-    number = {shard: at for at, shard in enumerate(shards)}
-    sizes = [read.rows.stop - read.rows.start for read in reads]
-    shard_N = torch.tensor([number[read.shard] for read in reads]).repeat_interleave(torch.tensor(sizes))
-    channels_S2LD = torch.stack([reader.channels(shard) for shard in shards])
-    return (shard_N.pin_memory(), channels_S2LD.pin_memory()) if pinned else (shard_N, channels_S2LD)
 
 
 def _advised(reader: RowReader, selection: Selection, plans: Iterator[Plan]) -> Iterator[tuple[list[Read], int]]:

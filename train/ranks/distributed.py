@@ -160,9 +160,7 @@ def joined_ranks(device: str, *, dividing: bool = False) -> Iterator[Ranks]:
     with _peer_errors():
         dist.init_process_group(**options)
         if cuda:
-            world = dist.group.WORLD
-            assert world is not None
-            world._get_backend(torch.device("cpu"))._set_default_timeout(PATIENCE)
+            cast("Any", dist.group.WORLD)._get_backend(torch.device("cpu"))._set_default_timeout(PATIENCE)
     if not ranks.first:
         logging.getLogger("routesae").setLevel(logging.WARNING)  # rank 0 logs for all
     try:
