@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
@@ -31,18 +31,10 @@ def checkpoint_file(partial: Path, step: int) -> Path:
     return partial / f"step-{step:08d}.safetensors"
 
 
-class Checkpoint(NamedTuple):
-    """identity: what must not change. arithmetic: how sums are done."""
-
-    tensors: dict[str, Tensor]
-    identity: dict[str, Any]
-    arithmetic: Arithmetic
-
-
 def save_checkpoint(
     partial: Path, step: int, tensors: Mapping[str, Tensor], identity: Mapping[str, Any], arithmetic: Arithmetic
 ) -> None:
-    """Write a checkpoint of one SAE. tensors: on any device. Raises OSError."""
+    """Write a checkpoint of one SAE. tensors: on any device. identity: what must not change. Raises OSError."""
     partial.mkdir(parents=True, exist_ok=True)
     facts = {"identity": identity, "arithmetic": arithmetic.to_dict()}
     metadata = {"format": FORMAT, "step": str(step), **{name: json.dumps(value) for name, value in facts.items()}}
@@ -50,15 +42,15 @@ def save_checkpoint(
     fsync(partial)
 
 
-def load_checkpoint(partial: Path, step: int) -> Checkpoint:
-    """Raises FailedRun if it is damaged."""
+def load_checkpoint(partial: Path, step: int) -> tuple[dict[str, Tensor], dict[str, Any], Arithmetic]:
+    """Return the tensors, the identity and the arithmetic of a checkpoint. Raises FailedRun if it is damaged."""
     path, remedy = checkpoint_file(partial, step), f"delete {partial} and start again"
     try:
         tensors, metadata, _ = read_tensors(path)
         if (metadata.get("format"), metadata.get("step")) != (FORMAT, str(step)):
             raise FailedRun(f"{path} is not a checkpoint of step {step} in format {FORMAT}; {remedy}")
         facts = {name: parse_json(metadata.get(name, "{}").encode()) for name in ("identity", "arithmetic")}
-        return Checkpoint(tensors, facts["identity"], Arithmetic(**facts["arithmetic"]))
+        return tensors, facts["identity"], Arithmetic(**facts["arithmetic"])
     except (OSError, BadFile, TypeError, WrongInput) as error:
         raise FailedRun(f"{path} cannot be read ({error}); {remedy}") from error
 

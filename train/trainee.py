@@ -110,6 +110,7 @@ class Trainee:
             if self.clip:
                 torch.nn.utils.clip_grad_norm_(self.trained, self.clip / sae.recipe.width)
             self.adam.step(lr)
+            torch.clear_autocast_cache()  # of the weights as they were; a caller's own autocast would keep it
             counts_F += out.latents.active_counts
             objectives.append(objective)
         sae.normalise_decoder(done % pace.epoch_steps + 1, last=step == pace.total_steps)

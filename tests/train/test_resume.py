@@ -250,7 +250,7 @@ def test_lines_written_after_the_checkpoint_are_cut_and_a_checkpoint_right_after
     assert [line["step"] for line in lines(partial)] == [3, 6]
     stopped(run, stop_after, ["topk"], tmp_path, 1, resume=True)
     assert [line["step"] for line in lines(partial)] == [3]
-    tensors = load_checkpoint(partial, 5).tensors
+    tensors = load_checkpoint(partial, 5)[0]
     assert tensors["log.counts"][0] == (partial / "metrics.jsonl").stat().st_size
     run(["topk"], tmp_path, resume=True)
     assert_same(tmp_path / "topk", alone("topk"))
@@ -366,6 +366,14 @@ def test_a_stopped_overwrite_goes_on_and_then_replaces_the_old_sae(
         assert [path.name for path in tmp_path.iterdir()] == ["topk"]
 
 
+def test_a_caller_who_has_autocast_on_trains_the_same_weights(run: Pass, tmp_path: Path) -> None:
+    """Autocast keeps its copies of weights until the outermost of it ends, which here is after the run."""
+    with torch.autocast("cpu", torch.bfloat16):
+        run(["vanilla"], tmp_path / "in", precision="bfloat16")
+    run(["vanilla"], tmp_path, precision="bfloat16")
+    assert weights(tmp_path / "in" / "vanilla") == weights(tmp_path / "vanilla")
+
+
 # ----------------------------------------------------------------------------------- how sums are done, kept by a run
 
 
@@ -408,8 +416,7 @@ def test_a_run_resumed_on_another_machine_does_sums_as_it_began_and_says_so(
     assert torch.get_num_threads() == 1  # again
     said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("training on")]
     assert said == [
-        "training on cpu: float32 as on cpu, 2 threads, active latents proposed in bfloat16, "
-        "sums over active pairs below 1/12 of all"
+        "training on cpu: float32, proposals bfloat16, sums over active pairs below 1/12 of all, 2 threads"
     ]
     assert_same(tmp_path / "topk", tmp_path / "whole" / "topk")
     kept = json.loads((tmp_path / "topk" / "cfg.json").read_text())["metadata"]["routesae"]["source"]["arithmetic"]
@@ -714,7 +721,7 @@ def test_an_sae_trained_on_rescaled_states_is_saved_as_the_same_function_of_raw_
     recipe = read_recipe(result.folder)
     assert recipe.normalize == "none"
     trained = build(Recipe(**{**recipe.__dict__, "normalize": "dataset"})).eval()
-    tensors = load_checkpoint(result.folder, STEPS).tensors
+    tensors = load_checkpoint(result.folder, STEPS)[0]
     trained.load_state_dict({key[4:]: tensor for key, tensor in tensors.items() if key.startswith("sae.")})
     scale = trained.scale = float(tensors["scale"])
     held_out = Selection(tiny_cache, tiny_cache.manifest.train_rows, tiny_cache.manifest.rows, recipe.layers)

@@ -161,19 +161,16 @@ class Pairs:
     tokens, latents: N and F. offsets_N: where each token's pairs begin.
     """
 
-    def __init__(
-        self, tokens: int, latents: int, tokens_M: Tensor, latents_M: Tensor, offsets_N: Tensor | None = None
-    ):
-        self.tokens, self.latents = tokens, latents
-        self.tokens_M, self.latents_M = tokens_M, latents_M
-        self.offsets_N = _first_of_each(tokens_M, tokens) if offsets_N is None else offsets_N
+    def __init__(self, tokens: int, latents: int, tokens_M: Tensor, latents_M: Tensor):
+        self.tokens, self.latents, self.tokens_M, self.latents_M = tokens, latents, tokens_M, latents_M
+        self.offsets_N = _first_of_each(tokens_M, tokens)
 
     @classmethod
     def of(cls, indices_NK: Tensor, latents: int) -> Pairs:
         """Each token with its K latents."""
         n, k = indices_NK.shape
-        token_N = torch.arange(n, device=indices_NK.device)
-        return cls(n, latents, token_N.repeat_interleave(k), indices_NK.flatten(), token_N * k)
+        tokens_M = torch.arange(n, device=indices_NK.device).repeat_interleave(k)
+        return cls(n, latents, tokens_M, indices_NK.flatten())
 
     def at(self, v_F: Tensor) -> Tensor:
         """A latent's number for each of its pairs."""

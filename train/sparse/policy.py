@@ -29,12 +29,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from routesae.machine.device import has_bfloat16_units
-from routesae.machine.settings import RUN, Settings, setting
+from routesae.machine.settings import Settings
 from routesae.reporting import WrongInput
 
 SPARSE_BELOW = {"cpu": 1 / 12, "bfloat16": 1 / 590, "tf32": 1 / 295, "float32": 1 / 40}  # the latter three: CUDA's
@@ -44,25 +45,20 @@ CPU_CHUNK_ROWS = {torch.float32: 512, torch.bfloat16: 2048}
 
 
 class Arithmetic(Settings):
-    """How the sums of an SAE are done on a device, by numbers that JSON can hold."""
+    """How the sums of an SAE are done on a device, as JSON can hold it.
 
-    kind: str = setting("cpu", RUN, "Of the device.", choices=("cpu", "cuda"))
-    precision: str = setting(
-        "float32",
-        RUN,
-        "Of dense products. bfloat16 is autocast's, beside which CUDA multiplies float32 in TF32.",
-        choices=("float32", "tf32", "bfloat16"),
-    )
-    proposal: str = setting(
-        "float32",
-        RUN,
-        "Of the encoder's product over float32 rows without autocast; candidates that a narrower one finds are "
-        "computed anew.",
-        choices=("float32", "bfloat16"),
-    )
-    sparse_below: float = setting(..., RUN, "Share of all N·F pairs below which sums run over active pairs alone.")
-    threads: int = setting(1, RUN, "Of the CPU.", ge=1)
-    max_memory: int | None = setting(None, RUN, "Bytes that encoding may take at a time.", ge=1, unset="the fastest")
+    sparse_below: the share of all N·F pairs below which sums run over active pairs alone. kind: of the device.
+    precision: of dense products; bfloat16 is autocast's, beside which CUDA multiplies float32 in TF32. proposal: that
+    of the encoder's product over float32 rows without autocast; candidates that a narrower one finds are computed
+    anew. threads: of the CPU. max_memory: bytes that encoding may take at a time; None for what is fastest.
+    """
+
+    sparse_below: float
+    kind: Literal["cpu", "cuda"] = "cpu"
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    proposal: Literal["float32", "bfloat16"] = "float32"
+    threads: int = 1
+    max_memory: int | None = None
 
     def dense(self, k: int, latents: int) -> bool:
         """Whether sums run over all pairs where k latents a token are active. With max_memory they never do."""
@@ -85,30 +81,27 @@ class Arithmetic(Settings):
     def require_possible(self, device: torch.device) -> None:
         """Raises WrongInput for TF32 on a device that has none; the rest any device can do, if slowly."""
         if self.precision == "tf32" and not (device.type == "cuda" and has_bfloat16_units(device)):
-            raise WrongInput(
-                f"--precision tf32 needs CUDA of compute capability 8 or more, and this is {device}; give float32, "
-                "or --resume where the run began"
-            )
+            where = f"needs CUDA of compute capability 8 or more, and this is {device}"
+            raise WrongInput(f"--precision tf32 {where}; give float32, or --resume where the run began")
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """PyTorch's threads and its precision of float32 products as chosen; and as before at the end."""
-        threads, tf32 = torch.get_num_threads(), self.kind == "cuda" and self.precision != "float32"
+        threads, products = torch.get_num_threads(), torch.get_float32_matmul_precision()
         torch.set_num_threads(self.threads)
+        torch.set_float32_matmul_precision(
+            "high" if self.kind == "cuda" and self.precision != "float32" else "highest"
+        )
         try:
-            with _float32_products("high" if tf32 else "highest"):
-                yield
+            yield
         finally:
             torch.set_num_threads(threads)
+            torch.set_float32_matmul_precision(products)
 
     def __str__(self) -> str:
-        proposes = ", active latents proposed in bfloat16" if self.proposal == "bfloat16" else ""
+        pairs = f"sums over active pairs below 1/{1 / self.sparse_below:.0f} of all"
         memory = "" if self.max_memory is None else f", {self.max_memory:,} bytes for encoding"
-        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
-        return (
-            f"{self.precision} as on {self.kind}, {threads}{proposes}, "
-            f"sums over active pairs below 1/{1 / self.sparse_below:.0f} of all{memory}"
-        )
+        return f"{self.precision}, proposals {self.proposal}, {pairs}, {self.threads} threads{memory}"
 
 
 def chosen(
@@ -139,16 +132,10 @@ def arithmetic(kind: str) -> Arithmetic:
 @contextmanager
 def exactly(kind: str) -> Iterator[None]:
     """Products in float32, whatever autocast and TF32 would do to them."""
-    with torch.autocast(kind, enabled=False), _float32_products("highest"):
-        yield
-
-
-@contextmanager
-def _float32_products(precision: str) -> Iterator[None]:
-    """precision: "high" has CUDA multiply float32 in TF32; every torch since 1.12 knows it by this name."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
+    products = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
     try:
-        yield
+        with torch.autocast(kind, enabled=False):
+            yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(products)
