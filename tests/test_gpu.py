@@ -26,7 +26,7 @@ from routesae.train.saes import SAES, Recipe, build
 from routesae.train.saes.matryoshka import default_prefixes
 from routesae.train.saes.normalise import Hidden
 from routesae.train.saes.topk import TopK
-from routesae.train.sparse.policy import arithmetic
+from routesae.train.sparse.policy import chosen
 
 DEVICE = torch.device("cuda")
 CPU = torch.device("cpu")
@@ -41,10 +41,10 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def exactly() -> Iterator[None]:
     """float32 products in float32, so that they can be compared with a CPU's."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
     yield
-    torch.backends.cuda.matmul.allow_tf32 = before
+    torch.set_float32_matmul_precision(before)
 
 
 def recipe_of(name: str) -> Recipe:
@@ -61,24 +61,32 @@ def rows(layers: int, seed: int) -> Tensor:
     return directions_FD[at].sum(2)
 
 
-def steps(name: str, device: torch.device, count: int, precision: torch.dtype = torch.float32) -> dict[str, Any]:
-    """NormMSE of each step, and gradients and latents of the first."""
+def steps(
+    name: str,
+    device: torch.device,
+    count: int,
+    precision: torch.dtype = torch.float32,
+    sparse_below: float | None = None,
+) -> dict[str, Any]:
+    """NormMSE of each step, and gradients and latents of the first. sparse_below: None for the device's own."""
     torch.manual_seed(0)
     sae = build(recipe_of(name), torch.Generator().manual_seed(0)).to(device).train()
     layers = len(sae.recipe.layers)
+    how = chosen(device.type, bfloat16_units=True, precision=str(precision).removeprefix("torch."))
+    sae.arithmetic = how if sparse_below is None else how.replace(sparse_below=sparse_below)
 
     def hidden(seed: int) -> Hidden:
         return Hidden(rows(layers, seed).to(device), layers=sae.recipe.layers)
 
     sae.initialise(hidden(99))
     adam = torch.optim.Adam(sae.parameters(), lr=1e-3)
-    dead_F = torch.arange(LATENTS, device=device) < LATENTS // 8
+    dead_d = torch.arange(LATENTS // 8, device=device)
     found: dict[str, Any] = {"curve": []}
     for step in range(1, count + 1):
         torch.manual_seed(step)
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
             out = sae(hidden(step))
-            objective = sae.loss(out, dead_F)
+            objective = sae.loss(out, dead_d)
         adam.zero_grad()
         objective.total.backward()  # type: ignore[no-untyped-call]
         if step == 1:
@@ -110,11 +118,11 @@ def test_twenty_steps_have_a_cpus_curve(name: str, precision: torch.dtype, withi
 
 
 @pytest.mark.parametrize("below", [-1.0, 1.1], ids=["over all pairs", "over active pairs"])
-@pytest.mark.parametrize("name", ["topk", "gated", "jumprelu"])
-def test_dense_and_sparse_sums_come_to_the_same(name: str, below: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    usual = steps(name, CPU, 1)
-    monkeypatch.setattr("routesae.train.saes.sae.SAE.arithmetic", arithmetic("cuda")._replace(sparse_below=below))
-    assert steps(name, DEVICE, 1)["curve"] == pytest.approx(usual["curve"], rel=1e-4)
+@pytest.mark.parametrize("name", ["topk", "batchtopk", "matryoshka", "gated", "jumprelu"])
+def test_dense_and_sparse_sums_come_to_the_same(name: str, below: float) -> None:
+    assert steps(name, DEVICE, 1, sparse_below=below)["curve"] == pytest.approx(
+        steps(name, CPU, 1)["curve"], rel=1e-4
+    )
 
 
 def test_counts_of_more_than_256_tokens_are_exact_under_autocast() -> None:
@@ -215,12 +223,15 @@ def test_latents_of_a_text_and_a_steered_continuation_are_a_cpus(
 
 
 @pytest.mark.parametrize("name", SAES)
-def test_a_step_waits_for_the_device_nowhere(name: str, settings: Callable[..., TrainSettings]) -> None:
-    """But at its end: batches come on streams of their own."""
+def test_a_step_waits_for_the_device_nowhere_but_at_its_end(
+    name: str, settings: Callable[..., TrainSettings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That is, where it finds out which latents are dead; batches come on streams of their own."""
     from contextlib import ExitStack
 
     from routesae.train.run import pace_of, trainee_of
 
+    assert 8 / 64 > 1 / 40  # of the latents, in all precisions: sums run over all pairs
     flags: dict[str, Any] = {"sae": name, "device": "cuda"}
     asked = settings(**flags)
     cache = Cache(asked.cache)
@@ -235,6 +246,8 @@ def test_a_step_waits_for_the_device_nowhere(name: str, settings: Callable[..., 
         read = [Hidden(*(part.clone() for part in batch), layers=selection.layers) for batch in islice(batches, 3)]
         trainee.sae.initialise(read[0])
         trainee.step(1, read[1], 1000)
+        trainee.dead_d = torch.arange(40, device=DEVICE)  # more than D/2
+        monkeypatch.setattr(trainee, "_find_dead", lambda: None)
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:

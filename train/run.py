@@ -86,6 +86,7 @@ def train(settings: TrainSettings, report: Report = silent) -> list[TrainResult]
         report = report if ranks.first else silent
         with ranks.all_or_none():
             device = ranks.device(settings.device)
+            stack.enter_context(torch.autocast(device.type, enabled=False))  # a caller's own
             cache = begun_cache(settings.cache) if settings.follow else Cache(settings.cache)
             if settings.verify and ranks.first:
                 require_intact(cache, report)
