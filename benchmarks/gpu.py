@@ -237,6 +237,7 @@ class Bench:
             hidden = Hidden(*(part.clone() for part in next(iter(loaded))), layers=layers)
             trainee = trainee_of(job, settings, pace_of(selection, settings, self.device), self.device, stack)
             trainee.sae.initialise(hidden)
+            stack.enter_context(trainee.arithmetic.applied())
             done = 0
 
             def ours() -> None:

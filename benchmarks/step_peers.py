@@ -4,7 +4,7 @@ A peer's step is its library's own, called as its own loop calls it: its losses,
 decoder norms and dead-latent counts, on its defaults. Three things are set from outside, none of which changes what a
 step costs: the learning rate, so small that no state moves while it is timed; λ; and, for variants whose cost depends
 on how many latents are active, the bias or threshold that decides it (Gate). No latent has been dead for as long as
-any of them counts, so none does AuxK's work.
+any of them counts, so none does AuxK's work, but for ours where a row says how many are dead.
 
 Peers get rows that are float32 and normalised already. Ours gets float16, and each row's mean and standard deviation,
 as the cache has them: its step normalises too.
@@ -117,9 +117,18 @@ class Task:
 
 
 def ours(
-    task: Task, cache: Cache, batch: Rows, stack: contextlib.ExitStack, out: Path, recipe_of_published: bool = False
+    task: Task,
+    cache: Cache,
+    batch: Rows,
+    stack: contextlib.ExitStack,
+    out: Path,
+    recipe_of_published: bool = False,
+    dead: int = 0,
 ) -> Contender:
-    """recipe_of_published: with the published code's objective, which for gated has two products fewer."""
+    """recipe_of_published: with the published code's objective, which for gated has two products fewer.
+
+    dead: how many latents AuxK is to revive, at every step.
+    """
     sae, _, routing = task.variant.partition(" ")
     flags: dict[str, Any] = {"sae": sae, "latents": task.latents, "k": task.k, "lr": LR, "cache": str(cache.path)}
     flags |= {"routing": routing} if routing else {} if sae == "crosscoder" else {"layer": task.layers[0]}
@@ -132,6 +141,7 @@ def ours(
     selection = Selection(cache, 0, cache.manifest.train_rows, task.layers)
     trainee = trainee_of(job, settings, pace_of(selection, settings, CPU), CPU, stack)
     trainee.sae.initialise(Hidden(*batch.stored, layers=batch.layers))
+    trainee.dead_d = torch.arange(dead)  # for good: a run as long as this one is told to be finds none dead
     done = 0
 
     def step(batch: Rows) -> None:
@@ -152,7 +162,7 @@ def ours(
         ),
         "crosscoder": lambda: Gate(weight=lambda: parts.W_enc_FD, bias_F=parts.b_enc_F),
     }
-    name = "routesae, published recipe" if recipe_of_published else "routesae"
+    name = "routesae, published recipe" if recipe_of_published else f"routesae, {dead} dead" if dead else "routesae"
     return Contender(name, step, gates[task.variant]() if task.variant in gates else None)
 
 

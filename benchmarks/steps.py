@@ -113,6 +113,9 @@ def run(task: Task, state: str, cache: Cache, batches: list[Rows], args: argpars
         field = [ours(task, cache, batches[0], stack, Path(out))]
         if task.variant == "gated":
             field.append(ours(task, cache, batches[0], stack, Path(out, "published"), recipe_of_published=True))
+        if task.variant == "topk":  # what AuxK costs where a tenth is dead, and where four fifths are
+            for dead in (task.latents // 10, task.latents * 4 // 5):
+                field.append(ours(task, cache, batches[0], stack, Path(out, str(dead)), dead=dead))
         field += [one for one in contenders(task) if not args.contenders or one.name in args.contenders]
         for contender in field:
             if state == "sparse" and contender.gate is not None:
