@@ -47,13 +47,14 @@ class PipelineFile(Settings):
     """The TOML file of `routesae run`."""
 
     config: str = setting(..., RUN, "TOML file with a table a stage, of its flags.", metavar="PATH")
+    follow: bool = setting(False, RUN, "Train while the harvest runs, in two processes.")
 
     @classmethod
     def from_flags(cls, flags: dict[str, Any]) -> Any:
         """The settings of the stages that the file names."""
         from routesae.analyze.pipeline.settings import read_pipeline
 
-        return read_pipeline(cls(**flags).config)
+        return read_pipeline(**vars(cls(**flags)))
 
 
 class DryRun(Settings):

@@ -58,7 +58,7 @@ OPTIONS = {
     "report": f"html scores contexts logits serve port lm-dtype device-map sae out cache device model {RUN} {BLOCKS}",
     "latents": f"sae out text file messages top model device lm-dtype device-map json {RUN}",
     "compare": f"A B cache tokens threshold device json {RUN} {BLOCKS}",
-    "run": f"config {RUN}",
+    "run": f"config follow {RUN}",
     "convert": "FILE sae k layer layers routing aggregate normalize model out name overwrite",
     "push": "FOLDER REPO private message",
     "cache info": "PATH",

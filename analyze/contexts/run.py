@@ -40,6 +40,9 @@ def contexts(settings: ContextSettings, report: Report = silent) -> Table:
     """
     cache = Cache(settings.cache)
     cache.require_whole()
+    if cache.ring() and settings.rows == "all":
+        log.info("%s is a ring, so contexts are of its held-out rows alone", cache.path)
+        settings = settings.replace(rows="held-out")
     opened = open_saes(settings.saes, Path(settings.out), cache, pick_device(settings.device))
     made_from = {name: _facts(settings, name, sae, cache) for name, sae in opened.items()}
     if not settings.overwrite:

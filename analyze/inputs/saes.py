@@ -74,8 +74,8 @@ def open_saes(references: Sequence[str], out: Path, cache: Cache, device: torch.
 def rows_to_read(rows: str | None, cache: Cache, opened: Mapping[str, OpenSAE]) -> tuple[str, int, int]:
     """Which rows of the cache are read, "held-out" or "all", the first, and the one after the last.
 
-    rows: which, or None for all if every SAE says that it was trained on another corpus, else those held out. Raises
-    WrongInput if there is none.
+    rows: which, or None for all if every SAE says that it was trained on another corpus, else those held out, which
+    a ring alone has. Raises WrongInput if there is none.
     """
     manifest, elsewhere = cache.manifest, True
     for one in opened.values() if rows is None else ():
@@ -85,7 +85,7 @@ def rows_to_read(rows: str | None, cache: Cache, opened: Mapping[str, OpenSAE]) 
         elsewhere &= "tokens_hash" in facts and not of_corpus
         if of_corpus and not (same["tokens_hash"] and same["held_out"]):
             log.warning("%s was trained on the same corpus, and may have read some of these rows", one.folder)
-    rows = rows or ("all" if elsewhere else "held-out")
+    rows = rows or ("all" if elsewhere and not cache.ring() else "held-out")
     first = 0 if rows == "all" else manifest.train_rows
     if first == manifest.rows:
         raise WrongInput(f"{cache.path} has no held-out rows; --rows all reads those that SAEs may be trained on")

@@ -24,6 +24,7 @@ from routesae.analyze.interpret.ledger import LINES, SUMMARY
 from routesae.analyze.interpret.run import interpret
 from routesae.analyze.interpret.summary import read_summary, require_answers
 from routesae.analyze.pipeline.settings import PipelineSettings
+from routesae.analyze.pipeline.together import harvesting
 from routesae.analyze.report.run import require_libraries, write_report
 from routesae.analyze.scores.results import DESCRIPTIONS, described, read_results
 from routesae.analyze.scores.run import analyze
@@ -35,6 +36,7 @@ from routesae.machine.lock import hold
 from routesae.reporting import Report, WrongInput, silent
 from routesae.train.folder.checkpoint import CONFIG, find_saes, read_config
 from routesae.train.jobs import Job, jobs_of
+from routesae.train.loading.following import begun_cache
 from routesae.train.run import train
 from routesae.train.settings import TrainSettings
 from routesae.train.state import drop_checkpoints, load_checkpoint, newest_step
@@ -74,6 +76,11 @@ def run_pipeline(settings: PipelineSettings, report: Report = silent) -> Pipelin
 
 def _run(settings: PipelineSettings, record: Record, report: Report) -> PipelineResult:
     stages: dict[str, bool] = {}
+    together = settings.follow and not _is_whole(settings.cache)
+    if together and settings.harvest is not None and settings.train is not None:
+        with harvesting(settings.harvest):
+            jobs = jobs_of(settings.train, begun_cache(str(settings.cache)))
+            _train(settings.train, jobs, {"cache": None}, record, report)
     scores, page = settings.out / SCORES, settings.out / REPORT
     if settings.harvest is not None:
         stages["harvest"] = _harvest(settings.harvest, settings.cache, record, report)
@@ -84,7 +91,9 @@ def _run(settings: PipelineSettings, record: Record, report: Report) -> Pipeline
     if settings.train is not None:
         jobs = jobs_of(settings.train, cache)
         folders = [job.folder for job in jobs]
-        stages["train"] = _train(settings.train, jobs, origin, record, report)
+        if together:
+            record.keep(*_train_steps(jobs, origin))
+        stages["train"] = _train(settings.train, jobs, origin, record, report) or together
     elif any((settings.analyze, settings.contexts, settings.interpret, settings.report)):
         folders = find_saes(settings.saes)
     of_saes = {folder: {**origin, f"SAE {folder.name}": hashes(folder)} for folder in folders}
@@ -131,7 +140,7 @@ def _harvest(asked: HarvestSettings, cache: Path, record: Record, report: Report
     inputs = {name: value for name, value in asked.to_dict().items() if name not in HOW_IT_RUNS}
     inputs |= {"files of data": [listing(data) for data in asked.data], "files of model": listing(asked.model)}
     inputs = plain(inputs)
-    whole = (cache / "zarr.json").exists() and not Cache(cache).missing()
+    whole = _is_whole(cache)
     before = record.steps.get("harvest", {}).get("inputs", {})
     for name, shown in (("data", asked.corpus), ("model", asked.model)):
         same_name = before.get(name) == inputs[name] and before.get("out") == inputs["out"]
@@ -144,6 +153,15 @@ def _harvest(asked: HarvestSettings, cache: Path, record: Record, report: Report
     return record.run([step], lambda stale: harvest(asked, report), again=not whole)
 
 
+def _is_whole(cache: Path) -> bool:
+    return (cache / "zarr.json").exists() and not Cache(cache).missing()
+
+
+def _train_steps(jobs: Sequence[Job], origin: Mapping[str, Any]) -> list[Step]:
+    of_job = [{**job.identity["run"], **job.identity["recipe"], **job.identity["pass"], **origin} for job in jobs]
+    return [Step(f"train {job.name}", inputs, (job.folder,)) for job, inputs in zip(jobs, of_job, strict=True)]
+
+
 def _train(
     training: TrainSettings, jobs: Sequence[Job], origin: Mapping[str, Any], record: Record, report: Report
 ) -> bool:
@@ -151,11 +169,9 @@ def _train(
 
     One that was not trained from here is not replaced, nor one about which answers were paid for.
     """
-    steps = []
-    for job in jobs:
-        inputs = {**job.identity["run"], **job.identity["recipe"], **job.identity["pass"], **origin}
-        steps.append(Step(f"train {job.name}", inputs, (job.folder,)))
-        if steps[-1].name not in record.steps and job.folder.exists():
+    steps = _train_steps(jobs, origin)
+    for job, step in zip(jobs, steps, strict=True):
+        if step.name not in record.steps and job.folder.exists():
             found: Any = read_config(job.folder)
             for name in ("metadata", "routesae", "source", "identity"):  # as far as it says so
                 found = found.get(name) if isinstance(found, dict) else None
@@ -165,7 +181,7 @@ def _train(
                     "replaced; give its [[train.run]] a name, or move it away"
                 )
             drop_checkpoints(job.folder)  # of a run that was killed just before it dropped them
-            record.keep(steps[-1])
+            record.keep(step)
 
     def work(stale: Sequence[Step]) -> None:
         again = [job for job, step in zip(jobs, steps, strict=True) if step in stale]

@@ -44,7 +44,7 @@ VARIANTS = ("vanilla", "gated", "topk", "jumprelu", "routesae", "crosscoder")
 READS_SAES = ("sae", "saes", "cache", "out")
 SET_BY_PIPELINE = {
     "harvest": ("out",),
-    "train": ("cache", "out", "resume", "overwrite"),
+    "train": ("cache", "out", "resume", "overwrite", "follow"),
     "analyze": READS_SAES,
     "contexts": READS_SAES,
     "interpret": READS_SAES,
@@ -55,7 +55,7 @@ SET_BY_PIPELINE = {
 class PipelineSettings(Settings):
     """Settings of the stages that run; None for those that do not.
 
-    cache, saes: where harvest and train write, or where their work is already.
+    cache, saes: where harvest and train write, or where their work is already. follow: both run at once.
     """
 
     out: Path
@@ -67,12 +67,19 @@ class PipelineSettings(Settings):
     contexts: ContextSettings | None = None
     interpret: InterpretSettings | None = None
     report: ReportSettings | None = None
+    follow: bool = False
+
+    def check(self) -> None:
+        if self.follow and (self.harvest is None or self.train is None):
+            raise WrongInput("--follow trains while the harvest runs; give the file tables [harvest] and [train]")
+        if self.harvest is not None and self.harvest.keep is not None and not self.follow:
+            raise WrongInput("[harvest]: keep waits for the SAEs that are trained meanwhile; add --follow")
 
 
 STAGES = {name: kind.type for name, kind in PipelineSettings.kinds.items() if kind.optional}
 
 
-def read_pipeline(config: str) -> PipelineSettings:
+def read_pipeline(config: str, follow: bool = False) -> PipelineSettings:
     """The settings in a TOML file. Raises WrongInput naming what is unknown in it, or impossible."""
     from routesae.harvest.cache.storage import is_url  # imports numpy, for which --help has no time
 
@@ -101,16 +108,16 @@ def read_pipeline(config: str) -> PipelineSettings:
                 f"{where}: {taken[0]} does not belong there: the pipeline sets it, from out, cache and saes at "
                 "the top"
             )
-        shared = {"out": cache} if name == "harvest" else {"cache": cache, "out": saes}
+        shared: dict[str, Any] = {"out": cache} if name == "harvest" else {"cache": cache, "out": saes}
         if name == "train":
-            stages[name] = settings_of(shared, where, given)
+            stages[name] = settings_of({**shared, "follow": follow}, where, given)
             continue
         fields = by_field(given, where, of)
         try:
             stages[name] = of(**fields, **shared)
         except WrongInput as error:
             raise WrongInput(f"{where}: {error}") from error
-    return PipelineSettings(out=out, cache=cache, saes=saes, **stages)
+    return PipelineSettings(out=out, cache=cache, saes=saes, follow=follow, **stages)
 
 
 class AblationSettings(Settings):
