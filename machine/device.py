@@ -25,12 +25,10 @@ def pick_device(device: str) -> torch.device:
     remedy = "use --device cpu or auto"
     count = torch.cuda.device_count()
     if device == "cuda" and "LOCAL_RANK" in os.environ:
-        rank = int(os.environ["LOCAL_RANK"])
-        last = (
-            int(os.environ.get("LOCAL_WORLD_SIZE", rank + 1)) - 1
-        )  # without a GPU for it none begins, to wait for it
+        rank, here = int(os.environ["LOCAL_RANK"]), int(os.environ.get("LOCAL_WORLD_SIZE", 0))
         shown_alone = count == 1 and "CUDA_VISIBLE_DEVICES" in os.environ
-        device = f"cuda:{0 if shown_alone else rank if last < count else last}"
+        # With fewer GPUs than processes all of them are refused: some would only wait for the others.
+        device = f"cuda:{0 if shown_alone else max(rank, here - 1) if here > count else rank}"
         remedy = "start fewer processes (--nproc-per-node), or give the --device that all are to share"
     try:
         picked = torch.device(device)
@@ -39,8 +37,8 @@ def pick_device(device: str) -> torch.device:
     if picked.type not in ("cpu", "cuda"):
         raise WrongInput(f"unknown device {device!r}; give auto, cpu, cuda, cuda:0 …")
     if picked.type == "cuda" and (picked.index or 0) >= count:
-        here = f"the last CUDA device is cuda:{count - 1}" if count else "there is no CUDA device"
-        raise WrongInput(f"--device {device} is not here: {here}; {remedy}")
+        found = f"the last CUDA device is cuda:{count - 1}" if count else "there is no CUDA device"
+        raise WrongInput(f"--device {device} is not here: {found}; {remedy}")
     return picked
 
 

@@ -13,6 +13,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from routesae.analyze.clamp.run import clamp
+from routesae.analyze.clamp.settings import ClampSettings
+from routesae.analyze.contexts.file import read_contexts
+from routesae.analyze.contexts.run import contexts
+from routesae.analyze.contexts.settings import ContextSettings
 from routesae.analyze.scores.run import analyze
 from routesae.analyze.scores.settings import AnalyzeSettings
 from routesae.api import latents, load_lm, load_sae, steer
@@ -205,6 +210,51 @@ def test_scores_that_splice_the_lm_are_a_cpus(settings: Callable[..., TrainSetti
     for name, value in found[1].items():
         if isinstance(value, float):
             assert found[0][name] == pytest.approx(value, rel=2e-3, abs=1e-5), name
+
+
+@pytest.mark.parametrize("how", ["shard", "cpu_offload"])
+def test_an_sae_divided_by_fsdp_among_one_is_the_same_bytes(
+    how: str, settings: Callable[..., TrainSettings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With --cpu-offload Adam runs on the CPU, so that these are the same to rounding."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        train(settings(device=str(DEVICE), out=str(tmp_path / "plain")))
+        train(settings(device=str(DEVICE), out=str(tmp_path / "divided"), **{how: True}))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    ((plain,), (divided,)) = ((tmp_path / of).glob("*/sae_weights.safetensors") for of in ("plain", "divided"))
+    ours, theirs = load_file(divided), load_file(plain)
+    assert ours.keys() == theirs.keys()
+    for name, of_plain in theirs.items():
+        if how == "shard":
+            assert torch.equal(ours[name], of_plain), name
+        else:
+            assert torch.allclose(ours[name], of_plain, rtol=1e-3, atol=1e-4), name
+
+
+def test_contexts_and_clamped_text_are_a_cpus(settings: Callable[..., TrainSettings], tmp_path: Path) -> None:
+    """Contexts are of the strongest activations; where rounding makes two of them change places, of others."""
+    made = settings(device="cpu", epochs=2)
+    (result,) = train(made)
+    found, said = [], []
+    for device in (str(DEVICE), "cpu"):
+        asked = ContextSettings(
+            cache=made.cache, saes=(str(result.folder),), device=device, threshold=1.0, min_contexts=1, overwrite=True
+        )
+        contexts(asked)
+        of_latents = read_contexts(result.folder).latents()
+        found.append({one.summary.latent: {(c.row, c.position) for c in one.top} for one in of_latents})
+        clamped = ClampSettings(
+            sae=str(result.folder), prompt=("the router",), add=("3=6",), max_new_tokens=8, device=device
+        )
+        said.append([(text["original_ids"], text["clamped_ids"]) for text in clamp(clamped)["texts"]])
+    ours, cpus = found
+    assert ours.keys() == cpus.keys()
+    alike = [len(ours[latent] & cpus[latent]) / max(1, len(cpus[latent])) for latent in cpus]
+    assert sum(alike) / len(alike) > 0.95
+    assert said[0] == said[1]
 
 
 def test_latents_of_a_text_and_a_steered_continuation_are_a_cpus(
