@@ -5,8 +5,11 @@
 
 for j = k, ⌊k/2⌋, ⌊k/4⌋ … 1. The paper takes the mean over every j up to k, or over some; this sum is that mean,
 times a constant, with the error of j standing for all between ⌊j/2⌋ and j. The latents are so decoded once, as a
-TopK's are. With equal weights the error at k itself was 6 % above a topk's (1,152 latents, k 32, 220 steps), with
-these 2 % below. `analyze --infer-k` scores it at any k.
+TopK's are. `analyze --infer-k` scores it at any k.
+
+Beside topks trained for each k (1,152 latents, some 330 steps of 1,024 tokens, layer 15 of SmolLM2-135M) its held-out
+NormMSE was .1084 for .1097 at 32, .1252 for .1279 at 16, .1497 for .1513 at 8, .1835 for .1816 at 4. With
+equal weights it was 6 % above the topk's at 32.
 
 Dimension letters: N tokens, D width, F latents, K active latents a token.
 """
