@@ -21,7 +21,7 @@ from routesae.analyze.latents.text import pieces_of
 from routesae.harvest.cache import reader
 from routesae.machine.device import pick_device
 from routesae.reporting import WrongInput
-from routesae.train.loading.batches import Selection, empty_batch, epoch_plans, load
+from routesae.train.loading.batches import Selection, batch_memory, epoch_plans, load
 from routesae.train.loading.rows import RowReader, reads_of_rows
 
 
@@ -148,7 +148,7 @@ class LayerRows:
         asked = torch.arange(len(self))[at]
         ascending_m, back_m = np.unique(asked.numpy().reshape(-1), return_inverse=True)
         shard_m = np.searchsorted(self._ends, ascending_m, "right")
-        batch = empty_batch(self._selection, max(1, len(ascending_m)))
+        memory = batch_memory(self._selection, max(1, len(ascending_m)))
         for shard in np.unique(shard_m).tolist():
             first, after = np.searchsorted(shard_m, [shard, shard + 1]).tolist()
             stored = ascending_m[first:after] - (self._ends[shard] - self._selection.count(shard))
@@ -156,8 +156,8 @@ class LayerRows:
             reads = reads_of_rows(
                 self._selection.shards[shard], stored if selected is None else selected[stored], first
             )
-            self._reader.read(reads, *(values.numpy() for values in batch))
-        return batch.hidden_LND[0, back_m].reshape(*asked.shape, self.shape[1])
+            self._reader.read(reads, *(values.numpy() for values in memory))
+        return memory[0][0, back_m].reshape(*asked.shape, self.shape[1])
 
 
 class _ByLayer(dict[int, Tensor]):

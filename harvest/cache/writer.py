@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import secrets
 import shutil
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -125,14 +124,12 @@ def _write_arrays(partial: Path, manifest: Manifest, values: Iterable[tuple[str,
         return arrays.chunk_hashes(array)
 
     with ThreadPoolExecutor(arrays.WRITERS, thread_name_prefix="array-writer") as threads:
-        under_way: deque[Future[arrays.ChunkHashes]] = deque(maxlen=arrays.WRITERS)
         written: dict[str, Future[arrays.ChunkHashes]] = {}
         for name, array in values:
             attributes = {"hidden_state": FORMULA} if array.dtype == np.int8 else {}
             written[name] = threads.submit(write, name, array, attributes)
-            under_way.append(written[name])
-            if len(under_way) == arrays.WRITERS:
-                under_way[0].result()
+            if len(written) >= arrays.WRITERS:
+                list(written.values())[-arrays.WRITERS].result()
         chunks = {name: one.result() for name, one in written.items()}
     columns = np.stack([chunks[name] for name in by_row], axis=1)
     chunks[CHUNK_HASHES] = write(CHUNK_HASHES, columns, {"columns": by_row})

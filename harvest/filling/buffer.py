@@ -122,8 +122,7 @@ class ShardBuffer:
         Raises FailedRun if a kept value is not finite or does not fit the cache's dtype, naming layer, document and
         remedy.
         """
-        if self._filled is not None:  # on CUDA, wait for this shard's filling only, not for the next one's
-            assert self.staging.stream is not None
+        if self.staging.stream is not None and self._filled is not None:  # this shard's filling, not the next one's
             self.staging.stream.wait_event(self._filled)
         layers = self.manifest.layers
         with torch.cuda.stream(self.staging.stream):

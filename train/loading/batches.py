@@ -4,8 +4,7 @@ A batch is made of blocks of up to 256 contiguous stored rows from many shards. 
 written, so no mixing buffer is needed. A thread announces blocks to the kernel a few batches ahead (otherwise the
 disk would see one small read at a time) and, with a second thread, reads them one batch ahead of the trainer.
 
-Dimension letters: N tokens a batch, L layers of the selection, M layers of the cache, D width, m rows of a span, R
-reads that a batch is from.
+Dimension letters: N tokens a batch, R reads, L layers of the selection, M of the cache, D width, m rows of a span.
 """
 
 from __future__ import annotations
@@ -259,13 +258,8 @@ def tokens_of(plan: Plan) -> int:
     return sum(block.after - block.first for block in plan)
 
 
-def empty_batch(selection: Selection, tokens: int) -> Batch:
-    """Memory for a batch of `tokens`, at least one."""
-    return Batch(*_staging(selection, tokens, pinned=False, encoded=False))
-
-
-def _staging(selection: Selection, tokens: int, *, pinned: bool, encoded: bool) -> list[Tensor]:
-    """What a reader fills: of a Batch, or the first four of an Encoded one."""
+def batch_memory(selection: Selection, tokens: int, *, pinned: bool = False, encoded: bool = False) -> list[Tensor]:
+    """What a reader fills, for at least one token: a Batch, or the first four of an Encoded one."""
     manifest, layers = selection.cache.manifest, len(selection.layers)
     dtype = torch.int8 if encoded else CACHE_DTYPES[manifest.dtype]
     numbers = [_memory((layers, tokens, 1), torch.float32, pinned) for _ in range(3 if encoded else 2)]
@@ -310,7 +304,7 @@ def _staged(
     free: queue.Queue[list[Tensor] | None] = queue.Queue()
     ready: queue.Queue[tuple[list[Tensor], Batch | Encoded] | BaseException | None] = queue.Queue()
     for _ in range(STAGING_BATCHES):
-        free.put(_staging(selection, tokens, pinned=pinned, encoded=encoded))
+        free.put(batch_memory(selection, tokens, pinned=pinned, encoded=encoded))
     stopped = threading.Event()
 
     def fill() -> None:
@@ -330,9 +324,9 @@ def _staged(
                     other_half.result()
                     if encoded:
                         sizes = torch.tensor([read.rows.stop - read.rows.start for read in reads])
-                        values.append(torch.repeat_interleave(sizes))
-                        values.append(torch.stack([reader.channels(read.shard) for read in reads]))
-                        values[-2:] = [one.pin_memory() if pinned else one for one in values[-2:]]
+                        channels_R2LD = torch.stack([reader.channels(read.shard) for read in reads])
+                        small = (torch.repeat_interleave(sizes), channels_R2LD)
+                        values += [one.pin_memory() if pinned else one for one in small]
                     ready.put((staging, (Encoded if encoded else Batch)(*values)))
             ready.put(None)
         except BaseException as failure:  # handed to the trainer's thread, which raises it

@@ -174,17 +174,12 @@ def joined_ranks(device: str, *, dividing: bool = False) -> Iterator[Ranks]:
 
 @contextmanager
 def _peer_errors() -> Iterator[None]:
-    """Turn PyTorch's RuntimeError about sockets, raised when another rank is gone, into a FailedRun.
-
-    Raises WrongInput if NCCL found two ranks on one GPU.
-    """
+    """Raises FailedRun for PyTorch's errors when another rank is gone, WrongInput for NCCL's about a shared GPU."""
     try:
         yield
     except RuntimeError as error:
         if "Duplicate GPU" in str(error):
-            raise WrongInput(
-                "two processes share a GPU; start fewer (--nproc-per-node), or show them more"
-            ) from error
+            raise WrongInput("two processes share a GPU; start fewer (--nproc-per-node)") from error
         reason = next(iter(str(error).splitlines()), "no reason given")
         raise FailedRun(
             f"another process of this run is gone or cannot be reached ({reason}); add --resume to continue the run"
