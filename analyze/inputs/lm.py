@@ -310,12 +310,11 @@ def load_lm_of(records: Sequence[LMRecord], model: str | None, settings: LMSetti
     Raises WrongInput if the record does not say where the LM is, or `model` is another one.
     """
     name, revision = _place(records[0], model)
-    config = loading.load_config(name, revision)
+    config, tokenizer = loading.load_config(name, revision), loading.load_tokenizer(name, revision)
+    hashes = {"config_hash": loading.config_hash(config), "tokenizer_hash": tokenizer_hash(tokenizer)}
     width, layers = int(config.get_text_config().hidden_size), range(loading.model_layers(config) + 1)
     for record in records:
-        found = _loaded(record, name, config_hash=loading.config_hash(config))
-        require_same_lm(record, found._replace(width=width, layers=layers), GIVE_MODEL)
-    tokenizer = load_tokenizer_of(records, model)
+        require_same_lm(record, _loaded(record, name, **hashes)._replace(width=width, layers=layers), GIVE_MODEL)
     device = pick_device(settings.device)
     lm_dtype = pick_lm_dtype(settings.lm_dtype, device, recorded=records[0].facts.get("lm_dtype"))
     loaded = loading.load_lm(name, revision, device=device, lm_dtype=lm_dtype, device_map=settings.device_map)

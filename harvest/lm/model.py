@@ -234,26 +234,20 @@ def weights_hash(lm: LanguageModel, *, exact: bool = False) -> str:
 
     Tells a fine-tuned model from its base, which share a config. The first is the same for every precision loaded.
     """
-    hasher = xxhash.xxh3_128()
-    for tensor in _stored_tensors(lm.model):
+    from transformers.integrations.accelerate import load_offloaded_parameter
+
+    hasher, tied, stored = xxhash.xxh3_128(), getattr(lm.model, "all_tied_weights_keys", {}), dict[Any, Any]()
+    for name, whole in lm.model.state_dict().items():
+        for part in _parts(whole):  # tied ones once
+            stored.setdefault(tied.get(name, name) if part.is_meta else part.data_ptr(), (name, part))
+    for name, tensor in stored.values():
+        tensor = load_offloaded_parameter(lm.model, name) if tensor.is_meta else tensor  # one at a time
         hasher.update(str(tuple(tensor.shape)).encode())
         for piece in torch.split(tensor.detach().flatten(), _HASHED_AT_ONCE):
             if piece.is_floating_point() and not exact:
                 piece = piece.to(torch.bfloat16)
             hasher.update(piece.view(torch.uint8).cpu().numpy().data)
     return hasher.hexdigest()
-
-
-def _stored_tensors(model: Any) -> Iterator[Tensor]:
-    """Every parameter and stored buffer, tied ones once; those that are not in memory come one at a time."""
-    from transformers.integrations.accelerate import load_offloaded_parameter
-
-    tied, stored = getattr(model, "all_tied_weights_keys", {}), dict[Any, tuple[str, Tensor]]()
-    for name, whole in model.state_dict().items():
-        for part in _parts(whole):
-            stored.setdefault(tied.get(name, name) if part.is_meta else part.data_ptr(), (name, part))
-    for name, tensor in stored.values():
-        yield load_offloaded_parameter(model, name) if tensor.is_meta else tensor
 
 
 def _parts(tensor: Any) -> list[Tensor]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -66,12 +65,9 @@ def _hooks(lm: LanguageModel, layers: Iterable[int], change: Callable[[int, Any]
     """While open, change(ℓ, …) sees what block ℓ returns; what it returns in its turn, if not None, replaces that."""
     with ExitStack() as stack:
         for layer in layers:
-            stack.callback(lm.blocks[layer - 1].register_forward_hook(partial(_hook, change, layer)).remove)
+            hook = lm.blocks[layer - 1].register_forward_hook(lambda block, _, out, layer=layer: change(layer, out))
+            stack.callback(hook.remove)
         yield
-
-
-def _hook(change: Callable[[int, Any], Any], layer: int, block: nn.Module, inputs: Any, output: Any) -> Any:
-    return change(layer, output)
 
 
 # --------------------------------------------------------------------------------------- replacing blocks' outputs

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -52,7 +51,7 @@ def prove(lm: LanguageModel, name: str, tokenizer: Any, layers: Sequence[int], c
         run_until(lm, ids_BT[2:], 1)  # a whole row, as far as positions are looked up
         own_BTV, offset = _prove_blocks(lm, ids_BT[:2, :TOKENS], layers)
         _prove_splice(lm, ids_BT[:2, :TOKENS], layers, own_BTV)
-    except (_Unfit, WrongInput) as unfit:
+    except WrongInput as unfit:
         raise WrongInput(f"{name} ({type(lm.model).__name__}) cannot be harvested: {unfit}") from None
     except Exception as error:  # from a stranger's code, on a plain row of tokens: whatever it is, it is the answer
         if is_out_of_memory(error):
@@ -63,10 +62,6 @@ def prove(lm: LanguageModel, name: str, tokenizer: Any, layers: Sequence[int], c
             f"{type(error).__name__}: {reason[:200]}"
         ) from error
     return offset
-
-
-class _Unfit(Exception):
-    """Says what is wrong with the LM."""
 
 
 def _prove_blocks(lm: LanguageModel, ids_BT: Tensor, layers: Sequence[int]) -> tuple[Tensor, int | None]:
@@ -81,31 +76,31 @@ def _prove_blocks(lm: LanguageModel, ids_BT: Tensor, layers: Sequence[int]) -> t
     passes = []
     for token_ids_BT in (ids_BT, changed_BT):
         hidden: dict[int, list[Tensor]] = {layer: [] for layer in range(1, last + 1)}
-        with capturing(lm, list(hidden), partial(_append, hidden)):
+        with capturing(lm, list(hidden), lambda layer, state_BTD: hidden[layer].append(state_BTD)):  # noqa: B023
             out = lm.model(input_ids=token_ids_BT, use_cache=False, output_hidden_states=True)
         passes.append((hidden, out))
     (hidden, out), (after, out_after) = passes
     for layer, states in hidden.items():
         shapes = [tuple(state.shape) for state in states]
         if shapes != [(*ids_BT.shape, lm.width)]:
-            raise _Unfit(
+            raise WrongInput(
                 f"block {layer} returns {shapes or 'nothing'} for {list(ids_BT.shape)} tokens, not one hidden state "
                 f"of width {lm.width} a token"
             )
         if not torch.isfinite(states[0]).all():
-            raise _Unfit(f"block {layer} returns NaN or infinite values for plain tokens; try --lm-dtype float32")
+            raise WrongInput(f"block {layer} returns NaN or infinite values for plain tokens; try --lm-dtype float32")
     for what, one_BTD, other_BTD in (
         (f"block {last}", hidden[last][0], after[last][0]),
         ("the LM", out.logits, out_after.logits),
     ):
         differs_BT = _differs(lm, one_BTD, other_BTD)
         if not differs_BT[1, -1]:
-            raise _Unfit(f"the last token of a row changes nothing in what {what} returns for it")
+            raise WrongInput(f"the last token of a row changes nothing in what {what} returns for it")
         # Rounding may change with the batch, as in a mixture whose experts get other tokens, but then in row 0 too.
         moved_BT = (one_BTD != other_BTD).any(dim=2)
         moved_alone = not moved_BT[0].any() and moved_BT[1, :half].sum() > half // 2
         if moved_alone or differs_BT[0].any() or differs_BT[1, :half].any():
-            raise _Unfit(f"{what} sees the tokens after each token, so it is not a causal LM")
+            raise WrongInput(f"{what} sees the tokens after each token, so it is not a causal LM")
     of_transformers = getattr(out, "hidden_states", None) or ()
     for offset in (0, -1, 1):
         pairs = [(hidden[layer][0], layer + offset) for layer in range(1, min(last, len(lm.blocks) - 1) + 1)]
@@ -116,10 +111,6 @@ def _prove_blocks(lm: LanguageModel, ids_BT: Tensor, layers: Sequence[int]) -> t
     return out.logits, None
 
 
-def _append(hidden: dict[int, list[Tensor]], layer: int, hidden_BTD: Tensor) -> None:
-    hidden[layer].append(hidden_BTD)
-
-
 def _prove_splice(lm: LanguageModel, ids_BT: Tensor, layers: Sequence[int], own_BTV: Tensor) -> None:
     """A layer's output put in its own place gives the LM's own logits, and another in its place gives others."""
     clean = clean_pass(lm, ids_BT, layers)
@@ -127,12 +118,14 @@ def _prove_splice(lm: LanguageModel, ids_BT: Tensor, layers: Sequence[int], own_
     for layer, edit in edits.items():
         final_BTD = spliced_pass(lm, ids_BT, clean, {layer: edit})
         if _differs(lm, own_BTV, logits(lm, final_BTD.flatten(0, 1)).view_as(own_BTV)).any():
-            raise _Unfit(
+            raise WrongInput(
                 f"the LM goes on differently after layer {layer} is replaced by itself, so it cannot be scored"
             )
     final_BTD = spliced_pass(lm, ids_BT, clean, {layers[-1]: lambda hidden_BTD: hidden_BTD.roll(1, dims=2)})
     if not _differs(lm, own_BTV, logits(lm, final_BTD.flatten(0, 1)).view_as(own_BTV)).any():
-        raise _Unfit(f"the LM does not use what stands in the place of layer {layers[-1]}, so it cannot be scored")
+        raise WrongInput(
+            f"the LM does not use what stands in the place of layer {layers[-1]}, so it cannot be scored"
+        )
 
 
 def _differs(lm: LanguageModel, one_BTD: Tensor, other_BTD: Tensor) -> Tensor:
