@@ -73,12 +73,15 @@ class StepLog:
         if step := int(self.first_bad_step):
             raise FailedRun(f"the loss is NaN or infinite at step {step}; lower --lr {self.peak_lr}")
 
-    def write(self, step: int, dead: Tensor) -> dict[str, str]:
-        """Write a line and return what a progress bar shows of it. Raises FailedRun if a loss was not finite."""
+    def write(self, step: int, dead: int) -> dict[str, str]:
+        """Write a line and return what a progress bar shows of it. dead: how many latents are.
+
+        Raises FailedRun if a loss was not finite.
+        """
         self.require_finite()
         loss, error, l0 = (self.sums / self.tokens).tolist()
         self.tokens_done += self.tokens
-        self.dead = float(dead)
+        self.dead = dead / self.sae.latents
         seconds = time.perf_counter() - self.began
         line: dict[str, Any] = {
             "step": step,

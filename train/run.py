@@ -297,7 +297,7 @@ def fit(
                 trainee.step(step, hidden, tokens)
             last = step == total_steps
             if last or step % settings.log_every_steps == 0:
-                shown = {trainee.job.name: trainee.log.write(step, trainee.dead_share) for trainee in trainees}
+                shown = {trainee.job.name: trainee.log.write(step, len(trainee.dead_d)) for trainee in trainees}
                 one = next(iter(shown.values())) if len(shown) == 1 else None
                 facts = one or {name: line["NormMSE"] for name, line in shown.items()}
                 report(Progress(stage, step, total_steps, "steps", facts))

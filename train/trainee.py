@@ -102,7 +102,7 @@ class Trainee:
             with torch.autocast(self.device.type, torch.bfloat16, self.arithmetic.precision == "bfloat16"):
                 out = sae(hidden)
                 objective = sae.loss(out, self.dead_d, warmth)
-            self.adam.zero_grad()
+            sae.zero_grad()
             objective.total.backward()  # type: ignore[no-untyped-call]
             if not self.divided:  # else the backward pass has summed them
                 self.ranks.sum_gradients(self.trained)
@@ -121,8 +121,7 @@ class Trainee:
         self._find_dead()
 
     def _find_dead(self) -> None:
-        """Which latents are dead: what a step ends with, and where alone it waits for the device, as on sums over
-        all pairs nothing else in it does."""
+        """What a step ends with: alone of all in a step over all pairs it waits for the device."""
         if self.log.tokens_done + self.log.tokens >= self.pace.dead_after_tokens:  # else none can be
             self.dead_d = torch.nonzero(self.idle_tokens_F >= self.pace.dead_after_tokens).squeeze(1)
 
@@ -136,10 +135,6 @@ class Trainee:
         sae.load_state_dict(state)
         sae.arithmetic, sae.scale = self.sae.arithmetic, self.sae.scale
         return sae.to(self.device)
-
-    @property
-    def dead_share(self) -> Tensor:
-        return (self.idle_tokens_F >= self.pace.dead_after_tokens).double().mean()
 
     def save(self, step: int) -> None:
         """Write a checkpoint after step `step`; every rank must call it.

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from routesae.train.jobs import Job
@@ -48,12 +49,30 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        masks = name in ("index", "index_put_") and any(at is not None and at.dtype == torch.bool for at in args[1])
+        ats = [at for at in args[1] if at is not None] if name in ("index", "index_put_") else []
         result = func(*args, **(kwargs or {}))
-        sides = {one.device.type for one in (*args, result) if isinstance(one, torch.Tensor)}
-        if name in WAITING or masks or (len(sides) > 1 and name in ("_to_copy", "copy_")):  # torch.tensor(…) copies
+        sides = {one.device.type for one in (*args, *ats, result) if isinstance(one, torch.Tensor)}
+        moves = len(sides) > 1 and name in ("_to_copy", "copy_", "index", "index_put_")
+        if name in WAITING or moves or any(at.dtype == torch.bool for at in ats):
             self.found.append(name)
         return result
+
+
+class Lists(TorchFunctionMode):
+    """Tensors made of lists, which are copied to the device, also as an index."""
+
+    def __init__(self, found: list[str]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        index = args[1] if name == "__getitem__" else None
+        if name in ("tensor", "as_tensor") or any(
+            isinstance(at, list) for at in (index, *(index if isinstance(index, tuple) else ()))
+        ):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager
@@ -82,7 +101,7 @@ def waits_of_a_step(case: dict[str, Any], device: str, folder: Path, sparse_belo
     with trainee_of(case, device, folder, sparse_below) as (trainee, batch):
         trainee.step(1, batch(), TOKENS)
         hidden = batch()
-        with Waits() as waits:
+        with Waits() as waits, Lists(waits.found):
             trainee.step(2, hidden, TOKENS)
     return waits.found
 
@@ -112,9 +131,16 @@ def test_what_waits_is_seen(tmp_path: Path) -> None:
     """batchtopk over active pairs, whose number is not known before, and what the recorder is to find."""
     assert "nonzero" in waits_of_a_step(CASES["batchtopk"], "cpu", tmp_path, 1.1)
     a = torch.arange(4)
-    with Waits() as waits:
-        _ = bool((a > 1).any()), a[a > 1], torch.bincount(a), a.repeat_interleave(a)
-    assert waits.found == ["_local_scalar_dense", "index", "bincount", "repeat_interleave"]
+    with Waits() as waits, Lists(waits.found):
+        _ = bool((a > 1).any()), a[a > 1], torch.bincount(a), a.repeat_interleave(a), a[[0, 1]], torch.tensor([1])
+    assert waits.found == [
+        "_local_scalar_dense",
+        "index",
+        "bincount",
+        "repeat_interleave",
+        "__getitem__",
+        "tensor",
+    ]
 
 
 def test_the_end_of_a_step_waits_once_and_only_where_a_latent_can_be_dead(tmp_path: Path) -> None:

@@ -11,14 +11,11 @@ Dimension letters: N tokens, D width, F latents.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from torch import Tensor
 
 from routesae.train.losses import norm_mse
 from routesae.train.saes.batchtopk import BatchTopK
 from routesae.train.saes.sae import Forward
-from routesae.train.sparse.pairs import Latents
 
 DEFAULT_FRACTIONS = (16, 8, 4, 2, 1)
 
@@ -33,12 +30,10 @@ class Matryoshka(BatchTopK):
         out = super().autoencode(x_ND, weights_N)
         if not self.training:
             return out
-        inner = [norm_mse(x_ND, reconstruction_ND, weights_N) for reconstruction_ND in self._prefixes(out.latents)]
-        return out._replace(auxiliary=sum(inner, x_ND.new_zeros(())))
-
-    def _prefixes(self, latents: Latents) -> Iterator[Tensor]:
-        """x̂_m of every size but F, each the last one and the latents that it has more."""
+        inner = x_ND.new_zeros(())
         reconstruction_ND: Tensor = self.b_dec_D
-        for part_ND in latents.pairs.decode_parts(latents.values_P, self.W_dec_FD, self.recipe.prefixes[:-1]):
+        # x̂_m of every size but F: the last one and the latents that it has more.
+        for part_ND in out.latents.pairs.decode_parts(out.latents.values_P, self.W_dec_FD, self.recipe.prefixes[:-1]):
             reconstruction_ND = part_ND + reconstruction_ND
-            yield reconstruction_ND
+            inner = inner + norm_mse(x_ND, reconstruction_ND, weights_N)
+        return out._replace(auxiliary=inner)

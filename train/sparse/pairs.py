@@ -141,9 +141,7 @@ class AllPairs:
         return [f_NF[:, first:end] @ W_dec_FD[first:end] for first, end in pairwise((0, *ends))]
 
     def active_counts(self, f_NF: Tensor) -> Tensor:
-        if f_NF.dtype == torch.bfloat16:  # which cannot count beyond 256
-            return (f_NF > 0).sum(0)
-        signs_NF = torch.sign(f_NF)  # as a product: summing booleans takes twice as long
+        signs_NF = torch.sign(f_NF).float()  # as a product: summing booleans takes twice as long
         with exactly(f_NF.device.type):
             return (signs_NF.new_ones(len(signs_NF)) @ signs_NF).long()
 
@@ -169,8 +167,7 @@ class Pairs:
     def of(cls, indices_NK: Tensor, latents: int) -> Pairs:
         """Each token with its K latents."""
         n, k = indices_NK.shape
-        tokens_M = torch.arange(n, device=indices_NK.device).repeat_interleave(k)
-        return cls(n, latents, tokens_M, indices_NK.flatten())
+        return cls(n, latents, torch.arange(n, device=indices_NK.device).repeat_interleave(k), indices_NK.flatten())
 
     def at(self, v_F: Tensor) -> Tensor:
         """A latent's number for each of its pairs."""

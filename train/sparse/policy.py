@@ -29,7 +29,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -89,9 +89,8 @@ class Arithmetic(Settings):
         """PyTorch's threads and its precision of float32 products as chosen; and as before at the end."""
         threads, products = torch.get_num_threads(), torch.get_float32_matmul_precision()
         torch.set_num_threads(self.threads)
-        torch.set_float32_matmul_precision(
-            "high" if self.kind == "cuda" and self.precision != "float32" else "highest"
-        )
+        exact = self.kind == "cpu" or self.precision == "float32"
+        torch.set_float32_matmul_precision("highest" if exact else "high")  # "high" is TF32 in every torch
         try:
             yield
         finally:
@@ -104,12 +103,11 @@ class Arithmetic(Settings):
         return f"{self.precision}, proposals {self.proposal}, {pairs}, {self.threads} threads{memory}"
 
 
-def chosen(
-    kind: str, *, bfloat16_units: bool, precision: str = "float32", threads: int = 1, max_memory: int | None = None
-) -> Arithmetic:
+def chosen(kind: str, *, bfloat16_units: bool, precision: str = "float32", **flags: Any) -> Arithmetic:
     """What is fastest on a device of that kind ("cpu", "cuda").
 
-    bfloat16_units: whether it multiplies bfloat16 natively. precision: "auto" is bfloat16 on CUDA that does.
+    bfloat16_units: whether it multiplies bfloat16 natively. precision: "auto" is bfloat16 on CUDA that does. flags:
+    threads and max_memory.
     """
     if precision == "auto":
         precision = "bfloat16" if kind == "cuda" and bfloat16_units else "float32"
@@ -118,8 +116,7 @@ def chosen(
         precision=precision,
         proposal="bfloat16" if kind == "cpu" and bfloat16_units else "float32",
         sparse_below=SPARSE_BELOW["cpu" if kind == "cpu" else precision],
-        threads=threads,
-        max_memory=max_memory,
+        **flags,
     )
 
 
