@@ -61,9 +61,11 @@ def harvest(settings: HarvestSettings, report: Report = silent) -> Cache:
     with early, disk_faults(folder, lambda: _kept(output), lambda: claims.has_taken), claims:
         is_resumed = output.is_begun()
         cache = open_or_begin(output, settings, config, lm_dtype, claims, report, prove)
-        if settings.keep is not None:
-            Ring(cache).resize(settings.keep)
-        ring = Ring(cache) if cache.ring() else None
+        state = cache.ring()
+        if settings.keep is not None and settings.keep != (state and state.keep):
+            begun = f"with --keep {state.keep}" if state else "without --keep"
+            raise WrongInput(f"{settings.out} was begun {begun}, not {settings.keep}; give that, or another --out")
+        ring = Ring(cache) if state else None
         remove_partial_shards(folder, claims)
         cache.tokens(), cache.roles(), cache.documents()  # refused where they are not what was written
         output.publish_left(cache, claims)

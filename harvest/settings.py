@@ -98,9 +98,9 @@ class HarvestSettings(LMSettings):
     keep: int | None = setting(
         None,
         RUN,
-        "Bytes of shards on the disk, such as 500G: one goes once every train --follow has used it.",
-        ge=1,
+        "Bytes of shards on the disk, such as 500G; those that train --follow has used go.",
         unset="all",
+        ge=1,
     )
     seed: int = SEED
     worker: int | None = setting(

@@ -153,19 +153,6 @@ class Settings:
         """Every setting by its name, as JSON can hold it."""
         return asdict(self)
 
-    def to_flags(self) -> list[str]:
-        """What one would type for them, without defaults."""
-        flags = []
-        for name, one in self.described.items():
-            value, flag = getattr(self, name), flag_of(type(self), name)
-            if isinstance(value, bool):
-                flags += [flag if value else f"--no-{flag[2:]}"] * (value != one.default)
-            elif value != one.default:
-                several = isinstance(value, tuple) and self.kinds[name].type is str
-                values = value if several else [",".join(map(str, value if isinstance(value, tuple) else [value]))]
-                flags += [f"{flag}={item}" for item in values]
-        return flags
-
     def replace(self, **changes: Any) -> Self:
         """The same settings with some changed, checked again."""
         return type(self)(**{**vars(self), **changes})

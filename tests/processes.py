@@ -27,7 +27,7 @@ _numbers = itertools.count()
 
 
 @functools.cache
-def _server() -> ForkServerContext:
+def server() -> ForkServerContext:
     """One for all tests of this process; it ends with it."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(HEAVY)
@@ -79,7 +79,7 @@ class Command:
             file.touch()
         environment = {**os.environ, **(environment or {})}
         command = (list(map(str, arguments)), cwd, environment, *self.files)
-        self._process = _server().Process(target=_main, args=command)
+        self._process = server().Process(target=_main, args=command)
         self._process.start()
 
     @property

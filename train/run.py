@@ -106,7 +106,8 @@ def train(settings: TrainSettings, report: Report = silent) -> list[TrainResult]
             begun = first_step(jobs, settings) if ranks.first else 0
         begun = int(ranks.broadcast([begun])[0])
         with ranks.all_or_none():
-            following = _following(selection, settings)
+            windows = windows_of(selection, settings.batch_tokens, settings.window)
+            following = Following(selection, windows, pace.total_steps) if settings.follow else None
             if following and ranks.first:
                 following.register(folders, begun, stack)
         keep_freed_memory()
@@ -114,7 +115,7 @@ def train(settings: TrainSettings, report: Report = silent) -> list[TrainResult]
         with ranks.all_or_none():
             trainees = [trainee_of(job, settings, pace, device, stack, ranks) for job in jobs]
         if begun == 0 and following:
-            following.open(following.windows[0])
+            following.open(windows[0])
         if begun == 0:
             _initialise(trainees, selection, settings)
         for trainee in trainees if divided else []:
@@ -163,19 +164,6 @@ def _selection(cache: Cache, jobs: Sequence[Job], settings: TrainSettings, ranks
             f"--batch-tokens {settings.batch_tokens} is below the {ranks.world} processes that divide it; raise it"
         )
     return selection
-
-
-def _following(selection: Selection, settings: TrainSettings) -> Following | None:
-    """How the selection is followed; None if it is whole. Raises WrongInput if more than one epoch is asked for."""
-    if not settings.follow:
-        return None
-    total_steps, _ = planned(selection, settings)
-    if total_steps > len(step_tokens(selection, settings)):
-        raise WrongInput(
-            f"--follow sees a token once, and --tokens {settings.tokens} is more than the {len(selection):,} that "
-            "there are; give fewer, or harvest more"
-        )
-    return Following(selection, windows_of(selection, settings.batch_tokens, settings.window), total_steps)
 
 
 def pace_of(selection: Selection, settings: TrainSettings, device: torch.device) -> Pace:
@@ -390,4 +378,4 @@ def planned(selection: Selection, settings: TrainSettings) -> tuple[int, Iterato
 def step_tokens(selection: Selection, settings: TrainSettings) -> list[int]:
     """N of the batch of every step of an epoch."""
     windows = windows_of(selection, settings.batch_tokens, settings.window)
-    return [tokens for window in windows for tokens in window.batch_tokens()]
+    return [tokens for window in windows for tokens in window.batch_tokens]

@@ -213,11 +213,7 @@ class TrainSettings(Settings):
         None, OPTIMISER, "Training tokens in all, over as many passes as that takes, instead of --epochs.", ge=1
     )
     window: int | None = setting(
-        None,
-        OPTIMISER,
-        "Shards that batches are mixed from, window after window; the order --follow needs.",
-        ge=1,
-        unset="all; 16 with --follow",
+        None, OPTIMISER, "Shards that batches are mixed from at a time.", ge=1, unset="all; 16 with --follow"
     )
     dead_after_tokens: int | None = setting(
         None,
@@ -266,8 +262,6 @@ class TrainSettings(Settings):
             raise WrongInput("no SAE to train; name one with --sae")
         if self.resume and self.overwrite:
             raise WrongInput("--resume goes on with what --overwrite would delete; give one of them")
-        if self.follow and (self.epochs or 1) > 1:
-            raise WrongInput(f"--follow sees every token once; leave out --epochs {self.epochs}")
         if self.follow and self.verify:
             raise WrongInput("--verify reads the whole cache, which --follow does not wait for; give one of them")
         if self.follow and self.window is None:

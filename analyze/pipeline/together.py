@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import logging
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -12,15 +14,12 @@ from contextlib import contextmanager
 
 import torch
 
+from routesae.harvest.run import harvest
 from routesae.harvest.settings import HarvestSettings
 from routesae.machine.stop import Terminated, terminating
-from routesae.reporting import FailedRun, Stopped
+from routesae.reporting import FailedRun, Stopped, WrongInput
 
-# On Linux the harvest gets a SIGTERM when its parent dies, even if that was killed.
-CHILD = (
-    "import ctypes, sys; sys.platform == 'linux' and ctypes.CDLL(None).prctl(1, 15); "
-    "from routesae.cli import main; main(prog_name='routesae')"
-)
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -29,14 +28,15 @@ def harvesting(settings: HarvestSettings) -> Iterator[None]:
 
     If it fails, this process gets a SIGTERM, so that a training stops with a checkpoint. Raises FailedRun then.
     """
-    command = [sys.executable, "-c", CHILD, "--quiet", "harvest", *settings.to_flags()]
-    process = subprocess.Popen(command, env=_environment(settings), start_new_session=True)  # Ctrl-C is for us alone
+    process = multiprocessing.get_context("spawn").Process(target=_harvest, args=(settings,))
     is_ending = threading.Event()
 
     def watch() -> None:
-        if process.wait() and not is_ending.is_set():
+        process.join()
+        if process.exitcode and not is_ending.is_set():
             os.kill(os.getpid(), signal.SIGTERM)
 
+    process.start()
     watcher = threading.Thread(target=watch, name="harvest-watcher", daemon=True)
     watcher.start()
     try:
@@ -44,11 +44,8 @@ def harvesting(settings: HarvestSettings) -> Iterator[None]:
             yield
             watcher.join()
     except (Stopped, Terminated) as stopped:
-        if process.poll():
-            raise FailedRun(
-                f"the harvest beside this ended with exit code {process.returncode}, for the reason above; the same "
-                "command goes on with both"
-            ) from stopped
+        if process.exitcode:
+            raise FailedRun(f"the harvest ended with exit code {process.exitcode}; begin both again") from stopped
         raise
     finally:
         is_ending.set()
@@ -56,10 +53,18 @@ def harvesting(settings: HarvestSettings) -> Iterator[None]:
         watcher.join()
 
 
-def _environment(settings: HarvestSettings) -> dict[str, str]:
-    """Of several GPUs the harvest gets the last, and training the first, unless --device says otherwise."""
-    environment, count = dict(os.environ), torch.cuda.device_count()
-    if settings.device == "auto" and count > 1:
-        visible = environment.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count))))
-        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[-1]
-    return environment
+def _harvest(settings: HarvestSettings) -> None:
+    """Of several GPUs take the last, where training takes the first, unless --device says otherwise."""
+    os.setsid()  # Ctrl-C is for the parent, which says so by SIGTERM
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: also when the parent is killed
+    if settings.device == "auto" and (count := torch.cuda.device_count()) > 1:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count))))
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[-1]
+    try:
+        harvest(settings)
+    except Stopped as stopped:
+        log.warning("%s", stopped)
+    except (WrongInput, FailedRun, OSError) as failure:
+        log.error("%s", failure)  # the parent fails, and says that this did
+        sys.exit(1)

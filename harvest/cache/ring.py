@@ -53,43 +53,33 @@ def write_state(folder: Path, manifest: Manifest, state: RingState) -> None:
 
 
 class Ring:
-    """The ring that `cache`, a folder, is."""
+    """The ring that `cache`, a folder, is. capacity: how many shards may lie there."""
 
     def __init__(self, cache: Cache):
-        self.cache, self.folder = cache, cache.folder / FOLLOWERS
-        self.stay, self.shard_bytes = cache.manifest.first_held_out_shard, max(1, cache.manifest.shard_bytes)
+        state = cache.ring()
+        assert state is not None
+        self.cache, self.folder, self.keep = cache, cache.folder / FOLLOWERS, state.keep
+        self.capacity = state.keep // max(1, cache.manifest.shard_bytes)
         self._locks: dict[Path, Lock] = {}  # one object a trainer: it times how long nobody has renewed the lock
         self._warned = set[tuple[Path, int]]()
 
-    def resize(self, keep: int) -> None:
-        """Give the ring another size. Raises WrongInput if that is too little, or the cache is no ring."""
-        if self.cache.ring() is None:
-            raise WrongInput(f"--keep {keep}: {self.cache.path} was begun without it, and stays; give a new --out")
-        with self._locked():
-            write_state(self.cache.folder, self.cache.manifest, self.state.model_copy(update={"keep": keep}))
-
     @property
-    def state(self) -> RingState:
-        """As it is now. Raises FailedRun if it is gone."""
+    def used(self) -> int:
+        """How many shards are deleted. Raises FailedRun if the ring is gone."""
         if (state := self.cache.ring()) is None:
             raise FailedRun(f"{self.folder} was deleted or unmounted; bring it back and run the same command again")
-        return state
-
-    @property
-    def capacity(self) -> int:
-        """How many shards may lie there."""
-        return self.state.keep // self.shard_bytes
+        return state.used
 
     def has_room(self, index: int) -> bool:
         """Whether the shard of that index may be written."""
-        return index < self.state.used + self.capacity
+        return index < self.used + self.capacity
 
     # ---------------------------------------------------------------------------------------------------- trainers
 
     def register(self, name: str, saes: str, needs: int) -> None:
         """Note a new trainer, or one that is back. Raises WrongInput if what it needs has been deleted."""
         with self._locked():
-            if needs < (used := self.state.used):
+            if needs < (used := self.used):
                 raise WrongInput(
                     f"{self.cache.path} is a ring that has been used up to {shard_name(used - 1)}, and {saes} would "
                     f"need {shard_name(needs)}; train on it from its beginning, or harvest again into a new folder"
@@ -118,15 +108,14 @@ class Ring:
 
     def advance(self) -> None:
         """Delete the shards that every trainer has used."""
-        used = min((follower.needs for follower in self.followers().values()), default=0)
-        if not (used > self.state.used or self._gone()):
-            return
+        manifest = self.cache.manifest
         with self._locked():
-            followers, state = self.followers(), self.state  # again: one may have registered meanwhile
-            used = min(min((follower.needs for follower in followers.values()), default=0), self.stay)
-            if used > state.used:
-                write_state(self.cache.folder, self.cache.manifest, state.model_copy(update={"used": used}))
-            for name in self._gone():  # also those that a process did not come to that was killed
+            needs = [follower.needs for follower in self.followers().values()]
+            used = min([*needs, manifest.first_held_out_shard]) if needs else 0
+            if used > self.used:
+                write_state(self.cache.folder, manifest, RingState(keep=self.keep, used=used))
+            gone = {*map(shard_name, range(self.used))} & self.cache.shards_at.shard_names()
+            for name in gone:  # also those that a process did not come to that was killed
                 with staging(self.cache.folder, name) as aside:  # out of the cache at once, then deleted
                     (self.cache.folder / name).rename(aside / name)
             fsync(self.cache.folder)
@@ -148,10 +137,6 @@ class Ring:
                     *(follower.saes, shard_name(needs), f"{follower.updated:%Y-%m-%d %H:%M:%S} UTC", path),
                 )
         return " and ".join(follower.saes for follower in slowest.values())
-
-    def _gone(self) -> list[str]:
-        """Names of shards that are there and should not be."""
-        return sorted({*map(shard_name, range(self.state.used))} & self.cache.shards_at.shard_names())
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

@@ -175,7 +175,6 @@ class Work:
         shards = range(cache.manifest.shard_count)
         self._shards = share.order(shards) if ring is None else list(shards)  # as trainers need them
         self._asked = set[int]()  # the shards that were missing at any time
-        self._holding = ""  # whom the ring waited for, when that was last said
         self._tries = Counter[int]()  # of the shards begun here
         self._rows_here = self._rows_elsewhere = self._reported = 0
         self._facts = {"worker": str(share)} if share.workers > 1 else {}
@@ -227,10 +226,7 @@ class Work:
             owners = {str(owner) for index in left if (owner := self._claims.owner(shard_name(index)))}
             if self._ring is not None:
                 self._ring.advance()
-                if not owners and self._holding != (holding := self._ring.holding()):
-                    log.info("the ring is full: waiting for %s", holding)
-                    self._holding = holding
-                owners = owners or {self._holding}
+                owners = owners or {self._ring.holding()}
             self.report(facts={"waiting for": " and ".join(sorted(owners)) or "others"})
             time.sleep(POLL_SECONDS)
 

@@ -94,7 +94,10 @@ class Selection:
         self.indices = range(first_row // size, -(-after_row // size) if first_row < after_row else 0)
         self.shards: dict[int, Shard] = {}
         self.rows: dict[int, npt.NDArray[np.int64] | None] = {}  # None: all of the shard's rows, in order
-        self._counts = dict(enumerate(map(self._kept, self.indices))) if growing else {}
+        self._counts: dict[int, int] = {}
+        for place, index in enumerate(self.indices) if growing else ():
+            first, after = cache.manifest.shard_range(index)
+            self._counts[place] = int(cache.kept(max(first, first_row), min(after, after_row)).sum())
         if not growing:
             cache.require_whole(self.indices)
             self.open(range(len(self.indices)))
@@ -113,11 +116,6 @@ class Selection:
             if self._counts.setdefault(place, found) != found:
                 raise damaged(shard.path, arrays.BadArray(f"{found} positions kept, and not {self._counts[place]}"))
 
-    def _kept(self, index: int) -> int:
-        """Selected rows that the shard of that index has, or will have."""
-        (first_row, after_row), (first, after) = self._bounds, self.cache.manifest.shard_range(index)
-        return int(self.cache.kept(max(first, first_row), min(after, after_row)).sum())
-
     def count(self, shard: int) -> int:
         """Selected rows of the shard-th of `indices`."""
         return self._counts[shard]
@@ -135,10 +133,9 @@ class Selection:
             raise damaged(opened.path, bad) from bad
         return positions if rows is None else positions[rows]
 
-    def block_table(self, shards: range | None = None) -> npt.NDArray[np.int64]:
-        """[blocks, 3]: shard, first and after of every block; every selected row, or of `shards`, once, in order."""
-        places = np.arange(len(self.indices))[slice(None) if shards is None else slice(shards.start, shards.stop)]
-        counts = np.array([self.count(shard) for shard in places], np.int64)
+    def block_table(self, shards: range) -> npt.NDArray[np.int64]:
+        """[blocks, 3]: shard, first and after of every block; every selected row of the shards once, in order."""
+        places, counts = np.array(shards, np.int64), np.array([self.count(shard) for shard in shards], np.int64)
         blocks = -(-counts // BLOCK_ROWS)
         at = np.repeat(np.arange(len(counts)), blocks)
         first = BLOCK_ROWS * (np.arange(len(at)) - np.repeat(blocks.cumsum() - blocks, blocks))
@@ -146,23 +143,14 @@ class Selection:
 
     def blocks(self) -> Plan:
         """Every selected row once, in stored order."""
-        return [Block(*row) for row in self.block_table().tolist()]
+        return [Block(*row) for row in self.block_table(range(len(self.indices))).tolist()]
 
 
 class Window(NamedTuple):
-    """Neighbouring shards of a selection whose blocks are shuffled together, cut into batches of `size` tokens."""
+    """Neighbouring shards of a selection, whose blocks are shuffled together, and N of each of their batches."""
 
     shards: range
-    tokens: int
-    size: int
-
-    @property
-    def steps(self) -> int:
-        return -(-self.tokens // self.size)
-
-    def batch_tokens(self) -> list[int]:
-        """N of each of its batches: `size`, and what remains in the last."""
-        return [min(self.size, self.tokens - at) for at in range(0, self.tokens, self.size)]
+    batch_tokens: list[int]
 
 
 def windows_of(selection: Selection, batch_tokens: int, window: int | None) -> list[Window]:
@@ -176,8 +164,8 @@ def windows_of(selection: Selection, batch_tokens: int, window: int | None) -> l
     for first in range(0, len(selection.indices), every):
         shards = range(first, min(first + every, len(selection.indices)))
         if tokens := sum(map(selection.count, shards)):
-            steps = -(-tokens // batch_tokens)
-            found.append(Window(shards, tokens, batch_tokens if window is None else -(-tokens // steps)))
+            size = batch_tokens if window is None else -(-tokens // -(-tokens // batch_tokens))
+            found.append(Window(shards, [min(size, tokens - at) for at in range(0, tokens, size)]))
     return found
 
 
@@ -189,7 +177,7 @@ def epoch_plans(
     Without windows all have `batch_tokens` tokens but the last, which has what remains; see `windows_of`.
     """
     for at, one in enumerate(windows_of(selection, batch_tokens, window)):
-        yield from cut_plans(_shuffled(selection, one, [seed, epoch, at]), one.size)
+        yield from cut_plans(_shuffled(selection, one, [seed, epoch, at]), one.batch_tokens[0])
 
 
 def _shuffled(selection: Selection, window: Window, seeds: list[int]) -> Iterator[Block]:

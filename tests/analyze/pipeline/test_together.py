@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -19,10 +19,9 @@ from routesae.analyze.pipeline.run import PipelineResult, run_pipeline
 from routesae.analyze.pipeline.settings import read_pipeline
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.settings import HarvestSettings
-from routesae.machine.settings import by_field
 from routesae.machine.stop import Terminated
 from routesae.reporting import FailedRun, Stopped, WrongInput
-from routesae.tests.processes import Command
+from routesae.tests.processes import server
 
 STAGES = """
 [train]
@@ -44,18 +43,11 @@ device = "cpu"
 """
 
 
-class Forked(Command):
-    """What subprocess.Popen would start, from a process that has imported all of it."""
-
-    started: ClassVar[list[Forked]] = []
-
-    def __init__(self, command: list[str], *, env: dict[str, str], start_new_session: bool):
-        assert command[1:3] == ["-c", together.CHILD]
-        super().__init__(*command[3:], cwd=Path.cwd(), environment=env)
-        self.started.append(self)
-
-    def terminate(self) -> None:
-        self.send_signal(signal.SIGTERM)
+@pytest.fixture(autouse=True)
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other process starts from one that has imported all of it."""
+    context = server()
+    monkeypatch.setattr(multiprocessing, "get_context", lambda how: context)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +72,7 @@ def run(config: Path, *, follow: bool = True) -> PipelineResult:
 
 
 def weights(config: Path) -> dict[str, bytes]:
-    return {file.parent.name: file.read_bytes() for file in config.with_suffix("").glob("saes/*/*.safetensors")}
+    return {file.parent.name: file.read_bytes() for file in config.with_suffix("").glob("saes/[!.]*/*.safetensors")}
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +85,8 @@ def expected(config: Callable[..., Path]) -> dict[str, bytes]:
 
 
 def test_together_makes_what_one_after_the_other_makes_and_then_nothing(
-    config: Callable[..., Path], expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+    config: Callable[..., Path], expected: dict[str, bytes]
 ) -> None:
-    monkeypatch.setattr(subprocess, "Popen", Forked)
     ring = config("ring", "keep = 1_400_000")
     first = run(ring)
     assert all(first.stages.values())
@@ -112,9 +103,8 @@ def test_together_makes_what_one_after_the_other_makes_and_then_nothing(
 
 
 def test_sigterm_stops_both_and_the_same_command_goes_on(
-    config: Callable[..., Path], expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+    config: Callable[..., Path], expected: dict[str, bytes]
 ) -> None:
-    monkeypatch.setattr(subprocess, "Popen", Forked)
     file = config("stopped", "keep = 1_400_000")
 
     def stop() -> None:
@@ -127,18 +117,15 @@ def test_sigterm_stops_both_and_the_same_command_goes_on(
     with pytest.raises((Stopped, Terminated)):
         run(file)
     stopper.join()
-    assert Forked.started[-1].returncode == 0
+    assert multiprocessing.active_children() == []
     assert weights(file) == {}
     assert run(file).stages["train"]
     assert weights(file) == expected
 
 
-def test_a_harvest_that_fails_ends_the_training_too(
-    config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = config("failing")
-    monkeypatch.setattr(together, "CHILD", "import time; time.sleep(0.2); raise SystemExit(1)")
-    with pytest.raises(FailedRun, match="the harvest beside this ended with exit code 1"):
+def test_a_harvest_that_fails_ends_the_training_too(config: Callable[..., Path]) -> None:
+    file = config("failing", "min-chars = 100_000")
+    with pytest.raises(FailedRun, match="the harvest ended with exit code 1; begin both again"):
         run(file)
     assert weights(file) == {}
 
@@ -151,19 +138,15 @@ def test_what_cannot_run_together_is_refused(config: Callable[..., Path], tmp_pa
         read_pipeline(str(tmp_path / "b.toml"), True)
 
 
-def test_flags_say_what_settings_are(tiny_settings: Callable[..., HarvestSettings]) -> None:
-    made = tiny_settings(keep="500G", keep_special=True, data=("a", "b"), mix="0.7,0.3", out="x y")
-    pairs = [flag[2:].partition("=") for flag in made.to_flags()]
-    given: dict[str, object] = {}
-    for name, has_value, value in pairs:
-        given[name] = [*given.get(name, []), value] if name == "data" else value if has_value else True  # type: ignore[misc]
-    assert HarvestSettings(**by_field(given, "flags", HarvestSettings)) == made
-
-
 def test_of_several_gpus_the_harvest_gets_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[str | None] = []
+    monkeypatch.setattr(together, "harvest", lambda _: found.append(os.environ.get("CUDA_VISIBLE_DEVICES")))
+    for of, name in ((os, "setsid"), (together.ctypes, "CDLL")):
+        monkeypatch.setattr(of, name, MagicMock())
     monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert together._environment(HarvestSettings())["CUDA_VISIBLE_DEVICES"] == "2"
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,7")
-    assert together._environment(HarvestSettings())["CUDA_VISIBLE_DEVICES"] == "7"
-    assert together._environment(HarvestSettings(device="cuda:0")) == dict(os.environ)
+    for visible, device in ((None, "auto"), ("4,6,7", "auto"), ("4,6,7", "cuda:0")):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        together._harvest(HarvestSettings(device=device))
+    assert found == ["2", "7", "4,6,7"]
