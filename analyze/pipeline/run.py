@@ -82,33 +82,38 @@ def _run(settings: PipelineSettings, record: Record, report: Report) -> Pipeline
             jobs = jobs_of(settings.train, begun_cache(str(settings.cache)))
             _train(settings.train, jobs, {"cache": None}, record, report)
     scores, page = settings.out / SCORES, settings.out / REPORT
-    if settings.harvest is not None:
-        stages["harvest"] = _harvest(settings.harvest, settings.cache, record, report)
-    cache = Cache(settings.cache)
-    cache.require_whole()
-    origin = {"cache": cache_identity(cache)["fingerprint"]}
+    for name in ("harvest", "harvest_analyze", "harvest_contexts"):
+        if (corpus := getattr(settings, name)) is not None:
+            stages[name] = _harvest(name, corpus, record, report)
+    readers = (settings.train, settings.analyze, settings.contexts, settings.report, settings.interpret)
+    caches = {of.cache: Cache(of.cache) for of in readers if of is not None and of.cache is not None}
+    for cache in caches.values():
+        cache.require_whole()
     folders = []
     if settings.train is not None:
-        jobs = jobs_of(settings.train, cache)
+        jobs = jobs_of(settings.train, caches[settings.train.cache])
         folders = [job.folder for job in jobs]
+        of_cache = _origin(caches[settings.train.cache])
         if together:
-            record.keep(*_train_steps(jobs, origin))
-        stages["train"] = _train(settings.train, jobs, origin, record, report) or together
+            record.keep(*_train_steps(jobs, of_cache))
+        stages["train"] = _train(settings.train, jobs, of_cache, record, report) or together
     elif any((settings.analyze, settings.contexts, settings.interpret, settings.report)):
         folders = find_saes(settings.saes)
-    of_saes = {folder: {**origin, f"SAE {folder.name}": hashes(folder)} for folder in folders}
-    origin = {name: value for one in of_saes.values() for name, value in one.items()}
+    of_saes = {f"SAE {folder.name}": hashes(folder) for folder in folders}
     saes = tuple(map(str, folders))
-    facts = [place_of(folder, cache.manifest.to_dict()) / FACTS for folder in folders]
+    read = next((of.cache for of in readers[2:] if of is not None), None)  # by contexts, and what comes of them
+    described = None if read is None else caches[read]
+    facts = [place_of(folder, described.manifest.to_dict()) / FACTS for folder in folders if described is not None]
+    origin = of_saes | ({} if described is None else _origin(described))
 
     if (analyzing := settings.analyze and settings.analyze.replace(saes=saes)) is not None:
-        step = Step("analyze", {**analyzing.to_dict(), **origin}, (scores,))
+        step = Step("analyze", {**analyzing.to_dict(), **of_saes, **_origin(caches[analyzing.cache])}, (scores,))
         stages["analyze"] = record.run([step], lambda stale: write_json(scores, analyze(analyzing, report)))
     if (collecting := settings.contexts) is not None:
-        shared = collecting.to_dict()
+        shared = {**collecting.to_dict(), **_origin(caches[collecting.cache])}
         steps = [
-            Step(f"contexts {folder.name}", {**shared, **of_saes[folder]}, (of, *map(of.with_name, PARTS)))
-            for folder, of in zip(folders, facts, strict=True)
+            Step(f"contexts {folder.name}", {**shared, one: of_saes[one]}, (of, *map(of.with_name, PARTS)))
+            for folder, of, one in zip(folders, facts, of_saes, strict=True)
         ]
 
         def collect(stale: Sequence[Step]) -> None:
@@ -123,12 +128,12 @@ def _run(settings: PipelineSettings, record: Record, report: Report) -> Pipeline
         step = Step("interpret", inputs, tuple(folder / SUMMARY for folder in folders))
         lost = any(summary.lost for folder in folders if (summary := read_summary(folder)) is not None)
         stages["interpret"] = record.run([step], lambda stale: interpret(asking, report), again=lost)
-    if settings.analyze is not None:
-        _describe_again(scores, cache.manifest.tokens_hash, record)
+    if settings.analyze is not None and described is not None:
+        _describe_again(scores, described.manifest.tokens_hash, record)
     if (showing := settings.report) is not None:
         showing = showing.replace(saes=saes, html=str(page), scores=str(scores) if scores.is_file() else None)
-        read = [scores, *facts, *(folder / SUMMARY for folder in folders)]
-        step = Step("report", {**showing.to_dict(), **origin, **hashes(*read)}, (page,))
+        shown = [scores, *facts, *(folder / SUMMARY for folder in folders)]
+        step = Step("report", {**showing.to_dict(), **origin, **hashes(*shown)}, (page,))
         stages["report"] = record.run([step], lambda stale: write_report(showing, report))
     if settings.interpret is not None:
         require_answers([summary for folder in folders if (summary := read_summary(folder)) is not None])
@@ -136,12 +141,17 @@ def _run(settings: PipelineSettings, record: Record, report: Report) -> Pipeline
     return PipelineResult(stages=stages, saes=folders, scores=found)
 
 
-def _harvest(asked: HarvestSettings, cache: Path, record: Record, report: Report) -> bool:
+def _origin(cache: Cache) -> dict[str, str]:
+    return {"cache": cache_identity(cache)["fingerprint"]}
+
+
+def _harvest(stage: str, asked: HarvestSettings, record: Record, report: Report) -> bool:
+    cache = Path(asked.out)
     inputs = {name: value for name, value in asked.to_dict().items() if name not in HOW_IT_RUNS}
     inputs |= {"files of data": [listing(data) for data in asked.data], "files of model": listing(asked.model)}
     inputs = plain(inputs)
     whole = _is_whole(cache)
-    before = record.steps.get("harvest", {}).get("inputs", {})
+    before = record.steps.get(stage, {}).get("inputs", {})
     for name, shown in (("data", asked.corpus), ("model", asked.model)):
         same_name = before.get(name) == inputs[name] and before.get("out") == inputs["out"]
         if same_name and whole and before.get(f"files of {name}") != inputs[f"files of {name}"]:
@@ -149,7 +159,7 @@ def _harvest(asked: HarvestSettings, cache: Path, record: Record, report: Report
                 f"{shown} has changed since {cache} was harvested, and a cache is never replaced; "
                 f"give another out or cache, or delete {cache}"
             )
-    step = Step("harvest", inputs, (cache / "zarr.json",))
+    step = Step(stage, inputs, (cache / "zarr.json",))
     return record.run([step], lambda stale: harvest(asked, report), again=not whole)
 
 

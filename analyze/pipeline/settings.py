@@ -4,9 +4,11 @@
     cache = "demo/shards"     # where the cache and the SAEs are, or will be: these are the defaults
     saes = "demo/saes"
     [harvest]                 # the flags of routesae harvest …
+    [harvest_analyze]         # … for the corpus that is scored, where that is another, and for the one that
+    [harvest_contexts]        #   contexts reads; the LM, layers and context are [harvest]'s unless they say so
     [train]
     [[train.run]]             # … as in the file of routesae train --config
-    [analyze]
+    [analyze]                 # its own cache, and that of [contexts], may be named here too
     [contexts]
     [interpret]
     [report]
@@ -41,14 +43,15 @@ from routesae.train.settings import TrainSettings, settings_of, variants
 
 VARIANTS = ("vanilla", "gated", "topk", "jumprelu", "routesae", "crosscoder")
 
-READS_SAES = ("sae", "saes", "cache", "out")
+READS_SAES = ("sae", "saes", "out")
+OF_ALL_CACHES = ("model", "layers", "context", "lm_dtype", "device")
 SET_BY_PIPELINE = {
-    "harvest": ("out",),
+    **dict.fromkeys(("harvest", "harvest_analyze", "harvest_contexts"), ("out",)),
     "train": ("cache", "out", "resume", "overwrite", "follow"),
     "analyze": READS_SAES,
     "contexts": READS_SAES,
-    "interpret": READS_SAES,
-    "report": (*READS_SAES, "html", "scores"),
+    "interpret": (*READS_SAES, "cache"),
+    "report": (*READS_SAES, "cache", "html", "scores"),
 }
 
 
@@ -62,6 +65,8 @@ class PipelineSettings(Settings):
     cache: Path
     saes: Path
     harvest: HarvestSettings | None = None
+    harvest_analyze: HarvestSettings | None = None
+    harvest_contexts: HarvestSettings | None = None
     train: TrainSettings | None = None
     analyze: AnalyzeSettings | None = None
     contexts: ContextSettings | None = None
@@ -99,6 +104,8 @@ def read_pipeline(config: str, follow: bool = False) -> PipelineSettings:
     out = Path(table.get("out", "run"))
     cache, saes = Path(table.get("cache", out / "shards")), Path(table.get("saes", out / "saes"))
     stages: dict[str, Any] = {}
+    own = {name: str(out / f"shards-{name}") for name in ("analyze", "contexts") if f"harvest_{name}" in table}
+    own |= {name: table[name]["cache"] for name in ("analyze", "contexts") if "cache" in table.get(name, ())}
     for name, of in STAGES.items():
         if name not in table:
             continue
@@ -108,13 +115,19 @@ def read_pipeline(config: str, follow: bool = False) -> PipelineSettings:
                 f"{where}: {taken[0]} does not belong there: the pipeline sets it, from out, cache and saes at "
                 "the top"
             )
-        shared: dict[str, Any] = {"out": cache} if name == "harvest" else {"cache": cache, "out": saes}
+        read = own.get("contexts" if name in ("interpret", "report") else name, cache)
+        shared: dict[str, Any] = {"cache": read, "out": saes}
+        if of is HarvestSettings:
+            shared = {"out": cache}
+            if name != "harvest":
+                first = by_field(table.get("harvest", {}), config, of)
+                first = {field: value for field, value in first.items() if field in OF_ALL_CACHES}
+                shared = {"held_out": 1.0, **first, "out": own[name.removeprefix("harvest_")]}
         if name == "train":
             stages[name] = settings_of({**shared, "follow": follow}, where, given)
             continue
-        fields = by_field(given, where, of)
         try:
-            stages[name] = of(**fields, **shared)
+            stages[name] = of(**{**shared, **by_field(given, where, of)})
         except WrongInput as error:
             raise WrongInput(f"{where}: {error}") from error
     return PipelineSettings(out=out, cache=cache, saes=saes, follow=follow, **stages)

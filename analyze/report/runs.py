@@ -60,7 +60,7 @@ class Source(BaseModel):
     model: str | None = None
     corpus: str | None = None
     cache: dict[str, Any] = {}
-    held_out: Numbers = {}
+    held_out: Numbers | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +122,7 @@ def _read_run(
         if isinstance(error, WrongInput):
             raise
         raise damaged(path, error, "copy the SAE's folder whole") from error
-    held_out, summary = source.held_out, read_summary(beside)
+    held_out, summary = source.held_out or {}, read_summary(beside)
     known: dict[str, Any] = {column: held_out.get(key) for column, key in HELD_OUT.items()}
     known |= {name: value for name, value in row.items() if value is not None} | described(beside, tokens_hash)
     known |= {mode: tested.balanced_accuracy for mode in MODES if (tested := getattr(summary, mode, None))}
