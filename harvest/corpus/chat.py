@@ -43,7 +43,9 @@ def messages_of(value: Any) -> list[Message]:
         return [{"role": SPEAKERS[name], "content": said.strip()} for name, said in spoken]
     if not isinstance(value, Sequence) or not value or not all(isinstance(message, Mapping) for message in value):
         raise BadConversation('messages are not a list such as [{"role": "user", "content": "Hello"}]')
-    return [{**message, "content": _content(message, f"message {n}")} for n, message in enumerate(value, 1)]
+    contents = [_content(message, f"message {number}") for number, message in enumerate(value, 1)]
+    given = [{name: of for name, of in message.items() if of is not None} for message in value]  # tables have nulls
+    return [{**message, "content": content} for message, content in zip(given, contents, strict=True)]
 
 
 def _content(message: Message, name: str) -> str:
