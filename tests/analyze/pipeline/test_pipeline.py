@@ -384,3 +384,49 @@ def test_the_example_is_one() -> None:
     assert [run.sae for run in settings.train.runs] == ["topk", "routesae"]
     assert settings.analyze is not None
     assert "KLDiv" in settings.analyze.metrics
+
+
+def test_one_file_trains_on_one_corpus_scores_on_another_and_reads_a_third(
+    tiny_model: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    lines = tiny_corpus.read_text().splitlines(keepends=True)
+    for name, part in (("eval", lines[40:80]), ("apply", lines[80:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(part))
+    file = tmp_path / "three.toml"
+    file.write_text(
+        f"""out = "{tmp_path}/out"
+[harvest]
+model = "{tiny_model}"
+data = "{tiny_corpus}"
+tokens = 1500
+context = 16
+layers = "3"
+held-out = 0
+device = "cpu"
+[harvest_analyze]
+data = "{tmp_path}/eval.jsonl"
+tokens = 400
+[harvest_contexts]
+data = "{tmp_path}/apply.jsonl"
+tokens = 500
+"""
+        + TRAIN.replace('[[train.run]]\nsae = "routesae"\nk = 6\nname = "second"\n', "")
+        + '[analyze]\nmetric = ["NormMSE"]\ndevice = "cpu"\n'
+        + CONTEXTS
+    )
+    result = run_pipeline(read_pipeline(str(file)))
+    assert result.scores is not None
+    assert result.scores["cache"]["corpus"] == f"{tmp_path}/eval.jsonl"
+    assert result.scores["rows_scored"] == [0, 25]
+    assert result.scores["saes"][0]["Features"] >= 0  # of the contexts of the third
+    facts = read_facts(result.saes[0])
+    assert facts is not None
+    assert facts["cache"]["corpus"] == f"{tmp_path}/apply.jsonl"
+    assert Cache(tmp_path / "out/shards-contexts").manifest.train_rows == 0
+    assert set(run_pipeline(read_pipeline(str(file))).stages.values()) == {False}
+    named = f'[analyze]\ncache = "{tmp_path}/out/shards-contexts"'
+    table = f'[harvest_analyze]\ndata = "{tmp_path}/eval.jsonl"\ntokens = 400\n'
+    file.write_text(file.read_text().replace(table, "").replace("[analyze]", named))
+    again = run_pipeline(read_pipeline(str(file)))
+    assert again.scores is not None
+    assert again.scores["cache"]["corpus"] == f"{tmp_path}/apply.jsonl"
