@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -293,9 +294,8 @@ def load_lm(
     bfloat16 where the device multiplies it natively. device_map: for an LM larger than the device, "auto", or JSON or
     a file of it such as {"model.layers": "disk", "": 0}. Raises WrongInput where it cannot be loaded.
     """
-    picked = pick_device(device)
-    chosen = pick_lm_dtype(lm_dtype, picked)
-    lm = loading.load_lm(model, revision, device=picked, lm_dtype=chosen, device_map=device_map)
+    on = pick_device(device)
+    lm = loading.load_lm(model, revision, device=on, lm_dtype=pick_lm_dtype(lm_dtype, on), device_map=device_map)
     loaded = LM(lm, loading.load_tokenizer(model, revision), model, revision)
     if getattr(lm.model, "is_quantized", False):
         _ = loaded.record  # now: the first pass unpacks some quantised weights for good
@@ -335,7 +335,5 @@ def _place(record: LMRecord, model: str | None) -> tuple[str, str | None]:
 
 def _loaded(record: LMRecord, model: str, **hashes: str) -> LMRecord:
     """What has been seen so far of the LM in `model`; of all else it is as in `record`."""
-    import transformers
-
-    facts = {"model": model, "versions": {"transformers": transformers.__version__}, **hashes}
+    facts = {"model": model, "versions": {"transformers": version("transformers")}, **hashes}
     return record._replace(name=f"model {model!r}", facts=facts)

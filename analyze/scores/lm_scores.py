@@ -30,7 +30,6 @@ from routesae.train.saes import SAE, RouteSAE
 from routesae.train.saes.normalise import places_of
 
 CHUNK_POSITIONS = 256  # positions whose logits exist at a time on a CPU: 50 MB each pass at SmolLM2's 49,152 tokens
-LIVE_LOGITS = 8  # float32 numbers a position and token of the vocabulary: four of these arrays, and what makes them
 PASSES_HELD = 8  # passes whose final states, [B, T, D] each, are held at a time and compared with the same logits
 
 Rows = npt.NDArray[np.float64]
@@ -95,8 +94,11 @@ def score_with_lm(
 
 
 def chunk_positions(vocabulary: int, free_bytes: int | None) -> int:
-    """Positions whose logits exist at a time: what half of a GPU's free memory holds; free_bytes is None on a CPU."""
-    return CHUNK_POSITIONS if free_bytes is None else max(1, free_bytes // 2 // (4 * LIVE_LOGITS * vocabulary))
+    """Positions whose logits exist at a time: what half of a GPU's free memory holds; free_bytes is None on a CPU.
+
+    A position takes 32 bytes a token of the vocabulary: four float32 arrays at a time, and as much to make them.
+    """
+    return CHUNK_POSITIONS if free_bytes is None else max(1, free_bytes // 2 // (32 * vocabulary))
 
 
 def _site(sae: SAE) -> str:
@@ -114,8 +116,7 @@ def _compare(
     flat = {key: final_BTD.flatten(0, 1) for key, final_BTD in finals.items()}
     next_N = torch.roll(token_ids_BT, -1, dims=1).flatten()
     zeros_N = torch.zeros(len(next_N), dtype=torch.float64, device=next_N.device)
-    kl = {key: zeros_N.clone() for key in flat}
-    ce = {key: zeros_N.clone() for key in flat}
+    kl, ce = ({key: zeros_N.clone() for key in flat} for _ in range(2))
     size = chunk_positions(lm.model.config.get_text_config().vocab_size, free_memory(lm.device))
     for start in range(0, len(next_N), size):
         chunk = slice(start, start + size)

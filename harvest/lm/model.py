@@ -30,15 +30,8 @@ from routesae.machine.memory import is_out_of_memory
 from routesae.reporting import WrongInput, shortened
 
 # Keys of a config that say how a model was stored or run, not which model it is.
-_INCIDENTAL_CONFIG = (
-    "transformers_version",
-    "_name_or_path",
-    "dtype",
-    "torch_dtype",
-    "use_cache",
-    "architectures",
-    "quantization_config",  # which loading changes; the hash of the weights tells
-)
+_INCIDENTAL_CONFIG = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "architectures"}
+_INCIDENTAL_CONFIG |= {"quantization_config"}  # which loading changes; the hash of the weights tells
 _HASHED_AT_ONCE = 1 << 24  # values of a parameter, for weights_hash
 
 
@@ -63,9 +56,11 @@ class LanguageModel:
         nothing is.
         """
         around = [module for module in self.model.modules() if any(part is self.blocks for part in module.modules())]
-        handles = [
-            module.register_forward_pre_hook(_found) for module in around if module not in (self.model, self.blocks)
-        ]
+
+        def stop(module: nn.Module, inputs: Any) -> None:
+            raise _Found(module)
+
+        handles = [one.register_forward_pre_hook(stop) for one in around if one not in (self.model, self.blocks)]
         try:
             with torch.inference_mode():
                 self.model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=self.device), use_cache=False)
@@ -79,10 +74,6 @@ class LanguageModel:
 
 class _Found(Exception):
     """Carries the module that is about to run."""
-
-
-def _found(module: nn.Module, inputs: Any) -> None:
-    raise _Found(module)
 
 
 def load_config(model: str, revision: str | None = None) -> Any:
@@ -125,7 +116,7 @@ def load_lm(
 
     config, places, offload_folder = load_config(model, revision), None, None
     if device_map is not None:
-        places = _read_device_map(device_map)
+        places = "auto" if device_map == "auto" else _read_device_map(device_map)
         offload_folder = tempfile.mkdtemp(prefix="routesae-")  # for what the model's own files do not hold as it is
         atexit.register(shutil.rmtree, offload_folder, ignore_errors=True)
     elif importlib.util.find_spec("accelerate") is not None:  # else by way of host memory
@@ -155,8 +146,13 @@ def load_lm(
     if getattr(loaded, "_supports_sdpa", False):  # transformers' own choice as well, but a setting can change that
         loaded.set_attn_implementation("sdpa")
     loaded.eval().requires_grad_(False)
-    if quantisation is not None:
-        _cast_plain(loaded, LM_DTYPES[lm_dtype])
+    for module in loaded.modules() if quantisation is not None else ():
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if all(type(one) in (nn.Parameter, Tensor) and one.dtype in LM_DTYPES.values() for one in own):
+            for parameter in module.parameters(
+                recurse=False
+            ):  # not quantised; some loaders leave it as it was stored
+                parameter.data = parameter.data.to(LM_DTYPES[lm_dtype])
     if places is None:
         loaded.to(device)
     if isinstance(places, dict) and (unknown := places.keys() - dict(loaded.named_modules()).keys()):
@@ -166,11 +162,9 @@ def load_lm(
 
 
 def _read_device_map(device_map: str) -> Any:
-    """What transformers takes for --device-map. Raises WrongInput for anything but auto, JSON or a file of it."""
+    """What transformers takes for --device-map. Raises WrongInput for anything but JSON or a file of it."""
     here = ["cpu", "disk", *(name for i in range(torch.cuda.device_count()) for name in (i, f"cuda:{i}"))]
     try:
-        if device_map == "auto":
-            return device_map
         places = parse_json(device_map.encode() if device_map.lstrip().startswith("{") else read_bytes(device_map))
         for name, place in places.items():
             if place not in here or isinstance(place, bool):
@@ -183,15 +177,6 @@ def _read_device_map(device_map: str) -> Any:
             f"--device-map {shortened(device_map)} is not auto, nor JSON or a file of it that puts each module of an "
             f'LM in one place, such as {{"model": 0, "lm_head": "cpu"}}: {shortened(str(error))}'
         ) from error
-
-
-def _cast_plain(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give the modules of a quantised LM that are not quantised one precision: some loaders leave them as stored."""
-    for module in model.modules():
-        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        if all(type(one) in (nn.Parameter, Tensor) and one.dtype in LM_DTYPES.values() for one in own):
-            for parameter in module.parameters(recurse=False):
-                parameter.data = parameter.data.to(dtype)
 
 
 def cut_after(lm: LanguageModel, layer: int) -> LanguageModel:

@@ -127,8 +127,7 @@ def spliced_pass(lm: LanguageModel, token_ids_BT: Tensor, clean: CleanPass, edit
             skip = lambda *args, output=output, **kwargs: output  # noqa: E731
             stack.enter_context(_forward_replaced(lm.blocks[layer - 1], skip))
         stack.enter_context(editing(lm, {layer: edit for layer, edit in edits.items() if layer != first}))
-        final_BTD = lm.body(input_ids=token_ids_BT, use_cache=False)[0].to(lm.device)
-    assert isinstance(final_BTD, Tensor)
+        final_BTD: Tensor = lm.body(input_ids=token_ids_BT, use_cache=False)[0].to(lm.device)
     return final_BTD
 
 
