@@ -88,7 +88,7 @@ def start_threshold(x_ND: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor, k: int) -> 
 
 
 def follow_schedule(scheduler: Any, steps: int) -> None:
-    """Have a LambdaLR, or a SAELens scheduler's optimiser, go by the schedule of `routesae train`."""
+    """Have a LambdaLR go by the schedule of `routesae train`."""
     scheduler.lr_lambdas = [lambda step: lr_factor(step, steps)]
     for group, base in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):
         group["lr"] = base * lr_factor(0, steps)

@@ -85,9 +85,9 @@ def jobs_of(settings: TrainSettings, cache: Cache) -> list[Job]:
         if folder in jobs:
             raise WrongInput(f"two SAEs of this run would be {folder}; name each in its [[run]] of a --config")
         run = run.replace(lr=run.lr or peak_lr(recipe.latents, published=recipe.published))
-        decisive = {name: value for name, value in run.to_dict().items() if name not in ("name", "warm_start")}
-        identity: dict[str, Any] = {"run": decisive, "recipe": recipe.to_dict(), "pass": shared, "cache": origin}
-        identity["from"] = dict(source.hashes) if source else None
+        decisive = {name: value for name, value in run.to_dict().items() if name != "name"}
+        decisive["warm_start"] = dict(source.hashes) if source else None  # what it is, wherever that lies
+        identity = {"run": decisive, "recipe": recipe.to_dict(), "pass": shared, "cache": origin}
         jobs[folder] = Job(run, recipe, folder, json.loads(json.dumps(identity)))
     return list(jobs.values())
 

@@ -217,7 +217,7 @@ def _initialise(trainees: Sequence[Trainee], selection: Selection, settings: Tra
                 torch.manual_seed(settings.seed << 32)  # a random router draws
                 trainee.sae.initialise(hidden)
                 if source := source_of(trainee.job.settings):
-                    if dict(source.hashes) != trainee.job.identity["from"]:
+                    if dict(source.hashes) != trainee.job.identity["run"]["warm_start"]:
                         raise FailedRun(f"--from {trainee.job.settings.warm_start} was replaced; begin again")
                     begin_from(trainee.sae, source)
     for trainee in trainees:

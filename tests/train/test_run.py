@@ -243,7 +243,7 @@ def test_from_begins_with_the_weights_of_an_sae_and_new_latents_as_usual(
             new = usual[name][24:]
             torch.testing.assert_close(parameter[24:], new, rtol=1e-4, atol=1e-5, msg=f"{name}: new latents")
     recorded = read_config(begun)["metadata"]["routesae"]["source"]
-    assert recorded["identity"]["from"] == load_sae(source, CPU).hashes
+    assert recorded["identity"]["run"]["warm_start"] == load_sae(source, CPU).hashes
     assert recorded["settings"]["run"]["warm_start"] == str(source)
 
 
@@ -285,7 +285,7 @@ def test_a_run_from_an_sae_resumes_to_the_same_bytes_and_not_from_another_one(se
 
     with pytest.raises(Stopped):
         train(settings(**chosen, warm_start=str(folders[0]), overwrite=True), stop)
-    with pytest.raises(WrongInput, match="from"):
+    with pytest.raises(WrongInput, match=r"run\.warm_start"):
         train(settings(**chosen, warm_start=str(folders[1]), resume=True))
     resumed = only(settings(**chosen, warm_start=str(folders[0]), resume=True)).folder
     assert (resumed / "sae_weights.safetensors").read_bytes() == weights

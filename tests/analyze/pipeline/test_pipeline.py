@@ -139,6 +139,18 @@ def test_an_sae_whose_settings_changed_and_all_that_rests_on_it_run_again(
     assert json.loads((tmp_path / "out/saes/first/cfg.json").read_text())["k"] == 4
 
 
+def test_an_sae_is_trained_again_if_the_one_that_it_began_from_was_replaced(
+    begun: Callable[..., PipelineResult], tiny_cache: Cache, tmp_path: Path
+) -> None:
+    source = {"sae": "topk", "layer": 3, "latents": 32, "k": 8, "cache": str(tiny_cache.path), "out": str(tmp_path)}
+    train(settings_of({**source, "name": "source", "device": "cpu"}))
+    warm = TRAIN.replace('name = "first"', f'name = "first"\nfrom = "{tmp_path}/source"')
+    assert begun(warm).stages == {"train": True}
+    assert begun(warm).stages == {"train": False}
+    train(settings_of({**source, "name": "source", "device": "cpu", "seed": 1, "overwrite": True}))
+    assert begun(warm).stages == {"train": True}
+
+
 def test_scores_hold_what_contexts_and_interpret_found_after_analyze(
     begun: Callable[..., PipelineResult], tmp_path: Path
 ) -> None:
