@@ -16,11 +16,11 @@ unexport PYTHONDONTWRITEBYTECODE
 # The LM in float32, so that the README's figures do not depend on whether the CPU has AMX.
 demo: $(VENV)/demo
 	$(BIN)/routesae harvest --model demo --data demo --tokens 140k --context 256 --shard-tokens 16k --layers 7-22 \
-		--lm-dtype float32 --out $(DEMO)/shards
+		--keep-fields label --lm-dtype float32 --out $(DEMO)/shards
 	$(BIN)/routesae train $(SAE_FLAGS) --sae topk --sae batchtopk --sae routesae --layer 15 --resume
 	$(BIN)/routesae analyze --cache $(DEMO)/shards --out $(DEMO)/saes --tokens 4k --json $(DEMO)/scores.json \
 		--metric NormMSE --metric L0 --metric Dead --metric Routing --metric KLDiv --metric DeltaCE --metric Recovered
-	$(BIN)/routesae contexts --cache $(DEMO)/shards --out $(DEMO)/saes --threshold 4
+	$(BIN)/routesae contexts --cache $(DEMO)/shards --out $(DEMO)/saes --threshold 4 --group-by label
 	$(BIN)/routesae report --out $(DEMO)/saes --scores $(DEMO)/scores.json --html $(DEMO)/report.html
 	@echo "shards in $(DEMO)/shards, SAEs in $(DEMO)/saes, scores in $(DEMO)/scores.json; open $(DEMO)/report.html"
 

@@ -130,4 +130,6 @@ def side_by_side(text: Mapping[str, Any]) -> list[str]:
         drawn += "\n\nThe changes alter nothing here: no token, and no probability. Their latents may not be active."
     p = f"log p of the original: {text['log_p']:.2f} nats, clamped {text['log_p_clamped']:.2f}: "
     p += f"{text['delta_log_p']:+.2f}, {text['delta_log_p_per_token']:+.3f} a token"
-    return [*(f"> {line}" for line in lines(text["prompt"])), "", *drawn.split("\n"), "", p, ""]
+    said = text.get("messages") or ()  # of one message the role is plain
+    turns = [f"{one['role']}: {one['content']}" for one in said] if len(said) > 1 else [text["prompt"]]
+    return [*(f"> {line}" for turn in turns for line in lines(turn)), "", *drawn.split("\n"), "", p, ""]

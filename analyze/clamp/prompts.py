@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from routesae.analyze.clamp.settings import ClampSettings
-from routesae.analyze.inputs.lm import Message, require_messages, require_unicode
+from routesae.analyze.inputs.lm import require_unicode
+from routesae.harvest.corpus.chat import BadConversation, Message, messages_of
 from routesae.machine.files import BadFile, open_regular, parse_json
 from routesae.reporting import FailedRun, WrongInput
 
@@ -109,11 +110,9 @@ def _line_prompts(line: str, origin: str, text_field: str, hh: str) -> list[Prom
         return _hh_prompts(chosen, rejected, origin, hh)
     if "messages" in entry:
         try:
-            require_messages(entry["messages"])
-        except WrongInput as refusal:
-            raise WrongInput(f"{origin}: {refusal}") from None
-        said = [{"role": message["role"], "content": message["content"]} for message in entry["messages"]]
-        return [_conversation(said, origin)]
+            return [_conversation(messages_of(entry["messages"]), origin)]
+        except BadConversation as bad:
+            raise WrongInput(f"{origin}: {bad}") from None
     if isinstance(text, str):
         return [_plain(text, origin)]
     raise WrongInput(

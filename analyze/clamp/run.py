@@ -89,6 +89,7 @@ def _asked(settings: ClampSettings, loaded: LM, prompt: Prompt, chat: bool) -> d
     return {
         "origin": prompt.origin,
         "prompt": prompt.messages[-1]["content"] if prompt.messages else prompt.text,
+        "messages": [dict(message) for message in prompt.messages] if chat else [],
         "input": loaded.tokenizer.decode(ids),
         "input_ids": ids,
         **prompt.replies,

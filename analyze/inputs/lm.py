@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from routesae.harvest.cache.reader import Cache
+from routesae.harvest.corpus.chat import BadConversation, Message, conversation_ids, messages_of
 from routesae.harvest.corpus.tokens import Framing, framing, tokenizer_hash
 from routesae.harvest.lm import model as loading
 from routesae.harvest.lm.model import LanguageModel
@@ -33,8 +34,6 @@ GIVE_MODEL = "give that LM with --model"
 GIVE_CACHE = "give the cache that the SAE was trained on with --cache"
 SINK_POSITIONS = 1  # first positions of a row left as they are where cfg.json does not say; harvest's default
 
-Message = Mapping[str, str]
-"""Its role and its content, as chat templates take it."""
 Text = str | Sequence[Message]
 """A text, or a conversation that the tokenizer's chat template is filled with."""
 
@@ -120,7 +119,7 @@ class LM:
         Raises WrongInput for what has no token, is no text or conversation, or is longer than the LM's context, with
         `new_tokens` more.
         """
-        ids = self._ids(text, reply)
+        ids, _ = self.ids_and_roles(text, reply=reply)
         room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if not ids:
             raise WrongInput(f"a text without a token for {self.name!r}; give a longer text")
@@ -131,22 +130,18 @@ class LM:
             )
         return ids
 
-    def _ids(self, text: Text, reply: bool) -> list[int]:
+    def ids_and_roles(self, text: Text, *, reply: bool = False) -> tuple[list[int], list[str | None] | None]:
+        """The ids, and the role of the message that spells each token; of a text, and where it is not known, None."""
         if isinstance(text, str):
             require_unicode(text)
-            return [*self.framing.before, *self.tokenizer(text, add_special_tokens=False)["input_ids"]]
-        from jinja2 import TemplateError
-
-        require_messages(text)
-        if getattr(self.tokenizer, "chat_template", None) is None:
-            raise WrongInput("this LM's tokenizer has no chat template for messages; give a text")
-        for message in text:
-            require_unicode(message["content"])
+            return [*self.framing.before, *self.tokenizer(text, add_special_tokens=False)["input_ids"]], None
         try:
-            filled = self.tokenizer.apply_chat_template(list(text), add_generation_prompt=reply, tokenize=False)
-        except TemplateError as refusal:
-            raise WrongInput(f"the chat template refuses it ({refusal})") from refusal
-        return list(self.tokenizer(filled, add_special_tokens=False)["input_ids"])
+            messages = messages_of(text)
+            for message in messages:
+                require_unicode(message["content"])
+            return conversation_ids(self.tokenizer, messages, reply=reply)
+        except BadConversation as bad:
+            raise WrongInput(str(bad)) from None
 
     def generate(self, texts: Text | Sequence[Text], *, max_new_tokens: int = 64, **options: Any) -> Any:
         """Continue a text or conversation, or several at once, by the likeliest tokens; return a str, or a list.
@@ -164,13 +159,6 @@ class LM:
         written = [takewhile(lambda token: token not in stops, ids) for ids in out_BT[:, ids_BT.shape[1] :].tolist()]
         continued = [self.tokenizer.decode(list(ids), skip_special_tokens=True) for ids in written]
         return continued[0] if alone else continued
-
-
-def require_messages(messages: Any) -> None:
-    """Raises WrongInput for what is no conversation."""
-    fine = isinstance(messages, Sequence) and messages and all(isinstance(message, Mapping) for message in messages)
-    if not fine or not all(isinstance(message.get(key), str) for message in messages for key in ("role", "content")):
-        raise WrongInput('messages are not a list such as [{"role": "user", "content": "Hello"}]')
 
 
 def require_unicode(text: str, origin: str = "the text") -> None:

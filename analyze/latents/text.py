@@ -41,7 +41,8 @@ NOTED = 32  # characters of a context or explanation in a table of 80 columns
 
 
 class TextLatents(Table):
-    """A row for each token and each of its strongest latents: position, token, latent, activation, layer, note.
+    """A row for each token and each of its strongest latents: position, token, latent, activation, layer, note; of a
+    conversation also the role of the message that spells the token, None of what the chat template writes.
 
     A token that is not encoded, or has no active latent, has one row whose latent is None. activation: in the units
     of the SAE's normalised input. layer: that the token was read from, None if from all.
@@ -70,8 +71,11 @@ class TextLatents(Table):
 
     def __str__(self) -> str:
         listed = (", ".join(f"{row['latent']} ({row['activation']:.1f})" for row in of) for of in self.by_token())
-        names = ("token", "latents (activations)")
-        rows = (dict(zip(names, row, strict=True)) for row in zip(self.tokens, listed, strict=True))
+        roles = {row["position"]: {"role": row["role"]} for row in self if "role" in row}
+        rows = (
+            {"token": token, **roles.get(at, {}), "latents (activations)": of}
+            for at, (token, of) in enumerate(zip(self.tokens, listed, strict=True))
+        )
         return f"{Table(rows)}\n\n{self.by_latent()}"
 
     def _repr_html_(self) -> str:
@@ -93,7 +97,7 @@ def latents(
     beside: the folder of the SAE's contexts and explanations, its own if None. noted: whether they are read. Raises
     WrongInput if SAE and LM do not belong together, or the text is empty or longer than the LM's context.
     """
-    kept, ids = require_lm_of(sae, lm), lm.ids(text)
+    kept, ids, (_, roles) = require_lm_of(sae, lm), lm.ids(text), lm.ids_and_roles(text)
     if 0 in sae.layers:
         raise WrongInput("the SAE reads layer 0, the embedding, and only outputs of decoder blocks are read here")
     ids_1T = torch.tensor([ids], device=lm.lm.device)
@@ -121,7 +125,8 @@ def latents(
         for latent, value, layer in [one for one in of_token if one[1] > 0] or [(None, None, None)]:
             where = None if mixed or layer is None else sae.layers[layer]
             row = {"latent": latent, "activation": value, "layer": where, "note": notes.get(latent)}
-            rows.append({"position": position, "token": token, **row})
+            of_role = {} if roles is None else {"role": roles[position]}
+            rows.append({"position": position, "token": token, **of_role, **row})
     return rows
 
 

@@ -23,7 +23,8 @@ Message = Mapping[str, Any]
 """Its role and its content, both text, and whatever else the template reads."""
 
 OPEN, NUMBERED, CLOSE = "\ufdd0", "\ufdd1", "\ufdd2"  # no characters (Unicode 23.7): they are in no text
-MARK = re.compile(f"{OPEN}([0-9]+){NUMBERED}|{CLOSE}")
+MARK, NO_CHARACTER = re.compile(f"{OPEN}([0-9]+){NUMBERED}|{CLOSE}"), re.compile(f"[{OPEN}{NUMBERED}{CLOSE}]")
+FORM = 'messages are not a list such as [{"role": "user", "content": "Hello"}]'
 TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):")  # of HH-RLHF
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
@@ -37,33 +38,26 @@ def messages_of(value: Any) -> list[Message]:
     or from a text of HH-RLHF, "\\n\\nHuman: …\\n\\nAssistant: …". Raises BadConversation for anything else."""
     if isinstance(value, str):
         head, *turns = TURN.split(value)
-        if head.strip() or not turns:
-            raise BadConversation(r'it does not begin as conversations of HH-RLHF do, with "\n\nHuman:"')
-        spoken = zip(turns[::2], turns[1::2], strict=True)
-        return [{"role": SPEAKERS[name], "content": said.strip()} for name, said in spoken]
+        value = [
+            {"role": SPEAKERS[name], "content": said.strip()}
+            for name, said in zip(turns[::2], turns[1::2], strict=True)
+            if not head.strip()
+        ]
     if not isinstance(value, Sequence) or not value or not all(isinstance(message, Mapping) for message in value):
-        raise BadConversation('messages are not a list such as [{"role": "user", "content": "Hello"}]')
-    contents = [_content(message, f"message {number}") for number, message in enumerate(value, 1)]
-    given = [{name: of for name, of in message.items() if of is not None} for message in value]  # tables have nulls
-    return [{**message, "content": content} for message, content in zip(given, contents, strict=True)]
-
-
-def _content(message: Message, name: str) -> str:
-    role, content = message.get("role"), message.get("content")
-    if not isinstance(role, str) or not role:
-        raise BadConversation(f"{name} has the role {str(role)[:40]!r}, which is not a word such as user")
-    if message.get("tool_calls") or message.get("function_call"):
-        raise BadConversation(f"{name} calls a tool, and only text is read; render such conversations as text")
-    if isinstance(content, Sequence) and not isinstance(content, str):
-        parts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
-        if not all(isinstance(part, str) for part in parts):
-            raise BadConversation(f"{name} has a part that is not text")
-        content = "".join(map(str, parts))
-    if not isinstance(content, str):
-        raise BadConversation(f"{name} has no content that is text")
-    if MARK.search(content) or OPEN in content:
-        raise BadConversation(f"{name} holds U+FDD0 to U+FDD2, which are no characters")
-    return content
+        raise BadConversation(f"{FORM} nor a text of HH-RLHF, which begins with \\n\\nHuman:")
+    messages = list[Message]()
+    for number, message in enumerate(value, 1):
+        role, content = message.get("role"), message.get("content")
+        if isinstance(content, Sequence) and not isinstance(content, str):
+            parts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
+            content = "".join(map(str, parts)) if all(isinstance(part, str) for part in parts) else None
+        if message.get("tool_calls") or message.get("function_call"):
+            raise BadConversation(f"{FORM}: message {number} calls a tool; render such conversations as text")
+        if not isinstance(role, str) or not role or not isinstance(content, str) or NO_CHARACTER.search(content):
+            raise BadConversation(f"{FORM}: message {number} has no role, or a content that is not text")
+        given = {name: of for name, of in message.items() if of is not None}  # tables have nulls
+        messages.append({**given, "content": content})
+    return messages
 
 
 def filled(tokenizer: Any, messages: Sequence[Message], *, reply: bool = False) -> str:

@@ -97,16 +97,17 @@ def test_contents_may_be_parts_and_hh_rlhf_is_a_conversation() -> None:
 
 
 BAD = {
-    "text": ("hello", "does not begin"),
+    "text": ("hello", "nor a text of HH-RLHF"),
     "nothing": ([], "messages are not a list"),
     "words": (["hello"], "messages are not a list"),
-    "no content": ([{"role": "user"}], "message 1 has no content"),
+    "no content": ([{"role": "user"}], "message 1 has no role, or a content that is not text"),
     "an image": (
         [{"role": "user", "content": [{"type": "image", "url": "x"}]}],
-        "message 1 has a part that is not text",
+        "message 1 has no role, or a content",
     ),
     "a tool": ([{"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}], "message 1 calls a tool"),
-    "no role": ([{"role": "user", "content": "a"}, {"content": "b"}], "message 2 has the role 'None'"),
+    "no role": ([{"role": "user", "content": "a"}, {"content": "b"}], "message 2 has no role"),
+    "a mark": ([{"role": "user", "content": "a\ufdd2"}], "message 1 has no role, or a content that is not text"),
 }
 
 
