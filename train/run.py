@@ -169,20 +169,13 @@ def _selection(cache: Cache, jobs: Sequence[Job], settings: TrainSettings, ranks
 def pace_of(selection: Selection, settings: TrainSettings, device: torch.device) -> Pace:
     total_steps, _ = planned(selection, settings)
     run_tokens = total_steps * min(settings.batch_tokens, len(selection))
-    arithmetic = chosen(
-        device.type,
-        bfloat16_units=has_bfloat16_units(device),
-        precision=settings.precision,
-        threads=torch.get_num_threads(),
-        max_memory=settings.max_memory,
-    )
-    arithmetic.require_possible(device)
+    units, asked = has_bfloat16_units(device), {"threads": torch.get_num_threads(), "max_memory": settings.max_memory}
     return Pace(
         total_steps=total_steps,
         epoch_steps=len(step_tokens(selection, settings)),
         dead_after_tokens=settings.dead_after_tokens or min(DEAD_AFTER_TOKENS, max(1, run_tokens // 4)),
         sparsity_warmup=settings.sparsity_warmup,
-        arithmetic=arithmetic,
+        arithmetic=chosen(device.type, bfloat16_units=units, precision=settings.precision, **asked),
         seed=settings.seed,
     )
 

@@ -228,8 +228,8 @@ class TrainSettings(Settings):
     precision: str = setting(
         "auto",
         RUN,
-        "Precision of dense products; auto is bfloat16 on CUDA that multiplies it natively, else float32.",
-        choices=("auto", "float32", "tf32", "bfloat16"),
+        "Precision of dense products; auto is bfloat16 on CUDA with units for it, else float32, on CUDA in TF32.",
+        choices=("auto", "float32", "bfloat16"),
     )
     max_memory: int | None = setting(
         None, RUN, "Bytes that encoding may take at a time, such as 64M.", ge=1, unset="what is fastest"

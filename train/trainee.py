@@ -152,12 +152,11 @@ class Trainee:
 
     @torch.no_grad()
     def load(self, step: int) -> None:
-        """Become what it was after step `step`, and do sums as it did.
+        """Become what it was after step `step`, and do sums as it did: any device can, if not equally fast.
 
-        Raises FailedRun if the checkpoint is damaged or does not fit, WrongInput if this device cannot.
+        Raises FailedRun if the checkpoint is damaged or does not fit.
         """
         tensors, _, begun = load_checkpoint(self.job.partial, step)
-        begun.require_possible(self.device)
         self.arithmetic = self.sae.arithmetic = begun.replace(max_memory=self.pace.arithmetic.max_memory)
         into = self._tensors()
         kinds = [{name: (t.shape, t.dtype) for name, t in state.items()} for state in (into, tensors)]

@@ -426,25 +426,6 @@ def test_a_run_resumed_on_another_machine_does_sums_as_it_began_and_says_so(
     assert set(seen) == {(1, torch.float32)}  # a new run does as its own machine is fast at
 
 
-def test_a_run_begun_in_tf32_is_not_continued_where_there_is_none(
-    run: Pass, stop_after: Stop, tmp_path: Path
-) -> None:
-    stopped(run, stop_after, ["topk"], tmp_path, 3)
-    partial = tmp_path / ".topk.partial"
-    tensors, identity, _ = load_checkpoint(partial, 3)
-    save_checkpoint(partial, 3, tensors, identity, chosen("cuda", bfloat16_units=True, precision="tf32"))
-    before = contents(tmp_path)
-    with pytest.raises(WrongInput, match=r"--precision tf32 needs CUDA .* cpu; give float32, or --resume where"):
-        run(["topk"], tmp_path, resume=True)
-    assert contents(tmp_path) == before
-
-
-def test_tf32_is_refused_on_a_cpu_before_anything_is_written(run: Pass, tmp_path: Path) -> None:
-    with pytest.raises(WrongInput, match="--precision tf32 needs CUDA"):
-        run(["topk"], tmp_path / "saes", precision="tf32")
-    assert not (tmp_path / "saes").exists()
-
-
 # ------------------------------------------------------------------------------------------------------ refused
 
 

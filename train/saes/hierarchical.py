@@ -36,7 +36,7 @@ class HierarchicalTopK(TopK):
             f_NK, at_NK = z_P.relu().view(len(x_ND), -1).sort(1, descending=True)
             latents_NK = pairs.latents_M.view_as(at_NK).gather(1, at_NK)
         else:
-            f_NK, latents_NK = z_P.relu().topk(self.k)
+            f_NK, latents_NK = z_P.relu().to(x_ND.dtype).topk(self.k)
         inner = x_ND.new_zeros(())
         reconstruction_ND: Tensor = self.b_dec_D
         for first, after in pairwise((0, *halvings(self.k))):

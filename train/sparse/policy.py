@@ -8,7 +8,7 @@ encoder's product over all N·F pairs runs in bfloat16; on a CPU it only propose
 computed anew in float32 (sparse/search.py), so that an SAE's numbers do not depend on the CPU. CPUs with AMX, with
 AVX512-BF16 (Zen 4 and 5, some Sapphire Rapids guests) or Arm's BF16 do; others emulate it, and float32 is faster. On
 CUDA the whole step runs under autocast, in bfloat16 from compute capability 8 on (V100 and T4 emulate it, and stay in
-float32); float32 products that autocast leaves are multiplied in TF32.
+float32); float32 products that remain are multiplied in TF32 where there is such a thing.
 
 The second is how many multiplications it does in the time of one gathered number. Decoding, and each weight's
 gradient, is either a dense product of 2·N·F·D operations at P a second, or a gathered pass over the N·k active pairs,
@@ -36,7 +36,6 @@ from torch import Tensor
 
 from routesae.machine.device import has_bfloat16_units
 from routesae.machine.settings import Settings
-from routesae.reporting import WrongInput
 
 SPARSE_BELOW = {"cpu": 1 / 12, "bfloat16": 1 / 590, "tf32": 1 / 295, "float32": 1 / 40}  # the latter three: CUDA's
 # At fewer rows the encoder is fetched from memory too often, at more their product leaves the cores' caches
@@ -48,14 +47,14 @@ class Arithmetic(Settings):
     """How the sums of an SAE are done on a device, as JSON can hold it.
 
     sparse_below: the share of all N·F pairs below which sums run over active pairs alone. kind: of the device.
-    precision: of dense products; bfloat16 is autocast's, beside which CUDA multiplies float32 in TF32. proposal: that
-    of the encoder's product over float32 rows without autocast; candidates that a narrower one finds are computed
-    anew. threads: of the CPU. max_memory: bytes that encoding may take at a time; None for what is fastest.
+    precision: of dense products; bfloat16 is autocast's. proposal: that of the encoder's product over float32 rows
+    without autocast; candidates that a narrower one finds are computed anew. threads: of the CPU. max_memory: bytes
+    that encoding may take at a time; None for what is fastest.
     """
 
     sparse_below: float
     kind: Literal["cpu", "cuda"] = "cpu"
-    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    precision: Literal["float32", "bfloat16"] = "float32"
     proposal: Literal["float32", "bfloat16"] = "float32"
     threads: int = 1
     max_memory: int | None = None
@@ -78,19 +77,12 @@ class Arithmetic(Settings):
         narrow = torch.get_autocast_dtype(x_ND.device.type) if autocast else torch.float32
         return torch.bfloat16 if narrow == torch.float32 and self.proposal == "bfloat16" else narrow
 
-    def require_possible(self, device: torch.device) -> None:
-        """Raises WrongInput for TF32 on a device that has none; the rest any device can do, if slowly."""
-        if self.precision == "tf32" and not (device.type == "cuda" and has_bfloat16_units(device)):
-            where = f"needs CUDA of compute capability 8 or more, and this is {device}"
-            raise WrongInput(f"--precision tf32 {where}; give float32, or --resume where the run began")
-
     @contextmanager
     def applied(self) -> Iterator[None]:
         """PyTorch's threads and its precision of float32 products as chosen; and as before at the end."""
         threads, products = torch.get_num_threads(), torch.get_float32_matmul_precision()
         torch.set_num_threads(self.threads)
-        exact = self.kind == "cpu" or self.precision == "float32"
-        torch.set_float32_matmul_precision("highest" if exact else "high")  # "high" is TF32 in every torch
+        torch.set_float32_matmul_precision("high" if self.kind == "cuda" else "highest")  # in every torch: TF32
         try:
             yield
         finally:
@@ -111,11 +103,12 @@ def chosen(kind: str, *, bfloat16_units: bool, precision: str = "float32", **fla
     """
     if precision == "auto":
         precision = "bfloat16" if kind == "cuda" and bfloat16_units else "float32"
+    products = "tf32" if precision == "float32" and bfloat16_units else precision  # the same GPUs have both
     return Arithmetic(
         kind=kind,
         precision=precision,
         proposal="bfloat16" if kind == "cpu" and bfloat16_units else "float32",
-        sparse_below=SPARSE_BELOW["cpu" if kind == "cpu" else precision],
+        sparse_below=SPARSE_BELOW["cpu" if kind == "cpu" else products],
         **flags,
     )
 

@@ -231,7 +231,8 @@ def test_matryoshkas_prefixes_are_weighted_as_the_whole() -> None:
     only_first_N = torch.zeros(N)
     only_first_N[0] = 1
     out = sae.autoencode(x_ND, only_first_N)
-    reconstructions = [*sae._prefixes(out.latents), out.reconstruction_ND]
+    f_NF = out.latents.dense()
+    reconstructions = [f_NF[:, :m] @ sae.W_dec_FD[:m] + sae.b_dec_D for m in sae.recipe.prefixes]
     expected = sum(squared_error_shares(x_ND[:1], x_hat_ND[:1]) for x_hat_ND in reconstructions)
     assert sae.loss(out, NONE_DEAD).total.item() == pytest.approx(expected.item(), rel=1e-5)
 
