@@ -39,8 +39,7 @@ _HASHED_AT_ONCE = 1 << 24  # values of a parameter, for weights_hash
 class LanguageModel:
     """A loaded causal LM in eval mode, without gradients.
 
-    model: the transformers model. blocks: its decoder blocks, shared with it. width: D. device: where it takes token
-    ids, and where the hidden states of all its blocks are handed out.
+    model: transformers' model. blocks: its own decoder blocks. width: D. device: where ids go in and states come out.
     """
 
     model: Any
@@ -249,8 +248,7 @@ def _explained(model: str) -> Iterator[None]:
     transformers_logging.disable_progress_bar()  # "Loading weights" flickers by; downloads keep their bars
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # what it warns of, weights that are missing, is refused here
-    for package in ("accelerate", "bitsandbytes"):  # these warn of what was asked for, the second at every product
-        logging.getLogger(package).setLevel(logging.ERROR)
+    logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of what a device map asks for
     try:
         yield
     except Exception as error:  # from strangers' code, on a stranger's files: whatever it is, it is the answer
