@@ -12,6 +12,7 @@ Dimension letters: m documents, N tokens, D width of what the SAE reads, F laten
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 KS = (1, 5, 20)
 FOLDS = 5
 LEAST_DOCUMENTS = 2 * FOLDS  # of a label
-MOST_DOCUMENTS = 2000  # at even distances; of each there are D + F numbers in memory
+MOST_DOCUMENTS = 2000  # that have a label, at even distances; of each there are D + F numbers in memory
 
 Labels = npt.NDArray[np.str_]
 
@@ -44,14 +45,15 @@ def probe(
     Of the documents that begin in these rows of tokens. Raises WrongInput if they have no such labels or scikit-learn
     is not installed.
     """
+    if importlib.util.find_spec("sklearn") is None:
+        raise WrongInput("Probe needs scikit-learn: pip install 'routesae[probe]'")
     starts, context = cache.document_starts(), cache.manifest.context
     first, after = np.searchsorted(starts, [rows.start * context, rows.stop * context]).tolist()
     number_m, label_m = labelled(cache, field, first, after)
     layers = sorted({layer for sae in saes.values() for layer in sae.layers})
     selection, device = Selection(cache, rows.start, rows.stop, layers), next(iter(saes.values())).device
-    place = np.full(
-        len(starts) + 1, len(number_m)
-    )  # of each document among the m; all others share a place after them
+    # Of each document its place among the m; all others share the one after them.
+    place = np.full(len(starts) + 1, len(number_m))
     place[number_m] = np.arange(len(number_m))
     sums: dict[str, list[torch.Tensor]] = {}
     done = 0
@@ -93,32 +95,31 @@ def labelled(cache: Cache, field: str | None, first: int, after: int) -> tuple[n
         kept = ", ".join(fields) or "none"
         raise WrongInput(f"--label {field} was not kept of {cache.path}'s documents ({kept}); harvest --keep-fields")
     found: npt.NDArray[Any] = np.array(cache.documents()[field].to_pylist()[first:after], dtype=object)
-    names, counts = np.unique([name for name in found if name is not None], return_counts=True)
+    number_m = np.flatnonzero([name is not None for name in found])
+    number_m = number_m[np.linspace(0, len(number_m) - 1, min(len(number_m), MOST_DOCUMENTS)).round().astype(int)]
+    names, counts = np.unique(found[number_m].astype(str), return_counts=True)
     usable = names[counts >= LEAST_DOCUMENTS]
     if len(usable) < 2:
         raise WrongInput(
-            f"--label {field} has {len(names):,} values on {len(found):,} documents, of which {len(usable)} are on "
-            f"{LEAST_DOCUMENTS} or more; Probe needs two such, so take another field or more text"
+            f"--label {field} has {len(names):,} values on {len(number_m):,} documents, of which {len(usable)} are "
+            f"on {LEAST_DOCUMENTS} or more; Probe needs two such, so take another field or more text"
         )
     if len(usable) < len(names):
         log.warning(
-            "Probe leaves out %d labels that fewer than %d documents have", len(names) - len(usable), LEAST_DOCUMENTS
+            "Probe leaves out %d labels on fewer than %d documents", len(names) - len(usable), LEAST_DOCUMENTS
         )
-    number_m = np.flatnonzero(np.isin(found, usable))
-    number_m = number_m[np.linspace(0, len(number_m) - 1, min(len(number_m), MOST_DOCUMENTS)).round().astype(int)]
+    number_m = number_m[np.isin(found[number_m], usable)]
     log.info("Probe tells %s of %d documents: %s", field, len(number_m), ", ".join(usable))
     return first + number_m, found[number_m].astype(str)
 
 
 def _told(mean_mC: npt.NDArray[np.float32], label_m: Labels, k: int | None, seed: int) -> npt.NDArray[np.float64]:
     """[m]: 1 where the label is told from the k columns chosen for each label, or from all."""
-    try:
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.model_selection import StratifiedKFold
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import StandardScaler
-    except ImportError:
-        raise WrongInput("Probe needs scikit-learn: pip install 'routesae[probe]'") from None
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedKFold
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     names, told_m = np.unique(label_m), np.zeros(len(label_m))
     for fitted, asked in StratifiedKFold(FOLDS, shuffle=True, random_state=seed).split(mean_mC, label_m):
         logits: list[Any] = []

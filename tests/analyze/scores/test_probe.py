@@ -126,6 +126,11 @@ def test_labels_that_cannot_be_probed_are_refused(
         probed(cache, saes, label="url")
     with pytest.raises(WrongInput, match=r"--label label has .*; Probe needs two such"):
         probed(cache, saes, rows="held-out")
-    monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
+    monkeypatch.setattr(probe, "MOST_DOCUMENTS", 24)  # which leave at most one label on 10
+    with pytest.raises(
+        WrongInput, match=r"--label label has . values on 24 documents, of which [01] are on 10 or more"
+    ):
+        probed(cache, saes)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(WrongInput, match=r"scikit-learn: pip install 'routesae\[probe\]'"):
         probed(cache, saes)
