@@ -31,6 +31,7 @@ from routesae.train.saes import SAES, Recipe, build
 from routesae.train.saes.matryoshka import default_prefixes
 from routesae.train.saes.normalise import Hidden
 from routesae.train.saes.topk import TopK
+from routesae.train.sparse import policy
 from routesae.train.sparse.policy import chosen
 
 DEVICE = torch.device("cuda")
@@ -46,10 +47,8 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def exactly() -> Iterator[None]:
     """float32 products in float32, so that they can be compared with a CPU's."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
+    with policy._tf32(False):
+        yield
 
 
 def recipe_of(name: str) -> Recipe:

@@ -80,14 +80,13 @@ class Arithmetic(Settings):
     @contextmanager
     def applied(self) -> Iterator[None]:
         """PyTorch's threads and its precision of float32 products as chosen; and as before at the end."""
-        threads, products = torch.get_num_threads(), torch.get_float32_matmul_precision()
+        threads = torch.get_num_threads()
         torch.set_num_threads(self.threads)
-        torch.set_float32_matmul_precision("high" if self.kind == "cuda" else "highest")  # in every torch: TF32
         try:
-            yield
+            with _tf32(self.kind == "cuda"):
+                yield
         finally:
             torch.set_num_threads(threads)
-            torch.set_float32_matmul_precision(products)
 
     def __str__(self) -> str:
         pairs = f"sums over active pairs below 1/{1 / self.sparse_below:.0f} of all"
@@ -122,10 +121,19 @@ def arithmetic(kind: str) -> Arithmetic:
 @contextmanager
 def exactly(kind: str) -> Iterator[None]:
     """Products in float32, whatever autocast and TF32 would do to them."""
-    products = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    with torch.autocast(kind, enabled=False), _tf32(False):
+        yield
+
+
+@contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    """Whether CUDA multiplies float32 in TF32; said as torch from 2.9 on has it said, or as before that."""
+    products = torch.backends.cuda.matmul
+    named = hasattr(products, "fp32_precision")
+    name = "fp32_precision" if named else "allow_tf32"
+    before = getattr(products, name)
+    setattr(products, name, ("tf32" if allowed else "ieee") if named else allowed)
     try:
-        with torch.autocast(kind, enabled=False):
-            yield
+        yield
     finally:
-        torch.set_float32_matmul_precision(products)
+        setattr(products, name, before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -84,19 +85,47 @@ def test_rows_at_once_are_those_that_memory_holds_or_a_cpus_caches_or_all() -> N
 
 def test_threads_and_tf32_are_what_the_policy_says_only_while_it_is_applied() -> None:
     def now() -> tuple[int, str]:
-        return torch.get_num_threads(), torch.get_float32_matmul_precision()
+        return torch.get_num_threads(), torch.backends.cuda.matmul.fp32_precision
 
     before = now()
-    for kind, products in (("cuda", "high"), ("cpu", "highest")):
+    for kind, products in (("cuda", "tf32"), ("cpu", "ieee")):
         with chosen(kind, bfloat16_units=True, threads=3).applied():
             assert now() == (3, products)
             with exactly("cpu"):
-                assert now() == (3, "highest")
+                assert now() == (3, "ieee")
             assert now() == (3, products)
         assert now() == before
     with pytest.raises(KeyError), chosen("cpu", bfloat16_units=True, threads=2).applied():
         raise KeyError
     assert now() == before
+
+
+def test_tf32_is_set_as_a_torch_before_2_9_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    products = SimpleNamespace(allow_tf32=False)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", products)
+    with chosen("cuda", bfloat16_units=True).applied():
+        assert products.allow_tf32
+        with exactly("cpu"):
+            assert not products.allow_tf32
+    assert vars(products) == {"allow_tf32": False}
+
+
+def test_a_notebook_that_set_tf32_in_either_way_is_left_as_it_was() -> None:
+    """torch raises where it is asked in the one way for what was set in the other."""
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    try:
+        products.fp32_precision = "tf32"
+        with exactly("cpu"):
+            assert products.fp32_precision == "ieee"
+        assert products.fp32_precision == "tf32"
+        torch.set_float32_matmul_precision("high")
+        with exactly("cpu"):
+            assert products.fp32_precision == "ieee"
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        products.fp32_precision = before
 
 
 def test_exactly_is_float32_under_autocast_too() -> None:
