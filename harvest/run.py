@@ -73,7 +73,8 @@ def harvest(settings: HarvestSettings, report: Report = silent) -> Cache:
             if is_resumed:
                 count = cache.manifest.shard_count
                 log.info("%d of %d shards are there already", count - missing, count)
-                require_disk(output, cache.manifest, min(missing, ring.capacity) if ring else missing)
+                room = ring.capacity - len(cache.shards_at.shard_names()) if ring else missing
+                require_disk(output, cache.manifest, max(0, min(missing, room)))
             if not loaded:
                 load(cache.manifest.revision)
             model, weights = loaded.pop()
