@@ -327,7 +327,7 @@ def write_tiny_contexts(folder: Path) -> Path:
     numbers = {name: [0, 1, 1] for name in ("latent", "rank", "layer", "row", "position", "document", "at")}
     row = {**numbers, **window, "kind": ["chosen"] * 3, "token_class": ["a"] * 3, "activation": [1.0] * 3}
     schema = context_schema()
-    batch = pa.RecordBatch.from_pydict({name: row[name] for name in schema.names}, schema=schema)
+    batch = pa.RecordBatch.from_pydict({name: row.get(name, [None] * 3) for name in schema.names}, schema=schema)
     numbers = {name: [1, 1] for name in latent_schema().names} | {"latent": [0, 1], "histogram": [[1], [1]]}
     latents = pa.table([pa.array(numbers[one.name]).cast(one.type) for one in latent_schema()], latent_schema())
     asked = {**dict.fromkeys(("threshold", "window", "per_class", "min_contexts"), 2), "choose": "rule"}

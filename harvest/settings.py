@@ -33,26 +33,16 @@ class HarvestSettings(LMSettings):
     data: tuple[str, ...] = setting(
         ("Skylion007/openwebtext",),
         MODEL,
-        "A .txt, .parquet or .jsonl file (also .gz, .zst), a folder of them or of save_to_disk, a hub dataset id, or "
-        "demo.",
+        "A .txt, .parquet or .jsonl file (also .gz, .zst), a folder of them or of save_to_disk, a hub id, or demo.",
     )
     mix: tuple[float, ...] = setting(
-        (),
-        MODEL,
-        "Share of the tokens that each of several --data gives.",
-        metavar="X,X…",
-        unset="of one --data, all",
-        gt=0,
+        (), MODEL, "Share of the tokens from each --data.", metavar="X,X…", unset="all from one", gt=0
     )
     data_config: str | None = setting(
         None, MODEL, "Configuration of a hub dataset that has several.", metavar="NAME", unset="its default"
     )
     split: str = setting("train", MODEL, "Split of a hub dataset, or of a folder of save_to_disk.")
-    text_field: str = setting(
-        "text",
-        MODEL,
-        "Field of a text or messages; where it is missing, messages, or chosen and rejected.",
-    )
+    text_field: str = setting("text", MODEL, "Field of a text or of messages; else messages, or chosen and rejected.")
     token_field: str | None = setting(
         None, MODEL, "Field of token ids, used as they are instead of a text.", metavar="TEXT", unset="texts are read"
     )
@@ -63,22 +53,13 @@ class HarvestSettings(LMSettings):
         None, KEPT, 'Layers to keep, such as "4-12" or "4,8,12".', metavar="LIST", unset="n//4 to 3n//4"
     )
     held_out: float = setting(
-        0.05,
-        KEPT,
-        "Share of the rows that train never reads: 0 for training alone, 1 for scoring alone.",
-        ge=0,
-        le=1,
+        0.05, KEPT, "Share of the rows that train never reads; 1 for a cache to score on.", ge=0, le=1
     )
     keep_fields: tuple[str, ...] = setting(
         (), KEPT, "Fields of each document to keep beside where it came from.", commas=True, metavar="NAME,NAME…"
     )
     keep_roles: tuple[str, ...] = setting(
-        (),
-        KEPT,
-        "Keep only tokens that messages of these roles spell.",
-        commas=True,
-        unset="all",
-        metavar="NAME,NAME…",
+        (), KEPT, "Keep only tokens of messages of these roles.", commas=True, unset="all", metavar="NAME,NAME…"
     )
     dtype: str = setting(
         "float16",

@@ -76,7 +76,7 @@ class Context:
     def of_row(cls, row: Mapping[str, Any]) -> Context:
         values = {one.name: row[one.name] for one in fields(cls)}
         listed: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-        listed["fields"] = dict(listed["fields"])
+        listed["fields"] = dict(listed["fields"] or ())
         context = cls(**listed)
         if not 0 <= context.at < len(context.tokens) == len(context.token_ids) == len(context.activations):
             raise ValueError(f"latent {row['latent']} has a context of no token, or of uneven lists")
@@ -229,7 +229,7 @@ class ContextsFile:
                         continue
                 rows = file.read_row_group(group)
                 for name in rows.column_names:
-                    if name not in ("layer", "document", "role", "place") and rows[name].null_count:
+                    if name not in ("layer", "document", "role", "place", "fields") and rows[name].null_count:
                         raise ValueError(f"{name} is missing in a row")
                 if ascending is not None:
                     rows = rows.filter(pc.is_in(rows["latent"], pa.array(ascending, pa.int32())))

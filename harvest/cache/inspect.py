@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 
 from routesae.harvest.cache.reader import Cache
 from routesae.reporting import human_bytes
-
-SUMMED = ("data", "tokens_sum", "tokens_count")
 
 
 class Description(NamedTuple):
@@ -60,21 +58,17 @@ def describe(path: str) -> Description:
 
 def _provenance(cache: Cache) -> dict[str, str]:
     """What is known of the documents: how many tokens each source gave, fields and roles."""
-    manifest = cache.manifest
-    tokens = np.diff(cache.document_starts(), append=manifest.rows * manifest.context)
-    table = pa.table({"data": cache.documents()["data"].cast(pa.string()), "tokens": tokens})
-    sources = table.group_by("data", use_threads=False).aggregate([("tokens", "sum"), ("tokens", "count")])
-    said = [
-        f"{data}, {given / tokens.sum():.1%} of the tokens in {documents:,} documents"
-        for data, given, documents in zip(*(sources[name].to_pylist() for name in SUMMED), strict=True)
-    ]
+    manifest, given, size = cache.manifest, Counter[str](), cache.manifest.rows * cache.manifest.context
+    for data, tokens in zip(
+        cache.documents()["data"].to_pylist(), np.diff(cache.document_starts(), append=size), strict=True
+    ):
+        given[data] += int(tokens)
     counts = np.bincount(cache.roles().reshape(-1), minlength=256) if manifest.roles else ()
-    roles = (f"{role} {count:,} tokens" for role, count in zip(manifest.roles, counts[1:], strict=False))
     facts = {
-        "sources": "; ".join(said),
+        "sources": ", ".join(f"{data} {tokens / size:.1%} of the tokens" for data, tokens in given.items()),
         "token ids": f"as they are in the field {manifest.token_field}" if manifest.token_field else "",
         "fields kept": ", ".join(manifest.keep_fields),
-        "roles": ", ".join(roles),
+        "roles": ", ".join(f"{role} {n:,} tokens" for role, n in zip(manifest.roles, counts[1:], strict=False)),
     }
     return {name: of for name, of in facts.items() if of}
 

@@ -76,7 +76,7 @@ def write_tokens(folder: Path, settings: HarvestSettings, tokenizer: Any, report
             report(Progress("tokenise", rows * settings.context, settings.tokens, "tokens", facts))
         for data, count in counts.items():
             count.check_malformed()
-            if count.documents == 0:
+            if count.documents == 0 and rows < wanted:
                 short = f"{count.short} were empty or shorter than --min-chars {settings.min_chars}"
                 raise WrongInput(f"corpus {data} has no document to use; {short}")
         if rows == 0:

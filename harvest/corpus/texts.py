@@ -150,10 +150,8 @@ def _contents(record: Mapping[str, Any], settings: HarvestSettings) -> dict[str,
     """
     found = {name: _content(record[name], name, settings) for name in _fields_read(record, settings)}
     if not found:
-        what = f"token ids in field {settings.token_field!r}"
-        if settings.token_field is None:
-            what = f"text in field {settings.text_field!r}"
-        raise _Malformed(f"no {what}; its fields are {', '.join(list(record)[:8])}")
+        what, field = ("token ids", settings.token_field) if settings.token_field else ("text", settings.text_field)
+        raise _Malformed(f"no {what} in field {field!r}; its fields are {', '.join(list(record)[:8])}")
     return found
 
 
