@@ -74,6 +74,7 @@ def empty(request: pytest.FixtureRequest, tiny_cache: Cache, int8_cache: Cache, 
 def races_of(
     cache: Cache, monkeypatch: pytest.MonkeyPatch, without: str = "", change: Any = lambda _: None
 ) -> list[str]:
+    monkeypatch.setattr(arrays, "WRITERS", 2)  # of four layers, so that their memory is used again in a shard
     write = arrays.write_array
 
     def slowly(*args: Any, **kwargs: Any) -> None:
