@@ -70,7 +70,7 @@ class Crosscoder(Vanilla):
     @torch.no_grad()
     def centre(self, x: NormalisedLayers) -> None:
         x_ND = torch.cat(list(x), dim=1)
-        self.penalty.start(x_ND)
+        self.start_penalty(x_ND)
         if self.recipe.published:
             return
         median_D = torch.cat([geometric_median(x_nD) for x_nD in x])

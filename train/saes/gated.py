@@ -73,7 +73,7 @@ class Gated(SteeredSAE):
         out = Forward(x_ND, reconstruction_ND, latents, weights_N=weights_N)
         if not self.training:
             return out
-        self.penalty.steer(latents.active_counts.sum() / len(x_ND), self.k)
+        self.steer(latents.active_counts.sum() / len(x_ND))
         if self.recipe.published:
             return out._replace(penalty=mean_over_rows(pairs.by_token(f_P) / self.recipe.latents, weights_N))
         by_gate_ND = pairs.decode(gate_P, self.W_dec_FD.detach(), self.b_dec_D.detach())

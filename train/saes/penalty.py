@@ -18,7 +18,7 @@ import math
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from routesae.train.ranks.distributed import batch_mean
 from routesae.train.saes.sae import Recipe
@@ -29,36 +29,8 @@ START = 2.0
 _TINY = 1e-6  # keeps inputs that are all zero out of 1/0
 
 
-class PenaltyWeight(nn.Module):
-    """λ as a module, so that a steered one is checkpointed with the weights. layers: of a crosscoder."""
-
-    def __init__(self, recipe: Recipe, layers: int = 1):
-        super().__init__()
-        self.fixed = recipe.sparsity
-        self.cost = math.sqrt(layers)  # what f = 1 adds to the penalty
-        # For inputs of norm √C, until `start` sees some.
-        self.register_buffer("steered", torch.tensor(START / (layers * recipe.width * self.cost)))
-        self.steered: Tensor
-
-    @torch.no_grad()
-    def start(self, x_NC: Tensor) -> None:
-        """Set λ for inputs like x_NC, a sample of the normalised ones."""
-        size = torch.linalg.vector_norm(x_NC, dim=1).mean().clamp(min=_TINY)
-        self.steered.copy_(START / (size * math.sqrt(x_NC.shape[1]) * self.cost))
-
-    @torch.no_grad()
-    def steer(self, l0: Tensor, k: int) -> None:
-        """Move λ after a training batch with l0 active latents a token on average."""
-        if self.fixed is None:
-            ratio = (batch_mean(l0) / k).clamp(min=1e-3)
-            self.steered *= torch.exp(RATE * ratio.log().clamp(-1, 1))
-
-    def forward(self, sparsity_factor: float) -> Tensor | float:
-        return self.steered.clone() if self.fixed is None else self.fixed * sparsity_factor
-
-
 class SteeredSAE(SingleLayerSAE):
-    """A dictionary whose forward pass gives a penalty that this λ weighs.
+    """A dictionary whose forward pass gives a penalty that this λ weighs. A steered one is checkpointed as a buffer.
 
     start_bias: the bias that is set so that k latents are active at the start, on a sample of the data.
     """
@@ -68,16 +40,32 @@ class SteeredSAE(SingleLayerSAE):
 
     def __init__(self, recipe: Recipe, generator: torch.Generator | None = None):
         super().__init__(recipe, generator)
-        self.penalty = PenaltyWeight(recipe, self.W_enc_FD.shape[1] // recipe.width)
+        columns = self.W_enc_FD.shape[1]
+        self.cost = math.sqrt(columns // recipe.width)  # what f = 1 adds to the penalty: a crosscoder has L layers
+        # For inputs of norm √C, until `start_penalty` sees some.
+        self.register_buffer("steered", torch.tensor(START / (columns * self.cost)))
+        self.steered: Tensor
+
+    @torch.no_grad()
+    def start_penalty(self, x_NC: Tensor) -> None:
+        """Set λ for inputs like x_NC, a sample of the normalised ones."""
+        size = torch.linalg.vector_norm(x_NC, dim=1).mean().clamp(min=_TINY)
+        self.steered.copy_(START / (size * math.sqrt(x_NC.shape[1]) * self.cost))
+
+    @torch.no_grad()
+    def steer(self, l0: Tensor) -> None:
+        """Move λ after a training batch with l0 active latents a token on average."""
+        if self.recipe.sparsity is None:
+            ratio = (batch_mean(l0) / self.k).clamp(min=1e-3)
+            self.steered *= torch.exp(RATE * ratio.log().clamp(-1, 1))
 
     @torch.no_grad()
     def start_from(self, x_ND: Tensor) -> None:
         super().start_from(x_ND)
-        self.penalty.start(x_ND)
+        self.start_penalty(x_ND)
         if not self.recipe.published:
             bias_F = getattr(self, self.start_bias)
             bias_F.copy_(-least_active(x_ND - self.b_dec_D, self.W_enc_FD, self.k))
 
     def penalty_weight(self, sparsity_factor: float) -> Tensor | float:
-        weight: Tensor | float = self.penalty(sparsity_factor)
-        return weight
+        return self.steered.clone() if self.recipe.sparsity is None else self.recipe.sparsity * sparsity_factor

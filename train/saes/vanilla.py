@@ -31,7 +31,7 @@ class Vanilla(SteeredSAE):
         f_P = z_P.relu()
         latents = Latents(f_P, pairs)
         if self.training:
-            self.penalty.steer(latents.active_counts.sum() / len(x_ND), self.k)
+            self.steer(latents.active_counts.sum() / len(x_ND))
         if self.recipe.published:
             penalty_N = pairs.by_token(f_P) / self.recipe.latents
         else:

@@ -161,14 +161,14 @@ def test_the_published_crosscoder_has_no_decoder_bias_and_unit_rows_a_layer_afte
 def test_training_steers_the_crosscoders_lambda_towards_k_active_latents() -> None:
     sae = make("crosscoder")
     assert isinstance(sae, Crosscoder)
-    before = float(sae.penalty.steered)
+    before = float(sae.steered)
     mean = float((sae(Normalised(normalised())).latents.dense() > 0).sum(1).double().mean())
     assert mean > K  # a half of them are active: λ has to rise
     step = min(1.0, torch.tensor(mean / K).log().item()) / 20
-    assert float(sae.penalty.steered) == pytest.approx(before * torch.tensor(step).exp().item(), rel=1e-5)
+    assert float(sae.steered) == pytest.approx(before * torch.tensor(step).exp().item(), rel=1e-5)
     sae.eval()
     sae(Normalised(normalised()))
-    assert float(sae.penalty.steered) == pytest.approx(before * torch.tensor(step).exp().item(), rel=1e-5)
+    assert float(sae.steered) == pytest.approx(before * torch.tensor(step).exp().item(), rel=1e-5)
 
 
 # ------------------------------------------------------------------------------------------- mlsae and random

@@ -37,7 +37,7 @@ class Tanh(SteeredSAE):
         pairs, z_P = encode_above(x_ND, self.encoder(), torch.zeros_like(self.b_enc_F), self.k)
         latents = Latents(z_P.relu(), pairs)
         if self.training:
-            self.penalty.steer(latents.active_counts.sum() / len(x_ND), self.k)
+            self.steer(latents.active_counts.sum() / len(x_ND))
         penalty_N = pairs.by_token((latents.values_P * pairs.at(self.W_dec_FD.norm(dim=1))).tanh())
         reconstruction_ND = pairs.decode(latents.values_P, self.W_dec_FD, self.b_dec_D)
         return Forward(x_ND, reconstruction_ND, latents, mean_over_rows(penalty_N, weights_N), weights_N=weights_N)

@@ -16,7 +16,6 @@ from routesae.train.saes import SAE, SAES, SINGLE_LAYER, Recipe, RouteSAE, Singl
 from routesae.train.saes.batchtopk import BatchTopK
 from routesae.train.saes.hierarchical import halvings
 from routesae.train.saes.matryoshka import default_prefixes
-from routesae.train.saes.penalty import PenaltyWeight
 from routesae.train.saes.single import geometric_median
 
 L, N, D, LATENTS, K = 3, 24, 10, 32, 4
@@ -396,38 +395,40 @@ def test_a_batch_without_an_active_latent_leaves_the_threshold_finite() -> None:
 def test_lambda_is_steered_by_the_stated_rule() -> None:
     recipe = Recipe(sae="vanilla", layers=(4,), width=D, latents=LATENTS, k=K)
     for active, clipped in ((8.0, None), (2.0, None), (4.0, 0.0), (32.0, 1.0), (0.5, -1.0), (0.0, -1.0)):
-        weight = PenaltyWeight(recipe)
-        before = float(weight(1.0))
-        weight.steer(torch.tensor(active), K)
+        sae = build(recipe)
+        before = float(sae.penalty_weight(1.0))
+        sae.steer(torch.tensor(active))
         change = torch.tensor(active / K).log().item() if clipped is None else clipped
-        assert float(weight(1.0)) == pytest.approx(before * torch.tensor(change / 20).exp().item(), rel=1e-5)
+        assert float(sae.penalty_weight(1.0)) == pytest.approx(
+            before * torch.tensor(change / 20).exp().item(), rel=1e-5
+        )
 
 
 def test_a_steered_lambda_ignores_the_warm_up_and_a_given_one_obeys_it() -> None:
     recipe = Recipe(sae="vanilla", layers=(4,), width=D, latents=LATENTS, k=K)
-    assert float(PenaltyWeight(recipe)(0.25)) == float(PenaltyWeight(recipe)(1.0)) > 0
-    given = PenaltyWeight(recipe.replace(sparsity=0.5))
-    given.steer(torch.tensor(32.0), K)
-    assert [float(given(factor)) for factor in (0.0, 0.25, 1.0)] == [0, 0.125, 0.5]
+    assert float(build(recipe).penalty_weight(0.25)) == float(build(recipe).penalty_weight(1.0)) > 0
+    given = build(recipe.replace(sparsity=0.5))
+    given.steer(torch.tensor(32.0))
+    assert [float(given.penalty_weight(factor)) for factor in (0.0, 0.25, 1.0)] == [0, 0.125, 0.5]
 
 
 @pytest.mark.parametrize("case", ["vanilla", "gated"])
 def test_training_batches_steer_lambda_by_the_latents_they_found_active_and_others_do_not(case: str) -> None:
     sae = make(case, sparsity=None)
-    before = float(sae.penalty.steered)
+    before = float(sae.steered)
     out = sae(Normalised(normalised()))
     mean = float((f_of(out) > 0).sum(1).double().mean())
     assert mean != K
     ratio = torch.tensor(mean / K).log().clamp(-1, 1)
     after = before * float((ratio / 20).exp())
-    assert float(sae.penalty.steered) == pytest.approx(after, rel=1e-5)
+    assert float(sae.steered) == pytest.approx(after, rel=1e-5)
     fixed = make(case, sparsity=after)
     assert sae.loss(out, NONE_DEAD).total.item() == pytest.approx(
         fixed.loss(fixed(normalised()), NONE_DEAD).total.item(), rel=1e-5
     )
     sae.eval()
     sae(Normalised(normalised(seed=1)))
-    assert float(sae.penalty.steered) == pytest.approx(after, rel=1e-6)
+    assert float(sae.steered) == pytest.approx(after, rel=1e-6)
 
 
 @pytest.mark.parametrize("case", ["vanilla", "gated", "jumprelu lambda", "jumprelu target"])
@@ -464,7 +465,7 @@ def test_a_latent_of_twice_the_size_of_a_pre_activation_starts_worth_its_penalty
     f = 2 * x_NC.norm(dim=1).mean() / (layers * D) ** 0.5
     decoder_norms = layers**0.5  # of a unit row over all layers, the same in each
     worth = (f / x_NC.norm(dim=1).mean()) ** 2  # what NormMSE falls by at most
-    assert float(sae.penalty.steered) * float(f) * decoder_norms == pytest.approx(float(worth), rel=1e-5)
+    assert float(sae.steered) * float(f) * decoder_norms == pytest.approx(float(worth), rel=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------- fold_scale
