@@ -255,6 +255,8 @@ def test_windows_give_every_token_once_and_mix_only_their_own_shards(position_ca
     order = [of_plan.pop() for of_plan in mixed]
     assert order == sorted(order)
     assert max(order) == (len(selection.indices) - 1) // window
+    begins = [[block.first for plan in plans for block in plan if block.shard // window == at] for at in range(2)]
+    assert begins[0] != begins[1]  # each in an order of its own
 
 
 def test_no_window_ends_with_a_small_batch(position_cache: Cache) -> None:
