@@ -396,6 +396,7 @@ def test_the_example_is_one() -> None:
     assert [run.sae for run in settings.train.runs] == ["topk", "routesae"]
     assert settings.analyze is not None
     assert "KLDiv" in settings.analyze.metrics
+    assert read_pipeline(str(Path(__file__).parents[3] / "examples/three-corpora.toml")).contexts is not None
 
 
 def test_one_file_trains_on_one_corpus_scores_on_another_and_reads_a_third(
