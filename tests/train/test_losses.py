@@ -124,7 +124,7 @@ def test_a_line_of_the_log_has_the_objectives_own_numbers_weighted_by_tokens(tmp
             out = sae(Normalised(torch.randn(1, tokens, D, generator=torch.Generator().manual_seed(tokens))))
             objective = Objective(torch.tensor(total), torch.tensor(error))
             log.add(out, objective, out.latents.active_counts, tokens, 1e-3, 1)
-    log.write(2, torch.zeros(()))
+    log.write(2, 0)
     log.close()
     (line,) = map(json.loads, (tmp_path / METRICS_FILE).read_text().splitlines())
     assert line["norm_mse"] == pytest.approx((0.5 * 30 + 0.25 * 10) / 40)
