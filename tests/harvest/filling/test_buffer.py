@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from routesae.harvest.cache import arrays, quantise
+from routesae.harvest.cache.manifest import CHUNK_HASHES, shard_arrays, shard_name
 from routesae.harvest.cache.reader import Cache
+from routesae.harvest.cache.writer import write_shard
 from routesae.harvest.filling.buffer import ShardBuffer, Staging
 from routesae.harvest.lm.model import LanguageModel
 from routesae.tests.card import CUDA, card_in, noting
@@ -124,3 +126,28 @@ def test_staged_memory_is_used_again_when_it_is_written_and_not_before(
         del staging.layers[1:]
 
     assert "stream 1 writes what a thread is reading or writing" in races_of(empty, monkeypatch, change=too_few)
+
+
+def test_an_array_is_asked_for_once_the_one_that_many_before_it_is_written(
+    tiny_cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arrays, "WRITERS", 2)
+    write, done = arrays.write_array, set[str]()
+
+    def slowly(folder: Path, *args: Any, **kwargs: Any) -> None:
+        time.sleep(0.01)
+        write(folder, *args, **kwargs)
+        done.add(folder.name)
+
+    monkeypatch.setattr(arrays, "write_array", slowly)
+    shard = tiny_cache.shard(0)
+    names = [name for name in shard_arrays(tiny_cache.manifest) if name != CHUNK_HASHES]
+
+    def values() -> Iterator[tuple[str, Any]]:
+        for at, name in enumerate(names):
+            assert done >= set(names[: max(0, at - 1)])
+            yield name, np.array(shard.read(name))
+
+    record = write_shard(tmp_path, tiny_cache.manifest, 0, values(), lambda hashes: shard.record)
+    assert record == shard.record
+    assert contents(tmp_path / shard_name(0)) == contents(tiny_cache.path / shard_name(0))
