@@ -320,7 +320,7 @@ def _finish(trainee: Trainee, sae: SAE, settings: TrainSettings, cache: Cache, r
         )
     sae.fold()
     held_out = None
-    if manifest.train_rows < manifest.rows:
+    if cache.kept(manifest.train_rows, manifest.rows).any():
         held_out = score_on_cache(sae, cache, manifest.train_rows, manifest.rows, report)
         if not math.isfinite(held_out.norm_mse):
             raise FailedRun(f"training ended with a NormMSE of {held_out.norm_mse}; lower --lr {job.lr}")
