@@ -63,6 +63,10 @@ class Adam:
                 maximize=False,
             )
 
+    def zero_grad(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
     def tensors(self) -> dict[str, Tensor]:
         """By name, for a checkpoint."""
         named: dict[str, Tensor] = {}

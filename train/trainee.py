@@ -102,7 +102,7 @@ class Trainee:
             with torch.autocast(self.device.type, torch.bfloat16, self.arithmetic.precision == "bfloat16"):
                 out = sae(hidden)
                 objective = sae.loss(out, self.dead_d, warmth)
-            sae.zero_grad()
+            self.adam.zero_grad()  # the divided parameters, which a forward pass hides from the SAE
             objective.total.backward()  # type: ignore[no-untyped-call]
             if not self.divided:  # else the backward pass has summed them
                 self.ranks.sum_gradients(self.trained)
