@@ -16,7 +16,7 @@ import click
 from routesae import __version__
 from routesae.console.commands import BLOCKS, CONFIG, DRY_RUN, JSON, PIPELINE, WATCH, Commands, command, watching
 from routesae.console.terminal import columns, echo, side_by_side, table
-from routesae.reporting import FailedRun, human_bytes, visible
+from routesae.reporting import FailedRun, human_bytes, shortened, visible
 
 TOKENS_OF = {"held-out": "held-out tokens", "all": "tokens of all rows"}
 
@@ -118,7 +118,9 @@ def analyze(settings: Any, results: dict[str, Any]) -> None:
     Example: routesae analyze --metric KLDiv --metric Recovered --tokens 20k --json scores.json
     """
     echo(*table(results["saes"], *directions()))
-    echo(f"on {results['tokens_scored']:,} {TOKENS_OF[results['rows']]} of {results['cache']['corpus']}")
+    echo(
+        f"on {results['tokens_scored']:,} {TOKENS_OF[results['rows']]} of {shortened(results['cache']['corpus'], 40)}"
+    )
 
 
 @command(main, "analyze.clamp.settings:ClampSettings", JSON, WATCH, run="analyze.clamp.run:clamp")
@@ -156,7 +158,7 @@ def compare(settings: Any, found: Any) -> None:
     """
     echo(*str(found).split("\n"))
     echo(f"A: {found['a']}", f"B: {found['b']}")
-    echo(f"on {found['tokens']:,} {TOKENS_OF[found['rows']]} of {found['corpus']}")
+    echo(f"on {found['tokens']:,} {TOKENS_OF[found['rows']]} of {shortened(found['corpus'], 40)}")
 
 
 @command(main, "analyze.contexts.settings:ContextSettings", JSON, BLOCKS, WATCH, run="analyze.contexts.run:contexts")

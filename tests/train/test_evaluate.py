@@ -294,8 +294,11 @@ def test_rows_without_a_kept_token_are_refused(tiny_cache: Cache) -> None:
         score_on_cache(topk(tiny_cache), tiny_cache, 9999, 10001)
 
 
-def test_a_cache_with_a_missing_shard_is_refused(tiny_cache: Cache, tmp_path: Path) -> None:
+def test_rows_of_a_missing_shard_are_refused_and_others_are_not(tiny_cache: Cache, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(tiny_cache.path, tmp_path / "shards"))
     shutil.rmtree(copy / "shard-00001")
+    first, after = tiny_cache.manifest.shard_range(1)
     with pytest.raises(WrongInput, match="shard-00001"):
-        score_on_cache(topk(tiny_cache), Cache(copy), 0, 10)
+        score_on_cache(topk(tiny_cache), Cache(copy), first - 1, after)
+    scores = [score_on_cache(topk(tiny_cache), cache, 0, first).norm_mse for cache in (Cache(copy), tiny_cache)]
+    assert scores[0] == scores[1]

@@ -90,8 +90,8 @@ class Selection:
     def __init__(self, cache: Cache, first_row: int, after_row: int, layers: Sequence[int], *, growing: bool = False):
         self.cache, self.layers, self._bounds = cache, tuple(layers), (first_row, after_row)
         cache.require_layers(layers)
-        size = cache.manifest.shard_rows
-        self.indices = range(first_row // size, -(-after_row // size) if first_row < after_row else 0)
+        size, after = cache.manifest.shard_rows, min(after_row, cache.manifest.rows)
+        self.indices = range(first_row // size, -(-after // size) if first_row < after else 0)
         self.shards: dict[int, Shard] = {}
         self.rows: dict[int, npt.NDArray[np.int64] | None] = {}  # None: all of the shard's rows, in order
         self._counts: dict[int, int] = {}
