@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--shard-tokens", type=int, default=4096, help="Of the LM's rounds.")
     parser.add_argument("--writer-tokens", type=int, default=32_768, help="Of the shard that the writer writes.")
+    parser.add_argument("--layers", help="Such as 15 or 7-22; the middle half if absent.")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--lm-dtype", default="auto")
     parser.add_argument(
@@ -66,6 +67,7 @@ def main() -> None:
         context=args.context,
         tokens=args.shard_tokens * SHARDS_A_ROUND,
         shard_tokens=args.shard_tokens,
+        layers=args.layers,
         device=args.device,
         lm_dtype=args.lm_dtype,
     )
