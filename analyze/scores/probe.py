@@ -88,11 +88,13 @@ def probe(
 def labelled(cache: Cache, field: str | None, first: int, after: int) -> tuple[npt.NDArray[np.int64], Labels]:
     """Numbers of documents first … after-1 that have a label, and those. Raises WrongInput if they are too few."""
     fields = cache.manifest.keep_fields
+    if not fields:
+        raise WrongInput(f"Probe needs labels, and {cache.path} keeps no field of its documents; harvest --keep-fields")
     if field is None and len(fields) != 1:
-        raise WrongInput(f"Probe needs one field of the documents; give --label, of {', '.join(fields) or 'none'}")
+        raise WrongInput(f"Probe needs one field of the documents; give --label, of {', '.join(fields)}")
     field = fields[0] if field is None else field
     if field not in fields:
-        kept = ", ".join(fields) or "none"
+        kept = ", ".join(fields)
         raise WrongInput(f"--label {field} was not kept of {cache.path}'s documents ({kept}); harvest --keep-fields")
     found: npt.NDArray[Any] = np.array(cache.documents()[field].to_pylist()[first:after], dtype=object)
     number_m = np.flatnonzero([name is not None for name in found])
