@@ -27,6 +27,7 @@ from routesae.harvest.cache.arrays import write_group
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.settings import HarvestSettings
 from routesae.machine.files import read_json
+from routesae.reporting import shortened
 from routesae.tests.processes import Command
 from routesae.train.folder.checkpoint import save_sae
 from routesae.train.run import train
@@ -260,7 +261,7 @@ def test_table_and_json_hold_the_same_numbers(
     header, units, _, *lines, last = result.stdout.splitlines()
     assert units.split() == ["nats"] * 4
     scores = json.loads(file.read_text())
-    assert last == f"on {scores['tokens_scored']:,} held-out tokens of {tiny_cache.manifest.corpus}"
+    assert last == f"on {scores['tokens_scored']:,} held-out tokens of {shortened(tiny_cache.manifest.corpus, 40)}"
     assert len(lines) == len(scores["saes"]) == 2
     for line, row in zip(lines, scores["saes"], strict=True):
         shown = dict(zip(header.split(), re.split(r"\s{2,}", line.strip()), strict=True))

@@ -89,7 +89,7 @@ def labelled(cache: Cache, field: str | None, first: int, after: int) -> tuple[n
     """Numbers of documents first … after-1 that have a label, and those. Raises WrongInput if they are too few."""
     fields = cache.manifest.keep_fields
     if not fields:
-        raise WrongInput(f"Probe needs labels, and {cache.path} keeps no field of its documents; harvest --keep-fields")
+        raise WrongInput(f"Probe needs labels, and {cache.path} keeps no field of documents; harvest --keep-fields")
     if field is None and len(fields) != 1:
         raise WrongInput(f"Probe needs one field of the documents; give --label, of {', '.join(fields)}")
     field = fields[0] if field is None else field
