@@ -783,7 +783,7 @@ def links(world: World, trials: int, total: int) -> Iterator[Row]:
             row.trials += 1
             row.faults += planted
             row.ended(done, f"{stage}")
-            if victim.read_text() != "precious":
+            if victim.read_bytes() != b"precious":
                 row.bad["wrong"].append(f"{stage}: a file elsewhere was overwritten")
             shutil.rmtree(where)
     yield row
