@@ -42,6 +42,7 @@ CHUNK_ROWS = 256
 # Arrays of a shard to write at once, a thread each. A thread copies 1.6 to 2.2 GB/s into the page cache, and an NVMe
 # disk takes 3 to 7; more threads would only take cores and, where there is a GPU, pinned memory of a layer each.
 WRITERS = 4
+GROUP = {"zarr_format": 3, "node_type": "group"}  # what a group's zarr.json says beside its attributes
 CHECKSUM_DIFFERS = "checksum differs from the one recorded"
 NO_FSYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF)  # what file systems say that lack it for folders
 _MOST_CHUNKS = 1 << 20  # of an array: an index of 16 MB, for 268 million rows
@@ -192,7 +193,7 @@ def write_metadata(folder: Path, metadata: Mapping[str, Any], attributes: Mappin
 def group_metadata(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """The zarr.json of a group. Its attributes get another, `checksum`, of all others."""
     signed = {**attributes, "checksum": _checksum(attributes)}
-    return {"attributes": signed, "zarr_format": 3, "node_type": "group"}
+    return {"attributes": signed, **GROUP}
 
 
 def write_group(folder: Path, attributes: Mapping[str, Any]) -> None:
@@ -209,10 +210,10 @@ def read_group(data: bytes, unsigned_formats: Container[int | None] = ()) -> dic
     """
     try:
         metadata = parse_json(data)
-        attributes, kind = metadata["attributes"], metadata["node_type"]
+        attributes, kind = metadata["attributes"], {name: metadata[name] for name in GROUP}
     except (ValueError, KeyError, TypeError):
         attributes = kind = None
-    if kind != "group" or not isinstance(attributes, dict):
+    if kind != GROUP or not isinstance(attributes, dict):
         raise BadArray("zarr.json missing or unreadable")
     checksum = attributes.pop("checksum", None)
     if checksum != _checksum(attributes) and attributes.get("format_version") not in unsigned_formats:
