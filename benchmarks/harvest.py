@@ -42,12 +42,13 @@ from routesae.machine.device import pick_device, pick_lm_dtype
 from routesae.reporting import silent
 from routesae.tests.shards import NO_STATISTICS, float_shard
 
-SHARDS_A_ROUND = 4  # the last one's writing has nothing to hide beside, as in a harvest of thousands
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--shards", type=int, default=4, help="A round. Beginning and the last one's writing hide not."
+    )
     parser.add_argument("--model", default="demo")
     parser.add_argument("--data", default="demo")
     parser.add_argument("--context", type=int, default=256)
@@ -65,7 +66,7 @@ def main() -> None:
         model=args.model,
         data=args.data,
         context=args.context,
-        tokens=args.shard_tokens * SHARDS_A_ROUND,
+        tokens=args.shard_tokens * args.shards,
         shard_tokens=args.shard_tokens,
         layers=args.layers,
         device=args.device,
@@ -93,7 +94,7 @@ def beside_the_lm(cache: Cache, settings: HarvestSettings, device: torch.device,
     manifest = cache.manifest
     model = lm.load_lm(settings.model, device=device, lm_dtype=manifest.lm_dtype)
     model = lm.cut_after(model, manifest.layers[-1])
-    shards = list(range(SHARDS_A_ROUND))
+    shards = list(range(manifest.shard_count))
 
     def harvested() -> None:
         with Claims(cache.path) as claims:

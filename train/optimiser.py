@@ -42,8 +42,8 @@ class Adam:
         self.squares = [torch.zeros_like(p, requires_grad=False) for p in self.parameters]
 
     @torch.no_grad()
-    def step(self, lr: float) -> None:
-        """One step of every parameter that has a gradient."""
+    def step(self, lr: float, divisor: Tensor | None = None) -> None:
+        """One step of every parameter that has a gradient, which is first divided by `divisor`, in the same pass."""
         for factor in sorted(set(self.factors)):
             at = [i for i, p in enumerate(self.parameters) if self.factors[i] == factor and p.grad is not None]
             adam(
@@ -61,6 +61,7 @@ class Adam:
                 weight_decay=0.0,
                 eps=self.epsilon,
                 maximize=False,
+                grad_scale=divisor,
             )
 
     def zero_grad(self) -> None:

@@ -107,9 +107,7 @@ class Trainee:
             if not self.divided:  # else the backward pass has summed them
                 self.ranks.sum_gradients(self.trained)
             sae.project_gradient()
-            if self.clip:
-                torch.nn.utils.clip_grad_norm_(self.trained, self.clip / sae.recipe.width)
-            self.adam.step(lr)
+            self.adam.step(lr, self._gradient_over_clip() if self.clip else None)
             torch.clear_autocast_cache()  # of the weights as they were; a caller's own autocast would keep it
             counts_F += out.latents.active_counts
             objectives.append(objective)
@@ -119,6 +117,11 @@ class Trainee:
         mean = Objective(*(torch.stack(parts).detach().mean() for parts in zip(*objectives, strict=True)))
         self.log.add(out, mean, counts_F if sae.turns == 1 else counts_F / sae.turns, tokens, lr, step)
         self._find_dead()
+
+    def _gradient_over_clip(self) -> Tensor:
+        """What to divide the gradient by: how many times the clip its norm is, or 1."""
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
+        return (whole(norm) * (self.sae.recipe.width / self.clip)).clamp(min=1.0)
 
     def _find_dead(self) -> None:
         """What a step ends with: alone of all in a step over all pairs it waits for the device."""

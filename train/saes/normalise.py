@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from routesae.train.sparse.pairs import Frame
+from routesae.train.sparse.policy import WEIGHTED_CHUNK_ROWS
 
 NORMALIZATIONS = ("token", "dataset", "none")
 EPSILON = 1e-6
-WEIGHTED_CHUNK_ROWS = 256
 
 
 def normalise(hidden_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -21,12 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from routesae.train.sparse.policy import exactly
+from routesae.train.sparse.policy import COLUMNS, MANY_PAIRS, exactly
 from routesae.train.sparse.search import row_products
-
-# From so many pairs a token on, a CPU sums rows a few columns at a time: those of all rows then lie near a core, and
-# each is read again and again (benchmarks/steps.py: up to twice as fast; with fewer pairs no faster).
-MANY_PAIRS, COLUMNS = 64, 64
 
 
 class Frame(NamedTuple):

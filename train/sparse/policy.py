@@ -41,6 +41,10 @@ SPARSE_BELOW = {"cpu": 1 / 12, "bfloat16": 1 / 590, "tf32": 1 / 295, "float32": 
 # At fewer rows the encoder is fetched from memory too often, at more their product leaves the cores' caches
 # (benchmarks/steps.py on a Xeon: 256 rows 1.3 times slower).
 CPU_CHUNK_ROWS = {torch.float32: 512, torch.bfloat16: 2048}
+WEIGHTED_CHUNK_ROWS = 256  # of every layer, that a CPU adds up at a time
+# From so many pairs a token on, a CPU sums rows a few columns at a time: those of all rows then lie near a core, and
+# each is read again and again (benchmarks/steps.py: up to twice as fast; with fewer pairs no faster).
+MANY_PAIRS, COLUMNS = 64, 64
 
 
 class Arithmetic(Settings):
