@@ -99,9 +99,10 @@ class HarvestSettings(LMSettings):
         return " + ".join(mixed if len(self.data) > 1 else self.data)
 
     def check(self) -> None:
-        if len(set(self.data)) != (len(self.mix) or 1):
+        vars(self)["data"] = tuple(dict.fromkeys(self.data))
+        if len(self.data) != (len(self.mix) or 1):
             shares = f"{len(self.mix)} shares of --mix" if self.mix else "no --mix"
-            several = f"{len(set(self.data))} different --data and {shares}"
+            several = f"{len(self.data)} different --data and {shares}"
             raise WrongInput(f"{several}; give a share for each, such as --mix 0.7,0.3")
         if taken := set(self.keep_fields) & set(PROVENANCE):
             raise WrongInput(f"--keep-fields {min(taken)} is the name of a column that every cache has; rename it")

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import fcntl
 import glob
+import hashlib
 import json
 import math
 import os
 import secrets
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
@@ -55,6 +56,12 @@ def read_bytes(path: Path | str, largest: int = LARGEST_BYTES) -> bytes:
 def read_json(path: Path | str, largest: int = LARGEST_BYTES) -> Any:
     """Read a JSON file. Raises BadFile if it is not plain JSON, OSError if it cannot be read."""
     return parse_json(read_bytes(path, largest))
+
+
+def file_hash(path: Path | str, kind: Callable[[], Any] = xxhash.xxh3_128) -> str:
+    """Hash the bytes of a regular file, a piece at a time. Raises as `open_regular`."""
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, kind).hexdigest()
 
 
 def parse_json(data: bytes) -> Any:

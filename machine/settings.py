@@ -207,12 +207,16 @@ def _from_text(of: type[Settings], name: str, value: Any) -> Any:
         if isinstance(value, str) and (kind in (int, float) or (one and one.commas)):
             value = [item.strip() for item in value.split(",")]
         items = value if isinstance(value, list | tuple) else [value]
+        if one and one.commas:
+            items = [item for at, item in enumerate(items) if item not in items[:at]]
         return tuple(_read(item, kind, one.choices if one else ()) for item in items)
     except ValueError as error:
         raise WrongInput(f"{flag_of(of, name)} {error}") from None
 
 
 def _read(value: Any, kind: Any, choices: Collection[str]) -> Any:
+    if value == "" and kind is str:
+        raise ValueError("'' is empty; give a value or leave it out")
     if isinstance(value, PurePath) and kind is str:
         return str(value)
     if isinstance(value, str) and choices and value not in choices:

@@ -22,13 +22,13 @@ import logging
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from routesae.analyze.clamp.settings import ClampSettings
 from routesae.analyze.inputs.lm import require_unicode
-from routesae.harvest.corpus.chat import BadConversation, Message, messages_of
+from routesae.harvest.corpus.chat import BadConversation, Message, hh_messages, messages_of
 from routesae.machine.files import BadFile, open_regular, parse_json
 from routesae.reporting import FailedRun, WrongInput
 
@@ -135,9 +135,9 @@ def _conversation(messages: Sequence[Message], origin: str, replies: Mapping[str
 
 
 def hh_turns(conversation: str) -> list[tuple[str, str]]:
-    """Each human turn with the assistant's reply; a turn without a reply is left out."""
-    parts = [part.partition(ASSISTANT) for part in f"\n\n{conversation.strip()}".split(HUMAN)[1:]]
-    return [(human.strip(), reply.strip()) for human, mark, reply in parts if mark]
+    """Each human message with the assistant's reply; one without a reply is left out."""
+    pairs = pairwise(hh_messages(conversation))
+    return [(one["content"], reply["content"]) for one, reply in pairs if one["role"] == "user"]
 
 
 def _hh_prompts(chosen: str, rejected: str, origin: str, hh: str) -> list[Prompt]:

@@ -27,8 +27,7 @@ from typing import TYPE_CHECKING, Any
 import regex
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 
-from routesae.analyze.inputs.identity import file_hash
-from routesae.machine.files import problem_of, read_signed, refuse_link, replacing, signed, write_json
+from routesae.machine.files import file_hash, problem_of, read_signed, refuse_link, replacing, signed, write_json
 from routesae.reporting import WrongInput, visible
 
 if TYPE_CHECKING:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from importlib.metadata import version
-from pathlib import Path
 from platform import python_version
 from typing import Any
 
@@ -13,7 +11,6 @@ import xxhash
 
 from routesae import __version__
 from routesae.harvest.cache.reader import Cache
-from routesae.machine.files import open_regular
 from routesae.train.saes import SAE
 
 
@@ -42,9 +39,3 @@ def versions() -> dict[str, str]:
     """Of all that decides a number."""
     others = {package: version(package) for package in ("torch", "transformers", "numpy")}
     return {"python": python_version(), "routesae": __version__, **others}
-
-
-def file_hash(path: Path) -> str:
-    """xxh3-128 of its bytes. Raises BadFile if it is not a regular file."""
-    with open_regular(path) as file:
-        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()

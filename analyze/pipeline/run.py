@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from routesae.analyze.contexts.file import FACTS, PARTS, place_of
 from routesae.analyze.contexts.run import contexts
-from routesae.analyze.inputs.identity import cache_identity, file_hash
+from routesae.analyze.inputs.identity import cache_identity
 from routesae.analyze.interpret.ledger import LINES, SUMMARY
 from routesae.analyze.interpret.run import interpret
 from routesae.analyze.interpret.summary import read_summary, require_answers
@@ -31,7 +31,7 @@ from routesae.analyze.scores.run import analyze
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.run import harvest
 from routesae.harvest.settings import HarvestSettings
-from routesae.machine.files import problem_of, read_signed, signed, write_json
+from routesae.machine.files import file_hash, problem_of, read_signed, signed, write_json
 from routesae.machine.lock import hold
 from routesae.reporting import Report, WrongInput, silent
 from routesae.train.folder.checkpoint import CONFIG, find_saes, read_config

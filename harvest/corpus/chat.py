@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 from routesae.reporting import WrongInput
@@ -27,22 +29,31 @@ MARK, NO_CHARACTER = re.compile(f"{OPEN}([0-9]+){NUMBERED}|{CLOSE}"), re.compile
 FORM = 'messages are not a list such as [{"role": "user", "content": "Hello"}]'
 TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):")  # of HH-RLHF
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+LONGEST_ROLE = 100  # characters: the manifest names every role
 
 
 class BadConversation(ValueError):
     """Says in one line why it cannot be used."""
 
 
+def hh_messages(text: str) -> list[Message]:
+    """The messages of a text of HH-RLHF; none if it does not begin with a turn.
+
+    What one speaker says in several turns in a row is one message: many chat templates want speakers to alternate.
+    """
+    head, *turns = TURN.split(text.strip())
+    of_speaker = groupby(zip(turns[::2], turns[1::2], strict=True), itemgetter(0)) if not head else ()
+    return [
+        {"role": SPEAKERS[name], "content": "\n\n".join(said.strip() for _, said in several)}
+        for name, several in of_speaker
+    ]
+
+
 def messages_of(value: Any) -> list[Message]:
     """A conversation as chat templates take it: from a list of messages, whose contents may be lists of text parts,
     or from a text of HH-RLHF, "\\n\\nHuman: …\\n\\nAssistant: …". Raises BadConversation for anything else."""
     if isinstance(value, str):
-        head, *turns = TURN.split(value)
-        value = [
-            {"role": SPEAKERS[name], "content": said.strip()}
-            for name, said in zip(turns[::2], turns[1::2], strict=True)
-            if not head.strip()
-        ]
+        value = hh_messages(value)
     if not isinstance(value, Sequence) or not value or not all(isinstance(message, Mapping) for message in value):
         raise BadConversation(f"{FORM} nor a text of HH-RLHF, which begins with \\n\\nHuman:")
     messages = list[Message]()
@@ -53,7 +64,8 @@ def messages_of(value: Any) -> list[Message]:
             content = "".join(map(str, parts)) if all(isinstance(part, str) for part in parts) else None
         if message.get("tool_calls") or message.get("function_call"):
             raise BadConversation(f"{FORM}: message {number} calls a tool; render such conversations as text")
-        if not isinstance(role, str) or not role or not isinstance(content, str) or NO_CHARACTER.search(content):
+        is_role = isinstance(role, str) and 0 < len(role) <= LONGEST_ROLE
+        if not is_role or not isinstance(content, str) or NO_CHARACTER.search(content):
             raise BadConversation(f"{FORM}: message {number} has no role, or a content that is not text")
         given = {name: of for name, of in message.items() if of is not None}  # tables have nulls
         messages.append({**given, "content": content})
@@ -71,7 +83,8 @@ def filled(tokenizer: Any, messages: Sequence[Message], *, reply: bool = False) 
         raise WrongInput("this LM's tokenizer has no chat template for messages; give a text")
     try:
         text: str = tokenizer.apply_chat_template(list(messages), add_generation_prompt=reply, tokenize=False)
-    except (TemplateError, TypeError) as refusal:  # TypeError: it adds a text to what a message lacks
+        text.encode()  # no tokenizer takes a lone surrogate
+    except (TemplateError, TypeError, ValueError) as refusal:  # TypeError: it adds a text to what a message lacks
         raise BadConversation(f"the chat template refuses it ({refusal})") from None
     return text
 

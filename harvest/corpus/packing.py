@@ -6,7 +6,7 @@ Dimension letters: S rows of tokens, T context, B rows a write.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ import xxhash
 from routesae.harvest.cache import arrays
 from routesae.harvest.cache.manifest import DOCUMENTS, ROLES, STARTS, TOKENS, kept_positions
 from routesae.harvest.corpus.texts import TextCounts, read_documents
-from routesae.harvest.corpus.tokens import Fingerprint, Tokenised, framing, pack, tokenize
+from routesae.harvest.corpus.tokens import Fingerprint, Framing, Row, Tokenised, framing, pack, tokenize
 from routesae.harvest.settings import PROVENANCE, HarvestSettings
+from routesae.machine.files import file_hash
 from routesae.reporting import Progress, Report, WrongInput
 
 log = logging.getLogger(__name__)
@@ -27,21 +28,18 @@ ROWS_A_WRITE = 4 * arrays.CHUNK_ROWS
 
 
 def write_tokens(folder: Path, settings: HarvestSettings, tokenizer: Any, report: Report) -> dict[str, Any]:
-    """Write all that a cache has beside its shards below `folder`; return the manifest's fields about it."""
+    """Write all that a cache has beside its shards below `folder`; return the manifest's fields about it.
+
+    Raises WrongInput for a corpus that gives nothing to keep, and as `read_documents`.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     frame, fingerprint, roles = framing(tokenizer), Fingerprint(), dict[str, int]()
     counts = {data: TextCounts() for data in settings.data}
-    asked: dict[str, Any] = {"roles": roles, "needs_roles": bool(settings.keep_roles)}
-    sources = {
-        data: tokenize(read_documents(data, settings, count), tokenizer, frame, counts=count, **asked)
-        for data, count in counts.items()
-    }
-    documents = fingerprint.hashing(mixed(sources, settings.mix or (1.0,)))
-    wanted = settings.tokens // settings.context  # no document is read beyond what these rows need
-    packed = islice(pack(documents, context=settings.context, row_start=frame.row_start), wanted)
-    dropped = () if settings.keep_special else frame.special_ids
+    packed = _rows(settings, tokenizer, frame, fingerprint, counts, roles)
+    keeps: dict[str, Any] = {name: getattr(settings, name) for name in ("skip_positions", "keep_roles")}
+    keeps["dropped_ids"] = () if settings.keep_special else frame.special_ids
     starts, chunks, fields_seen = list[int](), list[tuple[arrays.ChunkHashes, arrays.ChunkHashes]](), set[str]()
     kept = rows = 0
     schema = pa.schema([(name, pa.string()) for name in (*PROVENANCE, *settings.keep_fields)])
@@ -51,49 +49,21 @@ def write_tokens(folder: Path, settings: HarvestSettings, tokenizer: Any, report
         pq.ParquetWriter(folder / "documents", schema, compression="zstd") as provenance,
     ):
         while block := list(islice(packed, ROWS_A_WRITE)):
-            begun = list[dict[str, str | None]]()
-            for row in block:
-                starts += [rows * settings.context + position for position, _ in row.starts]
-                begun += [{"data": one.data, "place": one.place, **one.fields} for _, one in row.starts]
-                rows += 1
-            provenance.write_table(pa.Table.from_pylist(begun, schema))
-            fields_seen |= {name for one in begun for name, value in one.items() if value is not None}
+            begun = [(number, *start) for number, row in enumerate(block, rows) for start in row.starts]
+            starts += [number * settings.context + position for number, position, _ in begun]
+            places = [{"data": one.data, "place": one.place, **one.fields} for _, _, one in begun]
+            provenance.write_table(pa.Table.from_pylist(places, schema))
+            fields_seen |= {name for place in places for name, value in place.items() if value is not None}
             token_ids_BT = np.stack([row.token_ids_T for row in block])
             roles_BT = np.stack([row.roles_T for row in block])
-            is_kept_BT = kept_positions(
-                token_ids_BT,
-                dropped_ids=dropped,
-                skip_positions=settings.skip_positions,
-                roles_ST=roles_BT,
-                roles=tuple(roles),
-                keep_roles=settings.keep_roles,
-            )
-            kept += int(is_kept_BT.sum())
+            kept += int(kept_positions(token_ids_BT, roles_ST=roles_BT, roles=tuple(roles), **keeps).sum())
             tokens.write(token_ids_BT)
             of_tokens.write(roles_BT)
             chunks.append((arrays.chunk_hashes(token_ids_BT), arrays.chunk_hashes(roles_BT)))
+            rows += len(block)
             facts = {"documents": f"{sum(count.documents for count in counts.values()):,}"}
             report(Progress("tokenise", rows * settings.context, settings.tokens, "tokens", facts))
-        for data, count in counts.items():
-            count.check_malformed()
-            if count.documents == 0 and rows < wanted:
-                short = f"{count.short} were empty or shorter than --min-chars {settings.min_chars}"
-                raise WrongInput(f"corpus {data} has no document to use; {short}")
-        if rows == 0:
-            raise WrongInput(
-                f"corpus {settings.corpus} is too small for one row of {settings.context} tokens; "
-                "give a smaller --context or more text"
-            )
-        if absent := set(settings.keep_fields) - fields_seen:
-            raise WrongInput(f"--keep-fields {min(absent)}: no document of {settings.corpus} has that field")
-        if kept == 0 and settings.keep_roles:
-            raise WrongInput(
-                f"--keep-roles {','.join(settings.keep_roles)}: no token is of such a role; "
-                f"{settings.corpus} has {', '.join(roles) or 'no conversations'}"
-            )
-    if rows < wanted:
-        held = f"{rows * settings.context:,} tokens, not the {settings.tokens:,} asked for; all of them are used"
-        log.warning("%s holds %s", settings.corpus, held)
+    _require_use(settings, counts, rows, kept, fields_seen, roles)
     document_starts = np.array(starts, "<i8")
     arrays.write_array(folder / STARTS, document_starts, chunk_rows=max(1, len(starts)))
     (folder / "documents").rename(folder / DOCUMENTS)
@@ -104,7 +74,7 @@ def write_tokens(folder: Path, settings: HarvestSettings, tokenizer: Any, report
         "tokens_hash": tokens_hash,
         "roles_hash": roles_hash,
         "document_starts_hash": arrays.array_hash(document_starts),
-        "documents_hash": xxhash.xxh3_64_hexdigest((folder / DOCUMENTS).read_bytes()),
+        "documents_hash": file_hash(folder / DOCUMENTS, xxhash.xxh3_64),
         "special_ids": frame.special_ids,
         "roles": tuple(roles),
         "corpus_fingerprint": fingerprint.hexdigest(),
@@ -112,6 +82,58 @@ def write_tokens(folder: Path, settings: HarvestSettings, tokenizer: Any, report
         "documents_short": sum(count.short for count in counts.values()),
         "documents_malformed": sum(len(count.malformed) for count in counts.values()),
     }
+
+
+def _rows(
+    settings: HarvestSettings,
+    tokenizer: Any,
+    frame: Framing,
+    fingerprint: Fingerprint,
+    counts: Mapping[str, TextCounts],
+    roles: dict[str, int],
+) -> Iterator[Row]:
+    """The rows that were asked for, or as many as there are; no document is read beyond what they need."""
+    asked: dict[str, Any] = {"roles": roles, "needs_roles": bool(settings.keep_roles)}
+    sources = {
+        data: tokenize(read_documents(data, settings, count), tokenizer, frame, counts=count, **asked)
+        for data, count in counts.items()
+    }
+    documents = fingerprint.hashing(mixed(sources, settings.mix or (1.0,)))
+    packed = pack(documents, context=settings.context, row_start=frame.row_start)
+    return islice(packed, settings.tokens // settings.context)
+
+
+def _require_use(
+    settings: HarvestSettings,
+    counts: Mapping[str, TextCounts],
+    rows: int,
+    kept: int,
+    fields: Collection[str],
+    roles: Collection[str],
+) -> None:
+    """Raise WrongInput if the corpora gave nothing to keep, FailedRun if too much of one is malformed.
+
+    rows: how many were packed, and kept: positions of them. fields, roles: those that some document has.
+    """
+    corpus, wanted = settings.corpus, settings.tokens // settings.context
+    for data, count in counts.items():
+        count.check_malformed()
+        if count.documents == 0 and rows < wanted:
+            short = f"{count.short} were empty or shorter than --min-chars {settings.min_chars}"
+            raise WrongInput(f"corpus {data} has no document to use; {short}")
+    if rows == 0:
+        few = f"too small for one row of {settings.context} tokens; give a smaller --context or more text"
+        raise WrongInput(f"corpus {corpus} is {few}")
+    if absent := set(settings.keep_fields).difference(fields):
+        raise WrongInput(f"--keep-fields {min(absent)}: no document of {corpus} has that field")
+    if absent := set(settings.keep_roles).difference(roles):
+        there = ", ".join(roles) or "no conversations"
+        raise WrongInput(f"--keep-roles {min(absent)}: no token is of such a role; {corpus} has {there}")
+    if kept == 0:
+        raise WrongInput(f"corpus {corpus} has no token to keep: all are special, or left out by --skip-positions")
+    if rows < wanted:
+        held = f"{rows * settings.context:,} tokens, not the {settings.tokens:,} asked for; all of them are used"
+        log.warning("%s holds %s", corpus, held)
 
 
 def mixed(sources: Mapping[str, Iterator[Tokenised]], shares: Sequence[float]) -> Iterator[Tokenised]:

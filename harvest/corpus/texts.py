@@ -17,6 +17,7 @@ are two documents.
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import importlib.util
 import io
@@ -27,7 +28,7 @@ import os
 import random
 import re
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -125,7 +126,7 @@ def read_documents(data: str, settings: HarvestSettings, counts: TextCounts) -> 
                 counts.short += 1
                 continue
             counts.documents += 1
-            of_reply = {"reply": name} if len(contents) > 1 else {}
+            of_reply = {"reply": name} if name in PAIR else {}
             fields = {field: _as_text((of_reply | dict(record)).get(field)) for field in settings.keep_fields}
             yield Document(content, origin, data, origin.removeprefix(prefix), fields)
     counts.check_malformed()
@@ -148,30 +149,36 @@ def _contents(record: Mapping[str, Any], settings: HarvestSettings) -> dict[str,
 
     Raises _Malformed, BadConversation, and WrongInput for token ids that are none: no others would be either.
     """
-    found = {name: _content(record[name], name, settings) for name in _fields_read(record, settings)}
-    if not found:
+    groups = [{name: record[name] for name in names if name in record} for names in _field_groups(settings)]
+    if not any(groups):
         what, field = ("token ids", settings.token_field) if settings.token_field else ("text", settings.text_field)
         raise _Malformed(f"no {what} in field {field!r}; its fields are {', '.join(list(record)[:8])}")
-    return found
+    # A table of texts and conversations has a null in the one or the other.
+    filled = (group for group in groups if any(not _is_nothing(value) for value in group.values()))
+    group = next(filled, next(filter(None, groups)))
+    return {name: _content(value, name, settings) for name, value in group.items()}
 
 
-def _fields_read(names: Collection[str], settings: HarvestSettings) -> list[str]:
-    """Of the fields of a record those that hold its documents."""
-    if settings.token_field is not None:
-        return [settings.token_field] if settings.token_field in names else []
-    for several in ((settings.text_field,), ("messages",), PAIR):
-        if found := [name for name in several if name in names]:
-            return found
-    return []
+def _field_groups(settings: HarvestSettings) -> tuple[tuple[str, ...], ...]:
+    """The fields that may hold a record's documents; those of the first group that is there do."""
+    return ((settings.token_field,),) if settings.token_field else ((settings.text_field,), ("messages",), PAIR)
+
+
+def _is_nothing(value: Any) -> bool:
+    """Whether it is null, or NaN, as tables write it."""
+    return value is None or (isinstance(value, float) and value != value)
 
 
 def _content(value: Any, name: str, settings: HarvestSettings) -> Content | None:
-    """None where there is nothing: null, or NaN, as tables write it."""
-    if value is None or (isinstance(value, float) and value != value):
+    """None where there is nothing."""
+    if _is_nothing(value):
         return None
     if name == settings.token_field:
         return _token_ids(value, name)
-    content = messages_of(value) if isinstance(value, list) or (isinstance(value, str) and name in PAIR) else value
+    is_text = isinstance(value, str) and name == settings.text_field
+    if not is_text and value in ("", []):
+        return None
+    content = messages_of(value) if not is_text and isinstance(value, str | list) else value
     if not isinstance(content, str | list):
         raise _Malformed(f"field {name!r} is not text: {value!r}"[:200])
     try:
@@ -344,7 +351,8 @@ def _txt_entries(path: Path, settings: HarvestSettings) -> Iterator[_Entry]:
         yield str(path), _Malformed(f"a text of {TOO_LONG}")
         return
     try:  # a byte order mark says which encoding it is, and is no part of the text
-        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        marks = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+        text = data.decode(next((marks[mark] for mark in marks if data.startswith(mark)), "utf-8-sig"))
         yield str(path), {settings.text_field: text, "label": path.absolute().parent.name}
     except UnicodeDecodeError as error:
         yield str(path), _Malformed(f"not UTF-8 at byte {error.start}")
@@ -352,11 +360,11 @@ def _txt_entries(path: Path, settings: HarvestSettings) -> Iterator[_Entry]:
 
 def _columns(names: Sequence[str], settings: HarvestSettings, where: str) -> list[str]:
     """Those that are read of a table. Raises WrongInput if none of them holds documents."""
-    read = _fields_read(names, settings)
-    if not read:
+    read = {name for group in _field_groups(settings) for name in group}
+    if read.isdisjoint(names):
         flag, field = _asked(settings).split(" ", 1)
         raise WrongInput(f"{where} {field!r}; {flag} is one of {', '.join(names)}")
-    return [name for name in names if name in {*read, *settings.keep_fields}]
+    return [name for name in names if name in read.union(settings.keep_fields)]
 
 
 def _parquet_entries(path: Path, settings: HarvestSettings) -> Iterator[_Entry]:
@@ -388,6 +396,7 @@ def _dataset_entries(data: str, saved: Path | None, settings: HarvestSettings) -
                     raise WrongInput(f"{data} has no split {split!r}; --split is one of {', '.join(rows)}")
                 rows = rows[split]
             rows = rows.select_columns(_columns(rows.column_names, settings, f"{data} has no column"))
+            rows = rows.with_format(None)  # it may have been saved with torch's or pandas's
         else:
             try:
                 rows = datasets.load_dataset(data, **options)

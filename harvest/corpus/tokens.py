@@ -236,8 +236,10 @@ class Fingerprint:
             content = tokenised.document.content
             if isinstance(content, np.ndarray):
                 data = content.tobytes()
+            elif isinstance(content, str):
+                data = content.encode()
             else:
-                data = (content if isinstance(content, str) else json.dumps(content, sort_keys=True)).encode()
+                data = json.dumps(content, sort_keys=True, default=str).encode()  # a table's messages may hold dates
             self._hash.update(len(data).to_bytes(8, "little"))
             self._hash.update(data)
             yield tokenised

@@ -129,11 +129,18 @@ def test_every_setting_refuses_what_is_not_of_its_type(of: type[Settings], name:
     wrong: dict[Any, list[Any]] = {
         int: [6.5, True, "x", {}],
         float: [True, "x", {}, "nan"],
-        str: [5, {}],
+        str: [5, {}, ""],
         bool: ["yes", 1],
     }
     for value in wrong[kind]:
         assert refused(of, **{name: value}).startswith(f"{flag_of(of, name)} ")
+
+
+def test_a_word_twice_in_a_list_with_commas_is_one() -> None:
+    for words in ("url,label,url", ["url", "label", "url"]):
+        assert make(HarvestSettings, keep_fields=words).to_dict()["keep_fields"] == ("url", "label")
+    assert refused(HarvestSettings, keep_fields="url,").startswith("--keep-fields '' is empty")
+    assert refused(HarvestSettings, keep_fields=[["url"], ["url"]]).startswith("--keep-fields ")
 
 
 def test_numbers_are_bounded_in_lists_too() -> None:

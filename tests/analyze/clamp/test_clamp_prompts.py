@@ -80,7 +80,9 @@ def test_gzipped_jsonl_is_read_as_hh_rlhf_is_shipped(tmp_path: Path) -> None:
 def test_speakers_are_told_at_the_start_of_a_paragraph_only() -> None:
     assert hh_turns(CHOSEN) == [("What is a row?", "Tokens.\nMany of them."), ("Is 'Human: x' one?", "No.")]
     assert hh_turns("\n\nHuman: left alone") == []
-    assert hh_turns("Human: a\n\nAssistant: b\n\nAssistant: c") == [("a", "b\n\nAssistant: c")]
+    assert hh_turns("Human: a\n\nAssistant: b\n\nAssistant: c") == [("a", "b\n\nc")]
+    assert hh_turns("Human: a\n\nHuman: b\n\nAssistant: c") == [("a\n\nb", "c")]
+    assert hh_turns("Assistant: a\n\nHuman: b\n\nAssistant: c") == [("b", "c")]
     assert hh_turns("") == []
 
 

@@ -15,13 +15,12 @@ from click.testing import CliRunner, Result
 from routesae import __version__
 from routesae.analyze.clamp.run import clamp
 from routesae.analyze.clamp.settings import ClampSettings
-from routesae.analyze.inputs.identity import file_hash
 from routesae.analyze.inputs.lm import LMRecord, kept_of
 from routesae.cli import main
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.corpus.tokens import Framing
 from routesae.harvest.lm.model import load_lm, load_tokenizer, weights_hash
-from routesae.machine.files import signed
+from routesae.machine.files import file_hash, signed
 from routesae.reporting import Progress, WrongInput, visible
 from routesae.train.folder.checkpoint import load_sae, read_config, save_sae
 from routesae.train.run import train

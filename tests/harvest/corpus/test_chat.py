@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from routesae.harvest.corpus.chat import BadConversation, conversation_ids, filled, messages_of
+from routesae.harvest.corpus.chat import BadConversation, conversation_ids, filled, hh_messages, messages_of
 from routesae.reporting import WrongInput
 
 CHATML = """{% for m in messages %}<s>{{ m['role'] + '\n' + m['content'] }}</s>
@@ -96,6 +96,18 @@ def test_contents_may_be_parts_and_hh_rlhf_is_a_conversation() -> None:
     ]
 
 
+def test_a_speaker_who_goes_on_in_another_turn_says_one_message() -> None:
+    """Templates such as Gemma's refuse two messages of a speaker in a row, and a mark is no part of what is said."""
+    said = "Human: a\n\nHuman: b\n\nAssistant: c\n\nAssistant: d\n\nHuman: e"
+    assert messages_of(said) == [
+        {"role": "user", "content": "a\n\nb"},
+        {"role": "assistant", "content": "c\n\nd"},
+        {"role": "user", "content": "e"},
+    ]
+    assert hh_messages("\n" + said) == messages_of(said)
+    assert hh_messages("An essay.\n\nHuman: a") == hh_messages("") == []
+
+
 BAD = {
     "text": ("hello", "nor a text of HH-RLHF"),
     "nothing": ([], "messages are not a list"),
@@ -107,6 +119,7 @@ BAD = {
     ),
     "a tool": ([{"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}], "message 1 calls a tool"),
     "no role": ([{"role": "user", "content": "a"}, {"content": "b"}], "message 2 has no role"),
+    "a role that fills the manifest": ([{"role": "u" * 1000, "content": "a"}], "message 1 has no role"),
     "a mark": ([{"role": "user", "content": "a\ufdd2"}], "message 1 has no role, or a content that is not text"),
 }
 
@@ -122,6 +135,12 @@ def test_a_template_may_refuse_and_a_tokenizer_may_have_none(tokenizer: Any) -> 
     tokenizer.chat_template = "{{ raise_exception('only user may speak') }}"
     with pytest.raises(BadConversation, match="only user may speak"):
         filled(tokenizer, TALK)
+    tokenizer.chat_template = CHATML
+    with pytest.raises(BadConversation, match="surrogates not allowed"):
+        filled(tokenizer, [{"role": "us\ud800er", "content": "a"}])
+    tokenizer.chat_template = "{{ messages[0]['content'].index('x') }}"
+    with pytest.raises(BadConversation, match="substring not found"):
+        filled(tokenizer, [{"role": "user", "content": "a"}])
     tokenizer.chat_template = None
     with pytest.raises(WrongInput, match="no chat template"):
         conversation_ids(tokenizer, TALK)

@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +126,32 @@ def test_only_tokens_of_the_roles_asked_for_count_as_kept(
     assert fields["kept_tokens"] == int((said.reshape(tokens.shape)[:, 1:]).sum())
     with pytest.raises(WrongInput, match=r"--keep-roles tool: no token is of such a role; .* has user, assistant"):
         write(data=path, keep_roles="tool")
+    with pytest.raises(WrongInput, match=r"--keep-roles usr: no token is of such a role; .* has user, assistant"):
+        write(data=path, keep_roles="assistant,usr")
     with pytest.raises(WrongInput, match="has no conversations"):
         write(data=put(tmp_path / "a.jsonl", [{"text": text} for text in TEXTS]), keep_roles="assistant")
+
+
+def test_a_corpus_without_a_token_to_keep_is_refused_before_the_lm_runs(
+    write: Callable[..., Written], tokenizer: Any, tmp_path: Path
+) -> None:
+    path = put(tmp_path / "a.jsonl", [{"ids": tokenizer.all_special_ids * 20}] * 9)
+    with pytest.raises(WrongInput, match=r"has no token to keep: all are special"):
+        write(data=path, token_field="ids")
+    assert write(data=path, token_field="ids", keep_special=True)[0]["kept_tokens"] > 0
+
+
+def test_messages_of_a_table_may_hold_dates_and_bytes(write: Callable[..., Written], tmp_path: Path) -> None:
+    said = [{"role": "user", "content": TEXTS[0], "at": datetime(2024, 1, 1), "image": b"\xff"}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"messages": said}] * 9), tmp_path / "a.parquet")
+    fields, *_ = write(data=str(tmp_path / "a.parquet"))
+    assert fields["roles"] == ("user",)
+
+
+def test_the_same_corpus_twice_is_one(write: Callable[..., Written], tmp_path: Path) -> None:
+    path = put(tmp_path / "a.jsonl", [{"text": text} for text in TEXTS])
+    assert HarvestSettings(data=(path, path)).corpus == path
+    assert write(data=(path, path))[0] == write(data=path)[0]
 
 
 def test_hh_rlhf_gives_both_replies_as_documents_as_text_or_as_lists(
@@ -199,6 +224,8 @@ def test_fields_are_kept_as_text_and_folders_label_their_texts(write: Callable[.
     path = put(tmp_path / "a.jsonl", [{"text": TEXTS[0], "meta": {"n": [1, None]}, "score": 1.5, "x": None}] * 9)
     *_, documents = write(data=path, keep_fields="meta,score,x".replace(",x", ""))
     assert documents[0] == {"data": path, "place": "a.jsonl:1", "meta": '{"n": [1, null]}', "score": "1.5"}
+    *_, documents = write(data=path, keep_fields="score,score")
+    assert documents[0] == {"data": path, "place": "a.jsonl:1", "score": "1.5"}
     with pytest.raises(WrongInput, match=r"--keep-fields url: no document of .* has that field"):
         write(data=path, keep_fields="url")
     with pytest.raises(WrongInput, match="--keep-fields place"):

@@ -222,6 +222,53 @@ def test_nulls_are_counted_and_stop_nothing_in_any_format(tmp_path: Path) -> Non
         assert (counts.entries, counts.short, counts.malformed) == (1650, 1500, [])
 
 
+TALK = [{"role": "user", "content": "hello"}]
+
+
+def test_a_null_text_beside_messages_is_a_conversation_in_any_format(tmp_path: Path) -> None:
+    """As in a table that was put together from texts and conversations."""
+    records = [{"text": None, "messages": TALK}, {"text": "x", "messages": None}, {"text": None, "messages": None}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    for name in ("a.parquet", "a.jsonl"):
+        counts = TextCounts()
+        assert [document.content for document in documents(tmp_path / name, counts)] == [TALK, "x"]
+        assert (counts.documents, counts.short, counts.malformed) == (2, 1, [])
+
+
+def test_text_where_a_conversation_belongs_is_only_read_as_text_where_it_is_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    for field in ("messages", "chosen"):
+        path.write_text(json.dumps({field: json.dumps(TALK)}) + "\n")
+        with pytest.raises(FailedRun, match="messages are not a list such as"):
+            read(path)
+        assert read(path, text_field=field)[0] == [json.dumps(TALK)]
+
+
+def test_an_empty_conversation_is_short_and_no_reason_to_stop(tmp_path: Path) -> None:
+    hh = "\n\nHuman: a\n\nAssistant: b"
+    entries = [{"chosen": hh, "rejected": ""}, {"messages": []}, {"chosen": hh}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    counts = TextCounts()
+    replies = [document.fields["reply"] for document in documents(tmp_path / "a.jsonl", counts, keep_fields="reply")]
+    assert replies == ["chosen", "chosen"]
+    assert (counts.documents, counts.short, counts.malformed) == (2, 2, [])
+
+
+@pytest.mark.parametrize("form", ["torch", "pandas", "arrow"])
+def test_a_dataset_is_read_whatever_form_it_was_saved_in(form: str, tmp_path: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_dict({"text": TEXTS}).with_format(form).save_to_disk(str(tmp_path / "saved"))
+    assert read(tmp_path / "saved")[0] == TEXTS
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_a_byte_order_mark_says_how_a_text_is_encoded(encoding: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(TEXTS[0].encode(encoding))
+    assert read(tmp_path / "a.txt")[0] == TEXTS[:1]
+
+
 def test_another_text_field_is_read_and_a_missing_one_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(lines(TEXTS, "body"))
     assert read(tmp_path / "a.jsonl", text_field="body")[0] == TEXTS
