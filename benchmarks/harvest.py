@@ -46,9 +46,7 @@ from routesae.tests.shards import NO_STATISTICS, float_shard
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument(
-        "--shards", type=int, default=4, help="A round. Beginning and the last one's writing hide not."
-    )
+    parser.add_argument("--shards", type=int, default=4, help="Of a round of the LM.")
     parser.add_argument("--model", default="demo")
     parser.add_argument("--data", default="demo")
     parser.add_argument("--context", type=int, default=256)

@@ -6,8 +6,9 @@
 
 A run is a JSON object over BASE. What `routesae train` has no setting for is patched into it here: shape and shares
 of the schedule, Adam's betas, learning rates of encoder and decoder (factors), an average of the weights over the
-last steps (ema), and how the SAE begins (data: decoder rows are that share a hidden state of the sample; dual: the
-encoder's rows are the decoder's times C^-dual, C the sample's covariance; whiten: the encoder is trained as V·C^-p).
+last steps (ema), another optimiser (signum, muon, rowwise), the decoder's gradient as it is (project false), and how
+the SAE begins (data: decoder rows are that share a hidden state of the sample; dual: the encoder's rows are the
+decoder's times C^-dual, C the sample's covariance; whiten: the encoder is trained as V·C^-p).
 One line of results/ladder.jsonl a run; a run that is there is not run again.
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import tempfile
 import time
@@ -48,6 +50,23 @@ LADDER: tuple[dict[str, Any], ...] = (
     {"dual": 0.5},
     {"whiten": 0.5},
     {"steps": 4004},
+    {"optimizer": "rowwise"},
+    {"optimizer": "rowwise", "lr": 8e-3},
+    {"optimizer": "signum", "lr": 1e-3},
+    {"optimizer": "muon"},
+    {"optimizer": "muon", "lr": 1e-2},
+    {"project": False},
+    {"clip": 0.0},
+    {"clip": 0.0, "betas": [0.9, 0.99]},
+    {"anneal_k_from": 96},
+    {"batch": 16384, "steps": 250},
+    {"seed": 1},
+)
+# Whether taking the part along its row out of the decoder's gradient is worth a pass over the weights.
+PROJECTION: tuple[dict[str, Any], ...] = tuple(
+    {"sae": sae, "steps": 300} | change
+    for sae in ("batchtopk", "gated", "jumprelu", "vanilla")
+    for change in ({}, {"project": False})
 )
 SWEEP: tuple[dict[str, Any], ...] = tuple(
     of | {"lr": lr}
@@ -75,15 +94,20 @@ class Changed:
         self.first_rates, self.first_start = SingleLayerSAE.rate_factors, SingleLayerSAE.start_from
         trainee.lr_factor = self.lr_factor  # type: ignore[attr-defined]
         optimiser.BETAS = tuple(run.get("betas", optimiser.BETAS))
+        if not run.get("project", True):
+            SingleLayerSAE.project_gradient = lambda sae: None  # type: ignore[method-assign]
         SingleLayerSAE.rate_factors = lambda sae: self.rate_factors(sae)  # type: ignore[method-assign]
         SingleLayerSAE.start_from = lambda sae, x_ND: self.start_from(sae, x_ND)  # type: ignore[method-assign]
-        step = Adam.step
+        step = UPDATES[run["optimizer"]] if "optimizer" in run else Adam.step
         Adam.step = lambda adam, lr: self.step(step, adam, lr)  # type: ignore[method-assign]
 
     def lr_factor(self, step: int, total_steps: int, *, published: bool = False) -> float:
         warmup_steps = max(1, round(self.run["warmup"] * total_steps))
         decay_steps = max(1, round(self.run["decay"] * total_steps))
-        return min(1.0, (step + 1) / warmup_steps, (total_steps - step) / decay_steps)
+        left = min(1.0, (total_steps - step) / decay_steps)
+        shape = self.run.get("shape", "linear")
+        fall = {"linear": left, "root": 1 - math.sqrt(1 - left), "square": left**2}[shape]
+        return min(1.0, (step + 1) / warmup_steps) * fall
 
     def rate_factors(self, sae: SingleLayerSAE) -> dict[Any, float]:
         self.encoder = sae.W_enc_FD
@@ -135,10 +159,75 @@ class Changed:
                     parameter.copy_(mean)
 
 
+@torch.no_grad()
+def signum(adam: Adam, lr: float) -> None:
+    """Every number moves by the rate against the sign of its gradients' mean: sign SGD with momentum (1802.04434)."""
+    for at, parameter in enumerate(adam.parameters):
+        if parameter.grad is not None:
+            adam.steps[at] += 1
+            mean = adam.means[at].lerp_(parameter.grad, 0.05)
+            parameter.sub_(lr * adam.factors[at] * mean.sign())
+
+
+@torch.no_grad()
+def muon(adam: Adam, lr: float) -> None:
+    """Muon for the matrices (2502.16982: an update of the size of Adam's, 0.2 a number), Adam for the vectors."""
+    matrices = [at for at, parameter in enumerate(adam.parameters) if parameter.ndim == 2]
+    kept = {at: adam.parameters[at].grad for at in matrices}
+    for at in matrices:
+        parameter, grad = adam.parameters[at], kept[at]
+        if grad is None:
+            continue
+        mean = adam.means[at].lerp_(grad, 0.05)
+        update = orthogonal(torch.lerp(grad, mean, 0.95))
+        parameter.sub_(lr * adam.factors[at] * 0.2 * math.sqrt(max(parameter.shape)) * update)
+        parameter.grad = None
+        adam.steps[at] += 1
+    ADAM_STEP(adam, lr)
+
+
+@torch.no_grad()
+def rowwise(adam: Adam, lr: float) -> None:
+    """Adam whose second moment is one number a row of a matrix (2406.16793)."""
+    for at, parameter in enumerate(adam.parameters):
+        grad = parameter.grad
+        if grad is None:
+            continue
+        adam.steps[at] += 1
+        t = float(adam.steps[at])
+        beta1, beta2 = optimiser.BETAS
+        mean, square = adam.means[at].lerp_(grad, 1 - beta1), adam.squares[at]
+        squares = grad.square().mean(1, keepdim=True).expand_as(grad) if grad.ndim == 2 else grad.square()
+        square.lerp_(squares, 1 - beta2)
+        root = (square / (1 - beta2**t)).sqrt_().add_(adam.epsilon)
+        parameter.sub_(lr * adam.factors[at] / (1 - beta1**t) * mean / root)
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """About UVᵀ of its USVᵀ, by five steps of Muon's iteration."""
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x = (x / (x.norm() + 1e-20)).bfloat16()
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return (x.T if matrix.shape[0] > matrix.shape[1] else x).float()
+
+
+ADAM_STEP = Adam.step
+UPDATES: dict[str, Any] = {"signum": signum, "muon": muon, "rowwise": rowwise}
+
+
 def measured(cache: str, run: dict[str, Any]) -> dict[str, Any]:
     Changed(run)
-    flags = {name: run[name] for name in ("layer", "latents", "k", "lr", "seed")}
-    flags |= {"cache": cache, "sae": "topk", "batch_tokens": run["batch"], "tokens": run["steps"] * run["batch"]}
+    flags = {
+        name: run[name] for name in ("layer", "latents", "k", "lr", "seed", "clip", "anneal_k_from") if name in run
+    }
+    flags |= {
+        "cache": cache,
+        "sae": run.get("sae", "topk"),
+        "batch_tokens": run["batch"],
+        "tokens": run["steps"] * run["batch"],
+    }
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as out:
         (result,) = train(settings_of(flags | {"out": out}))
@@ -165,7 +254,7 @@ def main() -> None:
     parser.add_argument("--only-table", action="store_true", help="of the lines that are there")
     args = parser.parse_args()
     done = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-    for change in () if args.only_table else args.run or (*LADDER, *SWEEP):
+    for change in () if args.only_table else args.run or (*LADDER, *PROJECTION, *SWEEP):
         run = BASE | change
         if any(line["run"] == run for line in done):
             continue
