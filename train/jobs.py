@@ -110,7 +110,7 @@ def is_finished(job: Job, settings: TrainSettings) -> bool:
 
 
 def first_step(jobs: Sequence[Job], settings: TrainSettings) -> int:
-    """How many steps are done already; makes the partial folders. Raises WrongInput if work would be lost."""
+    """How many steps are done already. Raises WrongInput if work would be lost."""
     steps = {job.name: newest_step([job.partial]) for job in jobs if not settings.overwrite}
     stopped = {name: step for name, step in steps.items() if step}
     if stopped and not settings.resume:
@@ -127,10 +127,14 @@ def first_step(jobs: Sequence[Job], settings: TrainSettings) -> int:
         if all(steps.values()):
             shown = ", ".join(f"{name} after step {step}" for name, step in steps.items())
             raise WrongInput(f"--resume: the SAEs were not stopped together ({shown}); train them separately")
+    return 0
+
+
+def empty_partial_folders(jobs: Sequence[Job]) -> None:
+    """Make them, without what a stopped run left. This comes once nothing can refuse the run any more."""
     for job in jobs:
         shutil.rmtree(job.partial, ignore_errors=True)
         job.partial.mkdir(parents=True)
-    return 0
 
 
 def source_of(run: RunSettings) -> SAE | None:

@@ -30,7 +30,7 @@ from routesae.machine.stop import stop_code, stop_requests
 from routesae.reporting import FailedRun, Progress, Report, Stopped, WrongInput, silent
 from routesae.train.evaluate import CacheScores, score_on_cache
 from routesae.train.folder.checkpoint import commit_folder, save_sae
-from routesae.train.jobs import Job, first_step, is_finished, jobs_of, source_of
+from routesae.train.jobs import Job, empty_partial_folders, first_step, is_finished, jobs_of, source_of
 from routesae.train.loading.batches import (
     Batch,
     Plan,
@@ -103,6 +103,7 @@ def train(settings: TrainSettings, report: Report = silent) -> list[TrainResult]
         if not jobs:
             return []
         with ranks.all_or_none():
+            _require_memory(jobs, settings, pace)
             begun = first_step(jobs, settings) if ranks.first else 0
         begun = int(ranks.broadcast([begun])[0])
         with ranks.all_or_none():
@@ -110,6 +111,8 @@ def train(settings: TrainSettings, report: Report = silent) -> list[TrainResult]
             following = Following(selection, windows, pace.total_steps) if settings.follow else None
             if following and ranks.first:
                 following.register(folders, begun, stack)
+            if begun == 0 and ranks.first:
+                empty_partial_folders(jobs)
         keep_freed_memory()
         log.info("peak learning rate %s", ", ".join(f"{lr:g}" for lr in sorted({job.lr for job in jobs})))
         with ranks.all_or_none():
@@ -180,16 +183,21 @@ def pace_of(selection: Selection, settings: TrainSettings, device: torch.device)
     )
 
 
+def _require_memory(jobs: Sequence[Job], settings: TrainSettings, pace: Pace) -> None:
+    """Raises WrongInput if --max-memory is too small."""
+    most = max(job.recipe.latents for job in jobs)
+    if pace.arithmetic.rows_at_once(1, most, torch.float32) == 0:
+        raise WrongInput(
+            f"--max-memory {settings.max_memory:,} bytes do not hold the {most:,} pre-activations of one token; "
+            f"give {4 * most:,} or more"
+        )
+
+
 def trainee_of(
     job: Job, settings: TrainSettings, pace: Pace, device: torch.device, stack: ExitStack, ranks: Ranks = ALONE
 ) -> Trainee:
-    """A new SAE ready to be trained; the stack closes its log. Raises WrongInput if --max-memory is too small."""
+    """A new SAE ready to be trained; the stack closes its log."""
     sae = build(job.recipe, torch.Generator().manual_seed(settings.seed)).to(device).train()
-    if pace.arithmetic.rows_at_once(1, job.recipe.latents, torch.float32) == 0:
-        raise WrongInput(
-            f"--max-memory {settings.max_memory:,} bytes do not hold the {job.recipe.latents:,} pre-activations "
-            f"of one token; give {4 * job.recipe.latents:,} or more"
-        )
     names = settings.log if ranks.first else ()
     trackers = open_trackers(names, job.name, job.partial, job.settings.to_dict(), settings.log_project)
     step_log = StepLog(sae, job.partial if ranks.first else None, trackers, job.lr)

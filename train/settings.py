@@ -264,6 +264,8 @@ class TrainSettings(Settings):
             raise WrongInput("--resume goes on with what --overwrite would delete; give one of them")
         if self.follow and self.verify:
             raise WrongInput("--verify reads the whole cache, which --follow does not wait for; give one of them")
+        if self.follow and (self.epochs or 1) > 1:
+            raise WrongInput(f"--follow sees every token once; leave out --epochs {self.epochs}")
         if self.follow and self.window is None:
             vars(self)["window"] = FOLLOWED_WINDOW
 

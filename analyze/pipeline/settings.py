@@ -77,8 +77,13 @@ class PipelineSettings(Settings):
     def check(self) -> None:
         if self.follow and (self.harvest is None or self.train is None):
             raise WrongInput("--follow trains while the harvest runs; give the file tables [harvest] and [train]")
-        if self.harvest is not None and self.harvest.keep is not None and not self.follow:
-            raise WrongInput("[harvest]: keep waits for the SAEs that are trained meanwhile; add --follow")
+        for name in ("harvest", "harvest_analyze", "harvest_contexts"):
+            follows, stage = self.follow and name == "harvest", getattr(self, name)
+            if stage is not None and stage.keep is not None and not follows:
+                remedy = (
+                    "add --follow" if name == "harvest" else "nothing is trained on this cache, so leave keep out"
+                )
+                raise WrongInput(f"[{name}]: keep waits for the SAEs that are trained meanwhile; {remedy}")
 
 
 STAGES = {name: kind.type for name, kind in PipelineSettings.kinds.items() if kind.optional}

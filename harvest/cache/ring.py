@@ -40,14 +40,18 @@ class Follower(BaseModel, frozen=True):
     updated: datetime
 
 
-def write_state(folder: Path, manifest: Manifest, state: RingState) -> None:
-    """Make the cache in `folder` a ring, or note how it stands. Raises WrongInput if the ring would be too small."""
-    capacity = state.keep // max(1, manifest.shard_bytes)
-    if (needed := max(2, manifest.shard_count - manifest.first_held_out_shard)) > capacity:
+def require_room(keep: int, shard_bytes: int, held_out: int) -> None:
+    """Raises WrongInput if a ring would be too small. held_out: how many shards have held-out rows."""
+    if max(2, held_out) > keep // max(1, shard_bytes):
         raise WrongInput(
-            f"--keep {state.keep} is {human_bytes(state.keep)}, and two shards, or those with held-out rows, which "
-            f"stay, take {human_bytes(needed * manifest.shard_bytes)}; give more, or fewer --shard-tokens"
+            f"--keep {keep} is {human_bytes(keep)}, and two shards, or those with held-out rows, which stay, take "
+            f"{human_bytes(max(2, held_out) * shard_bytes)}; give more, a smaller --held-out, or fewer --shard-tokens"
         )
+
+
+def write_state(folder: Path, manifest: Manifest, state: RingState) -> None:
+    """Make the cache in `folder` a ring, or note how it stands. Raises as `require_room`."""
+    require_room(state.keep, manifest.shard_bytes, manifest.shard_count - manifest.first_held_out_shard)
     (folder / FOLLOWERS).mkdir(exist_ok=True)
     write_json(folder / FOLLOWERS / "zarr.json", group_metadata(state.model_dump()))
 

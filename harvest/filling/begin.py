@@ -21,7 +21,7 @@ from routesae.harvest.cache import arrays
 from routesae.harvest.cache.claims import Claims
 from routesae.harvest.cache.manifest import FOLLOWERS, SETTINGS, TOKENS, Manifest, RingState, token_bytes
 from routesae.harvest.cache.reader import Cache
-from routesae.harvest.cache.ring import write_state
+from routesae.harvest.cache.ring import require_room, write_state
 from routesae.harvest.cache.store.disk import folder_bytes
 from routesae.harvest.cache.writer import STAGED_TOKENS, begin_cache, is_uncommitted, staging
 from routesae.harvest.corpus.packing import write_tokens
@@ -121,6 +121,10 @@ def _begin(
         f"{len(layers)} layers ({layers[0]} to {layers[-1]}) x {width} x {settings.dtype}: {human_bytes(a_token)} a "
         f"token, up to {human_bytes(a_token * settings.tokens)} for {settings.tokens:,} tokens"
     )
+    if settings.keep is not None and not settings.keep_roles:  # a corpus that a ring is for takes hours to tokenise
+        context, rows = settings.context, settings.tokens // settings.context
+        shard = fields["shard_rows"] * (context - settings.skip_positions) * a_token
+        require_room(settings.keep, shard, int(rows * settings.held_out) // fields["shard_rows"])
     revision = getattr(config, "_commit_hash", None)
     tokenizer = lm.load_tokenizer(settings.model, revision)
     for data in settings.data:

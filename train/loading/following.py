@@ -52,7 +52,7 @@ class Following:
         self._noted, self._since = 0, time.time()
         if total_steps > self._ends[-1]:
             once = f"--follow sees the {len(selection):,} tokens that there are once"
-            raise WrongInput(f"{once}; leave out --epochs, or give fewer --tokens")
+            raise WrongInput(f"{once}; give fewer --tokens")
         most = max(len(one.shards) for one in windows)
         if self.ring and most > self.ring.capacity:
             needed, keep = map(human_bytes, (most * self.cache.manifest.shard_bytes, self.ring.keep))

@@ -133,6 +133,10 @@ def test_a_harvest_that_fails_ends_the_training_too(config: Callable[..., Path])
 def test_what_cannot_run_together_is_refused(config: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(WrongInput, match=r"\[harvest\]: keep waits for the SAEs that are trained meanwhile"):
         read_pipeline(str(config("a", 'keep = "500G"')))
+    for name in ("harvest_analyze", "harvest_contexts"):  # with or without --follow nobody would train on it
+        (tmp_path / "a.toml").write_text(f'[harvest]\n[train]\n[{name}]\nkeep = "500G"\n')
+        with pytest.raises(WrongInput, match=rf"\[{name}\]: keep waits .*nothing is trained on this cache"):
+            read_pipeline(str(tmp_path / "a.toml"), True)
     (tmp_path / "b.toml").write_text("[train]\nlatents = 64\n")
     with pytest.raises(WrongInput, match=r"--follow trains while the harvest runs; give the file tables \[harvest\]"):
         read_pipeline(str(tmp_path / "b.toml"), True)

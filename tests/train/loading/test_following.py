@@ -21,11 +21,12 @@ from routesae import api
 from routesae.analyze.scores.run import analyze
 from routesae.analyze.scores.settings import AnalyzeSettings
 from routesae.harvest.cache.inspect import describe
+from routesae.harvest.cache.manifest import RingState
 from routesae.harvest.cache.reader import Cache
-from routesae.harvest.cache.ring import Ring
+from routesae.harvest.cache.ring import Ring, write_state
 from routesae.harvest.cache.store.disk import folder_bytes
 from routesae.harvest.cache.verify import verify
-from routesae.harvest.filling import shards
+from routesae.harvest.filling import begin, shards
 from routesae.harvest.run import harvest
 from routesae.harvest.settings import HarvestSettings
 from routesae.reporting import Progress, Stopped, WrongInput
@@ -295,6 +296,20 @@ def test_a_ring_is_trained_on_once(used_up: tuple[Path, Path], tmp_path: Path) -
     assert train(followed(ring, saes, resume=True)) == []
 
 
+@pytest.mark.parametrize("changes", [{}, {"max_memory": 1}])
+def test_what_is_refused_deletes_no_checkpoint(
+    changes: dict[str, Any], used_up: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """--overwrite on a ring that is used up would lose what nobody can train again."""
+    checkpoint = tmp_path / ".topk.partial" / "checkpoint"
+    checkpoint.parent.mkdir()
+    checkpoint.write_text("hours")
+    with pytest.raises(WrongInput):
+        train(followed(used_up[0], tmp_path, overwrite=True, **changes))
+    assert checkpoint.read_text() == "hours"
+    assert not (tmp_path / ".jumprelu.partial").exists()
+
+
 def test_what_reads_a_ring_reads_its_held_out_rows(used_up: tuple[Path, Path], tmp_path: Path) -> None:
     ring, saes = used_up
     cache = Cache(ring)
@@ -317,15 +332,28 @@ def test_a_harvest_of_a_used_up_ring_has_nothing_to_do(
     assert shards_of(ring) == [STAY]
 
 
-@pytest.mark.parametrize(
-    ("kept", "message"), [(1, r"--keep \d+ is .*, and two shards.*give more, or fewer --shard-tokens")]
-)
-def test_a_ring_that_is_too_small_is_refused_before_a_shard_is_written(
-    corpus: Callable[..., HarvestSettings], whole: Cache, tmp_path: Path, kept: int, message: str
+TOO_SMALL = r"--keep \d+ is .*, and two shards.*give more, a smaller --held-out, or fewer --shard-tokens"
+
+
+@pytest.mark.parametrize(("kept", "changes"), [(1, {}), (3, {"held_out": 0.5}), (1, {"context": 32})])
+def test_a_ring_that_is_too_small_is_refused_before_the_corpus_is_tokenised(
+    corpus: Callable[..., HarvestSettings],
+    whole: Cache,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kept: int,
+    changes: dict[str, Any],
 ) -> None:
-    with pytest.raises(WrongInput, match=message):
-        harvest(corpus(out=str(tmp_path / "ring"), keep=keep(whole, kept)))
+    monkeypatch.setattr(begin, "write_tokens", None)
+    with pytest.raises(WrongInput, match=TOO_SMALL):
+        harvest(corpus(out=str(tmp_path / "ring"), keep=keep(whole, kept), **changes))
     assert not (tmp_path / "ring").exists()
+
+
+def test_a_ring_that_proves_too_small_is_refused_before_a_shard_is_written(whole: Cache, tmp_path: Path) -> None:
+    with pytest.raises(WrongInput, match=TOO_SMALL):
+        write_state(tmp_path, whole.manifest, RingState(keep=keep(whole, 1)))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_cache_that_stays_does_not_become_a_ring(
@@ -359,11 +387,11 @@ def test_a_window_that_the_ring_cannot_hold_is_refused(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"epochs": 2}, r"--follow sees the [\d,]+ tokens that there are once; leave out --epochs, or"),
+        ({"epochs": 2}, "--follow sees every token once; leave out --epochs 2"),
         ({"verify": True}, "--verify reads the whole cache"),
         (
             {"tokens": 10**6},
-            r"--follow sees the [\d,]+ tokens that there are once; leave out --epochs, or give fewer --tokens",
+            r"--follow sees the [\d,]+ tokens that there are once; give fewer --tokens",
         ),
     ],
 )
