@@ -76,7 +76,7 @@ def steer(
 def harvest(**settings: Any) -> Cache:
     """Run an LM once over a corpus: `harvest(model="demo", data="demo", tokens="200k", out="shards")`."""
     _, stored = _run("harvest", settings)
-    return Cache(stored.address)
+    return Cache(stored.storage.address)
 
 
 def train(**settings: Any) -> list[SAE]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 
@@ -64,6 +64,23 @@ class Table(list[dict[str, Any]]):
 
     def _repr_html_(self) -> str:
         return self._drawn("html")  # which escapes what is in the cells
+
+
+def best_row(rows: Sequence[Mapping[str, Any]], name: str, sign: int) -> int | None:
+    """The row whose value of a column is better than every other one, by more than their intervals overlap.
+
+    sign: 1 or -1 where a larger or a smaller value is better, 0 where none is. A row has its "intervals" by column.
+    """
+
+    def ends(row: Mapping[str, Any]) -> tuple[float, float]:
+        low, high = row.get("intervals", {}).get(name) or (row[name], row[name])
+        return (low, high) if sign > 0 else (-high, -low)
+
+    known = [i for i, row in enumerate(rows) if isinstance(row.get(name), float)]
+    if sign == 0 or len(known) < 2:
+        return None
+    best = max(known, key=lambda i: sign * rows[i][name])
+    return best if all(ends(rows[best])[0] > ends(rows[i])[1] for i in known if i != best) else None
 
 
 def silent(progress: Progress) -> None:

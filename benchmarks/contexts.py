@@ -24,8 +24,8 @@ import torch
 
 from routesae.analyze.contexts.collect import Collector
 from routesae.analyze.contexts.file import KINDS
+from routesae.analyze.contexts.run import context_batches
 from routesae.analyze.contexts.settings import ContextSettings
-from routesae.analyze.contexts.table import context_batches
 from routesae.analyze.contexts.windows import Vocabulary
 from routesae.analyze.inputs.lm import lm_of_cache, load_tokenizer_of
 from routesae.harvest.cache.reader import Cache

@@ -24,7 +24,7 @@ import torch
 from playwright.sync_api import Browser, sync_playwright
 
 from routesae.analyze.contexts.file import FORMAT, KINDS, context_schema, latent_schema, write_contexts
-from routesae.analyze.inputs.identity import sae_identity
+from routesae.analyze.inputs.saes import sae_identity
 from routesae.analyze.report.run import write_report
 from routesae.analyze.report.settings import ReportSettings
 from routesae.train.folder.checkpoint import save_sae

@@ -34,7 +34,7 @@ import torch
 from step_peers import Contender, Rows, Task, contenders, ours, read_batches
 
 from routesae.harvest.cache.reader import Cache
-from routesae.machine.memory import keep_freed_memory
+from routesae.machine.device import keep_freed_memory
 
 WARM_UP_ROUNDS = 1
 BATCHES = 2

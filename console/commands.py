@@ -16,12 +16,11 @@ from click.core import ParameterSource
 
 from routesae.console.options import DryRun, JsonFile, Watch
 from routesae.console.terminal import Styled, echo, styled
-from routesae.machine.settings import Setting, Settings, flag_of
+from routesae.machine.settings import DICTIONARY, KEPT, MODEL, OPTIMISER, RUN, VARIANT, Setting, Settings, flag_of
 from routesae.machine.stop import Terminated
 from routesae.reporting import FailedRun, Report, Stopped, WrongInput, shortened
 
-FIRST = ("Model and corpus", "What is kept", "The dictionary", "This variant only", "Optimiser")  # groups of --help
-LAST = "The run"
+FIRST, LAST = (MODEL, KEPT, DICTIONARY, VARIANT, OPTIMISER), RUN  # groups of --help
 BLOCKS, WATCH, JSON = "harvest.cache.settings:BlockOptions", "console.options:Watch", "console.options:JsonFile"
 CONFIG, PIPELINE, DRY_RUN = (f"console.options:{name}" for name in ("ConfigFile", "PipelineFile", "DryRun"))
 BATCHES = ("batch_sequences", "batch_tokens", "max_memory")  # what takes less memory where it is lower
@@ -228,7 +227,7 @@ class Commands(click.Group):
                 raise
             self.end(ctx, error, 1)
         except Exception as error:
-            from routesae.machine.memory import is_out_of_memory
+            from routesae.machine.device import is_out_of_memory
 
             if not is_out_of_memory(error):
                 raise

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from routesae.machine.settings import RUN, Settings, setting
-from routesae.reporting import WrongInput
+from routesae.machine.settings import RUN, Settings, require_folder, setting
 
 
 class Watch(Settings):
@@ -61,9 +59,3 @@ class DryRun(Settings):
     """Whether to ask at all."""
 
     dry_run: bool = setting(False, RUN, "Only show the prompts and about what they would cost.")
-
-
-def require_folder(flag: str, file: str | None) -> None:
-    """Raise WrongInput if the folder that a file is to be written to does not exist."""
-    if file is not None and not Path(file).absolute().parent.is_dir():
-        raise WrongInput(f"{flag} {file}: there is no folder {Path(file).parent} to write it to")

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 import click
 
-from routesae.reporting import visible
+from routesae.reporting import best_row, visible
 
 NARROWEST = 20  # columns of a wrapped name
 LIKE_NOTHING = 0.005  # nats; a smaller change of a text's log-probability is shown as 0.00
@@ -73,7 +73,7 @@ def table(
     lines_of = {name: "\n".join((f"  {heads[name]}", *cells[name])).split("\n") for name in names}
     wide = {name: max(map(len, lines)) for name, lines in lines_of.items()}  # tabulate pads heads by two
     for name in others:
-        if (best := _best(rows, name, (better or {}).get(name, 0))) is not None:
+        if (best := best_row(rows, name, (better or {}).get(name, 0))) is not None:
             cells[name][best] = styled(cells[name][best], fg="green", bold=True)
     parts: list[list[str]] = [[]]
     for name in others:
@@ -100,20 +100,6 @@ def _cell(value: Any, interval: Sequence[float] | None = None) -> str:
         top = sorted(value.items(), key=lambda item: -item[1])[:3]
         return ", ".join(f"{visible(str(key))}: {share:.0%}" for key, share in top)
     return number(value, interval) if isinstance(value, float) else visible(str(value))
-
-
-def _best(rows: Sequence[Mapping[str, Any]], name: str, sign: int) -> int | None:
-    """The row whose value of a column is better than every other one, by more than their intervals overlap."""
-
-    def ends(row: Mapping[str, Any]) -> tuple[float, float]:
-        low, high = row.get("intervals", {}).get(name) or (row[name], row[name])
-        return (low, high) if sign > 0 else (-high, -low)
-
-    known = [i for i, row in enumerate(rows) if isinstance(row.get(name), float)]
-    if sign == 0 or len(known) < 2:
-        return None
-    best = max(known, key=lambda i: sign * rows[i][name])
-    return best if all(ends(rows[best])[0] > ends(rows[i])[1] for i in known if i != best) else None
 
 
 def side_by_side(text: Mapping[str, Any]) -> list[str]:

@@ -24,7 +24,7 @@ from routesae.harvest.lm import model as lm
 from routesae.harvest.lm import probe
 from routesae.harvest.settings import HarvestSettings, share_of
 from routesae.machine.device import pick_device, pick_lm_dtype
-from routesae.machine.faults import disk_faults
+from routesae.machine.files import disk_faults
 from routesae.machine.stop import ending_at_once
 from routesae.reporting import FailedRun, Report, WrongInput, silent
 

@@ -1,4 +1,5 @@
-"""Read small files that anybody may have written: whole, within bounds, or not at all. Write files the same way.
+"""Read small files that anybody may have written: whole, within bounds, or not at all. Write files the same way, and
+turn what goes wrong into one line with the remedy.
 
 A cache or an SAE may come from a stranger. Its manifest, records and configurations are JSON, and JSON can ask for
 any amount of memory, repeat a key so that two readers disagree, or not be a regular file.
@@ -6,6 +7,7 @@ any amount of memory, repeat a key so that two readers disagree, or not be a reg
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import glob
 import hashlib
@@ -22,11 +24,13 @@ from typing import Any, BinaryIO
 
 import xxhash
 
-from routesae.reporting import WrongInput
+from routesae.reporting import FailedRun, WrongInput, visible
 
 LARGEST_BYTES = 1 << 21  # parsed, this takes up to 30 times as much memory
 PARTIAL = ".partial"
 _OPEN = os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class BadFile(ValueError):
@@ -100,6 +104,22 @@ def problem_of(error: Exception) -> str:
 
 
 @contextmanager
+def reading(what: object, remedy: str, library: type[Exception] = OSError) -> Iterator[None]:
+    """While open, turn what is wrong with a file that is read into WrongInput: `WHAT cannot be read (why); REMEDY`.
+
+    library: what else a library raises of a damaged file.
+    """
+    try:
+        yield
+    except WrongInput:
+        raise
+    except FileNotFoundError as error:
+        raise WrongInput(f"{what} does not exist; {remedy}") from error
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, library) as error:
+        raise WrongInput(f"{what} cannot be read ({visible(problem_of(error))[:200]}); {remedy}") from error
+
+
+@contextmanager
 def replacing(path: Path | str, *, durable: bool = True) -> Iterator[BinaryIO]:
     """Write a file whole or not at all: yields an open file, which takes the place of `path` when the block ends.
 
@@ -170,6 +190,45 @@ def read_signed(path: Path | str, largest: int = LARGEST_BYTES) -> dict[str, Any
     if not isinstance(value, dict) or value.get("hash") != signed(value)["hash"]:
         raise BadFile("it is not what was written: its hash is missing or differs")
     return value
+
+
+@contextmanager
+def disk_faults(
+    path: Path,
+    kept: Callable[[], str],
+    has_begun: Callable[[], bool] = lambda: False,
+    again: str = "run the same command again",
+) -> Iterator[None]:
+    """While open, turn an OSError about `path` into FailedRun if the disk is full or the folder is gone or can no
+    longer be written, and into WrongInput if it never could. Other errors pass.
+
+    kept: says what the run leaves on the disk. has_begun: whether the run has written anything. Both are called only
+    after an error. again: how to go on.
+    """
+    try:
+        yield
+    except OSError as error:
+        named = None if error.filename is None else Path(str(error.filename))  # a failed write names no file
+        if not (named is None or named.is_relative_to(path) or path.is_relative_to(named)):
+            raise
+        reason = error.strerror or str(error)
+        if error.errno in _FULL:
+            raise FailedRun(f"no room left at {path} ({reason}): {kept()}; make room and {again}") from error
+        if error.errno in _FORBIDDEN and has_begun():
+            raise FailedRun(
+                f"{path} can no longer be written ({reason}): {kept()}; make it writable and {again}"
+            ) from error
+        if error.errno in _FORBIDDEN:
+            raise WrongInput(
+                f"{path} cannot be written ({reason}); give another folder, or change its permissions"
+            ) from error
+        if error.errno in (errno.ENOENT, errno.ESTALE) and not (path / "zarr.json").exists():
+            with suppress(OSError):  # a writer may have made the folder anew
+                path.rmdir()
+            raise FailedRun(
+                f"{path} was deleted or unmounted while it was written; bring it back and {again}, or begin anew"
+            ) from error
+        raise
 
 
 def leads_out_of(folder: Path, path: Path) -> bool:

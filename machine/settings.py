@@ -13,11 +13,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Mapping
 from dataclasses import KW_ONLY, MISSING, asdict, dataclass, field, fields
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from types import NoneType
 from typing import Annotated, Any, ClassVar, NamedTuple, Self, get_args, get_origin, get_type_hints
 
-from routesae.machine.files import read_bytes
+from routesae.machine.files import read_bytes, reading
 from routesae.reporting import WrongInput, shortened
 
 MODEL, KEPT, DICTIONARY = "Model and corpus", "What is kept", "The dictionary"
@@ -80,14 +80,9 @@ LM_DTYPE = setting(
 ROWS = ("held-out", "all")
 CACHE = setting("shards", MODEL, "Folder or URL that harvest wrote.", metavar="PATH")
 OUT = setting("saes", RUN, "Folder of SAE folders.", metavar="PATH")
-SAES = setting(
-    (),
-    MODEL,
-    "SAE folder, or user/repo[/folder][@revision] on the hub.",
-    unset="all under --out",
-    flag="sae",
-    metavar="PATH",
-)
+SAE = "SAE folder, or user/repo[/folder][@revision] on the hub."
+SAES = setting((), MODEL, SAE, unset="all under --out", flag="sae", metavar="PATH")
+ONE_SAE = setting(None, MODEL, SAE, unset="the only one under --out", metavar="PATH")
 
 
 class Kind(NamedTuple):
@@ -275,17 +270,17 @@ def read_toml(path: str, flag: str = "--config") -> dict[str, Any]:
     """The TOML file that a flag names. Raises WrongInput where it cannot be read."""
     import tomllib
 
-    try:
+    with reading(f"{flag} {path}", "give a TOML file"):
         text = read_bytes(path, LARGEST_TOML_BYTES).decode()
         if max(line.count(".") for line in f"{text}\n".splitlines()) > MOST_DOTS:
             raise ValueError(f"a line has more than {MOST_DOTS} dots")
         return tomllib.loads(text)
-    except FileNotFoundError:
-        raise WrongInput(f"{flag} {path} does not exist") from None
-    except RecursionError:
-        raise WrongInput(f"{flag} {path} cannot be read: nested too deeply") from None
-    except (OSError, ValueError) as error:  # ValueError: not TOML, not text, too large, or not a regular file
-        raise WrongInput(f"{flag} {path} cannot be read: {shortened(str(error))}") from error
+
+
+def require_folder(flag: str, file: str | None) -> None:
+    """Raise WrongInput if the folder that a file is to be written to does not exist."""
+    if file is not None and not Path(file).absolute().parent.is_dir():
+        raise WrongInput(f"{flag} {file}: there is no folder {Path(file).parent} to write it to")
 
 
 def by_field(table: Mapping[str, Any], where: str, *classes: type[Settings]) -> dict[str, Any]:

@@ -745,7 +745,7 @@ def test_latents_of_a_text_a_file_and_a_conversation_are_listed(saes: Path, tmp_
     for given, message in (
         ((), "give the text by one of --text, --file and --messages"),
         (("--text", "a", "--file", "b"), "give the text by one of"),
-        (("--file", tmp_path / "absent"), "--file .*absent cannot be read"),
+        (("--file", tmp_path / "absent"), "--file .*absent does not exist"),
         (("--messages", "[{"), "--messages cannot be read"),
         (("--messages", '[{"role": "user", "content": "a"}]'), "no chat template"),
         (("--text", ""), "text without a token"),

@@ -29,9 +29,8 @@ BATCH_TOKENS = 4096
 class CacheScores:
     """tokens: scored. norm_mse: mean of ‖x−x̂‖²/‖x‖². fvu: Σ‖x−x̂‖²/Σ‖x−mean‖². Both on the SAE's own input.
 
-    l0: active latents a token. dead: share of latents active on none of the tokens. density_F: share of the
-    tokens each latent is active on. layer_shares: share of tokens routed to each layer, and routing_entropy the
-    entropy of those shares in nats; both None without a router.
+    l0: active latents a token. dead: share of latents active on none of the tokens. layer_shares: share of tokens
+    routed to each layer, and routing_entropy the entropy of those shares in nats; both None without a router.
     by_row: the sums that the scores come from, for each row of tokens scored, float64 [S]. readings: inputs the SAE
     read of it, which are its kept tokens, times the layers for mlsae and random. Over them shares of ‖x−x̂‖²/‖x‖²,
     errors of ‖x−x̂‖², deviations of ‖x−mean‖², active of active latents. With a router also routed [S, L], tokens at
@@ -43,14 +42,13 @@ class CacheScores:
     fvu: float
     l0: float
     dead: float
-    density_F: torch.Tensor
     layer_shares: dict[int, float] | None
     routing_entropy: float | None
     by_row: dict[str, torch.Tensor]
 
     def to_dict(self) -> dict[str, Any]:
-        """The scores as JSON, without those of single latents and rows of tokens."""
-        return {name: value for name, value in vars(self).items() if name not in ("density_F", "by_row")}
+        """The scores as JSON, without those of single rows of tokens."""
+        return {name: value for name, value in vars(self).items() if name != "by_row"}
 
 
 def score_on_cache(sae: SAE, cache: Cache, first_row: int, after_row: int, report: Report = silent) -> CacheScores:
@@ -77,21 +75,18 @@ def score_all_on_cache(
         raise WrongInput(f"{cache.path} has no kept token in rows {first_row} to {after_row - 1}; harvest more text")
     device = next(iter(saes.values())).device
     sums = {name: _Sums(sae.recipe, after_row - first_row, device) for name, sae in saes.items()}
-    done = 0
-    for hidden, position_N in read_in_order(selection, saes.values(), device):
+    for hidden, position_N in read_in_order(selection, saes.values(), device, report, "score on cache"):
         for name, sae in saes.items():
             sums[name].add(sae(hidden), position_N // cache.manifest.context - first_row)
-        done += hidden.tokens
-        report(Progress("score on cache", done, tokens, "tokens", {}))
     return {name: of_sae.scores(tokens) for name, of_sae in sums.items()}
 
 
 def read_in_order(
-    selection: Selection, saes: Iterable[SAE], device: torch.device
+    selection: Selection, saes: Iterable[SAE], device: torch.device, report: Report = silent, stage: str = ""
 ) -> Iterator[tuple[Hidden, torch.Tensor]]:
     """Every selected token once, in stored order, for these SAEs: hidden states, and position_N in the tokens.
 
-    They are valid until the next ones are asked for.
+    They are valid until the next ones are asked for, which reports how far the stage is.
     """
     cache, done = selection.cache, 0
     position_N = np.concatenate([selection.positions(shard) for shard in range(len(selection.shards))])
@@ -106,6 +101,7 @@ def read_in_order(
             hidden = Hidden(*batch, None if place_N is None else place_N[part], layers=selection.layers)
             yield hidden, at_N[part]
             done = part.stop
+            report(Progress(stage, done, len(selection), "tokens", {}))
 
 
 class _Sums:
@@ -154,7 +150,6 @@ class _Sums:
             fvu=float(sums["errors"].sum() / sums["deviations"].sum()),
             l0=float(sums["active"].sum()) / readings,
             dead=float((self.active_F == 0).double().mean()),
-            density_F=(self.active_F.double() / readings).cpu(),
             layer_shares=None if shares_L is None else dict(zip(layers, shares_L.tolist(), strict=True)),
             routing_entropy=None if shares_L is None else entropy(shares_L),
             by_row=sums,

@@ -17,7 +17,7 @@ import torch
 
 from routesae.harvest.cache.reader import Cache
 from routesae.reporting import WrongInput
-from routesae.train.folder.checkpoint import CONFIG, load_sae, read_config
+from routesae.train.folder.checkpoint import CONFIG, load_sae, read_source
 from routesae.train.folder.hub import fetch_sae
 from routesae.train.optimiser import peak_lr
 from routesae.train.saes import SAE, SINGLE_LAYER, Recipe, build
@@ -73,7 +73,7 @@ def folders(settings: TrainSettings) -> list[Path]:
 def jobs_of(settings: TrainSettings, cache: Cache) -> list[Job]:
     """Raises WrongInput for settings that do not fit the cache, and for two SAEs of one name."""
     shared = {name: getattr(settings, name) for name in DECISIVE}
-    origin = {**cache.manifest.to_dict(), "lm_weights": cache.weights_hash()}
+    origin = {**cache.manifest.to_dict(), "lm_weights": cache.manifest.weights_hash}
     jobs: dict[Path, Job] = {}
     for run in settings.runs:
         source = source_of(run)
@@ -102,8 +102,7 @@ def is_finished(job: Job, settings: TrainSettings) -> bool:
         return False  # the SAE there is replaced once the new one is finished, also if an --overwrite was stopped
     if not settings.resume:
         raise WrongInput(f"{job.folder} exists; give another --name, or --overwrite to replace it")
-    source = read_config(job.folder).get("metadata", {}).get("routesae", {}).get("source", {})
-    require_same(job.folder, source.get("identity", {}), job.identity)
+    require_same(job.folder, read_source(job.folder).identity, job.identity)
     drop_checkpoints(job.folder)  # left by a run that was killed just before it dropped them
     log.info("%s is trained already", job.folder)
     return True

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
-from routesae.machine.files import BadFile, parse_json, read_bytes, refuse_link, signed
-from routesae.reporting import FailedRun, WrongInput
+from routesae.machine.files import BadFile, parse_json, read_bytes, reading, refuse_link, signed
+from routesae.reporting import FailedRun
 from routesae.train.evaluate import entropy
-from routesae.train.folder.checkpoint import METRICS_FILE
+from routesae.train.folder.checkpoint import COPY_WHOLE, METRICS_FILE, Numbers
 from routesae.train.losses import Objective
 from routesae.train.ranks.distributed import batch_rows, batch_sum
 from routesae.train.saes import SAE, Forward
@@ -167,19 +168,19 @@ def _open(path: Path) -> TextIO:
     return open(path, "a+", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666))
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
+def read_metrics(folder: Path) -> list[Numbers]:
     """The lines of an SAE's metrics.jsonl, or [] if it has none. Raises WrongInput naming a line that was altered.
 
     Lines without a hash, of earlier versions, are read as they are.
     """
-    path, lines = folder / METRICS_FILE, list[dict[str, Any]]()
-    try:
-        for text in read_bytes(path, LARGEST_METRICS_BYTES).splitlines() if os.path.lexists(path) else []:
+    path, lines, of_line = folder / METRICS_FILE, list[Numbers](), TypeAdapter(Numbers)
+    with reading(path, COPY_WHOLE):
+        texts = read_bytes(path, LARGEST_METRICS_BYTES).splitlines() if os.path.lexists(path) else []
+    for number, text in enumerate(texts, 1):
+        with reading(f"line {number} of {path}", COPY_WHOLE):
             line = parse_json(text)
             if not isinstance(line, dict) or ("hash" in line and line != signed(line)):
                 raise BadFile("it is not what was written")
-            lines.append({name: value for name, value in line.items() if name != "hash"})
-    except (OSError, BadFile) as error:
-        where = "" if isinstance(error, OSError) else f"line {len(lines) + 1}: "
-        raise WrongInput(f"{path} cannot be read ({where}{error}); copy the SAE's folder whole") from error
+            line.pop("hash", None)
+            lines.append(of_line.validate_python(line, strict=True))
     return lines

@@ -22,10 +22,9 @@ import torch
 from routesae import __version__
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.cache.verify import require_intact
-from routesae.machine.device import has_bfloat16_units
-from routesae.machine.faults import disk_faults
+from routesae.machine.device import has_bfloat16_units, keep_freed_memory, require_packages
+from routesae.machine.files import disk_faults
 from routesae.machine.lock import Lock, hold
-from routesae.machine.memory import keep_freed_memory
 from routesae.machine.stop import stop_code, stop_requests
 from routesae.reporting import FailedRun, Progress, Report, Stopped, WrongInput, silent
 from routesae.train.evaluate import CacheScores, score_on_cache
@@ -50,7 +49,7 @@ from routesae.train.saes.normalise import Hidden
 from routesae.train.settings import TrainSettings
 from routesae.train.sparse.policy import chosen, exactly
 from routesae.train.state import drop_checkpoints
-from routesae.train.trackers import open_trackers, require_trackers
+from routesae.train.trackers import open_trackers
 from routesae.train.trainee import Pace, Trainee
 
 log = logging.getLogger(__name__)
@@ -77,7 +76,8 @@ def train(settings: TrainSettings, report: Report = silent) -> list[TrainResult]
     Raises WrongInput for a cache or setting that cannot be used and for an SAE that another process trains, FailedRun
     if training cannot go on or an SAE, which is kept, did not learn, Stopped if asked to stop: a checkpoint is left.
     """
-    require_trackers(settings.log)
+    for name in settings.log:
+        require_packages(f"--log {name}", name, name)
     divided = settings.shard or settings.cpu_offload
     locks: list[Lock] = []
     kept, again = "the last checkpoint stays", "give the same command with --resume"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import importlib
-import importlib.util
 import os
 import re
 import sys
@@ -104,13 +103,6 @@ TRACKERS: dict[str, Callable[[str, Path, Mapping[str, Any], str], Tracker]] = {
     "wandb": partial(Hosted, "wandb"),
     "trackio": partial(Hosted, "trackio"),
 }
-
-
-def require_trackers(names: tuple[str, ...]) -> None:
-    """Raises WrongInput for a tracker that is not installed."""
-    for name in names:
-        if importlib.util.find_spec(name) is None:
-            raise WrongInput(f"--log {name} needs the package {name}: pip install 'routesae[{name}]'")
 
 
 def open_trackers(

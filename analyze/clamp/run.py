@@ -22,9 +22,8 @@ from routesae.analyze.clamp import steps
 from routesae.analyze.clamp.changes import CHANGES, Clamp, parse_change
 from routesae.analyze.clamp.prompts import Prompt, read_prompts
 from routesae.analyze.clamp.settings import ClampSettings
-from routesae.analyze.inputs.identity import sae_identity
 from routesae.analyze.inputs.lm import LM, Kept, kept_of, lm_of_sae, load_lm_of
-from routesae.analyze.inputs.saes import one_sae
+from routesae.analyze.inputs.saes import one_sae, sae_identity
 from routesae.machine.device import pick_device
 from routesae.reporting import Progress, Report, WrongInput, silent
 from routesae.train.folder.checkpoint import load_sae

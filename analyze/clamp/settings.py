@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from routesae.machine.settings import MODEL, OUT, RUN, SEED, LMSettings, setting
+from routesae.machine.settings import MODEL, ONE_SAE, OUT, RUN, SEED, LMSettings, setting
 from routesae.reporting import WrongInput
 
 CHANGES, PROMPTS, GENERATION = "Changes to latents", "Prompts", "Generation"
@@ -11,13 +11,7 @@ CHANGES, PROMPTS, GENERATION = "Changes to latents", "Prompts", "Generation"
 class ClampSettings(LMSettings):
     """Settings of one clamping. Raises WrongInput where a value is impossible."""
 
-    sae: str | None = setting(
-        None,
-        MODEL,
-        "SAE folder, or user/repo[/folder][@revision] on the hub.",
-        metavar="PATH",
-        unset="the only one under --out",
-    )
+    sae: str | None = ONE_SAE
     out: str = OUT
     add: tuple[str, ...] = setting((), CHANGES, "Add VALUE to the latent at every token.", metavar="LATENT=VALUE")
     multiply: tuple[str, ...] = setting(

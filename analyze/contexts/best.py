@@ -19,7 +19,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from routesae.analyze.contexts.windows import Windows
+from routesae.analyze.contexts.windows import Positions
 
 PENDING = 1 << 18  # activations gathered before they are merged: a sort costs as much for few as for many
 LOOKED_UP = 1 << 16  # windows whose activations are looked up at a time
@@ -105,8 +105,8 @@ class Best:
             self._parts, self._waiting = [self._cut(together.where(ranking(together, group_M)))], 0
         return self._parts[0]
 
-    def end_shard(self, windows: Windows, base: int, look_up: LookUp) -> None:
-        """Give what is held of the shard its windows. windows: of the shard's positions, counted from `base`."""
+    def end_shard(self, windows: tuple[Positions, Positions], base: int, look_up: LookUp) -> None:
+        """Give what is held of the shard its windows. windows: first_P and after_P, counted from `base`."""
         held = self.merge()
         window_M = held.window_M.cpu()
         old_M = window_M != NO_WINDOW
@@ -118,8 +118,8 @@ class Best:
         for new_m in torch.nonzero(~old_M).squeeze(1).split(LOOKED_UP):  # type: ignore[no-untyped-call]
             of = held.where(new_m.to(device))
             at_m = (of.position_M - base).cpu().numpy()
-            first_M[new_m] = torch.from_numpy(windows.first_P[at_m]) + base
-            after_M[new_m] = torch.from_numpy(windows.after_P[at_m]) + base
+            first_M[new_m] = torch.from_numpy(windows[0][at_m]) + base
+            after_M[new_m] = torch.from_numpy(windows[1][at_m]) + base
             position_mW = first_M[new_m][:, None] + torch.arange(self.window)
             inside_mW = position_mW < after_M[new_m][:, None]
             activations_MW[new_m] = look_up(of, position_mW.to(device), inside_mW.to(device)).cpu()

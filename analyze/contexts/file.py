@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import regex
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 
-from routesae.machine.files import file_hash, problem_of, read_signed, refuse_link, replacing, signed, write_json
+from routesae.machine.files import file_hash, read_signed, reading, refuse_link, replacing, signed, write_json
 from routesae.reporting import WrongInput, visible
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ FORMAT = 3  # 2 did not say where documents are from
 FOLDER, CONTEXTS, LATENTS, PUBLISHED = "contexts", "contexts.parquet", "latents.parquet", "contexts.json"
 PARTS = (CONTEXTS, LATENTS, PUBLISHED)
 FACTS = "facts.json"
+REMEDY = "run routesae contexts again"
 CHOSEN, TOP, SAMPLES = "chosen", "top", ("strong", "middle", "weak")
 KINDS = (CHOSEN, TOP, *SAMPLES)
 BINS_PER_OCTAVE = 4
@@ -200,7 +201,7 @@ class ContextsFile:
         """Those that have a context, ascending; only `selected` ones if given. Raises WrongInput on damage."""
         import pyarrow as pa
 
-        try:
+        with reading(self.place / CONTEXTS, REMEDY, pa.ArrowException):
             for latent, rows in groupby(self._rows(selected), key=itemgetter("latent")):
                 if not 0 <= latent < len(self.summaries):
                     raise ValueError(f"there is no latent {latent}")
@@ -208,8 +209,6 @@ class ContextsFile:
                 kinds = {kind: tuple(c for c in contexts if c.kind == kind) for kind in KINDS}
                 chosen, top = kinds.pop(CHOSEN), kinds.pop(TOP)
                 yield LatentContexts(summary=self.summaries[latent], chosen=chosen, top=top, samples=kinds)
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise damaged(self.place / CONTEXTS, error) from error
 
     def _rows(self, selected: Collection[int] | None) -> Iterator[dict[str, Any]]:
         """In the order of the file, which is the latents'. A row group without a selected latent is not read."""
@@ -252,23 +251,19 @@ def read_contexts(folder: Path, tokens_hash: str | None = None) -> ContextsFile:
         which = "" if tokens_hash is None else " of that corpus"
         raise WrongInput(f"{folder} has no contexts{which}; make them with routesae contexts --sae {folder}")
     place = place_of(folder, facts["cache"])
-    path = place
-    try:
-        for name, schema in ((CONTEXTS, context_schema()), (LATENTS, latent_schema()), (PUBLISHED, None)):
-            path = place / name
-            if file_hash(path) != facts["hashes"].get(name):
+    for name, schema in ((CONTEXTS, context_schema()), (LATENTS, latent_schema()), (PUBLISHED, None)):
+        with reading(place / name, REMEDY, pa.ArrowException):
+            if file_hash(place / name) != facts["hashes"].get(name):
                 raise ValueError(f"it is not the one that {FACTS} is about")
             if schema is not None:
-                _require_bounds(path, schema)
-        path = place / LATENTS
-        table = pq.read_table(path, page_checksum_verification=True)
+                _require_bounds(place / name, schema)
+    with reading(place / LATENTS, REMEDY, pa.ArrowException):
+        table = pq.read_table(place / LATENTS, page_checksum_verification=True)
         if any(column.null_count for column in table.columns):
             raise ValueError("a value is missing")
         summaries = tuple(LatentSummary(**row) for row in table.to_pylist())
         if [summary.latent for summary in summaries] != list(range(len(summaries))):
             raise ValueError("its latents are not numbered from 0")
-    except (pa.ArrowException, OSError, TypeError, ValueError) as error:
-        raise damaged(path, error) from error
     return ContextsFile(folder, facts, summaries)
 
 
@@ -286,17 +281,14 @@ def read_facts(folder: Path, tokens_hash: str | None = None) -> dict[str, Any] |
         raise WrongInput(f"{folder} has contexts of several corpora, {names}; say which with --cache")
     if not places:
         return None
-    path = places[0] / FACTS
-    try:
-        facts = read_signed(path)
+    with reading(places[0] / FACTS, REMEDY):
+        facts = read_signed(places[0] / FACTS)
         if facts.get("format") != FORMAT:
             raise ValueError(f"it has format {facts.get('format')!r}, and only {FORMAT} is read")
         Facts.model_validate(facts)
         if place_of(folder, facts["cache"]) != places[0]:
             raise ValueError("it is in the folder of another corpus")
-    except (OSError, ValueError) as error:
-        raise damaged(path, error) from error
-    return facts
+        return facts
 
 
 def _require_bounds(path: Path, schema: pa.Schema) -> None:
@@ -313,12 +305,6 @@ def _require_bounds(path: Path, schema: pa.Schema) -> None:
             values = max(group.column(column).num_values for column in range(group.num_columns))
             if not 0 <= group.num_rows <= values <= MOST_VALUES:
                 raise ValueError(f"it claims {values:,} values at a time, and at most {MOST_VALUES:,} are read")
-
-
-def damaged(path: Path, why: Exception, remedy: str = "run routesae contexts again") -> WrongInput:
-    """The error for a file that cannot be read; one line, whatever the file says."""
-    reason = " ".join(problem_of(why).split())
-    return WrongInput(f"{path} cannot be read ({visible(reason)[:200]}); {remedy}")
 
 
 def write_contexts(

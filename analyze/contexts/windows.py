@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,13 +27,6 @@ _LONGEST = 16  # tokens of one run of characters that share tokens; a longer one
 
 Positions = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
-
-
-class Windows(NamedTuple):
-    """first_P, after_P: for each position, the first position of its window and the one after the last."""
-
-    first_P: Positions
-    after_P: Positions
 
 
 class Vocabulary:
@@ -114,9 +107,10 @@ def windows(
     special_ids: Sequence[int],
     window: int,
     in_front: Sequence[int] = (),
-) -> Windows:
+) -> tuple[Positions, Positions]:
     """For each position of the rows the sentence it stands in; of one longer than `window` tokens, those around it.
 
+    Returns first_P and after_P: the first position of each one's window, and the one after its last.
     document_starts: flat positions in these rows at which documents begin. in_front: a few tokens before these rows,
     which may hold the beginning of their first character.
     """
@@ -143,7 +137,7 @@ def windows(
     whole_after_P = np.maximum.accumulate(np.where(between_P, np.arange(len(between_P)), 0))[cut_after_P]
     cut_first_P = np.where(whole_first_P <= at_P, whole_first_P, cut_first_P)
     cut_after_P = np.where(whole_after_P > at_P, whole_after_P, cut_after_P)
-    return Windows(np.where(long_P, cut_first_P, first_P), np.where(long_P, cut_after_P, after_P))
+    return np.where(long_P, cut_first_P, first_P), np.where(long_P, cut_after_P, after_P)
 
 
 def _next(flags: Flags) -> Positions:

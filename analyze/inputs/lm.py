@@ -27,7 +27,7 @@ from routesae.harvest.lm.model import LanguageModel
 from routesae.machine.device import pick_device, pick_lm_dtype
 from routesae.machine.settings import LMSettings
 from routesae.reporting import WrongInput
-from routesae.train.folder.checkpoint import read_config
+from routesae.train.folder.checkpoint import read_source
 from routesae.train.saes import SAE, Recipe
 
 GIVE_MODEL = "give that LM with --model"
@@ -54,7 +54,8 @@ class LMRecord(NamedTuple):
 
     @property
     def transformers(self) -> Any:
-        return _mapping(self.facts.get("versions")).get("transformers")
+        versions = self.facts.get("versions")
+        return versions.get("transformers") if isinstance(versions, Mapping) else None
 
 
 class Kept(NamedTuple):
@@ -203,20 +204,16 @@ def require_lm_of(sae: SAE, lm: LM) -> Kept:
 def lm_of_cache(cache: Cache) -> LMRecord:
     manifest = cache.manifest
     name = f"the LM of the cache {cache.path}"
-    return LMRecord(name, manifest.to_dict(), cache.weights_hash(), manifest.width, manifest.layers)
+    return LMRecord(name, manifest.to_dict(), manifest.weights_hash, manifest.width, manifest.layers)
 
 
 def lm_of_sae(folder: Path, recipe: Recipe) -> LMRecord:
     """The LM that cfg.json records. The file may be a stranger's, so nothing is taken for granted."""
-    metadata = _mapping(read_config(folder).get("metadata"))
-    source = _mapping(_mapping(metadata.get("routesae")).get("source"))
-    weights = _mapping(_mapping(source.get("identity")).get("cache")).get("lm_weights")
-    facts = _mapping(source.get("cache")) or {"model": metadata.get("model_name")}
+    source = read_source(folder)
+    trained_on = source.identity.get("cache")
+    weights = trained_on.get("lm_weights") if isinstance(trained_on, dict) else None
+    facts = source.cache or {"model": source.model}
     return LMRecord(f"the LM of the SAE {folder}", facts, weights, recipe.width, recipe.layers)
-
-
-def _mapping(value: object) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
 
 
 def require_same_lm(recorded: LMRecord, other: LMRecord, remedy: str) -> None:

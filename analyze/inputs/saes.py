@@ -1,13 +1,15 @@
-"""Find and open the SAEs of an analysis, and check that they fit its cache."""
+"""Find and open the SAEs of an analysis, check that they fit its cache, and record what both are."""
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import xxhash
 
 from routesae.analyze.inputs.lm import lm_of_cache, lm_of_sae, require_same_lm_as_cache
 from routesae.harvest.cache.reader import Cache
@@ -90,3 +92,24 @@ def rows_to_read(rows: str | None, cache: Cache, opened: Mapping[str, OpenSAE]) 
     if first == manifest.rows:
         raise WrongInput(f"{cache.path} has no held-out rows; --rows all reads those that SAEs may be trained on")
     return rows, first, manifest.rows
+
+
+def sae_identity(sae: SAE) -> dict[str, Any]:
+    """The recipe of a loaded SAE, and an xxh3-128 of each file of weights as it was read."""
+    return {"recipe": sae.recipe.to_dict(), "weights": dict(sorted(sae.hashes.items()))}
+
+
+def cache_identity(cache: Cache) -> dict[str, Any]:
+    """Where it is, its manifest, the LM's weights, and an xxh3-128 of what the records of its shards say.
+
+    They hold hashes of all that was written; the hidden states themselves are not read.
+    """
+    manifest = cache.manifest.to_dict()
+    records = [(of.index, of.weights_hash, dict(of.hashes)) for of in (shard.record for shard in cache.shards())]
+    written = json.dumps([manifest, records], sort_keys=True)
+    return {
+        "path": cache.storage.address,
+        **manifest,
+        "lm_weights": cache.manifest.weights_hash,
+        "fingerprint": xxhash.xxh3_128(written.encode()).hexdigest(),
+    }

@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt
 from routesae.analyze.interpret.answers import Explanation, Predictions
 from routesae.analyze.interpret.settings import MODES
 from routesae.harvest.cache.arrays import fsync
-from routesae.machine.files import parse_json, problem_of, read_bytes, refuse_link
+from routesae.machine.files import parse_json, read_bytes, reading, refuse_link
 from routesae.reporting import FailedRun, WrongInput
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ Line = dict[str, Any]
 ANSWERED, UNPARSED, UNANSWERED = "answered", "unparsed", "unanswered"
 LINES, SUMMARY = "interpretations.jsonl", "interpretations.json"
 LARGEST_BYTES = 1 << 30
+REMEDY = "bring the file back from a copy, or give --overwrite to set aside what the folder has"
 HASHED = re.compile(rb'(.+), "hash": "([0-9a-f]{16})"\}', re.DOTALL)
 
 
@@ -122,22 +123,15 @@ def read_ledger(path: Path) -> tuple[Line | None, list[Line], int]:
 
     Raises WrongInput naming a line that is damaged.
     """
-    try:
+    with reading(path, REMEDY):
         content = read_bytes(path, LARGEST_BYTES).rstrip(b"\0")
-    except ValueError as error:
-        raise WrongInput(f"{path} cannot be read: {error}") from None
     *texts, torn = content.split(b"\n")
     if torn:
         log.warning("the last line of %s was cut short and is dropped; its question is asked again", path)
     lines: list[Line] = []
     for number, text in enumerate(texts, 1):
-        try:
+        with reading(f"line {number} of {path}", f"delete it, or {REMEDY}"):
             lines.append(_read_line(text, path.name == LINES, is_head=number == 1))
-        except ValueError as error:
-            raise WrongInput(
-                f"line {number} of {path} is damaged ({problem_of(error)}); bring the file back from a copy, "
-                "delete the line, or give --overwrite to set aside what the folder has"
-            ) from None
     identity = lines[0]["identity"] if lines else None
     return identity, lines[1:], len(content) - len(torn)
 

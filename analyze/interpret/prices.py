@@ -10,8 +10,7 @@ from typing import NamedTuple
 
 from pydantic import BaseModel, Field, TypeAdapter
 
-from routesae.machine.files import problem_of, read_bytes
-from routesae.reporting import WrongInput
+from routesae.machine.files import read_bytes, reading
 
 MILLION = 1_000_000
 SNAPSHOT = re.compile(r"-\d{4}-\d{2}-\d{2}$")  # gpt-4o-2024-08-06 costs what gpt-4o costs
@@ -43,13 +42,9 @@ def price_of(model: str, prices_file: str | None) -> Price | None:
     packaged = files("routesae.analyze.interpret").joinpath("prices.toml").read_text(encoding="utf-8")
     prices = table.validate_python(tomllib.loads(packaged))
     if prices_file is not None:
-        try:
+        form = "it is TOML where a model has input and output, US dollars a million tokens"
+        with reading(f"--prices {prices_file}", form):
             prices |= table.validate_python(tomllib.loads(read_bytes(prices_file).decode()))
-        except (OSError, ValueError, RecursionError) as error:
-            raise WrongInput(
-                f"--prices {prices_file} cannot be used ({problem_of(error)}); it is TOML where a model has input "
-                "and output, US dollars a million tokens"
-            ) from None
     return prices.get(model, prices.get(SNAPSHOT.sub("", model)))
 
 

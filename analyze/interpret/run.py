@@ -31,7 +31,8 @@ from routesae.analyze.interpret.ledger import ANSWERED, LINES, SUMMARY, UNANSWER
 from routesae.analyze.interpret.prices import Budget, Price, Used, price_of
 from routesae.analyze.interpret.settings import InterpretSettings
 from routesae.analyze.interpret.summary import bill, read_interpretations, score_summary, summarise, used
-from routesae.machine.files import read_bytes, signed, write_json
+from routesae.harvest.cache.reader import Cache
+from routesae.machine.files import read_bytes, reading, signed, write_json
 from routesae.machine.lock import hold
 from routesae.machine.stop import StopRequest, stop_requests
 from routesae.reporting import Report, WrongInput, silent
@@ -113,7 +114,8 @@ class Subject:
         self.ledger = stack.enter_context(open_ledger(self.folder / LINES, self.identity))
         self.scores = {}
         for mode in settings.scores:
-            identity = {**self.identity, **scoring.identity_of(mode, settings.seed)}
+            decisive = {f"{mode} prompt": scoring.digest_of(scoring.template_of(mode)), "seed": settings.seed}
+            identity = {**self.identity, **decisive, **scoring.MADE_BY}
             self.scores[mode] = stack.enter_context(open_ledger(self.folder / f"{mode}.jsonl", identity))
         self.ledgers = (self.ledger, *self.scores.values())
 
@@ -173,8 +175,6 @@ def _contexts(settings: InterpretSettings) -> list[ContextsFile]:
     """The contexts of the SAEs that are named, or of all that have any; of the corpus of --cache if it is given."""
     tokens_hash = None
     if settings.cache is not None:
-        from routesae.harvest.cache.reader import Cache
-
         tokens_hash = Cache(settings.cache).manifest.tokens_hash
     if settings.saes:
         folders = [Path(sae) for sae in dict.fromkeys(settings.saes)]
@@ -207,10 +207,8 @@ def read_template(prompt: str | None) -> str:
     """The user's prompt, or the packaged one. Raises WrongInput unless $examples is all that is to be filled in."""
     if prompt is None:
         return scoring.template_of("explanation")
-    try:
+    with reading(f"--prompt {prompt}", "give a file of text"):
         template = read_bytes(prompt).decode()
-    except (OSError, ValueError) as error:
-        raise WrongInput(f"--prompt {prompt} cannot be read: {error}") from None
     names = Template(template).get_identifiers() if Template(template).is_valid() else ["…"]
     if names != ["examples"]:
         others = ", ".join(f"${name}" for name in names if name != "examples")

@@ -6,31 +6,46 @@
 Both follow 2410.13928. The score is balanced accuracy, 0.5 for guessing. Texts that the explainer saw are never used:
 the positives come from the uniform sample that `routesae contexts` draws apart from its choice. Nor is it guessed
 where a latent is silent: for detection the SAE runs over the rows that its negatives come from.
+
+Dimension letters: N tokens, F latents, W latents asked about, P positions of the cache's last rows, M active pairs.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib.resources import files
 from itertools import chain
+from pathlib import Path
 from string import Template
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from unicodedata import category
+
+import numpy as np
+import numpy.typing as npt
+import torch
 
 from routesae.analyze.contexts.file import Context, ContextsFile, LatentContexts
 from routesae.analyze.interpret.answers import Predictions
 from routesae.analyze.interpret.asking import Question, settled
 from routesae.analyze.interpret.ledger import Line
 from routesae.analyze.interpret.settings import InterpretSettings
+from routesae.harvest.cache.reader import Cache
+from routesae.machine.device import pick_device
+from routesae.reporting import WrongInput
+from routesae.train.evaluate import read_in_order, require_fit
+from routesae.train.folder.checkpoint import CONFIG, load_sae
+from routesae.train.loading.batches import Selection
+from routesae.train.saes import SAE
 
-RULE = 2  # by which examples are made
 EACH = 10  # positives, and as many negatives, of a latent
 LEAST = 3  # positives and negatives below which a latent is not scored
 BATCH = 10  # examples a request
+MADE_BY = {"each": EACH, "batch": BATCH, "rule": 2}  # how examples are made; a ledger says so
 NEXT_TEXTS = 8  # in which a mark like the positive's is looked for
 POOL_TEXTS = 2_000  # that negatives of detection are drawn from
+POOL_TOKENS = 16_384  # that they stand in: enough for ten texts of any latent that is not active nearly everywhere
 KEY = ("latent", "digest", "batch")  # what names a question in a scoring ledger
 Place = tuple[int, int, int]
 """Row, first position and number of tokens of a window."""
@@ -56,11 +71,6 @@ def digests_of(explained: Mapping[int, str]) -> dict[int, str]:
 def template_of(name: str) -> str:
     """A packaged prompt: that of a mode, or of "explanation"."""
     return files("routesae.analyze.interpret").joinpath(f"prompts/{name}.txt").read_text(encoding="utf-8")
-
-
-def identity_of(mode: str, seed: int) -> dict[str, Any]:
-    """What scores depend on, besides what explanations depend on."""
-    return {f"{mode} prompt": digest_of(template_of(mode)), "seed": seed, "each": EACH, "batch": BATCH, "rule": RULE}
 
 
 def questions_of(
@@ -95,8 +105,6 @@ def _examples(
     if not latents:
         return
     if mode == "detection":
-        from routesae.analyze.interpret.silence import Silence  # brings torch, which nothing else of interpret needs
-
         silence = Silence(contexts, latents, settings.cache, settings.device)
         pool: dict[Place, str] = {}
         for other in contexts.latents():
@@ -121,6 +129,49 @@ def _examples(
         if min(map([example.active for example in examples].count, (True, False))) >= LEAST:
             rng.shuffle(examples)
             yield latent.latent, examples
+
+
+class Silence:
+    """What the SAE says of `latents` in the last rows of the cache that `contexts` are of.
+
+    Raises WrongInput if cache or SAE is another one.
+    """
+
+    def __init__(self, contexts: ContextsFile, latents: Collection[int], path: str | None, device: str):
+        facts = contexts.facts
+        cache = Cache(path or facts["cache"]["path"])
+        if cache.manifest.tokens_hash != facts["cache"]["tokens_hash"]:
+            raise WrongInput(f"--cache {path} is not the one the contexts in {contexts.folder} are of; give that one")
+        # The contexts of an SAE from the hub are in a folder of their own.
+        folder = contexts.folder if (contexts.folder / CONFIG).exists() else Path(facts["sae"]["folder"])
+        sae = load_sae(folder, pick_device(device))
+        if sae.hashes != facts["sae"]["weights"]:
+            raise WrongInput(f"{folder} has other weights than its contexts; run routesae contexts again")
+        self.context = cache.manifest.context
+        self.first_row = max(0, cache.manifest.rows - POOL_TOKENS // self.context)
+        self.active = dict(zip(latents, active_positions(sae, cache, self.first_row, list(latents)), strict=True))
+
+    def holds(self, latent: int, place: tuple[int, int, int]) -> bool:
+        """Whether the latent is silent on a window (row, first position, length), which is in the last rows."""
+        row, first, length = place
+        at = (row - self.first_row) * self.context + first
+        return row >= self.first_row and not self.active[latent][at : at + length].any()
+
+
+@torch.no_grad()
+def active_positions(sae: SAE, cache: Cache, first_row: int, latents: Sequence[int]) -> npt.NDArray[np.bool_]:
+    """bool [W, P]: on which positions of the cache's rows from `first_row` on each of `latents` is active."""
+    require_fit(sae, cache)
+    first, after = first_row * cache.manifest.context, cache.manifest.rows * cache.manifest.context
+    active_WP = torch.zeros(len(latents), after - first, dtype=torch.bool, device=sae.device)
+    asked_F = torch.full((sae.recipe.latents,), -1, device=sae.device)
+    asked_F[list(latents)] = torch.arange(len(latents), device=sae.device)
+    selection = Selection(cache, first_row, cache.manifest.rows, sae.recipe.layers)
+    for hidden, position_N in read_in_order(selection, [sae], sae.device):
+        row_M, latent_M, _ = sae.encode(hidden).active()
+        position_M, asked_M = position_N[row_M % hidden.tokens] - first, asked_F[latent_M]  # mlsae: layer after layer
+        active_WP[asked_M[asked_M >= 0], position_M[asked_M >= 0]] = True
+    return active_WP.cpu().numpy()
 
 
 def held_out(latent: LatentContexts, shown: int) -> list[Context]:

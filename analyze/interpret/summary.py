@@ -13,8 +13,8 @@ from routesae.analyze.interpret.answers import CATEGORIES
 from routesae.analyze.interpret.ledger import ANSWERED, LINES, SUMMARY, UNANSWERED, UNPARSED, Line, read_ledger
 from routesae.analyze.interpret.prices import Price, Used
 from routesae.analyze.interpret.settings import MODES
-from routesae.machine.files import problem_of, read_signed
-from routesae.reporting import FailedRun, WrongInput
+from routesae.machine.files import read_signed, reading
+from routesae.reporting import FailedRun
 
 
 class Score(BaseModel):
@@ -46,12 +46,8 @@ def read_summary(folder: Path) -> Summary | None:
     path = folder / SUMMARY
     if not os.path.lexists(path):
         return None
-    try:
+    with reading(path, "the same routesae interpret writes it again"):
         return Summary.model_validate(read_signed(path))
-    except (OSError, ValueError) as error:
-        raise WrongInput(
-            f"{path} cannot be read ({problem_of(error)}); the same routesae interpret writes it again"
-        ) from error
 
 
 def read_interpretations(folder: Path) -> dict[int, Line]:

@@ -26,7 +26,7 @@ from routesae.analyze.inputs.saes import open_saes, rows_to_read
 from routesae.analyze.latents.settings import CompareSettings
 from routesae.harvest.cache.reader import Cache
 from routesae.machine.device import pick_device
-from routesae.reporting import Progress, Report, Table, WrongInput, silent
+from routesae.reporting import Report, Table, WrongInput, silent
 from routesae.train.evaluate import read_in_order
 from routesae.train.loading.batches import Selection
 from routesae.train.saes import SAE, Crosscoder
@@ -127,12 +127,11 @@ def _activations(
 ) -> Iterator[Activations]:
     parts: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in saes]
     done = 0
-    for hidden, _ in read_in_order(selection, saes, device):
+    for hidden, _ in read_in_order(selection, saes, device, report, "compare"):
         for sae, into in zip(saes, parts, strict=True):
             row_M, latent_M, f_M = sae.encode(hidden).active()
             into.append((row_M % hidden.tokens + done, latent_M, f_M))  # an mlsae's rows come layer after layer
         done += hidden.tokens
-        report(Progress("compare", done, len(selection), "tokens", {}))
     for sae, of_batches in zip(saes, parts, strict=True):
         token_M, latent_M, f_M = (torch.cat(column) for column in zip(*of_batches, strict=True))
         pairs = Pairs(done, sae.latents, token_M, latent_M)

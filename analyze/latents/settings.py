@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from routesae.machine.settings import CACHE, DEVICE, MODEL, OUT, LMSettings, Settings, setting
+from routesae.machine.settings import CACHE, DEVICE, MODEL, ONE_SAE, OUT, LMSettings, Settings, setting
 from routesae.reporting import WrongInput
 
 TEXT, MATCHING = "The text", "Which latents match"
@@ -11,13 +11,7 @@ TEXT, MATCHING = "The text", "Which latents match"
 class LatentsSettings(LMSettings):
     """Settings of one look at a text. Raises WrongInput where a value is impossible."""
 
-    sae: str | None = setting(
-        None,
-        MODEL,
-        "SAE folder, or user/repo[/folder][@revision] on the hub.",
-        metavar="PATH",
-        unset="the only one under --out",
-    )
+    sae: str | None = ONE_SAE
     out: str = OUT
     text: str | None = setting(None, TEXT, "The text itself.")
     file: str | None = setting(None, TEXT, "A file of text.", metavar="PATH")

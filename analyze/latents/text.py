@@ -23,14 +23,13 @@ from torch import Tensor
 
 from routesae.analyze.contexts.file import read_contexts, read_facts
 from routesae.analyze.contexts.windows import Vocabulary
-from routesae.analyze.inputs.identity import sae_identity
 from routesae.analyze.inputs.lm import LM, Text, lm_of_sae, load_lm_of, require_lm_of
 from routesae.analyze.inputs.saes import one_sae
 from routesae.analyze.interpret.summary import read_interpretations
 from routesae.analyze.latents.settings import LatentsSettings
 from routesae.harvest.lm.passes import capturing, run_until
 from routesae.machine.device import pick_device
-from routesae.machine.files import read_bytes
+from routesae.machine.files import read_bytes, reading
 from routesae.reporting import Report, Table, WrongInput, silent, visible
 from routesae.train.folder.checkpoint import load_sae
 from routesae.train.saes import SAE, Crosscoder, RouteSAE
@@ -133,14 +132,11 @@ def latents(
 def latents_of_text(settings: LatentsSettings, report: Report = silent) -> TextLatents:
     """The table of `routesae latents`."""
     text: Text = settings.text or ""
-    try:
+    with reading(f"--file {settings.file}" if settings.file else "--messages", "give a file of text, or JSON"):
         if settings.file is not None:
             text = read_bytes(settings.file).decode()
         elif settings.messages is not None:
             text = json.loads(settings.messages)
-    except (OSError, ValueError, RecursionError) as error:
-        what = f"--file {settings.file}" if settings.file else "--messages"
-        raise WrongInput(f"{what} cannot be read: {error}") from error
     folder, beside = one_sae(settings.sae, Path(settings.out))
     sae = load_sae(folder, pick_device(settings.device))
     of_sae = lm_of_sae(folder, sae.recipe)
@@ -165,7 +161,7 @@ def notes_of(sae: SAE, folder: Path | None, latents: Iterable[int]) -> dict[int,
     if folder is None or read_facts(folder, tokens_hash) is None:
         return {}
     contexts, lines, notes = read_contexts(folder, tokens_hash), read_interpretations(folder), dict[int, str]()
-    if contexts.facts["sae"]["weights"] != sae_identity(sae)["weights"]:
+    if contexts.facts["sae"]["weights"] != sae.hashes:
         raise WrongInput(f"{folder} has contexts of other weights; run routesae contexts again")
     for latent in contexts.latents(set(latents)):
         found = [*latent.top, *latent.chosen, *(context for sample in latent.samples.values() for context in sample)]

@@ -8,7 +8,6 @@ pareto.png, .svg     L0 against Recovered, a line a variant
 from __future__ import annotations
 
 import csv
-import importlib.util
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from routesae.analyze.scores.results import DESCRIPTIONS
 from routesae.analyze.scores.run import analyze
 from routesae.analyze.scores.settings import AnalyzeSettings
 from routesae.harvest.cache.reader import Cache
+from routesae.machine.device import require_packages
 from routesae.machine.files import replacing, write_json
 from routesae.reporting import Report, WrongInput, silent
 from routesae.train.jobs import folders
@@ -41,8 +41,8 @@ def ablation(settings: AblationSettings, report: Report = silent) -> list[dict[s
     Contexts, if asked for, are collected of the SAEs that have none by this threshold. Raises WrongInput before
     anything is trained where the plot cannot be drawn.
     """
-    if settings.plot and importlib.util.find_spec("matplotlib") is None:
-        raise WrongInput("the Pareto plot needs matplotlib: pip install 'routesae[plot]', or give --no-plot")
+    if settings.plot:
+        require_packages("the Pareto plot", "plot", "matplotlib", instead=", or give --no-plot")
     training, manifest = settings.training, Cache(settings.training.cache).manifest
     if manifest.train_rows == manifest.rows:
         raise WrongInput(f"{training.cache} has no held-out rows to score SAEs on; harvest one with --held-out 0.05")

@@ -19,22 +19,23 @@ from typing import Any, NamedTuple
 
 from routesae.analyze.contexts.file import FACTS, PARTS, place_of
 from routesae.analyze.contexts.run import contexts
-from routesae.analyze.inputs.identity import cache_identity
+from routesae.analyze.inputs.saes import cache_identity
 from routesae.analyze.interpret.ledger import LINES, SUMMARY
 from routesae.analyze.interpret.run import interpret
 from routesae.analyze.interpret.summary import read_summary, require_answers
 from routesae.analyze.pipeline.settings import PipelineSettings
 from routesae.analyze.pipeline.together import harvesting
-from routesae.analyze.report.run import require_libraries, write_report
+from routesae.analyze.report.run import write_report
 from routesae.analyze.scores.results import DESCRIPTIONS, described, read_results
 from routesae.analyze.scores.run import analyze
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.run import harvest
 from routesae.harvest.settings import HarvestSettings
-from routesae.machine.files import file_hash, problem_of, read_signed, signed, write_json
+from routesae.machine.device import require_packages
+from routesae.machine.files import file_hash, read_signed, reading, signed, write_json
 from routesae.machine.lock import hold
 from routesae.reporting import Report, WrongInput, silent
-from routesae.train.folder.checkpoint import CONFIG, find_saes, read_config
+from routesae.train.folder.checkpoint import CONFIG, find_saes, read_source
 from routesae.train.jobs import Job, jobs_of
 from routesae.train.loading.following import begun_cache
 from routesae.train.run import train
@@ -66,7 +67,7 @@ def run_pipeline(settings: PipelineSettings, report: Report = silent) -> Pipelin
     """
     out = settings.out
     if settings.report is not None:
-        require_libraries()
+        require_packages("the report", "report", "jinja2", "matplotlib")
     if settings.interpret is not None and "interpret" not in Record(out / RECORD).steps:
         settings.interpret.key()  # a missing key is reported now and not after the harvest
     out.mkdir(parents=True, exist_ok=True)
@@ -182,10 +183,7 @@ def _train(
     steps = _train_steps(jobs, origin)
     for job, step in zip(jobs, steps, strict=True):
         if step.name not in record.steps and job.folder.exists():
-            found: Any = read_config(job.folder)
-            for name in ("metadata", "routesae", "source", "identity"):  # as far as it says so
-                found = found.get(name) if isinstance(found, dict) else None
-            if found != job.identity:
+            if read_source(job.folder).identity != job.identity:
                 raise WrongInput(
                     f"{job.folder} is there with other settings, and was not trained from here, so it is not "
                     "replaced; give its [[train.run]] a name, or move it away"
@@ -243,12 +241,8 @@ class Record:
         self.steps: dict[str, dict[str, Any]] = {}
         if not path.exists():
             return
-        try:
+        with reading(path, "delete it, and stages run again"):
             self.steps = dict(read_signed(path, LARGEST_RECORD)["steps"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise WrongInput(
-                f"{path} cannot be read ({problem_of(error)}); delete it, and stages run again"
-            ) from error
 
     def is_stale(self, step: Step) -> bool:
         """Whether it has not ended, or not with these inputs, or its output is not as it left it."""

@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import importlib.util
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from http.server import ThreadingHTTPServer
 from itertools import permutations
 from pathlib import Path
@@ -33,14 +32,13 @@ from routesae.analyze.report.runs import Run, read_runs, table_of
 from routesae.analyze.report.serve import asking, page_server
 from routesae.analyze.report.settings import ReportSettings
 from routesae.harvest.cache.reader import Cache
-from routesae.machine.device import pick_device
+from routesae.machine.device import pick_device, require_packages
 from routesae.machine.files import replacing
 from routesae.reporting import Report, WrongInput, silent, visible
 from routesae.train.saes import SAE
 
 log = logging.getLogger(__name__)
 PAGE = Path(__file__).parent / "page"
-LIBRARIES = ("jinja2", "matplotlib")
 PAIRED = 6  # SAEs at most whose latents are paired, each with each
 DEMO = "demo"
 NAMES = {"model": "SmolLM2-135M-Instruct", "corpus": "BBC news"}  # of the demo's
@@ -61,7 +59,7 @@ class Page(NamedTuple):
 
 def write_report(settings: ReportSettings, report: Report = silent) -> Page:
     """Write the page. Raises WrongInput where a library is missing, or a folder, cache or LM does not fit."""
-    require_libraries()
+    require_packages("the report", "report", "jinja2", "matplotlib")
     tokens_hash = None if settings.cache is None else Cache(settings.cache).manifest.tokens_hash
     runs = read_runs(settings.saes, Path(settings.out), settings.scores, tokens_hash)
     lm = _load_lm(settings, runs)
@@ -97,12 +95,6 @@ def write_report(settings: ReportSettings, report: Report = silent) -> Page:
     ask = asking(lm, saes) if settings.serve and lm is not None else None
     server = None if ask is None else page_server(Path(settings.html), ask, settings.port)
     return Page(Path(settings.html), size, len(runs), count, server)
-
-
-def require_libraries() -> None:
-    """Raises WrongInput where a library that draws the page is not installed."""
-    if missing := [name for name in LIBRARIES if importlib.util.find_spec(name) is None]:
-        raise WrongInput(f"the report needs {' and '.join(missing)}: pip install 'routesae[report]'")
 
 
 def _load_lm(settings: ReportSettings, runs: Sequence[Run]) -> LM | None:
@@ -162,6 +154,7 @@ def _render(path: Path, runs: Sequence[Run], blocks: Mapping[str, str], pieces: 
     )
     script = (PAGE / "page.js").read_text()
     columns, rows = table_of(runs)
+    pieces.seek(0)
     parts = environment.get_template("report.html.j2").generate(
         version=__version__,
         script=Markup(script),
@@ -176,18 +169,11 @@ def _render(path: Path, runs: Sequence[Run], blocks: Mapping[str, str], pieces: 
         **shown,
         facts=_facts(runs),
         blocks=blocks.items(),
-        pieces=_lines(pieces),
+        pieces=(line.split() for line in pieces),
     )
     with replacing(path) as file:
         file.writelines(part.encode() for part in parts)
     return path.stat().st_size
-
-
-def _lines(pieces: IO[str]) -> Iterator[tuple[str, str]]:
-    pieces.seek(0)
-    for line in pieces:
-        name, data = line.rstrip("\n").split(" ", 1)
-        yield name, data
 
 
 def _facts(runs: Sequence[Run]) -> list[tuple[str, str]]:

@@ -8,17 +8,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, TypeAdapter
 
-from routesae.analyze.contexts.file import ContextsFile, damaged, read_contexts, read_facts
-from routesae.analyze.inputs.identity import sae_identity
+from routesae.analyze.contexts.file import ContextsFile, read_contexts, read_facts
 from routesae.analyze.inputs.saes import sae_folders
 from routesae.analyze.interpret.settings import MODES
 from routesae.analyze.interpret.summary import read_interpretations, read_summary
 from routesae.analyze.scores.metrics import HIGHER, METRICS, NEITHER
 from routesae.analyze.scores.results import described, read_results
-from routesae.reporting import WrongInput, visible
-from routesae.train.folder.checkpoint import CONFIG, METRICS_FILE, load_sae, read_config, read_recipe
+from routesae.reporting import WrongInput, best_row, visible
+from routesae.train.folder.checkpoint import Numbers, Source, load_sae, read_recipe, read_source
 from routesae.train.log import read_metrics
 from routesae.train.saes import SAE, Recipe
 
@@ -48,21 +46,6 @@ MEASURED = (
 HELD_OUT = {"NormMSE": "norm_mse", "FVU": "fvu", "L0": "l0", "Dead": "dead", "Entropy": "routing_entropy"}
 
 
-Numbers = dict[
-    str, float | dict[str, float] | None
-]  # a line of metrics.jsonl, and what cfg.json says of held-out rows
-
-
-class Source(BaseModel):
-    """What cfg.json says an SAE was trained from; nothing, of one from elsewhere. cache: its manifest."""
-
-    model_config = ConfigDict(strict=True)
-    model: str | None = None
-    corpus: str | None = None
-    cache: dict[str, Any] = {}
-    held_out: Numbers | None = None
-
-
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """One SAE and what is known of it.
@@ -85,8 +68,7 @@ class Run:
     def load(self, device: torch.device) -> SAE:
         """Load the weights. Raises WrongInput where they are not those that the contexts were made with."""
         sae = load_sae(self.folder, device)
-        made_with = None if self.contexts is None else self.contexts.facts["sae"]["weights"]
-        if made_with not in (None, sae_identity(sae)["weights"]):
+        if self.contexts is not None and self.contexts.facts["sae"]["weights"] != sae.hashes:
             raise WrongInput(f"{self.folder} has other weights than its contexts; run routesae contexts again")
         return sae
 
@@ -111,18 +93,8 @@ def _read_run(
 ) -> Run:
     """beside: the folder that contexts and interpret write into."""
     row = scored.get(str(folder.resolve()), scored.get(name, {}))
-    path = folder / CONFIG
-    try:
-        metadata = read_config(folder).get("metadata")
-        ours = metadata.get("routesae") if isinstance(metadata, dict) else None
-        source = Source.model_validate((ours.get("source") if isinstance(ours, dict) else None) or {})
-        path = folder / METRICS_FILE
-        curve = TypeAdapter(list[Numbers]).validate_python(read_metrics(folder), strict=True)
-    except (OSError, ValueError) as error:
-        if isinstance(error, WrongInput):
-            raise
-        raise damaged(path, error, "copy the SAE's folder whole") from error
-    held_out, summary = source.held_out or {}, read_summary(beside)
+    source, summary = read_source(folder), read_summary(beside)
+    held_out = source.held_out or {}
     known: dict[str, Any] = {column: held_out.get(key) for column, key in HELD_OUT.items()}
     known |= {name: value for name, value in row.items() if value is not None} | described(beside, tokens_hash)
     known |= {mode: tested.balanced_accuracy for mode in MODES if (tested := getattr(summary, mode, None))}
@@ -135,7 +107,7 @@ def _read_run(
         folder=folder,
         recipe=read_recipe(folder),
         source=source,
-        curve=curve,
+        curve=read_metrics(folder),
         scores=scores,
         intervals={column: (ends[0], ends[-1]) for column, ends in row.get("intervals", {}).items() if ends},
         shares=shares if isinstance(shares, dict) else None,
@@ -164,25 +136,17 @@ def table_of(runs: Sequence[Run]) -> tuple[list[Column], list[list[Cell]]]:
         layers = run.recipe.layers
         span = str(layers[0]) if len(layers) == 1 else f"{layers[0]}–{layers[-1]}"
         recipe = {"variant": run.recipe.sae, "layers": span, "latents": run.recipe.latents, "k": run.recipe.k}
-        values.append({**recipe, **run.scores})
+        values.append({**recipe, **run.scores, "intervals": run.intervals})
     columns = [column for column in RECIPE + MEASURED if any(row.get(column.name) is not None for row in values)]
-    best = {column.name: _best(runs, column) for column in columns}
+    best = {}
+    for column in columns:  # without intervals nobody knows whether a difference is one
+        known = all(column.name in run.intervals for run in runs if column.name in run.scores)
+        best[column.name] = best_row(values, column.name, column.better) if known else None
     rows = [
-        [_cell(run, column.name, row.get(column.name), best[column.name] is run) for column in columns]
-        for run, row in zip(runs, values, strict=True)
+        [_cell(run, column.name, row.get(column.name), best[column.name] == at) for column in columns]
+        for at, (run, row) in enumerate(zip(runs, values, strict=True))
     ]
     return columns, rows
-
-
-def _best(runs: Sequence[Run], column: Column) -> Run | None:
-    """The run whose value is better than all others', its interval apart from theirs; None if there is none."""
-    scored = [run for run in runs if column.name in run.scores]
-    if column.better == NEITHER or len(scored) < 2 or any(column.name not in run.intervals for run in scored):
-        return None
-    ends = {run.name: sorted(column.better * end for end in run.intervals[column.name]) for run in scored}
-    first = max(scored, key=lambda run: ends[run.name][0])
-    apart = all(ends[first.name][0] > ends[run.name][1] for run in scored if run is not first)
-    return first if apart else None
 
 
 def _cell(run: Run, name: str, value: Any, best: bool) -> Cell:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from routesae.machine.settings import MODEL, OUT, RUN, SAES, LMSettings, setting
+from routesae.machine.settings import MODEL, OUT, RUN, SAES, LMSettings, require_folder, setting
 from routesae.reporting import WrongInput
 
 PAGE = "The page"
@@ -40,7 +40,6 @@ class ReportSettings(LMSettings):
     port: int = setting(8760, RUN, "Port of --serve; 0 is any that is free.", ge=0, lt=2**16)
 
     def check(self) -> None:
-        if not Path(self.html).absolute().parent.is_dir():
-            raise WrongInput(f"--html {self.html}: there is no folder {Path(self.html).parent} to write it to")
+        require_folder("--html", self.html)
         if Path(self.html).is_dir():
             raise WrongInput(f"--html {self.html} is a folder; name a file in it")

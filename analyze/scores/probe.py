@@ -12,7 +12,6 @@ Dimension letters: m documents, N tokens, D width of what the SAE reads, F laten
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -22,6 +21,7 @@ import numpy.typing as npt
 import torch
 
 from routesae.harvest.cache.reader import Cache
+from routesae.machine.device import require_packages
 from routesae.reporting import Progress, Report, WrongInput
 from routesae.train.evaluate import read_in_order
 from routesae.train.loading.batches import Selection
@@ -45,8 +45,7 @@ def probe(
     Of the documents that begin in these rows of tokens. Raises WrongInput if they have no such labels or scikit-learn
     is not installed.
     """
-    if importlib.util.find_spec("sklearn") is None:
-        raise WrongInput("Probe needs scikit-learn: pip install 'routesae[probe]'")
+    require_packages("Probe", "probe", "sklearn")
     starts, context = cache.document_starts(), cache.manifest.context
     first, after = np.searchsorted(starts, [rows.start * context, rows.stop * context]).tolist()
     number_m, label_m = labelled(cache, field, first, after)
@@ -56,8 +55,7 @@ def probe(
     place = np.full(len(starts) + 1, len(number_m))
     place[number_m] = np.arange(len(number_m))
     sums: dict[str, list[torch.Tensor]] = {}
-    done = 0
-    for hidden, position_N in read_in_order(selection, saes.values(), device):
+    for hidden, position_N in read_in_order(selection, saes.values(), device, report, "read documents"):
         of_N = place[np.searchsorted(starts, position_N.cpu().numpy(), side="right") - 1]
         for name, sae in saes.items():
             out, f = sae.eval()(hidden), sae.latents
@@ -70,8 +68,6 @@ def probe(
             latents_mF.view(-1).index_add_(0, of_R[token_M] * f + latent_M, value_M)
             input_mD.index_add_(0, of_R, out.x_ND)
             readings_m1.index_add_(0, of_R, torch.ones(len(of_R), 1, device=device))
-        done += hidden.tokens
-        report(Progress("read documents", done, len(selection), "tokens", {}))
     results = {}
     for at, (name, (latents_mF, input_mD, readings_m1)) in enumerate(sums.items()):
         report(Progress("probe", at, len(sums), "SAEs", {}))

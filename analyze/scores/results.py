@@ -9,8 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from routesae.analyze.contexts.file import read_facts
 from routesae.analyze.interpret.summary import read_summary
-from routesae.machine.files import problem_of, read_signed
-from routesae.reporting import WrongInput
+from routesae.machine.files import read_signed, reading
 
 DESCRIPTIONS = ("Features", "Score")  # columns that contexts and interpret add
 LARGEST_BYTES = 1 << 26
@@ -32,16 +31,10 @@ class _Results(BaseModel):
 
 def read_results(path: Path) -> dict[str, Any]:
     """What `analyze` returned, from the JSON file it was written to. Raises WrongInput if it is not that any more."""
-    try:
+    with reading(path, f"write it with routesae analyze --json {path}"):
         results = read_signed(path, LARGEST_BYTES)
         _Results.model_validate(results)
-    except FileNotFoundError:
-        raise WrongInput(f"{path} does not exist; write it with routesae analyze --json {path}") from None
-    except (OSError, ValueError) as error:
-        raise WrongInput(
-            f"{path} is not what routesae analyze --json wrote ({problem_of(error)}); write it again"
-        ) from error
-    return results
+        return results
 
 
 def described(folder: Path, tokens_hash: str | None = None) -> dict[str, Any]:

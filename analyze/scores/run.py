@@ -7,30 +7,33 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
+from platform import python_version
 from typing import Any
 
 import numpy as np
+import torch
 
 from routesae import __version__
 from routesae.analyze.contexts.file import read_facts
-from routesae.analyze.inputs.identity import cache_identity, sae_identity, versions
 from routesae.analyze.inputs.lm import lm_of_cache, load_lm_of
-from routesae.analyze.inputs.saes import OpenSAE, open_saes, rows_to_read
+from routesae.analyze.inputs.saes import OpenSAE, cache_identity, open_saes, rows_to_read, sae_identity
 from routesae.analyze.scores.intervals import draws, measure
 from routesae.analyze.scores.metrics import METRICS
 from routesae.analyze.scores.probe import probe
 from routesae.analyze.scores.results import described
 from routesae.analyze.scores.settings import AnalyzeSettings
-from routesae.analyze.scores.sparsity import at_sparsity
 from routesae.harvest.cache.reader import Cache
 from routesae.machine.device import pick_device
 from routesae.machine.files import signed
 from routesae.reporting import FailedRun, Report, WrongInput, silent
 from routesae.train.evaluate import score_all_on_cache
 from routesae.train.saes import SAE
+from routesae.train.sparse.kernels import threshold_latents, topk_latents
 
 log = logging.getLogger(__name__)
+DECISIVE = ("torch", "transformers", "numpy")  # packages that decide a number
 
 
 def analyze(settings: AnalyzeSettings, report: Report = silent) -> dict[str, Any]:
@@ -68,9 +71,10 @@ def analyze(settings: AnalyzeSettings, report: Report = silent) -> dict[str, Any
             _add(rows[key], *measure(of_lm, row_sums, drawn_RS))
     if cache_identity(Cache(settings.cache)) != identity:
         raise FailedRun(f"{cache.path} was replaced while it was scored; run the same command again")
+    versions = {"python": python_version(), "routesae": __version__, **{name: version(name) for name in DECISIVE}}
     results = {
         "routesae": __version__,
-        "versions": versions(),
+        "versions": versions,
         "settings": settings.to_dict(),
         "device": str(device),
         "cache": identity,
@@ -120,6 +124,27 @@ def _views(
         counted = ", ".join(f"{name} above {threshold:g}" for name, threshold in thresholds.items())
         log.warning("Features are not counted alike: %s; run routesae contexts with one --threshold", counted)
     return saes, rows
+
+
+def at_sparsity(sae: SAE, *, infer_k: int | None = None, theta: float | None = None) -> SAE:
+    """A view of `sae` at another sparsity than it was trained for, with the same weights in memory, not for training.
+
+    infer_k: f = ReLU(TopK(z, k)). theta: f = z·1[z > θ], and never below 0. One of the two is given.
+
+    z = W_enc (x − b_dec) + b_enc is the pre-activation, on the SAE's normalised (and routed, scaled) input. Either
+    takes the place of whatever the variant does with z, as in the published RouteSAE code. Raises WrongInput for a
+    gated SAE, which decides by one number and measures by another, and so has no such z.
+    """
+    if not sae.other_sparsity:
+        inner = sae.recipe.routed if sae.recipe.sae == "routesae" else sae.recipe.sae
+        flag = "--theta" if infer_k is None else "--infer-k"
+        raise WrongInput(f"{flag} is not for a {inner} SAE, whose latents are not a function of one number")
+    if infer_k is None:
+        floor = torch.tensor(theta, device=sae.device)
+        return sae.at_sparsity(lambda x_ND, encoder: threshold_latents(x_ND, encoder, floor))
+    if infer_k > sae.recipe.latents:
+        raise WrongInput(f"--infer-k {infer_k} is more than the SAE's {sae.recipe.latents} latents; lower it")
+    return sae.at_sparsity(lambda x_ND, encoder: topk_latents(x_ND, encoder, infer_k))
 
 
 def _add(row: dict[str, Any], numbers: Mapping[str, Any], intervals: Mapping[str, list[float]]) -> None:

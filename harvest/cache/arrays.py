@@ -151,7 +151,8 @@ class ArrayWriter:
             padding = padded_rows(self.rows, self.chunk_rows) - self.rows
             fill = np.full((padding, *self.row_shape), np.nan if self.dtype.kind == "f" else 0, self.dtype)
             self._write(memoryview(fill.tobytes() + index_of(shape, self.dtype, self.chunk_rows)))
-        write_metadata(self.folder, array_metadata(shape, self.dtype, self.chunk_rows), self.attributes)
+        metadata = {**array_metadata(shape, self.dtype, self.chunk_rows), "attributes": dict(self.attributes)}
+        (self.folder / "zarr.json").write_text(json.dumps(metadata, indent=2))
 
 
 def write_array(
@@ -184,10 +185,6 @@ def array_metadata(shape: tuple[int, ...], dtype: npt.DTypeLike, chunk_rows: int
         "node_type": "array",
         "storage_transformers": [],
     }
-
-
-def write_metadata(folder: Path, metadata: Mapping[str, Any], attributes: Mapping[str, Any]) -> None:
-    (folder / "zarr.json").write_text(json.dumps({**metadata, "attributes": dict(attributes)}, indent=2))
 
 
 def group_metadata(attributes: Mapping[str, Any]) -> dict[str, Any]:

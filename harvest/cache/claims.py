@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from routesae.machine.lock import Lock, Owner
@@ -39,9 +38,7 @@ class Claims:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for lock in self._locks.values():
             lock.release()
         is_cache = (self.folder / "zarr.json").exists()

@@ -29,7 +29,7 @@ from routesae.harvest.cache.writer import (
     staging,
     writing_shard,
 )
-from routesae.machine.faults import disk_faults
+from routesae.machine.files import disk_faults
 from routesae.reporting import FailedRun, Progress, Report, WrongInput, human_bytes, silent
 
 VECTORS = (STARTS, "order")  # arrays of one dimension; all others have two
@@ -60,7 +60,7 @@ def copy(sources: Sequence[Path | str], target: Path | str, *, link: bool = Fals
     except FileNotFoundError:
         whole = caches
     for cache in caches:
-        if cache.address == destination.address:
+        if cache.storage.address == destination.address:
             raise WrongInput(f"{cache.path} is both read and written; give another target, or other sources")
         require_same_cache(whole[0], cache)
     require_same_cache(whole[0], whole[-1])

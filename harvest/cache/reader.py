@@ -153,11 +153,6 @@ class Cache:
         """Raises WrongInput where the cache is in an object store."""
         return self.storage.folder()
 
-    @property
-    def address(self) -> str:
-        """An absolute path or a URL."""
-        return self.storage.address
-
     def has_shard(self, index: int) -> bool:
         return self.shards_at.has_shard(shard_name(index))
 
@@ -199,10 +194,6 @@ class Cache:
                 f"{self.path} lacks {len(missing)} of its {self.manifest.shard_count} shards (first "
                 f"{shard_name(missing[0])}); {remedy}"
             )
-
-    def weights_hash(self) -> str:
-        """Of the LM that wrote the shards."""
-        return self.manifest.weights_hash
 
     def require_unchanged(self) -> None:
         """Raises FailedRun where another cache, or nothing, is now where this one was opened."""

@@ -22,11 +22,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from routesae.harvest.cache.arrays import CHECKSUM_DIFFERS, CHUNK_ROWS, BadArray, ChunkHashes, fsync, hash_of
+from routesae.harvest.cache.arrays import (
+    CHECKSUM_DIFFERS,
+    CHUNK_ROWS,
+    BadArray,
+    ChunkHashes,
+    chunk_hashes,
+    fsync,
+    hash_of,
+)
 from routesae.harvest.cache.claims import Claims
 from routesae.harvest.cache.manifest import CHUNK_HASHES, DOCUMENTS, STARTS, Manifest, hashed_arrays, shard_name
 from routesae.harvest.cache.reader import Cache, Shard, documents_bytes, root_array
-from routesae.harvest.cache.storage import Storage, StoredArray, chunk_hashes
+from routesae.harvest.cache.storage import Storage, StoredArray
 from routesae.harvest.cache.writer import remove_partial_shards, staging
 from routesae.reporting import FailedRun, Progress, Report, WrongInput, silent
 
@@ -66,9 +74,8 @@ class Verified(NamedTuple):
 
 
 class Repaired(NamedTuple):
-    """problems: a line each. removed: the shards that had them. missing: how many shards are missing now."""
+    """removed: the shards that had a problem. missing: how many shards are missing now."""
 
-    problems: list[str]
     removed: list[str]
     missing: int
 
@@ -99,7 +106,6 @@ def repair(path: str, report: Report = silent) -> Repaired:
         raise FailedRun(f"{path}: {'; '.join(problems)}. It cannot be repaired; harvest it again, into a new folder")
     for index, shard_problems, _ in _verified(cache, "repair", report):
         if shard_problems and cache.has_shard(index):
-            problems += shard_problems
             for problem in shard_problems:
                 log.warning("%s", problem)
             name = shard_name(index)
@@ -107,7 +113,7 @@ def repair(path: str, report: Report = silent) -> Repaired:
                 (folder / name).rename(aside / name)
                 fsync(folder)
             removed.append(name)
-    return Repaired(problems, removed, len(cache.missing()))
+    return Repaired(removed, len(cache.missing()))
 
 
 def require_intact(cache: Cache, report: Report = silent) -> None:
@@ -183,7 +189,8 @@ def _compared(
     for name, expected in recorded.items():
         hashes[name] = None
         try:
-            chunks[name] = chunk_hashes(array(name))
+            pieces = map(chunk_hashes, array(name).pieces())  # as they are now, never of a local copy
+            chunks[name] = np.concatenate([np.empty(0, np.uint64), *pieces])
             hashes[name] = hash_of(chunks[name])
             if hashes[name] != expected:
                 problems.append(f"{name}: {CHECKSUM_DIFFERS}")

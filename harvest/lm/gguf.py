@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from routesae.harvest.cache.arrays import fsync_tree
+from routesae.machine.device import require_packages
 from routesae.reporting import WrongInput
 
 log = logging.getLogger(__name__)
@@ -51,9 +52,7 @@ def _converted(gguf: Path) -> Path:
     folder = cache / f"{gguf.stem}-{key}"
     if folder.is_dir():
         return folder
-    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise WrongInput(f"a .gguf model needs {' and '.join(missing)}: pip install 'routesae[gguf]'")
+    require_packages("a .gguf model", "gguf", "gguf", "accelerate")
     log.info("converting %s to safetensors in %s, once", gguf.name, folder)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -24,9 +24,8 @@ import xxhash
 from torch import Tensor, nn
 
 from routesae.harvest.lm.gguf import source
-from routesae.machine.device import LM_DTYPES
+from routesae.machine.device import LM_DTYPES, is_out_of_memory
 from routesae.machine.files import BadFile, parse_json, read_bytes
-from routesae.machine.memory import is_out_of_memory
 from routesae.reporting import WrongInput, shortened
 
 # Keys of a config that say how a model was stored or run, not which model it is.

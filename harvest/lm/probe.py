@@ -14,7 +14,7 @@ from torch import Tensor
 
 from routesae.harvest.lm.model import LanguageModel
 from routesae.harvest.lm.passes import capturing, clean_pass, logits, run_until, spliced_pass
-from routesae.machine.memory import is_out_of_memory
+from routesae.machine.device import is_out_of_memory
 from routesae.reporting import WrongInput
 
 TOKENS = 16  # a row of the proof

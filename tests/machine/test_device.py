@@ -17,7 +17,7 @@ from routesae.reporting import WrongInput
 FORWARD_PASSES = """
 import resource, sys
 import torch
-from routesae.machine.memory import keep_freed_memory
+from routesae.machine.device import keep_freed_memory
 if sys.argv[1] == "kept":
     keep_freed_memory()
 for step in range(15):

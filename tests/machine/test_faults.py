@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from routesae.machine.faults import disk_faults
-from routesae.machine.memory import is_out_of_memory
+from routesae.machine.device import is_out_of_memory
+from routesae.machine.files import disk_faults
 from routesae.reporting import FailedRun, WrongInput
 
 

@@ -263,7 +263,7 @@ def test_an_absurd_toml_file_is_refused_in_one_short_line_within_seconds(text: s
 def test_a_toml_file_that_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo.toml")
     for path in (tmp_path / "fifo.toml", tmp_path, Path("/dev/zero"), Path("/dev/null")):
-        with pytest.raises(WrongInput, match=rf"--config {path} cannot be read: not a regular file"):
+        with pytest.raises(WrongInput, match=rf"--config {path} cannot be read \(not a regular file\)"):
             read_toml(str(path))
 
 
@@ -273,7 +273,7 @@ def test_a_toml_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
         read_toml(str(absent))
     for text in (b"k = ", b"k = 1\nk = 2", b"lr: 3", b"name = '\xff'", b"a = " + b"[" * 100_000):
         file.write_bytes(text)
-        with pytest.raises(WrongInput, match=rf"--config {file} cannot be read: [^\n]+$"):
+        with pytest.raises(WrongInput, match=rf"--config {file} cannot be read \([^\n]+\); give a TOML file$"):
             read_toml(str(file))
     with pytest.raises(WrongInput, match=rf"--config {tmp_path} cannot be read"):
         read_toml(str(tmp_path))

@@ -134,7 +134,6 @@ def assert_scores_are(scores: CacheScores, naive: Naive, tokens: int) -> None:
     assert scores.fvu == pytest.approx(naive.fvu, rel=1e-4)
     assert scores.l0 == pytest.approx(naive.l0, abs=0.01)
     assert scores.dead == pytest.approx(naive.dead)
-    np.testing.assert_allclose(scores.density_F.numpy(), naive.density_F, atol=2 / tokens)
 
 
 # A batch of 4096 is all held-out tokens at once; 100 leaves a short last one, which a mean of batch means would
@@ -251,7 +250,6 @@ def test_saes_scored_together_score_as_alone_and_the_cache_is_read_once(
     assert list(together) == list(saes)
     for name in saes:
         assert together[name].to_dict() == alone[name].to_dict(), name
-        assert torch.equal(together[name].density_F, alone[name].density_F)
         assert torch.equal(together[name].by_row["errors"], alone[name].by_row["errors"])
 
 

@@ -1008,7 +1008,7 @@ def test_a_line_of_metrics_that_was_altered_is_named_and_not_drawn(settings: Set
         try:
             back = read_metrics(folder)
         except WrongInput as refused:
-            assert f"{path} cannot be read (line {data[:at].count(10) + 1}: " in str(refused)  # noqa: PT017
+            assert f"line {data[:at].count(10) + 1} of {path} cannot be read (" in str(refused)  # noqa: PT017
         else:  # the name of the hash itself, or white space
             assert [{name: line[name] for name in lines[0]} for line in back] == lines
     path.write_text('{"step": 1, "loss": 0.5}\n')  # of an earlier version

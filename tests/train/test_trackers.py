@@ -220,7 +220,7 @@ def test_a_tracker_that_is_not_installed_is_refused_with_how_to_install_it(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
-    with pytest.raises(WrongInput, match=rf"--log {name} needs the package {name}: pip install 'routesae\[{name}\]'"):
+    with pytest.raises(WrongInput, match=rf"--log {name} needs {name}: pip install 'routesae\[{name}\]'"):
         train(settings(log=(name,)))
     assert not (tmp_path / "saes").exists()
 

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from routesae.harvest.cache.arrays import fsync, fsync_tree
-from routesae.machine.files import BadFile, read_json, signed, write_json
+from routesae.machine.files import read_json, reading, signed, write_json
 from routesae.reporting import WrongInput
 from routesae.train.folder.saelens import OFF, LensConfig, lens_config
 from routesae.train.folder.tensors import TensorFile, read_tensors, write_tensors
@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 CONFIG, METRICS_FILE, REPLACED = "cfg.json", "metrics.jsonl", "replaced"
 # All that train writes into an SAE's folder, so all that it deletes when it replaces the SAE.
 WRITTEN = {CONFIG, METRICS_FILE, WEIGHTS, ROUTER, CROSSCODER, "tensorboard", "wandb", "wandb-run", "trackio-run"}
+COPY_WHOLE = "copy the SAE's folder whole"
 ALTERED = "is not what was saved; copy the SAE again, or make one of what it is now: routesae convert FOLDER"
 
 # A file of each layout of other tools that SAELens reads → SAELens' name of its loader.
@@ -45,6 +46,22 @@ LAYOUTS = {
     "sae.safetensors": "sparsify",
     "ae.pt": "dictionary_learning_1",
 }
+
+Numbers = dict[str, float | dict[str, float] | None]  # a line of metrics.jsonl, or scores on the held-out rows
+
+
+class Source(BaseModel):
+    """What cfg.json says an SAE was trained from; of one from elsewhere at most model and corpus.
+
+    cache: its manifest. identity: all that decided the training. held_out: scores on the rows held out.
+    """
+
+    model_config = ConfigDict(strict=True)
+    model: str | None = None
+    corpus: str | None = None
+    cache: dict[str, Any] = {}
+    identity: dict[str, Any] = {}
+    held_out: Numbers | None = None
 
 
 def other_layout(folder: Path) -> str | None:
@@ -119,12 +136,8 @@ def load_sae(folder: Path, device: torch.device) -> SAE:
 
 
 def _read_weights(path: Path) -> TensorFile:
-    try:
+    with reading(path, "train the SAE again or copy it whole"):
         return read_tensors(path)
-    except FileNotFoundError:
-        raise WrongInput(f"{path} is missing; train the SAE again or copy it whole") from None
-    except (BadFile, OSError) as error:
-        raise WrongInput(f"{path} cannot be read ({error}); it was cut or altered, copy it again") from error
 
 
 def read_recipe(folder: Path) -> Recipe:
@@ -165,12 +178,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise WrongInput(f"{folder} is a file, but an SAE is a folder; routesae convert makes one of a checkpoint")
     if other_layout(folder):
         raise WrongInput(f"{folder} is in the layout of another tool; routesae convert {folder} makes an SAE of it")
-    try:
+    if not (folder / CONFIG).exists():
+        raise WrongInput(f"{folder} is not an SAE folder: {CONFIG} is missing")
+    with reading(folder / CONFIG, COPY_WHOLE):
         config = read_json(folder / CONFIG)
-    except FileNotFoundError:
-        raise WrongInput(f"{folder} is not an SAE folder: {CONFIG} is missing") from None
-    except (OSError, BadFile) as error:
-        raise WrongInput(f"{folder / CONFIG} cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise WrongInput(f"{folder / CONFIG} is not a JSON object")
     metadata = config.get("metadata")
@@ -181,6 +192,15 @@ def read_config(folder: Path) -> dict[str, Any]:
         if "hash" in ours and ours != signed(ours):
             raise WrongInput(f"{folder / CONFIG} {ALTERED}")
     return config
+
+
+def read_source(folder: Path) -> Source:
+    """What the SAE in `folder` was trained from. Raises WrongInput if cfg.json cannot be read or is a stranger's."""
+    metadata = read_config(folder).get("metadata")
+    said = metadata if isinstance(metadata, dict) else {}
+    known = {"model": said.get("model_name"), "corpus": said.get("dataset_path")}
+    with reading(folder / CONFIG, COPY_WHOLE):
+        return Source.model_validate({**known, **(said.get("routesae", {}).get("source") or {})})
 
 
 def find_saes(folder: Path) -> list[Path]:

@@ -31,8 +31,7 @@ from torch import Tensor
 
 from routesae import __version__
 from routesae.harvest.settings import parse_layers
-from routesae.machine.faults import disk_faults
-from routesae.machine.files import open_regular
+from routesae.machine.files import disk_faults, open_regular
 from routesae.machine.lock import hold
 from routesae.reporting import WrongInput
 from routesae.train.folder.checkpoint import CONFIG, commit_folder, save_sae

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from routesae.reporting import FailedRun, WrongInput
-from routesae.train.folder.checkpoint import CONFIG, METRICS_FILE, load_sae, read_config
+from routesae.train.folder.checkpoint import CONFIG, METRICS_FILE, Source, load_sae, read_source
 from routesae.train.saes import SAES, Recipe
 from routesae.train.saes.crosscoder import CROSSCODER
 from routesae.train.saes.routesae import ROUTER
@@ -97,7 +97,7 @@ def push_sae(folder: Path, repo: str, *, private: bool = False, message: str | N
         raise WrongInput(f"{repo!r} is not a repository such as user/name or user/name/folder")
     sae = load_sae(folder, torch.device("cpu"))  # refuses a folder that nobody could load again
     names = [CONFIG, *sae.files(), *[METRICS_FILE] * (folder / METRICS_FILE).is_file()]
-    card = model_card(sae.recipe, read_config(folder), repo)
+    card = model_card(sae.recipe, read_source(folder), repo)
     from huggingface_hub import CommitOperationAdd, HfApi
 
     _quieten()
@@ -144,15 +144,12 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
-def model_card(recipe: Recipe, config: Mapping[str, Any], repo: str) -> str:
-    """README.md of the SAE: what it is, how it scored and how to load it, from its cfg.json."""
-    metadata = config.get("metadata") or {}
-    source = (metadata.get("routesae") or {}).get("source") or {}
-    model = source.get("model") or metadata.get("model_name")
+def model_card(recipe: Recipe, source: Source, repo: str) -> str:
+    """README.md of the SAE: what it is, how it scored and how to load it."""
     layers = str(recipe.layers[0]) if len(recipe.layers) == 1 else f"{recipe.layers[0]}-{recipe.layers[-1]}"
     facts = {
-        "Language model": model or "not recorded",
-        "Corpus": source.get("corpus") or metadata.get("dataset_path") or "not recorded",
+        "Language model": source.model or "not recorded",
+        "Corpus": source.corpus or "not recorded",
         "Layers": f"{layers}, the outputs of decoder blocks counted from 1",
         "Variant": recipe.sae,
         "Latents": f"{recipe.latents:,} over a width of {recipe.width:,}",
@@ -162,18 +159,18 @@ def model_card(recipe: Recipe, config: Mapping[str, Any], repo: str) -> str:
     if recipe.sae == "routesae":
         facts |= {"Routing": f"{recipe.routing}, {recipe.aggregate}, router {recipe.router}", "Shared": recipe.routed}
     header = ["---", "library_name: routesae", "tags:", "- sparse-autoencoder", "- interpretability", "- saelens"]
-    if isinstance(model, str) and re.fullmatch(REPO, model):  # the hub refuses cards that name a local path
-        header.append(f'base_model: "{model}"')
+    if source.model and re.fullmatch(REPO, source.model):  # the hub refuses cards that name a local path
+        header.append(f'base_model: "{source.model}"')
     parts = [
         "\n".join([*header, "---"]),
         f"# {repo.rpartition('/')[2]}",
         f"A sparse autoencoder ({recipe.sae}) trained with routesae.",
         _table(("", ""), facts),
     ]
-    held_out = source.get("held_out") or {}
+    held_out = source.held_out or {}
     numbers = {title: held_out.get(key) for key, title in SCORES.items()}
     if rows := {title: f"{number:.4f}" for title, number in numbers.items() if isinstance(number, float | int)}:
-        tokens = f"{held_out['tokens']:,} " if isinstance(held_out.get("tokens"), int) else ""
+        tokens = f"{count:,.0f} " if isinstance(count := held_out.get("tokens"), float) else ""
         parts += [f"## On {tokens}held-out tokens", _table(("Metric", "Value"), rows)]
     parts += ["## How to load it", f"    routesae analyze --cache shards/ --sae {repo}", "In Python:"]
     fetch = "    from routesae.train.folder.hub import fetch_sae\n"

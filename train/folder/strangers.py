@@ -12,7 +12,7 @@ SAELens loads the SAE and saves it in its own layout, which load_sae obeys or re
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import tempfile
 from pathlib import Path
 from pickle import UnpicklingError
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from routesae.machine.device import require_packages
 from routesae.machine.files import read_json
 from routesae.reporting import FailedRun, WrongInput
 from routesae.train.folder.checkpoint import CONFIG, load_sae, other_layout
@@ -42,8 +43,7 @@ def read_strange(settings: ConvertSettings) -> tuple[SAE, dict[str, Any]]:
 
     Raises WrongInput for what SAELens or load_sae refuses, FailedRun if the hub cannot be reached.
     """
-    if importlib.util.find_spec("sae_lens") is None:
-        raise WrongInput(f"{settings.file} needs the package sae-lens: pip install 'routesae[lens]'")
+    require_packages(settings.file, "lens", "sae_lens")
     with tempfile.TemporaryDirectory() as saved:
         try:
             with hub_errors(f"SAELens does not give {settings.file}", "give --layer and --model if they are missing"):

@@ -416,9 +416,7 @@ def test_one_pass_serves_all_saes_and_where_nothing_is_kept_the_way_out_is_said(
 def test_parts_of_the_file_without_a_wanted_latent_are_not_read(
     hostile_cache: Cache, copied: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "routesae.analyze.contexts.table.BATCH_CONTEXTS", 20
-    )  # many row groups, none of half a latent
+    monkeypatch.setattr("routesae.analyze.contexts.run.BATCH_CONTEXTS", 20)  # many row groups, none of half a latent
     _, file = run(hostile_cache, copied("topk"), choose="top", top=2)
     everything = {found.latent: found for found in file.latents()}
     with pq.ParquetFile(file.place / "contexts.parquet") as parquet:

@@ -24,8 +24,8 @@ def ids(tiny_model: Path, text: str) -> np.ndarray:
 
 
 def spans(token_ids_T: np.ndarray, vocabulary: Vocabulary, starts: np.ndarray, window: int) -> list[tuple[int, int]]:
-    found = windows(token_ids_T[None], starts, vocabulary=vocabulary, special_ids=(0, 1), window=window)
-    return list(zip(found.first_P.tolist(), found.after_P.tolist(), strict=True))
+    first_P, after_P = windows(token_ids_T[None], starts, vocabulary=vocabulary, special_ids=(0, 1), window=window)
+    return list(zip(first_P.tolist(), after_P.tolist(), strict=True))
 
 
 def test_a_window_is_its_sentence(tiny_model: Path, vocabulary: Vocabulary) -> None:

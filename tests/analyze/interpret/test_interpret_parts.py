@@ -191,7 +191,7 @@ def test_a_flipped_bit_of_a_ledger_is_named_and_nothing_is_lost(path: Path, capl
             assert len(read_ledger(path)[1]) == 1
             assert "was cut short" in caplog.text
             continue
-        with pytest.raises(WrongInput, match=r"line [123] of .*jsonl is damaged"):
+        with pytest.raises(WrongInput, match=r"line [123] of .*jsonl cannot be read"):
             open_ledger(path, {"model": "a"}).__enter__()
         assert path.read_bytes() == damaged
 
@@ -212,7 +212,9 @@ def test_a_flipped_bit_of_a_ledger_is_named_and_nothing_is_lost(path: Path, capl
 def test_a_strangers_line_that_says_not_what_it_must_is_one_line(path: Path, line: dict[str, Any]) -> None:
     with open_ledger(path, {"model": "a"}) as ledger:
         ledger.add(line)
-    with pytest.raises(WrongInput, match=r"line 3 of .*jsonl is damaged \(.*\); bring the file back") as refusal:
+    with pytest.raises(
+        WrongInput, match=r"line 3 of .*jsonl cannot be read \(.*\); delete it, or bring the file back"
+    ) as refusal:
         read_ledger(path)
     assert "\n" not in str(refusal.value)
 
@@ -290,7 +292,7 @@ def test_a_users_price_goes_before_the_packaged_one_and_a_dated_model_costs_its_
 @pytest.mark.parametrize(
     ("written", "complaint"),
     [
-        ("gpt-4o = ", "cannot be used .Invalid value"),
+        ("gpt-4o = ", "cannot be read .Invalid value"),
         ('["a"]\ninput = 1\n', "a.output: Field required"),
         ('["a"]\ninput = 1\noutput = 1\nmore = 1\n', "a.more: Extra inputs"),
         ("a = 1\n", "a model has input and output"),
@@ -304,7 +306,7 @@ def test_a_price_table_that_is_none_is_refused(tmp_path: Path, written: str, com
     own.write_text(written)
     with pytest.raises(WrongInput, match=complaint):
         price_of("a", str(own))
-    with pytest.raises(WrongInput, match=r"cannot be used .*No such file"):
+    with pytest.raises(WrongInput, match=r"absent.toml does not exist; it is TOML"):
         price_of("a", str(tmp_path / "absent.toml"))
 
 

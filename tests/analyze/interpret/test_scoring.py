@@ -20,8 +20,7 @@ from routesae.analyze.contexts.run import contexts
 from routesae.analyze.contexts.settings import ContextSettings
 from routesae.analyze.contexts.windows import Vocabulary
 from routesae.analyze.interpret.run import interpret, prompt_of, read_template
-from routesae.analyze.interpret.scoring import fuzzed
-from routesae.analyze.interpret.silence import active_positions
+from routesae.analyze.interpret.scoring import active_positions, fuzzed
 from routesae.harvest.cache.reader import Cache
 from routesae.reporting import FailedRun, WrongInput
 from routesae.tests.analyze.interpret.chat_server import (

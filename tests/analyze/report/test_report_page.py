@@ -20,7 +20,7 @@ import pytest
 import torch
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from routesae.analyze.inputs.identity import sae_identity
+from routesae.analyze.inputs.saes import sae_identity
 from routesae.analyze.report.run import write_report
 from routesae.analyze.report.settings import ReportSettings
 from routesae.machine.files import signed, write_json

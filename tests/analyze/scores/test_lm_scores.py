@@ -16,7 +16,7 @@ from routesae.analyze.scores import lm_scores
 from routesae.analyze.scores.intervals import draws, measure
 from routesae.analyze.scores.lm_scores import chunk_positions, score_with_lm
 from routesae.analyze.scores.metrics import LM_METRICS, METRICS
-from routesae.analyze.scores.sparsity import at_sparsity
+from routesae.analyze.scores.run import at_sparsity
 from routesae.harvest.cache.manifest import kept_positions
 from routesae.harvest.lm.model import LanguageModel, find_blocks, load_lm
 from routesae.reporting import Progress, WrongInput

@@ -132,5 +132,5 @@ def test_labels_that_cannot_be_probed_are_refused(
     ):
         probed(cache, saes)
     monkeypatch.setitem(sys.modules, "sklearn", None)
-    with pytest.raises(WrongInput, match=r"scikit-learn: pip install 'routesae\[probe\]'"):
+    with pytest.raises(WrongInput, match=r"needs sklearn: pip install 'routesae\[probe\]'"):
         probed(cache, saes)

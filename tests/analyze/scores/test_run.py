@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from routesae import __version__
-from routesae.analyze.inputs.identity import cache_identity
+from routesae.analyze.inputs.saes import cache_identity
 from routesae.analyze.scores.metrics import CACHE_METRICS, LM_METRICS, METRICS
 from routesae.analyze.scores.run import analyze
 from routesae.analyze.scores.settings import AnalyzeSettings
@@ -339,7 +339,7 @@ def test_result_says_what_it_was_computed_from(tiny_cache: Cache, saes: Path) ->
     assert result["cache"]["path"] == str(tiny_cache.path.resolve())
     assert result["cache"]["model"] == tiny_cache.manifest.model
     assert result["cache"]["corpus_fingerprint"] == tiny_cache.manifest.corpus_fingerprint
-    assert result["cache"]["lm_weights"] == tiny_cache.weights_hash()
+    assert result["cache"]["lm_weights"] == tiny_cache.manifest.weights_hash
     assert {"python", "torch", "transformers", "numpy"} < set(result["versions"])
     topk = result["identities"]["topk"]
     weights = saes / "topk" / "sae_weights.safetensors"

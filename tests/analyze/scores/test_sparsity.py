@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from routesae.analyze.scores.run import analyze
+from routesae.analyze.scores.run import analyze, at_sparsity
 from routesae.analyze.scores.settings import AnalyzeSettings
-from routesae.analyze.scores.sparsity import at_sparsity
 from routesae.harvest.cache.reader import Cache
 from routesae.reporting import WrongInput
 from routesae.tests.hidden import Normalised

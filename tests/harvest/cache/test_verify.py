@@ -159,7 +159,7 @@ def test_harvest_then_writes_just_that_shard_and_the_cache_is_the_same_again(
 
 def test_repair_leaves_a_good_cache_as_it_is(folder: Path) -> None:
     before = inodes(folder)
-    assert repair(str(folder)) == ([], [], 0)
+    assert repair(str(folder)) == ([], 0)
     assert inodes(folder) == before
 
 

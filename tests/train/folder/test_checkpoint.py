@@ -16,7 +16,7 @@ import xxhash
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
-from routesae.analyze.inputs.identity import sae_identity
+from routesae.analyze.inputs.saes import sae_identity
 from routesae.reporting import WrongInput
 from routesae.tests.hidden import Normalised, normalise_layers
 from routesae.train.folder.checkpoint import find_saes, load_sae, read_config, read_recipe, save_sae
@@ -263,7 +263,7 @@ def test_numpy_reproduces_the_sae_from_its_files_alone(tmp_path: Path, name: str
 def test_a_missing_file_is_named(tmp_path: Path, file: str) -> None:
     folder = saved(tmp_path, "hard")
     (folder / file).unlink()
-    with pytest.raises(WrongInput, match=rf"{file}.* is missing"):
+    with pytest.raises(WrongInput, match=rf"{file}.* (is missing|does not exist)"):
         load_sae(folder, CPU)
 
 

@@ -23,7 +23,7 @@ from click.testing import CliRunner, Result
 from routesae.cli import main
 from routesae.harvest.cache.reader import Cache
 from routesae.reporting import FailedRun, WrongInput
-from routesae.train.folder.checkpoint import load_sae, save_sae
+from routesae.train.folder.checkpoint import Source, load_sae, read_source, save_sae
 from routesae.train.folder.hub import Reference, fetch_sae, model_card, parse_reference, push_sae
 from routesae.train.saes import Recipe, build
 
@@ -427,8 +427,7 @@ def test_what_is_no_reference_is_left_for_its_reader_to_refuse(tmp_path: Path) -
 
 def test_the_card_says_what_the_sae_is_how_it_scored_and_how_to_load_it(tmp_path: Path) -> None:
     folder = sae_folder(tmp_path / "a")
-    config = json.loads((folder / "cfg.json").read_text())
-    card = model_card(load_sae(folder, torch.device("cpu")).recipe, config, "me/mine/sub")
+    card = model_card(load_sae(folder, torch.device("cpu")).recipe, read_source(folder), "me/mine/sub")
     _, header, text = card.split("---\n", 2)
     assert header.splitlines()[:2] == ["library_name: routesae", "tags:"]
     assert 'base_model: "some/model"' in header
@@ -449,9 +448,8 @@ def test_the_card_says_what_the_sae_is_how_it_scored_and_how_to_load_it(tmp_path
 
 def test_the_card_of_what_saelens_cannot_open_says_so_and_names_no_local_path_as_base_model(tmp_path: Path) -> None:
     folder = sae_folder(tmp_path / "a", "crosscoder", sparsity=0.0)
-    config = json.loads((folder / "cfg.json").read_text())
-    config["metadata"]["routesae"]["source"] = {"model": "/models/llama", "held_out": None}
-    card = model_card(load_sae(folder, torch.device("cpu")).recipe, config, "me/mine")
+    source = Source(model="/models/llama", held_out=None)
+    card = model_card(load_sae(folder, torch.device("cpu")).recipe, source, "me/mine")
     assert "load_from_disk" not in card
     assert "SAELens cannot hold a crosscoder" in card
     assert "base_model" not in card

@@ -426,5 +426,5 @@ def test_a_reference_that_saelens_does_not_know_is_one_line(tmp_path: Path, refe
 
 def test_without_saelens_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(WrongInput, match=r"needs the package sae-lens: pip install 'routesae\[lens\]'"):
+    with pytest.raises(WrongInput, match=r"needs sae_lens: pip install 'routesae\[lens\]'"):
         convert(ConvertSettings(file="lens:a/b", out=str(tmp_path), name="x"))

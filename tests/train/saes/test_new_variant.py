@@ -56,7 +56,7 @@ from routesae.analyze.scores.settings import AnalyzeSettings
 from routesae.cli import main
 from routesae.train.folder.checkpoint import load_sae
 from routesae.train.folder.hub import model_card
-from routesae.train.folder.checkpoint import read_config
+from routesae.train.folder.checkpoint import read_source
 from routesae.train.run import train
 from routesae.train.settings import settings_of
 
@@ -68,7 +68,7 @@ results += train(settings_of(flags | {"sae": "routesae", "routed": "tanh", "name
 saes = [load_sae(result.folder, torch.device("cpu")) for result in results]
 hidden = torch.randn(5, 32)
 assert saes[0].decode(saes[0].encode(hidden)).shape == (5, 32)
-cards = [model_card(sae.recipe, read_config(result.folder), "me/x") for sae, result in zip(saes, results)]
+cards = [model_card(sae.recipe, read_source(result.folder), "me/x") for sae, result in zip(saes, results)]
 rows = analyze(AnalyzeSettings(cache=cache, saes=tuple(str(result.folder) for result in results), out=out))["saes"]
 views = analyze(AnalyzeSettings(cache=cache, saes=(str(results[0].folder),), metrics=("L0",), infer_k=(4,), out=out))
 print(json.dumps({
