@@ -169,7 +169,7 @@ def theirs(
         watch=watch,
     )
     manifest = cache.manifest
-    origin = {**manifest.to_dict(), "lm_weights": cache.weights_hash()}
+    origin = {**manifest.to_dict(), "lm_weights": manifest.weights_hash}
     source = {"model": manifest.model, "corpus": manifest.corpus, "context": manifest.context, "trainer": trainer}
     return PEERS[trainer][0](task), source | {"cache": manifest.to_dict(), "identity": {"cache": origin}}
 

@@ -14,9 +14,8 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from routesae.analyze.interpret.answers import Explanation, Predictions, Unparsed, parse
-from routesae.analyze.interpret.chat import Chat
+from routesae.analyze.interpret.chat import CUT_SHORT, Answer, Chat
 from routesae.analyze.interpret.ledger import ANSWERED, UNANSWERED, UNPARSED, Ledger, Line
-from routesae.analyze.interpret.replies import CUT_SHORT, Answer
 from routesae.analyze.interpret.settings import InterpretSettings
 from routesae.machine.stop import StopRequest, stop_code
 from routesae.reporting import FailedRun, Progress, Report, Stopped

@@ -14,12 +14,12 @@ import logging
 import re
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.request import getproxies
 
-from routesae.analyze.interpret import replies
+from pydantic import AliasPath, BaseModel, Field
+
 from routesae.analyze.interpret.prices import Budget, Used
-from routesae.analyze.interpret.replies import Answer, complaint_of, read_answer, seconds_to_wait
 from routesae.analyze.interpret.settings import AZURE_KEY, KEY, OPENAI, InterpretSettings
 from routesae.reporting import FailedRun, WrongInput
 
@@ -31,6 +31,39 @@ log = logging.getLogger(__name__)
 OVERHEAD_TOKENS = 64  # what a chat template adds around one message, at most
 MAX_COMPLAINT = 300  # characters of a server's error that are shown
 MAX_WAIT_SECONDS = 120  # that the client waits; a server that asks for more has closed for the day
+REQUEST_REFUSED = (400, 413, 422, 500)  # a server may fail at a schema, or at a long prompt, with 500
+CUT_SHORT = "all of --max-output-tokens was used before the answer ended; raise it"
+QUOTA = re.compile("insufficient_quota|billing_hard_limit_reached")
+REQUEST_TOO_LARGE = re.compile("request too large", re.IGNORECASE)
+TOO_LONG = re.compile(
+    r"context.?(length|size|window)|too many tokens|request too large"
+    r"|(prompt|input|message|token)\w*\b[^.]*\b(too (long|large)|exceeds?|(longer|greater) than|must be <=)",
+    re.IGNORECASE,
+)
+MODERATED = re.compile(
+    r"moderat|flagged|content.?(policy|filter|management|exists risk)|inappropriate|prohibited|safety", re.IGNORECASE
+)
+WAIT = re.compile(r"(?:retry|try again|wait)\D{0,40}?((?:\d+(?:\.\d+)?\s*[a-z]*\s*)+)", re.IGNORECASE)
+WAIT_PART = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|milli|m|h)?", re.IGNORECASE)
+SECONDS = {"ms": 1e-3, "milli": 1e-3, "": 1.0, "m": 60.0, "h": 3600.0}
+
+
+class Answer(NamedTuple):
+    """What one question got, in the end.
+
+    text: what the model, or a server that moderates, wrote; None if no answer came. problem: why the text cannot be
+    used, or why there is none. input_tokens, output_tokens: as the server counted them, or the most they can be if it
+    did not. structured: whether JSON of a schema was asked for. halved: how often the examples in the prompt were
+    halved until the server took it.
+    """
+
+    text: str | None
+    problem: str | None
+    input_tokens: int = 0
+    output_tokens: int = 0
+    model: str | None = None
+    structured: bool = True
+    halved: int = 0
 
 
 class Stopping(Exception):
@@ -88,13 +121,13 @@ class Chat:
             except Stopping:
                 return None
             except openai.APIStatusError as error:
-                said, is_refused = error.response.text, error.status_code in replies.REQUEST_REFUSED
+                said, is_refused = error.response.text, error.status_code in REQUEST_REFUSED
                 # What the server may take the request without: the parameter it names, or else the schema.
                 named = [name for name in ("temperature", self.limits[0]) if name in said] + ["response_format"]
                 left = [name for name in named if name not in left_out]
-                if is_refused and replies.TOO_LONG.search(said) and (shorter := next(prompts, "")):
+                if is_refused and TOO_LONG.search(said) and (shorter := next(prompts, "")):
                     prompt, halved = shorter, halved + 1
-                elif is_refused and left and not replies.TOO_LONG.search(said) and not replies.MODERATED.search(said):
+                elif is_refused and left and not TOO_LONG.search(said) and not MODERATED.search(said):
                     left_out |= {left[0]}
                 else:
                     return None if self.stopping else self._refused(error)
@@ -128,7 +161,7 @@ class Chat:
             raise openai.APITimeoutError(response.request) from None
         response.encoding = "utf-8"  # whatever its headers say
         body = response.text
-        too_long = {429: replies.REQUEST_TOO_LARGE, 500: replies.TOO_LONG}.get(response.status_code)
+        too_long = {429: REQUEST_TOO_LARGE, 500: TOO_LONG}.get(response.status_code)
         if response.is_success and read_answer(body, Used()) is None:
             response.status_code = 503  # ask again
         elif too_long is not None and too_long.search(body):
@@ -136,7 +169,7 @@ class Chat:
         if response.is_success:
             return
         self.under_way.discard(asyncio.current_task())
-        if self.stopping or replies.QUOTA.search(body):
+        if self.stopping or QUOTA.search(body):
             response.headers["x-should-retry"] = "false"
         elif not {"retry-after", "retry-after-ms"} & set(response.headers) and (wait := seconds_to_wait(body)):
             response.headers["retry-after"] = str(wait)
@@ -145,19 +178,19 @@ class Chat:
         """What the last refusal means for this question. Raises FailedRun if it is about the whole run."""
         status, body = error.status_code, error.response.text
         said = f"{self.settings.endpoint()} answered {status}: {self.clean(complaint_of(body))[:MAX_COMPLAINT]}"
-        if status in (*replies.REQUEST_REFUSED, 403) and replies.MODERATED.search(body):
+        if status in (*REQUEST_REFUSED, 403) and MODERATED.search(body):
             return Answer(body, f"the server's moderation refused the prompt: {said}")
         if status == 401 or (status == 403 and not self.has_answered):
             name = self.settings.key_env or (KEY if self.settings.api_version is None else AZURE_KEY)
             raise FailedRun(f"{said}; check the API key in ${name}; what was answered is kept")
-        if status == 402 or replies.QUOTA.search(body):
+        if status == 402 or QUOTA.search(body):
             raise FailedRun(f"{said}; the quota is used up; the same command continues when there is more")
         if status == 404:
             raise FailedRun(f"{said}; check --model {self.settings.model} and --base-url")
         seconds = error.response.headers.get("retry-after", "").partition(".")[0]
         if seconds.isdecimal() and int(seconds) > MAX_WAIT_SECONDS:
             raise FailedRun(f"{said}; it asks to wait {int(seconds):,} s; the same command continues then")
-        if status in replies.REQUEST_REFUSED and replies.TOO_LONG.search(body):
+        if status in REQUEST_REFUSED and TOO_LONG.search(body):
             return Answer(None, f"{said}; the prompt is too long for the model even with few examples")
         return Answer(None, said)
 
@@ -218,3 +251,65 @@ async def open_chat(settings: InterpretSettings, budget: Budget) -> AsyncIterato
         ) from error
     async with chat.client:
         yield chat
+
+
+# ------------------------------------------------------------------------------------ what a server sends
+
+
+class _Completion(BaseModel):
+    message: dict[str, Any] = Field(validation_alias=AliasPath("choices", 0, "message"))
+    finish: Any = Field(None, validation_alias=AliasPath("choices", 0, "finish_reason"))
+    input_tokens: Any = Field(None, validation_alias=AliasPath("usage", "prompt_tokens"))
+    output_tokens: Any = Field(None, validation_alias=AliasPath("usage", "completion_tokens"))
+    model: Any = None
+
+
+def read_answer(body: str, most: Used) -> Answer | None:
+    """The answer in a response's body, or None if its first choice holds nothing and cost nothing.
+
+    most: what was used at most, if the server does not count.
+    """
+    try:
+        completion = _Completion.model_validate(json.loads(body))
+    except (ValueError, RecursionError):
+        return None
+    message = completion.message
+    content, refusal = _text_of(message.get("content")), _text_of(message.get("refusal"))
+    reasoning = _text_of(message.get("reasoning_content")) or _text_of(message.get("reasoning"))
+    text = refusal or (content if "{" in content else reasoning or content)
+    counts = [n if type(n) is int and n >= 0 else None for n in (completion.input_tokens, completion.output_tokens)]
+    problems = {"content_filter": "a content filter cut it", "length": CUT_SHORT}
+    problem = "the model refused" if refusal else problems.get(str(completion.finish))
+    if completion.finish == "error" or not (text.strip() or problem or counts[1]):
+        return None
+    used = [most[i] if count is None else count for i, count in enumerate(counts)]
+    problem = problem or (None if text.strip() else "the answer is empty")
+    return Answer(text, problem, used[0], used[1], completion.model if isinstance(completion.model, str) else None)
+
+
+def _text_of(content: Any) -> str:
+    """A message's content is a string, or a list of parts of which some hold text."""
+    if isinstance(content, list):
+        return "".join(map(_text_of, content))
+    text = content.get("text") if isinstance(content, dict) else content
+    return text if isinstance(text, str) else ""
+
+
+def complaint_of(body: str) -> str:
+    """What a server says went wrong, on one line: the message of its error, or the body if that has none."""
+    try:
+        said = json.loads(body)
+    except (ValueError, RecursionError):
+        said = body
+    said = said[0] if isinstance(said, list) and said else said
+    error = said.get("error", said) if isinstance(said, dict) else said
+    message = error.get("message") if isinstance(error, dict) else error
+    return " ".join((message if isinstance(message, str) else body).split())
+
+
+def seconds_to_wait(body: str) -> float:
+    """The time that an error's text or details ask to wait, as in "try again in 1m2.5s"; 0 if they ask for none."""
+    if (wait := WAIT.search(body)) is None:
+        return 0.0
+    unit = 1e-3 if re.search(r"retry.?after.?ms", wait[0], re.IGNORECASE) else 1.0
+    return unit * sum(float(number) * SECONDS[part.lower()] for number, part in WAIT_PART.findall(wait[1]))

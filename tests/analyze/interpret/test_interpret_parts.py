@@ -18,9 +18,9 @@ from routesae.analyze.interpret.answers import (
     Unparsed,
     parse,
 )
+from routesae.analyze.interpret.chat import read_answer, seconds_to_wait
 from routesae.analyze.interpret.ledger import Ledger, open_ledger, read_ledger, set_aside
 from routesae.analyze.interpret.prices import Budget, Price, Used, price_of
-from routesae.analyze.interpret.replies import read_answer, seconds_to_wait
 from routesae.analyze.interpret.scoring import held_out, place_of
 from routesae.analyze.interpret.settings import InterpretSettings
 from routesae.reporting import FailedRun, WrongInput
