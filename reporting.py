@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -21,6 +22,12 @@ class Stopped(RuntimeError):
     def __init__(self, message: str, code: int):
         super().__init__(message)
         self.code = code
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out. CUDA's libraries and torch's CPU allocator say so in a RuntimeError's text alone."""
+    said = r"out of memory|can't allocate memory|_ALLOC_FAILED"
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(re.search(said, str(error))))
 
 
 class Progress(NamedTuple):

@@ -18,7 +18,7 @@ from routesae.console.options import DryRun, JsonFile, Watch
 from routesae.console.terminal import Styled, echo, styled
 from routesae.machine.settings import DICTIONARY, KEPT, MODEL, OPTIMISER, RUN, VARIANT, Setting, Settings, flag_of
 from routesae.machine.stop import Terminated
-from routesae.reporting import FailedRun, Report, Stopped, WrongInput, shortened
+from routesae.reporting import FailedRun, Report, Stopped, WrongInput, is_out_of_memory, shortened
 
 FIRST, LAST = (MODEL, KEPT, DICTIONARY, VARIANT, OPTIMISER), RUN  # groups of --help
 BLOCKS, WATCH, JSON = "harvest.cache.settings:BlockOptions", "console.options:Watch", "console.options:JsonFile"
@@ -227,8 +227,6 @@ class Commands(click.Group):
                 raise
             self.end(ctx, error, 1)
         except Exception as error:
-            from routesae.machine.device import is_out_of_memory
-
             if not is_out_of_memory(error):
                 raise
             options = getattr(self.commands[str(ctx.invoked_subcommand)], "generated", {})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
-import re
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -97,9 +96,3 @@ def keep_freed_memory() -> None:
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
         library.mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
         library.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out. CUDA's libraries and torch's CPU allocator say so in a RuntimeError's text alone."""
-    said = r"out of memory|can't allocate memory|_ALLOC_FAILED"
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(re.search(said, str(error))))

@@ -27,10 +27,10 @@ from routesae.harvest.filling.buffer import ShardBuffer, Staging
 from routesae.harvest.filling.output import Output
 from routesae.harvest.lm.model import LanguageModel
 from routesae.harvest.settings import HarvestSettings, Share, share_of
-from routesae.machine.device import is_out_of_memory, keep_freed_memory
+from routesae.machine.device import keep_freed_memory
 from routesae.machine.lock import Lock
 from routesae.machine.stop import stop_code, stop_requests
-from routesae.reporting import FailedRun, Progress, Report, Stopped, human_bytes
+from routesae.reporting import FailedRun, Progress, Report, Stopped, human_bytes, is_out_of_memory
 
 log = logging.getLogger(__name__)
 

@@ -24,9 +24,9 @@ import xxhash
 from torch import Tensor, nn
 
 from routesae.harvest.lm.gguf import source
-from routesae.machine.device import LM_DTYPES, is_out_of_memory
+from routesae.machine.device import LM_DTYPES
 from routesae.machine.files import BadFile, parse_json, read_bytes
-from routesae.reporting import WrongInput, shortened
+from routesae.reporting import WrongInput, is_out_of_memory, shortened
 
 # Keys of a config that say how a model was stored or run, not which model it is.
 _INCIDENTAL_CONFIG = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "architectures"}

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from routesae.harvest.lm.model import LanguageModel
 from routesae.harvest.lm.passes import capturing, clean_pass, logits, run_until, spliced_pass
-from routesae.machine.device import is_out_of_memory
-from routesae.reporting import WrongInput
+from routesae.reporting import WrongInput, is_out_of_memory
 
 TOKENS = 16  # a row of the proof
 # How far, relative to its norm, a vector may be from an equal one that was computed in another batch.

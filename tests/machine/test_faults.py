@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from routesae.machine.device import is_out_of_memory
 from routesae.machine.files import disk_faults
-from routesae.reporting import FailedRun, WrongInput
+from routesae.reporting import FailedRun, WrongInput, is_out_of_memory
 
 
 @pytest.mark.parametrize(
