@@ -10,8 +10,6 @@
 Whatever is wrong with what is given raises WrongInput, a ValueError, in one line with the remedy.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path

@@ -4,8 +4,6 @@ Options, their help and their errors are made from the settings class that each 
 settings, calls the room with them, and hands both to the function below that prints.
 """
 
-from __future__ import annotations
-
 import os
 import textwrap
 from pathlib import Path

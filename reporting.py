@@ -1,7 +1,5 @@
 """What the rooms tell the command line: what went wrong, and how far a long run has come."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence

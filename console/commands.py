@@ -1,7 +1,5 @@
 """Commands whose options are made from Settings classes, and how a failed one ends: one line and an exit code."""
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import select

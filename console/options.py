@@ -1,7 +1,5 @@
 """The options that commands have beside the settings of their room."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from routesae.machine.settings import RUN, Settings, require_folder, setting

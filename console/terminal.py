@@ -1,7 +1,5 @@
 """What goes to a terminal. Every printed line passes `echo`, so that nothing in it acts on the terminal."""
 
-from __future__ import annotations
-
 import math
 import os
 import shutil

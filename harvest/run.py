@@ -5,8 +5,6 @@
 Any number of harvesters share a folder: one tokenises, and then each takes shards that nobody has claimed.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from typing import Any

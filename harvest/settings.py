@@ -1,7 +1,5 @@
 """What `routesae harvest` was asked for."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """What this machine has: the device and precision for a model, memory and when it ran out, installed packages."""
 
-from __future__ import annotations
-
 import ctypes
 import importlib.util
 import os

@@ -5,8 +5,6 @@ A cache or an SAE may come from a stranger. Its manifest, records and configurat
 any amount of memory, repeat a key so that two readers disagree, or not be a regular file.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import glob

@@ -16,8 +16,6 @@ machine that hung for longer may wake up beside its successor: ask `held()` befo
 A forked child does not own its parent's locks.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import logging

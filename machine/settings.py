@@ -8,8 +8,6 @@ of these (a flag given several times, or numbers as "128,512"); `| None` where l
 pydantic checks the values. It is imported with the first of them, because `--help` has no time for it.
 """
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Collection, Mapping
 from dataclasses import KW_ONLY, MISSING, asdict, dataclass, field, fields

@@ -1,7 +1,5 @@
 """Handle SIGTERM and Ctrl-C: note them for a loop that looks between steps, or end at once."""
 
-from __future__ import annotations
-
 import signal
 import threading
 from collections.abc import Callable, Iterator

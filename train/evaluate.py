@@ -5,8 +5,6 @@ Every score is over all tokens read, weighted by token; never a mean of batch me
 Dimension letters: L layers, N tokens, D width, F latents, S rows of tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass

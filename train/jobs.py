@@ -3,8 +3,6 @@
 A folder that holds another SAE, or the rest of another run, is only written with --resume or --overwrite.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import shutil

@@ -3,8 +3,6 @@
 Dimension letters: F latents, L layers.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

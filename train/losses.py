@@ -3,8 +3,6 @@
 Dimension letters: N tokens, D width, F latents.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

@@ -5,8 +5,6 @@
 Dimension letters: L layers, N tokens a batch.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import signal

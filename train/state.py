@@ -9,8 +9,6 @@ All SAEs of a pass are checkpointed at the same steps,
 and the pass goes on from the newest step that all of them have.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -11,8 +11,6 @@ at all layers of the clean pass, and h' replaces each layer's output.
 Dimension letters: B rows, T tokens fed, L layers, m positions, D width, F latents, C changed latents.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

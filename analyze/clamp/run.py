@@ -9,8 +9,6 @@ over the tokens y of the original text (an end-of-text token included, the promp
 much less likely the clamp makes what the LM would have said. Both sums feed y token by token, as generating does.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from dataclasses import asdict

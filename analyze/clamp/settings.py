@@ -1,7 +1,5 @@
 """What `routesae clamp` was asked for."""
 
-from __future__ import annotations
-
 from routesae.machine.settings import MODEL, ONE_SAE, OUT, RUN, SEED, LMSettings, setting
 from routesae.reporting import WrongInput
 

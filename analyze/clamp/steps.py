@@ -18,8 +18,6 @@ the positions training used: not at padding, a row's first positions or special 
 Dimension letters: B rows, T tokens fed in a step, S tokens so far, V vocabulary.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext

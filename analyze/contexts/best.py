@@ -11,8 +11,6 @@ activations were batched.
 Dimension letters: F latents, M activations, W tokens a window, P positions of a shard.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, Self
 

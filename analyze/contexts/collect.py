@@ -12,8 +12,6 @@ activations at 12 bytes each: 768 a token for k 64.
 Dimension letters: L layers, N tokens, F latents, M activations, W tokens a window, P positions of a shard.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from itertools import chain

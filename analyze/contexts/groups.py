@@ -11,8 +11,6 @@ that repeats a word would outweigh many. The counts are shown beside the score, 
 Dimension letters: F latents, D documents, G groups, M activations, N tokens.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -6,8 +6,6 @@ row for each context, a row for each latent, and where tokens are routed.
 Dimension letters: F latents, M contexts, W tokens a window.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What `routesae contexts` was asked for."""
 
-from __future__ import annotations
-
 from routesae.machine.settings import CACHE, DEVICE, MODEL, OUT, ROWS, RUN, SAES, SEED, Settings, setting
 
 RULE, SHOWN = "Which latents are kept", "What is shown of a latent"

@@ -9,8 +9,6 @@ them, and no window is cut within one unless it is shorter than a few tokens; a 
 Dimension letters: s rows, T context, P = s·T positions, V vocabulary.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from typing import Any

@@ -5,8 +5,6 @@ A cache records hashes of its LM's configuration, tokenizer and weights, and so 
 from elsewhere record at most a name, so only width and layers can be compared.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property

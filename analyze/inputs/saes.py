@@ -1,7 +1,5 @@
 """Find and open the SAEs of an analysis, check that they fit its cache, and record what both are."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Mapping, Sequence

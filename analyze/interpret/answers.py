@@ -4,8 +4,6 @@ A model may think aloud, wrap its JSON in prose or fences, quote numbers or brea
 read. What an answer means is never guessed: a missing or impossible value, or two different answers, raise Unparsed.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator

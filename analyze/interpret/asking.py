@@ -4,8 +4,6 @@ Whatever ends this early (Ctrl-C, SIGTERM, a key that is refused, a quota or bud
 the requests under way end: they are paid for.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from collections import Counter

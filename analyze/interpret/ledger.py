@@ -8,8 +8,6 @@ last line room is reserved, as zeros, for the answers under way. A last line tha
 opens a ledger holds the lock of its folder.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import logging

@@ -1,7 +1,5 @@
 """What a chat model's tokens cost, and a budget that counts requests under way at the most they can cost."""
 
-from __future__ import annotations
-
 import asyncio
 import re
 import tomllib

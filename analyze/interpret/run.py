@@ -9,8 +9,6 @@ that was answered. A request under way at a `kill -9` may have been paid for wit
 The question is that of the RouteSAE paper (2503.08200, appendix): category, monosemanticity from 1 to 5, explanation.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import random

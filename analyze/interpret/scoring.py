@@ -10,8 +10,6 @@ where a latent is silent: for detection the SAE runs over the rows that its nega
 Dimension letters: N tokens, F latents, W latents asked about, P positions of the cache's last rows, M active pairs.
 """
 
-from __future__ import annotations
-
 import hashlib
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence

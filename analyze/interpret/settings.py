@@ -1,7 +1,5 @@
 """What `routesae interpret` was asked for, and which chat model is asked."""
 
-from __future__ import annotations
-
 import os
 from urllib.parse import urlsplit
 

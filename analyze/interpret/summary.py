@@ -1,7 +1,5 @@
 """What the answers about an SAE come to: read them, count them, sum them up in interpretations.json."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path

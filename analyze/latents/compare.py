@@ -12,8 +12,6 @@ Dimension letters: N tokens, D width, F and G latents of the two SAEs, n of F at
 latent.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What `routesae latents` and `routesae compare` were asked for."""
 
-from __future__ import annotations
-
 from routesae.machine.settings import CACHE, DEVICE, MODEL, ONE_SAE, OUT, LMSettings, Settings, setting
 from routesae.reporting import WrongInput
 

@@ -7,8 +7,6 @@ strongest context where `routesae contexts` did.
 Dimension letters: T tokens, n tokens that are encoded, L layers, D width.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Sequence
 from functools import lru_cache

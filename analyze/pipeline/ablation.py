@@ -5,8 +5,6 @@ ablation.json, .csv  a row an SAE
 pareto.png, .svg     L0 against Recovered, a line a variant
 """
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Harvest in a process of its own while this one trains on what it writes: `routesae run --follow`."""
 
-from __future__ import annotations
-
 import ctypes
 import logging
 import multiprocessing

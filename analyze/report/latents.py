@@ -8,8 +8,6 @@ activations its values there. A word is a token or, where a character takes seve
 their strongest activation.
 """
 
-from __future__ import annotations
-
 import base64
 import gzip
 import json

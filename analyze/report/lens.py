@@ -12,8 +12,6 @@ Dimension letters: F latents, D width, C numbers of a decoder row (D, or L·D of
 vocabulary, K neighbours or tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -8,8 +8,6 @@ become markup. Only the page's own script may run: its hash is in the page's con
 What is shown of a latent: routesae.analyze.report.latents. The plots: routesae.analyze.report.plots.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import logging

@@ -1,7 +1,5 @@
 """Read what the folders of SAEs say of their runs, and make the table that compares the runs."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

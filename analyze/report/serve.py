@@ -7,8 +7,6 @@ Only the loopback is listened on. A request must name it as its host, so that no
 a question must be JSON, which a browser lets no page of another site send.
 """
 
-from __future__ import annotations
-
 import json
 import threading
 from collections.abc import Callable, Mapping

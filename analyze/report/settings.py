@@ -1,7 +1,5 @@
 """What `routesae report` was asked for."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from routesae.machine.settings import MODEL, OUT, RUN, SAES, LMSettings, require_folder, setting

@@ -8,8 +8,6 @@ interval is too narrow: harvest or score more.
 Dimension letters: S rows of tokens, R draws, L layers.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

@@ -9,8 +9,6 @@ Dimension letters: S rows of tokens in all, B of a batch, T context, D width, N 
 V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import NamedTuple

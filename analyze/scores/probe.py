@@ -10,8 +10,6 @@ that every document is told once. An SAE reads no label, so documents that it wa
 Dimension letters: m documents, N tokens, D width of what the SAE reads, F latents, R rows: an SAE's readings.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from typing import Any

@@ -10,8 +10,6 @@ Only positions that training used are replaced. Soft routing mixes all layers in
 Dimension letters: B rows, T context, L layers, m positions, D width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from functools import partial
 

@@ -1,7 +1,5 @@
 """Scores as they are kept: read again from a file that analyze wrote, with what later stages know of the latents."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

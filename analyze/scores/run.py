@@ -3,8 +3,6 @@
 The LM is loaded only if a metric needs it.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from importlib.metadata import version

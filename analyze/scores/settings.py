@@ -1,7 +1,5 @@
 """What `routesae analyze` was asked for."""
 
-from __future__ import annotations
-
 from routesae.analyze.scores.metrics import CACHE_METRICS, LM_METRICS, METRICS
 from routesae.machine.settings import CACHE, MODEL, OUT, ROWS, RUN, SAES, SEED, LMSettings, setting
 

@@ -15,8 +15,6 @@ every byte is hashed once. Padding and index are in neither. The attributes of a
 with one of themselves.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import os

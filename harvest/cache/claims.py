@@ -6,8 +6,6 @@ Claims only save work; they protect nothing. The owner of a claim may wake up be
 hung. So whatever a claim is for is written under a random name and committed by a rename that only one can win.
 """
 
-from __future__ import annotations
-
 from contextlib import suppress
 from pathlib import Path
 from typing import Self

@@ -4,8 +4,6 @@ A shard is copied as a harvest writes one: under a dot-name, its checksums compa
 renamed; into an object store, its zarr.json is put last. So the same command goes on with a copy that was stopped.
 """
 
-from __future__ import annotations
-
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Sequence

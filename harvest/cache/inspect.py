@@ -1,7 +1,5 @@
 """What `routesae cache info` says about a cache."""
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import Any, NamedTuple
 

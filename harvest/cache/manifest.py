@@ -5,8 +5,6 @@ Nothing here reads or writes a file, but what is validated here may come out of 
 Dimension letters: S rows of tokens, T context, s rows of a shard, n kept positions of a shard, L layers, D width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Final, Literal, Self
 

@@ -22,8 +22,6 @@ float16's largest number, q is one nearer to 0.
 Dimension letters: n rows of a shard, m rows of a piece, D width.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """What a process may keep on its disk of the caches that it reads from object stores."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -11,8 +11,6 @@ So it does not depend on how many workers wrote the cache, in how many runs or o
 a bit or a shard does.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

@@ -6,8 +6,6 @@ see it:
     shards/.shard-00003.8f2c….partial/shard-00003/
 """
 
-from __future__ import annotations
-
 import logging
 import secrets
 import shutil

@@ -6,8 +6,6 @@ Of several harvesters that start at once in one folder one tokenises and the oth
 begins anew.
 """
 
-from __future__ import annotations
-
 import logging
 import shutil
 import time

@@ -10,8 +10,6 @@ Dimension letters: s rows a shard, B rows a batch, T context, P positions of a b
 shard, m kept positions of a batch, L layers, D width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 
 import numpy as np

@@ -10,8 +10,6 @@ killed harvest had committed and not sent is sent by the next one. Claims hold f
 may do the same shard, with the same bytes.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 import shutil

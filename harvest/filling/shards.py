@@ -8,8 +8,6 @@ The number of rows a forward pass takes is part of the rounding of what a shard 
 number throughout, its record says which, and a resumed run takes the number that its last shards had.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections import Counter

@@ -1,7 +1,5 @@
 """Find the files of a model: a hub id, a folder, a GGUF file that is converted once, or the demo model."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import logging

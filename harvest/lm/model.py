@@ -4,8 +4,6 @@ Layer ℓ is the output of the ℓ-th decoder block, counted from 1, before any 
 transformers for ℓ < n, blocks.{ℓ-1}.hook_resid_post of TransformerLens.
 """
 
-from __future__ import annotations
-
 import atexit
 import hashlib
 import importlib.util

@@ -7,8 +7,6 @@ Logits are formed a chunk of positions at a time; [B, T, vocabulary] never exist
 Dimension letters: B rows, T context, D width, C positions of a chunk, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple

@@ -3,8 +3,6 @@
 Dimension letters: B rows, T tokens, D width.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from typing import Any

@@ -8,8 +8,6 @@
 Never pickle. Dimension letters: D width, F latents, L layers.
 """
 
-from __future__ import annotations
-
 import logging
 import shutil
 from collections.abc import Mapping

@@ -14,8 +14,6 @@ The file is read with torch.load(weights_only=True): tensors come out of it, and
 Dimension letters: L layers, D width, F latents.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import re

@@ -8,8 +8,6 @@ huggingface_hub is imported only when one of these is used. Only cfg.json and sa
 nothing that could run.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import re

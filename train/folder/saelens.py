@@ -5,8 +5,6 @@ vanilla, gated, topk and hierarchical, jumprelu, batchtopk and matryoshka (these
 of a routesae.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from typing import Any, Literal, Self

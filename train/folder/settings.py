@@ -1,7 +1,5 @@
 """What `routesae convert` was asked for."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -10,8 +10,6 @@
 SAELens loads the SAE and saves it in its own layout, which load_sae obeys or refuses.
 """
 
-from __future__ import annotations
-
 import importlib
 import tempfile
 from pathlib import Path

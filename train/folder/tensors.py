@@ -10,8 +10,6 @@ disk is no OSError, and because it maps a file into memory, where bytes may chan
 at a time is copied, never the whole file.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping

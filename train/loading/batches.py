@@ -7,8 +7,6 @@ disk would see one small read at a time) and, with a second thread, reads them o
 Dimension letters: N tokens a batch, R reads, L layers of the selection, M of the cache, D width, m rows of a span.
 """
 
-from __future__ import annotations
-
 import atexit
 import math
 import mmap

@@ -10,8 +10,6 @@ Dimension letters: N tokens a batch, n of them read at once, m rows of a read, L
 the cache, D width, W numbers a row (D of a layer, M of token_mean and the like), C chunks, A arrays hashed by chunk.
 """
 
-from __future__ import annotations
-
 import resource
 import threading
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """The SAE variants: one file and one line each."""
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import Any
 

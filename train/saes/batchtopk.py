@@ -11,8 +11,6 @@ there are few. (At 1/100 it lagged behind the falling activations of a run of 20
 Dimension letters: N tokens, D width, F latents, P pairs of a token and a latent: all, or those that are active.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

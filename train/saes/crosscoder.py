@@ -11,8 +11,6 @@ Dimension letters: L layers, N tokens, F latents; D is the width of all layers t
 that of one.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -13,8 +13,6 @@ has no gradient at all (nothing differentiable reaches it), which is what the pu
 Dimension letters: N tokens, D width, F latents, P pairs of a token and a latent: all, or those that can be active.
 """
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 import torch

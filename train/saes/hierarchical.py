@@ -14,8 +14,6 @@ equal weights it was 6 % above the topk's at 32.
 Dimension letters: N tokens, D width, F latents, K active latents a token.
 """
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 from torch import Tensor

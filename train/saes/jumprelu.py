@@ -16,8 +16,6 @@ With --recipe published: θ starts at 0.001, ε is 0.001, λ·L0 only, and L0's 
 Dimension letters: N tokens, D width, F latents, P pairs of a token and a latent: all, or those that can be active.
 """
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 import torch

@@ -9,8 +9,6 @@ batch, over all its layers; with --recipe published it takes one a layer.
 Dimension letters: L layers, N tokens, D width.
 """
 
-from __future__ import annotations
-
 import torch
 
 from routesae.train.saes.normalise import NormalisedLayers

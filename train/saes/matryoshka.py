@@ -9,8 +9,6 @@ The sizes default to F/16, F/8, F/4, F/2, F.
 Dimension letters: N tokens, D width, F latents.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from routesae.train.losses import norm_mse

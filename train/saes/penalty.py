@@ -12,8 +12,6 @@ severalfold, and the error ends larger (benchmarks/RESULTS.md). A crosscoder's l
 layers, costs √L times as much.
 """
 
-from __future__ import annotations
-
 import math
 from typing import ClassVar
 

@@ -11,8 +11,6 @@ sparse and fast from its first step, and errs less at its end (benchmarks/RESULT
 Dimension letters: N tokens, D width (a crosscoder's is that of all its layers), F latents, R rows.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any, ClassVar
 

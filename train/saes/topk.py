@@ -11,8 +11,6 @@ The published RouteSAE code has no AuxK, and keeps negative values where fewer t
 Dimension letters: N tokens, D width.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -11,8 +11,6 @@ With --recipe published: unit rows, and λ times the plain mean of f over tokens
 Dimension letters: N tokens, D width, F latents, P pairs of a token and a latent: all, or those that can be active.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 
