@@ -233,17 +233,14 @@ def run(settings: Any, result: Any) -> None:
     echo(f"{settings.out}: {', '.join(sorted(file.name for file in settings.out.iterdir() if file.is_file()))}")
 
 
-@command(main, "train.folder.settings:ConvertSettings")
-def convert(settings: Any) -> None:
+@command(main, "train.folder.settings:ConvertSettings", run="train.folder.convert:convert")
+def convert(settings: Any, converted: Any) -> None:
     """Make an SAE folder of a checkpoint of the published RouteSAE code.
 
     FILE is a .pt that it saved. Tensors are read from it; no code in it runs.
 
     Example: routesae convert sum_hard_K64_1B_data_16384.pt --layers 4-12 --name llama
     """
-    from routesae.train.folder.convert import convert as run
-
-    converted = run(settings)
     recipe, layers = converted.recipe, ", ".join(map(str, converted.recipe.layers))
     size = f"{recipe.latents:,} latents of width {recipe.width}"
     echo(f"{converted.folder}: {recipe.sae} of layer {layers}; {size}")

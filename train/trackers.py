@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from routesae.machine.files import read_bytes, replacing
+from routesae.machine.files import read_bytes, reading, replacing
 from routesae.reporting import WrongInput
 
 if TYPE_CHECKING:
@@ -89,12 +89,10 @@ class Hosted:
 
 
 def _read_id(file: Path) -> str:
-    try:
-        if re.fullmatch(r"[\w.-]{1,128}", run := read_bytes(file, 1024).decode("ascii").strip()):
-            return run
-    except (OSError, ValueError):
-        pass
-    raise WrongInput(f"{file} does not hold the id of a run; delete it to begin another one")
+    with reading(file, "delete it to begin another run"):
+        if not re.fullmatch(r"[\w.-]{1,128}", run := read_bytes(file, 1024).decode("ascii").strip()):
+            raise ValueError("it does not hold the id of a run")
+        return run
 
 
 Tracker = TensorBoard | Hosted  # takes the lines of one run

@@ -8,6 +8,7 @@ Dimension letters: F latents, M contexts, W tokens a window.
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -101,10 +102,9 @@ def _facts(settings: ContextSettings, name: str, sae: OpenSAE, cache: Cache) -> 
 
 def _require_same_results(folder: Path, now: Mapping[str, Any]) -> None:
     """Raises WrongInput if there are contexts of this corpus in `folder` that would be others afterwards."""
-    try:
+    before = None
+    with suppress(WrongInput):  # damaged: nobody can read them
         before = read_facts(folder, now["cache"]["tokens_hash"])
-    except WrongInput:
-        return  # damaged: nobody can read them
     if before is None:
         return
     changed = [

@@ -256,7 +256,7 @@ def require_same_lm_as_cache(sae: LMRecord, cache: LMRecord) -> str | None:
 
 def load_tokenizer_of(records: Sequence[LMRecord], model: str | None) -> Any:
     """The tokenizer of the LM that all records are of; see load_lm_of."""
-    name, revision = _place(records[0], model)
+    name, revision = place_of_lm(records[0], model)
     tokenizer = loading.load_tokenizer(name, revision)
     for record in records:
         require_same_lm(record, _loaded(record, name, tokenizer_hash=tokenizer_hash(tokenizer)), GIVE_MODEL)
@@ -292,7 +292,7 @@ def load_lm_of(records: Sequence[LMRecord], model: str | None, settings: LMSetti
     spliced into the LM then meets the hidden states that it was trained on, rounded as they were.
     Raises WrongInput if the record does not say where the LM is, or `model` is another one.
     """
-    name, revision = _place(records[0], model)
+    name, revision = place_of_lm(records[0], model)
     config, tokenizer = loading.load_config(name, revision), loading.load_tokenizer(name, revision)
     hashes = {"config_hash": loading.config_hash(config), "tokenizer_hash": tokenizer_hash(tokenizer)}
     width, layers = int(config.get_text_config().hidden_size), range(loading.model_layers(config) + 1)
@@ -307,7 +307,7 @@ def load_lm_of(records: Sequence[LMRecord], model: str | None, settings: LMSetti
     return lm
 
 
-def _place(record: LMRecord, model: str | None) -> tuple[str, str | None]:
+def place_of_lm(record: LMRecord, model: str | None) -> tuple[str, str | None]:
     """Where to load the LM from, and the revision of it."""
     recorded = record.facts.get("model")
     name = model or recorded

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from routesae import __version__
 from routesae.analyze.contexts.windows import Vocabulary
-from routesae.analyze.inputs.lm import LM, LMRecord, lm_of_sae, load_lm_of
+from routesae.analyze.inputs.lm import LM, LMRecord, lm_of_sae, load_lm_of, place_of_lm
 from routesae.analyze.report.latents import PIECE, latent_list, latent_pairs, latent_pieces, packed
 from routesae.analyze.report.lens import LogitLens, unit_rows
 from routesae.analyze.report.plots import draw_plots
@@ -127,9 +127,7 @@ def _at_hand(recorded: LMRecord) -> str:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    model, revision = recorded.facts.get("model"), recorded.facts.get("revision")
-    if not isinstance(model, str):
-        raise WrongInput(f"cfg.json does not say what {recorded.name} is; give it with --model")
+    model, revision = place_of_lm(recorded, None)
     if model == DEMO or Path(model).expanduser().exists():
         return model
     try:

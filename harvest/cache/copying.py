@@ -36,7 +36,6 @@ VECTORS = (STARTS, "order")  # arrays of one dimension; all others have two
 class Merged(NamedTuple):
     """copied: shards that came from the sources now. missing: shards that no source had."""
 
-    cache: Cache
     copied: int
     missing: int
 
@@ -69,8 +68,7 @@ def copy(sources: Sequence[Path | str], target: Path | str, *, link: bool = Fals
         _copy_to_store(caches[0], wanted, destination, report)
     else:
         _copy_to_disk(caches[0], wanted, destination.folder(), report, link=link)
-    there = Cache(destination)
-    return Merged(there, len(wanted), len(there.missing()))
+    return Merged(len(wanted), len(Cache(destination).missing()))
 
 
 def _copy_to_disk(source: Cache, wanted: list[Shard], target: Path, report: Report, *, link: bool) -> None:

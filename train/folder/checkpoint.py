@@ -45,7 +45,7 @@ LAYOUTS = {
     "ae.pt": "dictionary_learning_1",
 }
 
-Numbers = dict[str, float | dict[str, float] | None]  # a line of metrics.jsonl, or scores on the held-out rows
+Numbers = dict[str, int | float | dict[str, float] | None]  # a line of metrics.jsonl, or scores on the held-out rows
 
 
 class Source(BaseModel):

@@ -31,10 +31,10 @@ from routesae import __version__
 from routesae.harvest.settings import parse_layers
 from routesae.machine.files import disk_faults, open_regular
 from routesae.machine.lock import hold
-from routesae.reporting import WrongInput
-from routesae.train.folder.checkpoint import CONFIG, commit_folder, save_sae
+from routesae.reporting import Report, WrongInput, silent
+from routesae.train.folder.checkpoint import CONFIG, commit_folder, other_layout, save_sae
 from routesae.train.folder.settings import ConvertSettings
-from routesae.train.folder.strangers import is_strange, read_strange
+from routesae.train.folder.strangers import LENS, read_strange
 from routesae.train.saes import PENALISED, SAE, SINGLE_LAYER, Recipe, build
 from routesae.train.saes.crosscoder import CROSSCODER
 from routesae.train.saes.routesae import ROUTER
@@ -69,7 +69,7 @@ DEFAULTS = {"routing": "hard", "aggregate": "sum"}
 DEEPEST = 10_000  # blocks of an LM; a list of layers beyond is a slip of the finger
 
 
-def convert(settings: ConvertSettings) -> SAE:
+def convert(settings: ConvertSettings, report: Report = silent) -> SAE:
     """Write the SAE in `settings.file` as a folder of ours, whole or not at all; return it, with its `folder`.
 
     Raises WrongInput if the file is not such an SAE or does not say enough.
@@ -79,7 +79,9 @@ def convert(settings: ConvertSettings) -> SAE:
         raise WrongInput(f"{folder} exists and is not an SAE, so it is not overwritten; give another --name")
     if folder.exists() and not settings.overwrite:
         raise WrongInput(f"{folder} exists; give another --name, or --overwrite")
-    sae, origin = read_strange(settings) if is_strange(settings.file) else _read_published(settings)
+    file = Path(settings.file)  # something that SAELens reads, or a checkpoint of the published code
+    is_lens = settings.file.startswith(LENS) or other_layout(file) is not None or (file / CONFIG).is_file()
+    sae, origin = read_strange(settings) if is_lens else _read_published(settings)
     versions = {"routesae": __version__, "torch": torch.__version__}
     writing = folder.with_name(f".{folder.name}.converting")  # not train's, which may hold a run to resume
     with disk_faults(folder.parent, lambda: "nothing was written"):

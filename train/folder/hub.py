@@ -168,7 +168,7 @@ def model_card(recipe: Recipe, source: Source, repo: str) -> str:
     held_out = source.held_out or {}
     numbers = {title: held_out.get(key) for key, title in SCORES.items()}
     if rows := {title: f"{number:.4f}" for title, number in numbers.items() if isinstance(number, float | int)}:
-        tokens = f"{count:,.0f} " if isinstance(count := held_out.get("tokens"), float) else ""
+        tokens = f"{count:,} " if isinstance(count := held_out.get("tokens"), int) else ""
         parts += [f"## On {tokens}held-out tokens", _table(("Metric", "Value"), rows)]
     parts += ["## How to load it", f"    routesae analyze --cache shards/ --sae {repo}", "In Python:"]
     fetch = "    from routesae.train.folder.hub import fetch_sae\n"

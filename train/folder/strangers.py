@@ -21,7 +21,7 @@ import torch
 from routesae.machine.device import require_packages
 from routesae.machine.files import read_json
 from routesae.reporting import FailedRun, WrongInput
-from routesae.train.folder.checkpoint import CONFIG, load_sae, other_layout
+from routesae.train.folder.checkpoint import load_sae, other_layout
 from routesae.train.folder.hub import hub_errors
 from routesae.train.folder.saelens import hook_of
 from routesae.train.folder.settings import ConvertSettings
@@ -29,11 +29,6 @@ from routesae.train.saes import SAE
 
 LENS = "lens:"
 LOADERS = "sae_lens.loading.pretrained_sae_loaders"
-
-
-def is_strange(file: str) -> bool:
-    """Whether `file` is something that SAELens reads rather than a checkpoint of the published code."""
-    return file.startswith(LENS) or other_layout(Path(file)) is not None or (Path(file) / CONFIG).is_file()
 
 
 def read_strange(settings: ConvertSettings) -> tuple[SAE, dict[str, Any]]:
