@@ -151,15 +151,16 @@ def make_recipe(run: RunSettings, cache: Cache, source: Recipe | None = None) ->
     if run.anneal_k_from is not None and run.anneal_k_from > latents:
         raise WrongInput(f"--anneal-k-from {run.anneal_k_from} is more than the SAE's {latents} latents; lower it")
     nested = "matryoshka" in (run.sae, run.routed)
+    published = run.recipe == "published"
     learned = run.sae == "routesae" and run.routing != "soft" and run.router not in CONTROLS
-    balance = DEFAULT_BALANCE if learned and run.recipe != "published" else 0.0
     worked_out = {
         "layers": layers,
         "width": manifest.width,
         "latents": latents,
         "prefixes": default_prefixes(latents) if nested else (),
-        "balance": balance,
-        "published": run.recipe == "published",
+        "router": usual_router(soft=run.routing == "soft", published=published),
+        "balance": DEFAULT_BALANCE if learned and not published else 0.0,
+        "published": published,
     }
     asked = {name: value for name, value in vars(run).items() if name in Recipe.kinds and value not in (None, ())}
     recipe = Recipe(**{**worked_out, **asked})
@@ -179,16 +180,23 @@ def make_recipe(run: RunSettings, cache: Cache, source: Recipe | None = None) ->
     return recipe
 
 
+def usual_router(*, soft: bool, published: bool) -> str:
+    """The router where none is asked for: top2 wherever it can be had (benchmarks/RESULTS.md)."""
+    return "published" if soft or published else "top2"
+
+
 def default_name(recipe: Recipe) -> str:
-    """What a person tells runs apart by: topk_layer15_4608_k64, routesae_hard_4608_k64, …_top2_mean, …_lambda0.01."""
+    """What a person tells runs apart by: topk_layer15_4608_k64, routesae_hard_4608_k64, …_random_mean, …_lambda0.01."""
     where = {"routesae": recipe.routing}.get(recipe.sae, f"layers{recipe.layers[0]}-{recipe.layers[-1]}")
     if recipe.sae in SINGLE_LAYER:
         where = f"layer{recipe.layers[0]}"
     parts = [recipe.sae, where, str(recipe.latents), f"k{recipe.k}"]
     usual = {"normalize": "token"}
     if recipe.sae == "routesae":
-        usual |= {"routed": "topk", "router": "published", "aggregate": "sum"}
-    parts += [word for name, default in usual.items() if (word := getattr(recipe, name)) != default]
+        router = usual_router(soft=recipe.routing == "soft", published=recipe.published)
+        usual |= {"routed": "topk", "router": router, "aggregate": "sum"}
+    words = [word for name, default in usual.items() if (word := getattr(recipe, name)) != default]
+    parts += ["published-router" if word == "published" else word for word in words]
     parts += [f"frozen-{recipe.freeze}"] if recipe.freeze != "none" else []
     parts += [f"lambda{recipe.sparsity:g}"] if recipe.sparsity is not None else []
     parts += ["published"] * recipe.published

@@ -115,7 +115,7 @@ class RunSettings(Settings):
         "how the router learns; frozen and random are controls.",
         choices=("published", "top2", "frozen", "random"),
         metavar="NAME",
-        unset="published",
+        unset="top2, or published with soft routing or the published recipe",
     )
     balance: float | None = only_for(
         "routesae", "weight of the load-balancing term.", unset="0.01 where a learned router picks one layer"

@@ -48,7 +48,7 @@ def test_names_tell_apart_what_differs(tiny_cache: Cache) -> None:
         {"sae": "jumprelu", "layer": 3, "sparsity": 0.2},
         {"sae": "topk", "layer": 3, "recipe": "published"},
         {"sae": "routesae"},
-        {"sae": "routesae", "router": "top2"},
+        {"sae": "routesae", "router": "published"},
         {"sae": "routesae", "routed": "gated"},
         {"sae": "routesae", "routing": "soft"},
         {"sae": "routesae", "aggregate": "mean"},
