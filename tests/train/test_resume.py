@@ -46,7 +46,7 @@ RUNS: dict[str, RunSettings] = {
     for name, changes in {
         **{sae: {"sae": sae} for sae in SAES},
         "layer5": {"sae": "topk", "layer": 5},
-        "top2": {"router": "top2", "balance": 0.01},
+        "published-router": {"router": "published", "balance": 0.01},
         "soft": {"routing": "soft", "aggregate": "mean"},
         "frozen": {"router": "frozen"},
         "hashed": {"router": "random"},
@@ -224,7 +224,7 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_bytes(
 def test_a_pass_stopped_after_every_step_goes_on_to_the_same_bytes(
     run: Pass, alone: Callable[[str], Path], stop_after: Stop, tmp_path: Path
 ) -> None:
-    names = ["topk", "batchtopk", "jumprelu", "top2", "annealed", "random"]
+    names = ["topk", "batchtopk", "jumprelu", "published-router", "annealed", "random"]
     for step in range(1, STEPS):
         stopped(run, stop_after, names, tmp_path, 1, resume=step > 1)
         assert {path.name for path in tmp_path.glob(".*.partial/step-*")} == {f"step-{step:08d}.safetensors"}
@@ -278,11 +278,11 @@ def test_checkpoints_come_as_often_as_asked_and_only_the_newest_is_kept(
 def test_a_kill_between_the_checkpoints_of_two_saes_falls_back_to_the_step_that_both_have(
     run: Pass, alone: Callable[[str], Path], stop_after: Stop, tmp_path: Path
 ) -> None:
-    names = ["topk", "top2"]
+    names = ["topk", "published-router"]
     stopped(run, stop_after, names, tmp_path, 3)
     older = shutil.copytree(tmp_path, tmp_path.with_name("older"))
     stopped(run, stop_after, names, tmp_path, 3, resume=True)
-    both, lacking = tmp_path / ".topk.partial", tmp_path / ".top2.partial"
+    both, lacking = tmp_path / ".topk.partial", tmp_path / ".published-router.partial"
     checkpoint_file(lacking, 6).rename(lacking / ".step-00000006.safetensors")  # it was being written
     for partial in (both, lacking):
         shutil.copy(checkpoint_file(older / partial.name, 3), checkpoint_file(partial, 3))
@@ -297,9 +297,9 @@ def test_a_kill_between_the_checkpoints_of_two_saes_falls_back_to_the_step_that_
 def test_a_kill_between_the_first_checkpoints_of_two_saes_begins_again(
     run: Pass, alone: Callable[[str], Path], stop_after: Stop, tmp_path: Path
 ) -> None:
-    names = ["topk", "top2"]
+    names = ["topk", "published-router"]
     stopped(run, stop_after, names, tmp_path, 3)
-    checkpoint_file(tmp_path / ".top2.partial", 3).unlink()
+    checkpoint_file(tmp_path / ".published-router.partial", 3).unlink()
     run(names, tmp_path, resume=True)
     for name in names:
         assert_same(tmp_path / name, alone(name))
@@ -311,20 +311,20 @@ def test_a_kill_between_the_saving_of_two_saes_leaves_the_first_and_saves_the_se
     from routesae.train.folder.checkpoint import save_sae
 
     def save_one_only(folder: Path, *arguments: Any) -> None:
-        if folder.name == ".top2.partial":
+        if folder.name == ".published-router.partial":
             raise KeyboardInterrupt
         save_sae(folder, *arguments)
 
     with monkeypatch.context() as patched:
         patched.setattr("routesae.train.run.save_sae", save_one_only)
         with pytest.raises(KeyboardInterrupt):
-            run(["topk", "top2"], tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".top2.partial", "topk"]
+            run(["topk", "published-router"], tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".published-router.partial", "topk"]
     before = contents(tmp_path / "topk")
-    results = run(["topk", "top2"], tmp_path, resume=True)
-    assert [result.folder.name for result in results] == ["top2"]
+    results = run(["topk", "published-router"], tmp_path, resume=True)
+    assert [result.folder.name for result in results] == ["published-router"]
     assert contents(tmp_path / "topk") == before
-    for name in ("topk", "top2"):
+    for name in ("topk", "published-router"):
         assert_same(tmp_path / name, alone(name))
 
 
@@ -474,11 +474,11 @@ def test_resuming_on_another_cache_is_refused_and_on_the_same_one_elsewhere_is_n
 def test_lines_and_checkpoints_may_come_at_other_steps_after_a_stop(
     run: Pass, alone: Callable[[str], Path], stop_after: Stop, tmp_path: Path
 ) -> None:
-    stopped(run, stop_after, ["top2"], tmp_path, 4)
-    run(["top2"], tmp_path, log_every_steps=1, checkpoint_every_steps=2, resume=True)
-    assert [line["step"] for line in lines(tmp_path / "top2")] == [3, 5, 6, 7, 8]
+    stopped(run, stop_after, ["published-router"], tmp_path, 4)
+    run(["published-router"], tmp_path, log_every_steps=1, checkpoint_every_steps=2, resume=True)
+    assert [line["step"] for line in lines(tmp_path / "published-router")] == [3, 5, 6, 7, 8]
     for file in ("sae_weights.safetensors", "router.safetensors"):
-        assert (tmp_path / "top2" / file).read_bytes() == (alone("top2") / file).read_bytes()
+        assert (tmp_path / "published-router" / file).read_bytes() == (alone("published-router") / file).read_bytes()
 
 
 def test_resuming_with_an_sae_that_was_never_begun_is_refused(run: Pass, stop_after: Stop, tmp_path: Path) -> None:
@@ -693,7 +693,7 @@ def test_the_annealed_k_is_that_of_each_step_and_ends_at_k(run: Pass, tmp_path: 
     assert found[8:] == pytest.approx([8] * 8, abs=0.2)
 
 
-@pytest.mark.parametrize("name", [*SAES, "soft", "top2", "routed-batchtopk-dataset"])
+@pytest.mark.parametrize("name", [*SAES, "soft", "published-router", "routed-batchtopk-dataset"])
 def test_an_sae_trained_on_rescaled_states_is_saved_as_the_same_function_of_raw_ones(
     tiny_cache: Cache, run: Pass, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
