@@ -186,7 +186,7 @@ def usual_router(*, soft: bool, published: bool) -> str:
 
 
 def default_name(recipe: Recipe) -> str:
-    """What a person tells runs apart by: topk_layer15_4608_k64, routesae_hard_4608_k64, …_random_mean, …_lambda0.01."""
+    """What a person tells runs apart by: topk_layer15_4608_k64, routesae_hard_4608_k64, …_random_mean."""
     where = {"routesae": recipe.routing}.get(recipe.sae, f"layers{recipe.layers[0]}-{recipe.layers[-1]}")
     if recipe.sae in SINGLE_LAYER:
         where = f"layer{recipe.layers[0]}"
