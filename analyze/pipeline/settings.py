@@ -17,10 +17,8 @@ A table that is left out is a stage that does not run. Keys are spelled as flags
 cache and SAEs are) stands once, at the top. Paths are relative to where the command runs, as with flags.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from routesae.analyze.contexts.settings import ContextSettings
 from routesae.analyze.interpret.settings import InterpretSettings
@@ -159,7 +157,7 @@ class AblationSettings(Settings):
     threshold: float = setting(15.0, RUN, "For --contexts: count activations above this.", ge=0)
 
     @classmethod
-    def from_flags(cls, flags: dict[str, Any]) -> AblationSettings:
+    def from_flags(cls, flags: dict[str, Any]) -> Self:
         """The flags that are not the ablation's own are train's."""
         own = {name: value for name, value in flags.items() if name in cls.described}
         training = {name: value for name, value in flags.items() if name not in own}

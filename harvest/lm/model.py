@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from routesae.harvest.lm.gguf import source
 from routesae.machine.device import LM_DTYPES
-from routesae.machine.files import BadFile, parse_json, read_bytes
+from routesae.machine.files import BadFile, parse_json, read_bytes, reading
 from routesae.reporting import WrongInput, is_out_of_memory, shortened
 
 # Keys of a config that say how a model was stored or run, not which model it is.
@@ -160,7 +160,8 @@ def load_lm(
 def _read_device_map(device_map: str) -> Any:
     """What transformers takes for --device-map. Raises WrongInput for anything but JSON or a file of it."""
     here = ["cpu", "disk", *(name for i in range(torch.cuda.device_count()) for name in (i, f"cuda:{i}"))]
-    try:
+    form = 'give auto, or JSON or a file of it that puts each module in one place, as {"model": 0, "lm_head": "cpu"}'
+    with reading(f"--device-map {shortened(device_map)}", form, AttributeError):  # of JSON that is no object
         places = parse_json(device_map.encode() if device_map.lstrip().startswith("{") else read_bytes(device_map))
         for name, place in places.items():
             if place not in here or isinstance(place, bool):
@@ -168,11 +169,6 @@ def _read_device_map(device_map: str) -> Any:
             if inner := [other for other in places if other != name and other.startswith(name and f"{name}.")]:
                 raise BadFile(f"{inner[0]!r} is a part of {name!r}")
         return places
-    except (OSError, BadFile, AttributeError) as error:  # AttributeError: of JSON that is no object
-        raise WrongInput(
-            f"--device-map {shortened(device_map)} is not auto, nor JSON or a file of it that puts each module of an "
-            f'LM in one place, such as {{"model": 0, "lm_head": "cpu"}}: {shortened(str(error))}'
-        ) from error
 
 
 def cut_after(lm: LanguageModel, layer: int) -> LanguageModel:

@@ -263,5 +263,5 @@ def test_an_id_of_a_run_that_is_none_is_refused_by_name(content: bytes | None, t
         os.mkfifo(tmp_path / "wandb-run")
     else:
         (tmp_path / "wandb-run").write_bytes(content)
-    with pytest.raises(WrongInput, match=r"wandb-run cannot be read \(it does not hold the id of a run\); delete it"):
+    with pytest.raises(WrongInput, match=r"wandb-run cannot be read \(.*\); delete it to begin another run"):
         Hosted("wandb", "mine", tmp_path, {}, "project")

@@ -422,8 +422,8 @@ def test_states_and_hashes_are_those_of_one_device_wherever_a_map_puts_the_block
 @pytest.mark.parametrize(
     ("device_map", "message"),
     [
-        ("balanced", "--device-map balanced is not auto, nor JSON or a file"),
-        ("[1]", "is not auto, nor JSON or a file"),
+        ("balanced", "--device-map balanced does not exist; give auto, or JSON or a file"),
+        ("[1]", "give auto, or JSON or a file"),
         ("{", "not JSON"),
         ('{"": 0}', "0 is none of cpu, disk"),
         ('{"": true}', "True is none of cpu, disk"),
