@@ -81,7 +81,7 @@ def auxk(
     assert encoder.b_dec_D is not None
     x_ND, b_dec_D = x_ND.detach(), encoder.b_dec_D.detach()
     residual_ND = x_ND - reconstruction_ND.detach()
-    of_dead = Encoder(encoder.W_enc_FD[dead_d], encoder.b_enc_F[dead_d], b_dec_D, *encoder[3:])
+    of_dead = Encoder(encoder.W_enc_FD[dead_d], encoder.b_enc_F[dead_d], b_dec_D, encoder.chosen)
     pairs, z_M = encode_topk(x_ND, of_dead, min(x_ND.shape[1] // 2, len(dead_d)))
     modelled_ND = pairs.decode(z_M.relu(), W_dec_FD[dead_d], torch.zeros_like(b_dec_D))
     return norm_mse(residual_ND, modelled_ND, weights_N)

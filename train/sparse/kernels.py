@@ -95,6 +95,8 @@ def _batchtopk(x_ND: Tensor, encoder: Encoder, k: int) -> tuple[Tensor, Tensor, 
     """Estimate from a few tokens above which value enough pairs lie; if there are too few, look at all above 0."""
     n, f = len(x_ND), len(encoder.W_enc_FD)
     kept_pairs = k * batch_rows(n)
+    if (proposal := encoder.arithmetic.proposes(x_ND)) != x_ND.dtype:
+        encoder = encoder.narrowed(proposal)
     probe_nD = x_ND[:: max(1, n // BATCHTOPK_PROBE)]
     z_nK, _ = topk_of(probe_nD, encoder, min(4 * k, f))
     enough = min(round(BATCHTOPK_ROOM * k * len(probe_nD)), z_nK.numel())

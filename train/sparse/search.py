@@ -36,12 +36,13 @@ _COLUMNS = 32  # a bfloat16 product is fastest where its inner size is a multipl
 
 class Encoder(NamedTuple):
     """z = W_enc (x − b_dec) + b_enc; a bias that is None is zero. chosen: how the sums are done; None for what is
-    fastest on the device."""
+    fastest on the device. narrow_FC: W_enc as a narrower product takes it, with room for a column of biases."""
 
     W_enc_FD: Tensor
     b_enc_F: Tensor | None = None
     b_dec_D: Tensor | None = None
     chosen: Arithmetic | None = None
+    narrow_FC: Tensor | None = None
 
     @property
     def arithmetic(self) -> Arithmetic:
@@ -50,6 +51,13 @@ class Encoder(NamedTuple):
     def raised(self, by: Tensor) -> Encoder:
         """With `by`, [F] or one number, added to every pre-activation."""
         return self._replace(b_enc_F=by.expand(len(self.W_enc_FD)) if self.b_enc_F is None else self.b_enc_F + by)
+
+    def narrowed(self, dtype: torch.dtype) -> Encoder:
+        """With W_enc cast once, however often it is searched; what is raised from it shares the cast."""
+        f, width = self.W_enc_FD.shape
+        narrow_FC = self.W_enc_FD.new_zeros(f, (width // _COLUMNS + 1) * _COLUMNS, dtype=dtype)
+        narrow_FC[:, :width] = self.W_enc_FD
+        return self._replace(narrow_FC=narrow_FC)
 
     def bias(self) -> Tensor:
         """[F]: b_enc − W_enc b_dec."""
@@ -75,10 +83,9 @@ def pre_activations(x_ND: Tensor, encoder: Encoder, dtype: torch.dtype) -> Itera
             yield rows, torch.addmm(bias_F, x_ND[rows], encoder.W_enc_FD.T, out=z_nF[: rows.stop - rows.start])
         return
     # The bias as one more column, with a one in x: cheaper than adding it to the product.
-    W_enc_FC = x_ND.new_zeros(len(encoder.W_enc_FD), (width // _COLUMNS + 1) * _COLUMNS, dtype=dtype)
-    W_enc_FC[:, :width] = encoder.W_enc_FD
-    if encoder.b_enc_F is not None:
-        W_enc_FC[:, width] = encoder.b_enc_F
+    W_enc_FC = encoder.narrowed(dtype).narrow_FC if encoder.narrow_FC is None else encoder.narrow_FC
+    assert W_enc_FC is not None
+    W_enc_FC[:, width] = 0 if encoder.b_enc_F is None else encoder.b_enc_F
     x_nC = x_ND.new_zeros(chunk, W_enc_FC.shape[1], dtype=dtype)
     x_nC[:, width] = 1
     for rows in slices:

@@ -409,6 +409,27 @@ def test_batchtopk_keeps_exactly_k_a_token_on_average_where_that_many_are_above_
     assert len(set(torch.bincount(pairs.tokens_M, minlength=700).tolist())) > 5  # not three each
 
 
+def test_the_encoder_is_cast_once_a_batch_however_often_batchtopk_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    casts: list[torch.dtype] = []
+    first = Encoder.narrowed
+
+    def narrowed(encoder: Encoder, dtype: torch.dtype) -> Encoder:
+        casts.append(dtype)
+        return first(encoder, dtype)
+
+    monkeypatch.setattr(Encoder, "narrowed", narrowed)
+    given = Problem(*(part.float() for part in problem(700, 40, 160)))
+    encoder = Encoder(given.W_enc_FD, given.b_enc_F, given.b_dec_D, SPARSELY)
+    pairs, z_M = encode_batchtopk(given.x_ND, encoder._replace(chosen=SPARSELY.replace(proposal="bfloat16")), 3)
+    assert casts == [torch.bfloat16]
+    exact, exact_M = encode_batchtopk(given.x_ND, encoder, 3)
+    assert isinstance(pairs, Pairs)
+    assert isinstance(exact, Pairs)
+    assert torch.equal(pairs.latents_M, exact.latents_M)
+    assert torch.equal(pairs.tokens_M, exact.tokens_M)
+    torch.testing.assert_close(z_M, exact_M)
+
+
 def test_few_pairs_above_their_floors_are_handled_as_pairs_and_many_as_all_pairs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
