@@ -235,7 +235,6 @@ def test_a_whole_number_will_do_where_any_number_will(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "",
         ".",
         "..",
         ".hidden",
