@@ -200,8 +200,7 @@ def _from_text(of: type[Settings], name: str, value: Any) -> Any:
         if isinstance(value, str) and (kind in (int, float) or (one and one.commas)):
             value = [item.strip() for item in value.split(",")]
         items = value if isinstance(value, list | tuple) else [value]
-        if one and one.commas:
-            items = [item for at, item in enumerate(items) if item not in items[:at]]
+        items = [*{repr(item): item for item in items}.values()] if one and one.commas else items
         return tuple(_read(item, kind, one.choices if one else ()) for item in items)
     except ValueError as error:
         raise WrongInput(f"{flag_of(of, name)} {error}") from None

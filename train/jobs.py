@@ -5,7 +5,6 @@ A folder that holds another SAE, or the rest of another run, is only written wit
 
 import json
 import logging
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,13 +124,6 @@ def first_step(jobs: Sequence[Job], settings: TrainSettings) -> int:
             shown = ", ".join(f"{name} after step {step}" for name, step in steps.items())
             raise WrongInput(f"--resume: the SAEs were not stopped together ({shown}); train them separately")
     return 0
-
-
-def empty_partial_folders(jobs: Sequence[Job]) -> None:
-    """Make them, without what a stopped run left. This comes once nothing can refuse the run any more."""
-    for job in jobs:
-        shutil.rmtree(job.partial, ignore_errors=True)
-        job.partial.mkdir(parents=True)
 
 
 def source_of(run: RunSettings) -> SAE | None:

@@ -7,6 +7,7 @@ Dimension letters: L layers, N tokens a batch.
 
 import logging
 import math
+import shutil
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -27,7 +28,7 @@ from routesae.machine.stop import stop_code, stop_requests
 from routesae.reporting import FailedRun, Progress, Report, Stopped, WrongInput, silent
 from routesae.train.evaluate import CacheScores, score_on_cache
 from routesae.train.folder.checkpoint import commit_folder, save_sae
-from routesae.train.jobs import Job, empty_partial_folders, first_step, is_finished, jobs_of, source_of
+from routesae.train.jobs import Job, first_step, is_finished, jobs_of, source_of
 from routesae.train.loading.batches import (
     Batch,
     Plan,
@@ -109,8 +110,9 @@ def train(settings: TrainSettings, report: Report = silent) -> list[TrainResult]
             following = Following(selection, windows, pace.total_steps) if settings.follow else None
             if following and ranks.first:
                 following.register(folders, begun, stack)
-            if begun == 0 and ranks.first:
-                empty_partial_folders(jobs)
+            for job in jobs if begun == 0 and ranks.first else []:  # now that nothing refuses the run any more
+                shutil.rmtree(job.partial, ignore_errors=True)
+                job.partial.mkdir(parents=True)
         keep_freed_memory()
         log.info("peak learning rate %s", ", ".join(f"{lr:g}" for lr in sorted({job.lr for job in jobs})))
         with ranks.all_or_none():

@@ -76,11 +76,8 @@ class PipelineSettings(Settings):
         if self.follow and (self.harvest is None or self.train is None):
             raise WrongInput("--follow trains while the harvest runs; give the file tables [harvest] and [train]")
         for name in ("harvest", "harvest_analyze", "harvest_contexts"):
-            follows, stage = self.follow and name == "harvest", getattr(self, name)
-            if stage is not None and stage.keep is not None and not follows:
-                remedy = (
-                    "add --follow" if name == "harvest" else "nothing is trained on this cache, so leave keep out"
-                )
+            stage, remedy = getattr(self, name), "add --follow" if name == "harvest" else "leave keep out"
+            if stage and stage.keep is not None and not (self.follow and name == "harvest"):
                 raise WrongInput(f"[{name}]: keep waits for the SAEs that are trained meanwhile; {remedy}")
 
 

@@ -60,7 +60,7 @@ def analyze(settings: AnalyzeSettings, report: Report = silent) -> dict[str, Any
             _add(rows[key], *measure(of_cache, scores.by_row, drawn_RS, layers=layers, dead=scores.dead))
     if of_labels:
         # A corpus has few documents, and an SAE reads no label, so those that it was trained on are asked about too.
-        start, end = (first, after) if settings.rows else (0, cache.manifest.rows)
+        start, end = (first, after) if settings.rows or cache.ring() else (0, cache.manifest.rows)
         end = end if settings.tokens is None else min(end, start + max(1, settings.tokens // cache.manifest.context))
         for key, sums in probe(saes, cache, slice(start, end), settings.label, settings.seed, report).items():
             _add(rows[key], *measure(of_labels, sums, draws(len(sums["documents"]), settings.seed)))

@@ -42,11 +42,8 @@ def hh_messages(text: str) -> list[Message]:
     What one speaker says in several turns in a row is one message: many chat templates want speakers to alternate.
     """
     head, *turns = TURN.split(text.strip())
-    of_speaker = groupby(zip(turns[::2], turns[1::2], strict=True), itemgetter(0)) if not head else ()
-    return [
-        {"role": SPEAKERS[name], "content": "\n\n".join(said.strip() for _, said in several)}
-        for name, several in of_speaker
-    ]
+    spoken = groupby(zip(turns[::2], turns[1::2], strict=True), itemgetter(0)) if not head else ()
+    return [{"role": SPEAKERS[name], "content": "\n\n".join(one.strip() for _, one in said)} for name, said in spoken]
 
 
 def messages_of(value: Any) -> list[Message]:

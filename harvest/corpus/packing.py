@@ -6,7 +6,7 @@ Dimension letters: S rows of tokens, T context, B rows a write.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import xxhash
 from routesae.harvest.cache import arrays
 from routesae.harvest.cache.manifest import DOCUMENTS, ROLES, STARTS, TOKENS, kept_positions
 from routesae.harvest.corpus.texts import TextCounts, read_documents
-from routesae.harvest.corpus.tokens import Fingerprint, Framing, Row, Tokenised, framing, pack, tokenize
+from routesae.harvest.corpus.tokens import Fingerprint, Framing, Tokenised, framing, pack, tokenize
 from routesae.harvest.settings import PROVENANCE, HarvestSettings
 from routesae.machine.files import file_hash
 from routesae.reporting import Progress, Report, WrongInput
@@ -37,7 +37,9 @@ def write_tokens(folder: Path, settings: HarvestSettings, tokenizer: Any, report
 
     frame, fingerprint, roles = framing(tokenizer), Fingerprint(), dict[str, int]()
     counts = {data: TextCounts() for data in settings.data}
-    packed = _rows(settings, tokenizer, frame, fingerprint, counts, roles)
+    documents = fingerprint.hashing(_mixed(settings, tokenizer, frame, counts, roles))
+    packed = pack(documents, context=settings.context, row_start=frame.row_start)
+    packed = islice(packed, settings.tokens // settings.context)  # no document is read beyond what these rows need
     keeps: dict[str, Any] = {name: getattr(settings, name) for name in ("skip_positions", "keep_roles")}
     keeps["dropped_ids"] = () if settings.keep_special else frame.special_ids
     starts, chunks, fields_seen = list[int](), list[tuple[arrays.ChunkHashes, arrays.ChunkHashes]](), set[str]()
@@ -63,7 +65,7 @@ def write_tokens(folder: Path, settings: HarvestSettings, tokenizer: Any, report
             rows += len(block)
             facts = {"documents": f"{sum(count.documents for count in counts.values()):,}"}
             report(Progress("tokenise", rows * settings.context, settings.tokens, "tokens", facts))
-    _require_use(settings, counts, rows, kept, fields_seen, roles)
+    _require_use(settings, counts, rows, kept, fields_seen, [*roles])
     document_starts = np.array(starts, "<i8")
     arrays.write_array(folder / STARTS, document_starts, chunk_rows=max(1, len(starts)))
     (folder / "documents").rename(folder / DOCUMENTS)
@@ -84,32 +86,8 @@ def write_tokens(folder: Path, settings: HarvestSettings, tokenizer: Any, report
     }
 
 
-def _rows(
-    settings: HarvestSettings,
-    tokenizer: Any,
-    frame: Framing,
-    fingerprint: Fingerprint,
-    counts: Mapping[str, TextCounts],
-    roles: dict[str, int],
-) -> Iterator[Row]:
-    """The rows that were asked for, or as many as there are; no document is read beyond what they need."""
-    asked: dict[str, Any] = {"roles": roles, "needs_roles": bool(settings.keep_roles)}
-    sources = {
-        data: tokenize(read_documents(data, settings, count), tokenizer, frame, counts=count, **asked)
-        for data, count in counts.items()
-    }
-    documents = fingerprint.hashing(mixed(sources, settings.mix or (1.0,)))
-    packed = pack(documents, context=settings.context, row_start=frame.row_start)
-    return islice(packed, settings.tokens // settings.context)
-
-
 def _require_use(
-    settings: HarvestSettings,
-    counts: Mapping[str, TextCounts],
-    rows: int,
-    kept: int,
-    fields: Collection[str],
-    roles: Collection[str],
+    settings: HarvestSettings, counts: dict[str, TextCounts], rows: int, kept: int, fields: set[str], roles: list[str]
 ) -> None:
     """Raise WrongInput if the corpora gave nothing to keep, FailedRun if too much of one is malformed.
 
@@ -136,11 +114,19 @@ def _require_use(
         log.warning("%s holds %s", corpus, held)
 
 
-def mixed(sources: Mapping[str, Iterator[Tokenised]], shares: Sequence[float]) -> Iterator[Tokenised]:
-    """The documents of several sources: each time the next of the one that has least of its share of the tokens.
+def _mixed(
+    settings: HarvestSettings, tokenizer: Any, frame: Framing, counts: dict[str, TextCounts], roles: dict[str, int]
+) -> Iterator[Tokenised]:
+    """The documents of the corpora: each time the next of the one that has least of its share of the tokens.
 
-    It ends with the source that ends first, so that the shares are those asked for, to within a document each.
+    It ends with the corpus that ends first, so that the shares are those asked for, to within a document each.
     """
+    asked: dict[str, Any] = {"roles": roles, "needs_roles": bool(settings.keep_roles)}
+    sources = {
+        data: tokenize(read_documents(data, settings, count), tokenizer, frame, counts=count, **asked)
+        for data, count in counts.items()
+    }
+    shares = dict(zip(sources, settings.mix or (1.0,), strict=True))
     taken = dict.fromkeys(sources, 0.0)  # tokens over the share
     while True:
         source = min(taken, key=lambda name: taken[name])  # of equals the first
@@ -148,5 +134,5 @@ def mixed(sources: Mapping[str, Iterator[Tokenised]], shares: Sequence[float]) -
             if len(sources) > 1:
                 log.warning("%s has no more documents: the mix ends with it", source)
             return
-        taken[source] += len(document.token_ids_T) / shares[list(sources).index(source)]
+        taken[source] += len(document.token_ids_T) / shares[source]
         yield document

@@ -110,7 +110,13 @@ def read_documents(data: str, settings: HarvestSettings, counts: TextCounts) -> 
     """
     root = located(data)
     prefix = "" if root is None else f"{root if root.is_dir() else root.parent}/"
-    for origin, record in _records(data, root, settings):
+    if root is None or any((root / name).is_file() for name in SAVED_DATASET):
+        entries = _dataset_entries(data, root, settings)
+    else:
+        files = _corpus_files(root, settings) if root.is_dir() else [root]
+        random.Random(settings.seed).shuffle(files)
+        entries = itertools.chain.from_iterable(_file_entries(file, settings) for file in files)
+    for origin, record in entries:
         counts.entries += 1
         try:
             if isinstance(record, _Malformed):
@@ -153,9 +159,8 @@ def _contents(record: Mapping[str, Any], settings: HarvestSettings) -> dict[str,
     if not any(groups):
         what, field = ("token ids", settings.token_field) if settings.token_field else ("text", settings.text_field)
         raise _Malformed(f"no {what} in field {field!r}; its fields are {', '.join(list(record)[:8])}")
-    # A table of texts and conversations has a null in the one or the other.
-    filled = (group for group in groups if any(not _is_nothing(value) for value in group.values()))
-    group = next(filled, next(filter(None, groups)))
+    # The first that holds something: a table of texts and conversations has a null in the one or the other.
+    group = max(filter(None, groups), key=lambda of: any(one is not None and one == one for one in of.values()))
     return {name: _content(value, name, settings) for name, value in group.items()}
 
 
@@ -164,14 +169,9 @@ def _field_groups(settings: HarvestSettings) -> tuple[tuple[str, ...], ...]:
     return ((settings.token_field,),) if settings.token_field else ((settings.text_field,), ("messages",), PAIR)
 
 
-def _is_nothing(value: Any) -> bool:
-    """Whether it is null, or NaN, as tables write it."""
-    return value is None or (isinstance(value, float) and value != value)
-
-
 def _content(value: Any, name: str, settings: HarvestSettings) -> Content | None:
-    """None where there is nothing."""
-    if _is_nothing(value):
+    """None where there is nothing: null, or NaN, as tables write it."""
+    if value is None or (isinstance(value, float) and value != value):
         return None
     if name == settings.token_field:
         return _token_ids(value, name)
@@ -206,16 +206,6 @@ def _as_text(value: Any) -> str | None:
     """What a field holds: a text as it is, whatever else as JSON has it."""
     text = value if isinstance(value, str | None) else json.dumps(value, default=str, ensure_ascii=False)
     return None if text is None else text.encode(errors="backslashreplace").decode()
-
-
-def _records(data: str, root: Path | None, settings: HarvestSettings) -> Iterator[_Entry]:
-    if root is None or any((root / name).is_file() for name in SAVED_DATASET):
-        yield from _dataset_entries(data, root, settings)
-        return
-    files = _corpus_files(root, settings) if root.is_dir() else [root]
-    random.Random(settings.seed).shuffle(files)
-    for file in files:
-        yield from _file_entries(file, settings)
 
 
 def located(data: str) -> Path | None:

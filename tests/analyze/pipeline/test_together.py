@@ -135,7 +135,7 @@ def test_what_cannot_run_together_is_refused(config: Callable[..., Path], tmp_pa
         read_pipeline(str(config("a", 'keep = "500G"')))
     for name in ("harvest_analyze", "harvest_contexts"):  # with or without --follow nobody would train on it
         (tmp_path / "a.toml").write_text(f'[harvest]\n[train]\n[{name}]\nkeep = "500G"\n')
-        with pytest.raises(WrongInput, match=rf"\[{name}\]: keep waits .*nothing is trained on this cache"):
+        with pytest.raises(WrongInput, match=rf"\[{name}\]: keep waits .*; leave keep out"):
             read_pipeline(str(tmp_path / "a.toml"), True)
     (tmp_path / "b.toml").write_text("[train]\nlatents = 64\n")
     with pytest.raises(WrongInput, match=r"--follow trains while the harvest runs; give the file tables \[harvest\]"):

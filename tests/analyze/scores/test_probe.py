@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,9 @@ from routesae.analyze.latents.cache import Cache as Documents
 from routesae.analyze.scores import probe
 from routesae.analyze.scores.run import analyze
 from routesae.analyze.scores.settings import AnalyzeSettings
+from routesae.harvest.cache.manifest import RingState, shard_name
 from routesae.harvest.cache.reader import Cache
+from routesae.harvest.cache.ring import write_state
 from routesae.harvest.run import harvest
 from routesae.harvest.settings import HarvestSettings
 from routesae.reporting import WrongInput
@@ -111,6 +114,17 @@ def test_latents_are_chosen_on_the_documents_that_are_fitted_alone() -> None:
     assert 0.3 < probe._told(random_mC, label_m, 5, 0).mean() < 0.7
     random_mC[:, 1234] = 5 * (label_m == "b")
     assert probe._told(random_mC, label_m, 1, 0).mean() == 1
+
+
+def test_of_a_ring_the_documents_that_stay_are_asked_about(cache: Cache, saes: Path, tmp_path: Path) -> None:
+    ring, stays = tmp_path / "ring", cache.manifest.first_held_out_shard
+    shutil.copytree(cache.path, ring)
+    for index in range(stays):
+        shutil.rmtree(ring / shard_name(index))
+    write_state(ring, cache.manifest, RingState(keep=10**9, used=stays))
+    for label in ("label", "noise"):  # too few of them here, as with --rows held-out
+        with pytest.raises(WrongInput, match="Probe needs two such"):
+            probed(Cache(ring), saes, label=label)
 
 
 def test_labels_that_cannot_be_probed_are_refused(
