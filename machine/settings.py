@@ -263,11 +263,11 @@ def unknown(name: str, names: Collection[str]) -> str:
     return f"unknown setting {shortened(repr(name))}; {remedy}"
 
 
-def read_toml(path: str, flag: str = "--config") -> dict[str, Any]:
-    """The TOML file that a flag names. Raises WrongInput where it cannot be read."""
+def read_toml(path: str) -> dict[str, Any]:
+    """The TOML file that --config names. Raises WrongInput where it cannot be read."""
     import tomllib
 
-    with reading(f"{flag} {path}", "give a TOML file"):
+    with reading(f"--config {path}", "give a TOML file"):
         text = read_bytes(path, LARGEST_TOML_BYTES).decode()
         if max(line.count(".") for line in f"{text}\n".splitlines()) > MOST_DOTS:
             raise ValueError(f"a line has more than {MOST_DOTS} dots")

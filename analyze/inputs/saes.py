@@ -71,11 +71,13 @@ def open_saes(references: Sequence[str], out: Path, cache: Cache, device: torch.
     return opened
 
 
-def rows_to_read(rows: str | None, cache: Cache, opened: Mapping[str, OpenSAE]) -> tuple[str, int, int]:
+def rows_to_read(
+    rows: str | None, cache: Cache, opened: Mapping[str, OpenSAE], tokens: int | None = None
+) -> tuple[str, int, int]:
     """Which rows of the cache are read, "held-out" or "all", the first, and the one after the last.
 
     rows: which, or None for all if every SAE says that it was trained on another corpus, else those held out, which
-    a ring alone has. Raises WrongInput if there is none.
+    a ring alone has. tokens: no more than these, in whole rows. Raises WrongInput if there is none.
     """
     manifest, elsewhere = cache.manifest, True
     for one in opened.values() if rows is None else ():
@@ -89,7 +91,8 @@ def rows_to_read(rows: str | None, cache: Cache, opened: Mapping[str, OpenSAE]) 
     first = 0 if rows == "all" else manifest.train_rows
     if first == manifest.rows:
         raise WrongInput(f"{cache.path} has no held-out rows; --rows all reads those that SAEs may be trained on")
-    return rows, first, manifest.rows
+    most = manifest.rows if tokens is None else max(1, tokens // manifest.context)
+    return rows, first, min(manifest.rows, first + most)
 
 
 def sae_identity(sae: SAE) -> dict[str, Any]:

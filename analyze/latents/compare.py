@@ -65,8 +65,7 @@ def compare(settings: CompareSettings, report: Report = silent) -> Comparison:
     if len(opened) < 2:
         raise WrongInput(f"{settings.a} and {settings.b} are one SAE; name two")
     one, other = saes = [opened_sae.sae for opened_sae in opened.values()]
-    rows, first, after = rows_to_read(None, cache, opened)
-    after = min(after, first + max(1, settings.tokens // cache.manifest.context))
+    rows, first, after = rows_to_read(None, cache, opened, settings.tokens)
     selection = Selection(cache, first, after, sorted({*one.layers, *other.layers}))
     if len(selection) == 0:
         raise WrongInput(f"{cache.path} has no token to compare on; harvest more text")

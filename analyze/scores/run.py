@@ -44,9 +44,7 @@ def analyze(settings: AnalyzeSettings, report: Report = silent) -> dict[str, Any
     identity = cache_identity(cache)
     device = pick_device(settings.device)
     opened = open_saes(settings.saes, Path(settings.out), cache, device)
-    which, first, after = rows_to_read(settings.rows, cache, opened)
-    if settings.tokens is not None:
-        after = min(after, first + max(1, settings.tokens // cache.manifest.context))
+    which, first, after = rows_to_read(settings.rows, cache, opened, settings.tokens)
     saes, rows = _views(opened, settings, cache.manifest.tokens_hash)
     descriptions = {name: described(one.beside, cache.manifest.tokens_hash) for name, one in opened.items()}
     metrics = [METRICS[name] for name in settings.metrics]
@@ -60,8 +58,8 @@ def analyze(settings: AnalyzeSettings, report: Report = silent) -> dict[str, Any
             _add(rows[key], *measure(of_cache, scores.by_row, drawn_RS, layers=layers, dead=scores.dead))
     if of_labels:
         # A corpus has few documents, and an SAE reads no label, so those that it was trained on are asked about too.
-        start, end = (first, after) if settings.rows or cache.ring() else (0, cache.manifest.rows)
-        end = end if settings.tokens is None else min(end, start + max(1, settings.tokens // cache.manifest.context))
+        rows_asked = which if settings.rows or cache.ring() else "all"
+        _, start, end = rows_to_read(rows_asked, cache, opened, settings.tokens)
         for key, sums in probe(saes, cache, slice(start, end), settings.label, settings.seed, report).items():
             _add(rows[key], *measure(of_labels, sums, draws(len(sums["documents"]), settings.seed)))
     if of_lm:

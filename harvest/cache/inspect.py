@@ -32,10 +32,8 @@ def describe(path: str) -> Description:
     place = "none of the hidden_states" if offset is None else f"hidden_states[ℓ{f'{offset:+d}' if offset else ''}]"
     kept, others = "", "special or at the start of a row"
     if manifest.keep_roles:
-        kept, others = (
-            f" of {', '.join(manifest.keep_roles)} messages",
-            "special, at the start of a row or not theirs",
-        )
+        kept = f" of {', '.join(manifest.keep_roles)} messages"
+        others = "special, at the start of a row or not theirs"
     facts = {
         "model": f"{manifest.model}, {manifest.model_layers} layers, run in {manifest.lm_dtype}",
         "layer ℓ": f"the output of decoder block ℓ; {place} of transformers",
@@ -57,10 +55,9 @@ def describe(path: str) -> Description:
 def _provenance(cache: Cache) -> dict[str, str]:
     """What is known of the documents: how many tokens each source gave, fields and roles."""
     manifest, given, size = cache.manifest, Counter[str](), cache.manifest.rows * cache.manifest.context
-    for data, tokens in zip(
-        cache.documents()["data"].to_pylist(), np.diff(cache.document_starts(), append=size), strict=True
-    ):
-        given[data] += int(tokens)
+    sizes = np.diff(cache.document_starts(), append=size).tolist()
+    for data, tokens in zip(cache.documents()["data"].to_pylist(), sizes, strict=True):
+        given[data] += tokens
     counts = np.bincount(cache.roles().reshape(-1), minlength=256) if manifest.roles else ()
     facts = {
         "sources": ", ".join(f"{data} {tokens / size:.1%} of the tokens" for data, tokens in given.items()),

@@ -196,9 +196,8 @@ class ShardBuffer:
         stored_nD = self.hidden_LnD[at].index_select(0, self._place_n)
         if self.manifest.dtype == "int8":
             stored_nD, encoding = encoded(stored_nD, self.stored_2Ln[1, at])
-            self.stored_2Ln[:, at] = torch.stack(
-                [encoding.mean_n, encoding.std_n]
-            )  # of the rows as they are read back
+            # Of the rows as they are read back.
+            self.stored_2Ln[:, at] = torch.stack([encoding.mean_n, encoding.std_n])
             self._encodings.append(encoding)
         staged_nD.copy_(stored_nD, non_blocking=True)
 

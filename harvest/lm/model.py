@@ -145,9 +145,8 @@ def load_lm(
     for module in loaded.modules() if quantisation is not None else ():
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         if all(type(one) in (nn.Parameter, Tensor) and one.dtype in LM_DTYPES.values() for one in own):
-            for parameter in module.parameters(
-                recurse=False
-            ):  # not quantised; some loaders leave it as it was stored
+            # Not quantised; some loaders leave it as it was stored.
+            for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.to(LM_DTYPES[lm_dtype])
     if places is None:
         loaded.to(device)
