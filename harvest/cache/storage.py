@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from routesae.harvest.cache import arrays
-from routesae.harvest.cache.arrays import Array, BadArray
+from routesae.harvest.cache.arrays import Array, BadArray, ChunkHashes
 from routesae.machine.files import LARGEST_BYTES, BadFile, parse_json
 
 
@@ -98,6 +98,11 @@ class Storage(Protocol):
 def is_url(text: object) -> bool:
     """Whether it names a place in an object store, or tries to, rather than a folder."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(text)) is not None
+
+
+def chunk_hashes(array: StoredArray) -> ChunkHashes:
+    """uint64 [C]: of the array as it is now, read in pieces, and never from a local copy."""
+    return np.concatenate([np.empty(0, np.uint64), *map(arrays.chunk_hashes, array.pieces())])
 
 
 def checked(folder: Storage, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Stored:

@@ -20,19 +20,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from routesae.harvest.cache.arrays import (
-    CHECKSUM_DIFFERS,
-    CHUNK_ROWS,
-    BadArray,
-    ChunkHashes,
-    chunk_hashes,
-    fsync,
-    hash_of,
-)
+from routesae.harvest.cache.arrays import CHECKSUM_DIFFERS, CHUNK_ROWS, BadArray, ChunkHashes, fsync, hash_of
 from routesae.harvest.cache.claims import Claims
 from routesae.harvest.cache.manifest import CHUNK_HASHES, DOCUMENTS, STARTS, Manifest, hashed_arrays, shard_name
 from routesae.harvest.cache.reader import Cache, Shard, documents_bytes, root_array
-from routesae.harvest.cache.storage import Storage, StoredArray
+from routesae.harvest.cache.storage import Storage, StoredArray, chunk_hashes
 from routesae.harvest.cache.writer import remove_partial_shards, staging
 from routesae.reporting import FailedRun, Progress, Report, WrongInput, silent
 
@@ -187,8 +179,7 @@ def _compared(
     for name, expected in recorded.items():
         hashes[name] = None
         try:
-            pieces = map(chunk_hashes, array(name).pieces())  # as they are now, never of a local copy
-            chunks[name] = np.concatenate([np.empty(0, np.uint64), *pieces])
+            chunks[name] = chunk_hashes(array(name))
             hashes[name] = hash_of(chunks[name])
             if hashes[name] != expected:
                 problems.append(f"{name}: {CHECKSUM_DIFFERS}")
