@@ -67,7 +67,9 @@ def collect(
     first = 0 if settings.rows == "all" else cache.manifest.train_rows
     selection = Selection(cache, first, cache.manifest.rows, layers)
     if len(selection) == 0:
-        raise WrongInput(f"{cache.path} has no kept token in its {settings.rows} rows; harvest more text")
+        raise WrongInput(
+            f"{cache.path} has no kept token in its {settings.rows} rows; harvest more text, or give --rows all"
+        )
     device = next(iter(saes.values())).device
     collectors = {name: Collector(sae.eval(), cache, vocabulary, settings) for name, sae in saes.items()}
     shards, size, done = range(len(selection.shards)), settings.batch_tokens, 0

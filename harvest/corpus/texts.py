@@ -11,8 +11,8 @@ demo                   the 2,225 BBC news articles of the package corpus4classif
 owner/name             a hub dataset, streamed through `datasets`
 
 Each source gives records: fields by name. What of a record is a document is decided in one place: token ids in
-`token_field`, or else a text or messages in `text_field`, or else `messages`, or else `chosen` and `rejected`, which
-are two documents.
+`token_field`, or else whichever first holds something: a text or messages in `text_field`, then `messages`, then
+`chosen` and `rejected`, which are two documents.
 """
 
 from __future__ import annotations
