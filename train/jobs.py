@@ -19,14 +19,14 @@ from routesae.train.folder.hub import fetch_sae
 from routesae.train.optimiser import peak_lr
 from routesae.train.saes import SAE, SINGLE_LAYER, Recipe, build
 from routesae.train.saes.matryoshka import default_prefixes
-from routesae.train.saes.sae import CONTROLS
 from routesae.train.settings import RunSettings, TrainSettings
 from routesae.train.state import drop_checkpoints, load_checkpoint, newest_step, require_same
 
 log = logging.getLogger(__name__)
 DEFAULT_EXPANSION = 8
 # Keeps a router off a single layer: the published one sent 40 to 99 % of tokens to its largest at 0, 39 to 91 % at
-# 0.001, and 13 to 15 % at 0.01, with a KLDiv no worse than the spread over seeds (benchmarks/RESULTS.md).
+# 0.001, and 13 to 15 % at 0.01, with a KLDiv no worse than the spread over seeds. top2 knows what a layer costs, and
+# spreading it costs features (benchmarks/RESULTS.md).
 DEFAULT_BALANCE = 0.01
 
 ALIKE = ("sae", "routed", "layers", "width", "normalize", "routing", "aggregate")  # what --from must share
@@ -144,14 +144,15 @@ def make_recipe(run: RunSettings, cache: Cache, source: Recipe | None = None) ->
         raise WrongInput(f"--anneal-k-from {run.anneal_k_from} is more than the SAE's {latents} latents; lower it")
     nested = "matryoshka" in (run.sae, run.routed)
     published = run.recipe == "published"
-    learned = run.sae == "routesae" and run.routing != "soft" and run.router not in CONTROLS
+    router = run.router or usual_router(soft=run.routing == "soft", published=published)
+    spread = run.sae == "routesae" and run.routing != "soft" and router == "published" and not published
     worked_out = {
         "layers": layers,
         "width": manifest.width,
         "latents": latents,
         "prefixes": default_prefixes(latents) if nested else (),
-        "router": usual_router(soft=run.routing == "soft", published=published),
-        "balance": DEFAULT_BALANCE if learned and not published else 0.0,
+        "router": router,
+        "balance": DEFAULT_BALANCE if spread else 0.0,
         "published": published,
     }
     asked = {name: value for name, value in vars(run).items() if name in Recipe.kinds and value not in (None, ())}

@@ -118,7 +118,7 @@ class RunSettings(Settings):
         unset="top2, or published with soft routing or the published recipe",
     )
     balance: float | None = only_for(
-        "routesae", "weight of the load-balancing term.", unset="0.01 where a learned router picks one layer"
+        "routesae", "weight of the load-balancing term.", unset="0.01 where the published router picks one layer"
     )
     recipe: str = setting(
         "routesae",

@@ -15,9 +15,10 @@ from routesae.train.settings import RunSettings
 @pytest.mark.parametrize(
     ("flags", "balance"),
     [
-        ({}, DEFAULT_BALANCE),
-        ({"router": "top2"}, DEFAULT_BALANCE),
-        ({"balance": 0.0}, 0.0),
+        ({"router": "published"}, DEFAULT_BALANCE),
+        ({"router": "published", "balance": 0.0}, 0.0),
+        ({}, 0.0),
+        ({"router": "top2"}, 0.0),
         ({"balance": 0.5}, 0.5),
         ({"recipe": "published"}, 0.0),
         ({"recipe": "published", "balance": 0.5}, 0.5),
@@ -27,7 +28,7 @@ from routesae.train.settings import RunSettings
         ({"sae": "topk"}, 0.0),
     ],
 )
-def test_routers_that_learn_are_balanced_by_default_and_the_published_recipe_is_not(
+def test_the_published_router_alone_is_balanced_by_default_and_its_recipe_is_not(
     tiny_cache: Cache, flags: dict[str, Any], balance: float
 ) -> None:
     assert make_recipe(RunSettings(**flags, latents=64, k=8), tiny_cache).balance == balance
