@@ -13,7 +13,6 @@ import json
 import statistics
 import tempfile
 from collections import Counter, defaultdict
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +23,18 @@ from routesae.analyze.scores.run import analyze
 from routesae.analyze.scores.settings import AnalyzeSettings
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.lm.model import load_tokenizer
+from routesae.train.evaluate import read_in_order
 from routesae.train.folder.checkpoint import load_sae
-from routesae.train.loading.batches import Selection, cut_plans, load
+from routesae.train.loading.batches import Selection
 from routesae.train.run import train
-from routesae.train.saes.normalise import Hidden
 from routesae.train.settings import RunSettings, TrainSettings
 
 CPU = torch.device("cpu")
 ROUTED: dict[str, dict[str, Any]] = {
-    "published router": {"balance": 0.0},
-    "published router, balance 0.001": {"balance": 0.001},
-    "published router, balance 0.01": {"balance": 0.01},
-    "top2": {"router": "top2", "balance": 0.0},
-    "top2, balance 0.01": {"router": "top2", "balance": 0.01},
+    "published router": {"router": "published", "balance": 0.0},
+    "published router, balance 0.01": {"router": "published"},
+    "top2": {},
+    "top2, balance 0.01": {"balance": 0.01},
     "control: untrained router": {"router": "frozen"},
     "control: random layer a token": {"router": "random"},
 }
@@ -56,20 +54,14 @@ def features_kept(folder: Path, cache: Cache, classes: np.ndarray, threshold: fl
     """
     sae = load_sae(folder, CPU)
     selection = Selection(cache, 0, min(ROWS_READ, cache.manifest.rows), sae.recipe.layers)
-    blocks = selection.blocks()
+    class_of = classes[cache.tokens().reshape(-1)]
     counts: dict[int, Counter[int]] = defaultdict(Counter)
-    with closing(load(selection, cut_plans(iter(blocks), 4096), 4096, CPU)) as batches:
-        stored = iter(
-            token
-            for shard in selection.shards.values()
-            for token in classes[shard.read("token_ids").reshape(-1)[shard.read("order")]]
-        )
-        for batch in batches:
-            found = zip(*(part_M.tolist() for part_M in sae(Hidden(*batch)).latents.active()), strict=True)
-            tokens_N = [next(stored) for _ in range(batch.hidden_LND.shape[1])]
-            for n, latent, value in found:
-                if value > threshold:
-                    counts[latent][tokens_N[n]] += 1
+    for hidden, position_N in read_in_order(selection, [sae], CPU):
+        class_N = class_of[position_N.numpy()].tolist()
+        found = zip(*(part_M.tolist() for part_M in sae(hidden).latents.active()), strict=True)
+        for n, latent, value in found:
+            if value > threshold:
+                counts[latent][class_N[n]] += 1
     contexts = [sum(min(PER_TOKEN, n) for n in of.values()) for of in counts.values() if len(of) <= MAX_TOKENS]
     return sum(n > MIN_CONTEXTS for n in contexts)
 
@@ -89,7 +81,9 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--batch-tokens", type=int, default=2048)
     parser.add_argument("--tokens", type=int, default=200_000)
+    parser.add_argument("--save", help="folder that keeps the SAEs")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", nargs="*", help="rows of the table; default: all")
     parser.add_argument("--layers", type=int, nargs="*", help="fixed layers; default: all of the cache")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "routing.jsonl")
     args = parser.parse_args()
@@ -102,6 +96,7 @@ def main() -> None:
     args.results.parent.mkdir(exist_ok=True)
     done = [json.loads(line) for line in args.results.read_text().splitlines()] if args.results.exists() else []
     classes = token_classes(cache.manifest.model)
+    wanted = {name: run for name, run in wanted.items() if args.only is None or name in args.only}
     for seed in range(args.seeds):
         have = {line["what"] for line in done if {**setup, "seed": seed}.items() <= line.items()}
         if missing := {name: run for name, run in wanted.items() if name not in have}:
@@ -115,7 +110,8 @@ def main() -> None:
 def one_pass(
     args: argparse.Namespace, cache: Cache, runs: dict[str, RunSettings], setup: dict[str, Any], classes: np.ndarray
 ) -> list[dict[str, Any]]:
-    with tempfile.TemporaryDirectory() as out:
+    with tempfile.TemporaryDirectory() as kept:
+        out = kept if args.save is None else f"{args.save}/seed{setup['seed']}"
         named = tuple(
             RunSettings(**{**run.__dict__, "name": f"run{number}"}) for number, run in enumerate(runs.values())
         )
@@ -126,8 +122,10 @@ def one_pass(
             tokens=args.tokens,
             batch_tokens=args.batch_tokens,
             seed=setup["seed"],
+            resume=args.save is not None,
         )
-        folders = [result.folder for result in train(settings)]
+        train(settings)
+        folders = [Path(out) / str(run.name) for run in named]
         saes = tuple(map(str, folders))
         on_cache = ("NormMSE", "Dead", "Routing")
         rows = analyze(AnalyzeSettings(cache=args.cache, saes=saes, metrics=on_cache))["saes"]
