@@ -119,9 +119,11 @@ def test_float32_keeps_the_lms_own_numbers(tiny_model: Path, tiny_settings: Sett
 
 
 def test_a_shard_with_nothing_to_keep_is_whole(tiny_settings: Settings, tmp_path: Path) -> None:
-    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n' * 200)
-    settings = tiny_settings(data=str(tmp_path / "empty.jsonl"), min_chars=0, out=str(tmp_path / "shards"), tokens=64)
-    cache = harvest(settings)
+    data, text = tmp_path / "empty.jsonl", json.dumps({"text": "the router reads the shard " * 9})
+    data.write_text('{"text": ""}\n' * 34 + text)
+    sizes = {"min_chars": 0, "tokens": 64, "shard_tokens": 32}
+    cache = harvest(tiny_settings(data=str(data), out=str(tmp_path / "shards"), **sizes))
+    assert cache.shard(1).read("layer_02").size > 0
     assert cache.shard(0).read("layer_02").shape == (0, 32)
     assert verify(str(cache.path)).problems == []
 
