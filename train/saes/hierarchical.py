@@ -1,15 +1,16 @@
 """HierarchicalTopK: a TopK that serves every smaller k too, its latents in order of activation (2505.24473).
 
     f as in TopK;   x̂_j = W_decᵀ f^j + b_dec,  f^j the j largest of a token's k active latents
-    loss = Σ_j w_j NormMSE(x, x̂_j) + 1/32 · AuxK over the dead latents,   w_j = (j − ⌊j/2⌋) / (k − ⌊k/2⌋)
+    loss = NormMSE(x, x̂) + ½ Σ_j w_j NormMSE(x, x̂_j) + 1/32 · AuxK over the dead latents
+    w_j = (j − ⌊j/2⌋) / (k − ⌊k/2⌋)   for j = ⌊k/2⌋, ⌊k/4⌋ … 1
 
-for j = k, ⌊k/2⌋, ⌊k/4⌋ … 1. The paper takes the mean over every j up to k, or over some; this sum is that mean,
-times a constant, with the error of j standing for all between ⌊j/2⌋ and j. The latents are so decoded once, as a
-TopK's are. `analyze --infer-k` scores it at any k.
+The paper takes the mean over every j up to k, or over some; here the error of j stands for all between ⌊j/2⌋ and
+j, and those below k count half. The latents are so decoded once, as a TopK's are. `analyze --infer-k` scores it at
+any k.
 
-Beside topks trained for each k (1,152 latents, some 330 steps of 1,024 tokens, layer 15 of SmolLM2-135M) its held-out
-NormMSE was .1084 for .1097 at 32, .1252 for .1279 at 16, .1497 for .1513 at 8, .1835 for .1816 at 4. With
-equal weights it was 6 % above the topk's at 32.
+Beside topks trained for each k (2,304 latents, 1,001 steps, layer 15 of SmolLM2-135M; benchmarks/RESULTS.md) its
+held-out NormMSE was .0809 for .0798 at 32, .0973 for .0977 at 16, .1224 for .1214 at 8, .1569 for .1529 at 4. With
+the inner terms whole it was 3.7 % above the topk at 32.
 
 Dimension letters: N tokens, D width, F latents, K active latents a token.
 """
@@ -23,6 +24,8 @@ from routesae.train.saes.sae import Forward
 from routesae.train.saes.topk import TopK
 from routesae.train.sparse.kernels import encode_topk
 from routesae.train.sparse.pairs import Latents, Pairs
+
+INNER = 0.5
 
 
 class HierarchicalTopK(TopK):
@@ -39,7 +42,7 @@ class HierarchicalTopK(TopK):
         reconstruction_ND: Tensor = self.b_dec_D
         for first, after in pairwise((0, *halvings(self.k))):
             if first:
-                weight = (first - first // 2) / (self.k - self.k // 2)
+                weight = INNER * (first - first // 2) / (self.k - self.k // 2)
                 inner = inner + weight * norm_mse(x_ND, reconstruction_ND, weights_N)
             f_Nj, latents_Nj = f_NK[:, first:after].contiguous(), latents_NK[:, first:after].contiguous()
             more = Pairs.of(latents_Nj, self.latents)

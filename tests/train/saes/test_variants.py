@@ -140,7 +140,7 @@ def expected_of(sae: SingleLayerSAE, W: dict[str, Tensor], x_ND: Tensor, dead_d:
         for size in recipe.prefixes[:-1]:
             loss = loss + sum(share(x, f_F[:size] @ W_dec[:size] + b_dec) for x, f_F in zip(x_ND, f, strict=True)) / n
     if kind == "hierarchical":
-        for size, weight in ((1, 1 / 2), (2, 1 / 2)):  # of k = 4, whose own is 1: 3 and 4 of all j, 2, and 1
+        for size, weight in ((1, 1 / 4), (2, 1 / 4)):  # of k = 4, whose own is 1: half of 3 and 4 of all j, 2, and 1
             for x_D, f_F in zip(x_ND, f, strict=True):
                 best = sorted(range(LATENTS), key=lambda i, f_F=f_F: -f_F[i].item())[:size]
                 loss = loss + weight * share(x_D, sum(f_F[i] * W_dec[i] for i in best) + b_dec) / n
