@@ -59,6 +59,9 @@ LADDER: tuple[dict[str, Any], ...] = (
     {"clip": 0.0},
     {"clip": 0.0, "betas": [0.9, 0.99]},
     {"anneal_k_from": 96},
+    {"decay": 0.4},
+    {"decay": 0.6},
+    {"decay": 0.5, "steps": 2002},
     {"batch": 16384, "steps": 250},
     {"seed": 1},
 )
