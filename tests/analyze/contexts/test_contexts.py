@@ -89,7 +89,7 @@ def copied(saes: Path, tmp_path: Path) -> Callable[[str], Path]:
 
 
 # Where the rule keeps some latents and leaves some out.
-THRESHOLDS = {"topk": 2.0, "jumprelu": 2.0, "routesae": 1.7, "mlsae": 2.3, "crosscoder": 1.0}
+THRESHOLDS = {"topk": 2.0, "jumprelu": 2.0, "routesae": 2.3, "mlsae": 2.3, "crosscoder": 1.0}
 RULE: dict[str, Any] = {"max_classes": 12, "min_contexts": 4, "window": 12, "samples": 2, "seed": 3}
 
 
