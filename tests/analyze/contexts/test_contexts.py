@@ -348,7 +348,7 @@ def test_published_json_has_its_shape_and_the_same_contexts(
     result, file = run(hostile_cache, copied("routesae"))
     written = json.loads((file.place / "contexts.json").read_text(encoding="utf-8"))
     published = ("total_latents", "threshold", "max_length", "max_per_token", "lines")
-    assert [written[name] for name in published] == [result["Features"], 1.7, 12, 2, 3]
+    assert [written[name] for name in published] == [result["Features"], THRESHOLDS["routesae"], 12, 2, 3]
     assert list(written) == [*published, "routesae", "latent_context_map", "latent_sample_map"]
     assert written["routesae"].items() <= file.facts.items()
     chosen = {found.latent: found for found in file.latents() if found.chosen}
