@@ -25,7 +25,7 @@ from routesae.train.saes.topk import TopK
 from routesae.train.sparse.kernels import encode_topk
 from routesae.train.sparse.pairs import Latents, Pairs
 
-INNER = 0.5
+INNER = 0.5  # what the terms below k count beside its own
 
 
 class HierarchicalTopK(TopK):
