@@ -6,9 +6,10 @@
 
 A run is a JSON object over BASE. What `routesae train` has no setting for is patched into it here: shape and shares
 of the schedule, Adam's betas, learning rates of encoder and decoder (factors), an average of the weights over the
-last steps (ema), another optimiser (signum, muon, rowwise), the decoder's gradient as it is (project false), and how
-the SAE begins (data: decoder rows are that share a hidden state of the sample; dual: the encoder's rows are the
-decoder's times C^-dual, C the sample's covariance; whiten: the encoder is trained as V·C^-p).
+last steps (ema), another optimiser (signum, muon, rowwise), the decoder's gradient as it is (project false), batches
+joined for a step in equal parts of the run (grow), jumprelu's L0 as Σ tanh(4f) (penalty), and how the SAE begins
+(data: decoder rows are that share a hidden state of the sample; dual: the encoder's rows are the decoder's times
+C^-dual, C the sample's covariance; whiten: the encoder is trained as V·C^-p).
 One line of results/ladder.jsonl a run; a run that is there is not run again.
 """
 
@@ -31,6 +32,7 @@ from torch.nn.functional import normalize
 from routesae.train import optimiser, trainee
 from routesae.train.optimiser import Adam
 from routesae.train.run import train
+from routesae.train.saes import jumprelu
 from routesae.train.saes.single import SingleLayerSAE
 from routesae.train.settings import settings_of
 
@@ -64,6 +66,9 @@ LADDER: tuple[dict[str, Any], ...] = (
     {"decay": 0.5, "steps": 2002},
     {"batch": 16384, "steps": 250},
     {"seed": 1},
+    {"batch": 2048, "steps": 2002, "grow": [1, 2, 4]},
+    {"sae": "jumprelu"},
+    {"sae": "jumprelu", "penalty": "tanh"},
 )
 # Whether taking the part along its row out of the decoder's gradient is worth a pass over the weights.
 PROJECTION: tuple[dict[str, Any], ...] = tuple(
@@ -93,7 +98,7 @@ class Changed:
     """The training code with a run's changes in it. One run a process, as they are not taken out again."""
 
     def __init__(self, run: dict[str, Any]):
-        self.run, self.power_DD, self.adam = run, None, None
+        self.run, self.power_DD, self.batches, self.waiting = run, None, 0, 0
         self.first_rates, self.first_start = SingleLayerSAE.rate_factors, SingleLayerSAE.start_from
         trainee.lr_factor = self.lr_factor  # type: ignore[attr-defined]
         optimiser.BETAS = tuple(run.get("betas", optimiser.BETAS))
@@ -102,7 +107,9 @@ class Changed:
         SingleLayerSAE.rate_factors = lambda sae: self.rate_factors(sae)  # type: ignore[method-assign]
         SingleLayerSAE.start_from = lambda sae, x_ND: self.start_from(sae, x_ND)  # type: ignore[method-assign]
         step = UPDATES[run["optimizer"]] if "optimizer" in run else Adam.step
-        Adam.step = lambda adam, lr: self.step(step, adam, lr)  # type: ignore[method-assign]
+        Adam.step = lambda adam, lr, divisor: self.step(step, adam, lr, divisor)  # type: ignore[method-assign]
+        if run.get("penalty") == "tanh":
+            jumprelu.step = lambda z, threshold, width: torch.tanh(4 * jumprelu.jumprelu(z, threshold, width))
 
     def lr_factor(self, step: int, total_steps: int, *, published: bool = False) -> float:
         warmup_steps = max(1, round(self.run["warmup"] * total_steps))
@@ -142,7 +149,11 @@ class Changed:
             self.V_FD = sae.W_enc_FD @ torch.linalg.inv(self.power_DD.double()).float()
 
     @torch.no_grad()
-    def step(self, step: Any, adam: Adam, lr: float) -> None:
+    def step(self, step: Any, adam: Adam, lr: float, divisor: Tensor | None) -> None:
+        for parameter in adam.parameters if divisor is not None else ():
+            parameter.grad = None if parameter.grad is None else parameter.grad / divisor
+        if "grow" in self.run and not self.is_due(adam):
+            return
         if self.power_DD is None:
             step(adam, lr)
         else:
@@ -160,6 +171,20 @@ class Changed:
                 mean.lerp_(parameter, 1 - self.run["ema"])
                 if done == total:
                     parameter.copy_(mean)
+
+    def is_due(self, adam: Adam) -> bool:
+        """Whether the optimiser steps now, on the mean gradient of as many batches as this part of the run joins."""
+        self.batches += 1
+        part = (self.batches - 1) * len(self.run["grow"]) // self.run["steps"]
+        joined = self.run["grow"][part]
+        grads = [parameter.grad for parameter in adam.parameters]
+        self.joined = [old + new for old, new in zip(self.joined, grads, strict=True)] if self.waiting else grads
+        self.waiting = (self.waiting + 1) % joined
+        if self.waiting:
+            return False
+        for parameter, grad in zip(adam.parameters, self.joined, strict=True):
+            parameter.grad = grad / joined
+        return True
 
 
 @torch.no_grad()

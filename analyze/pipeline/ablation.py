@@ -15,7 +15,7 @@ from routesae.analyze.contexts.file import read_facts
 from routesae.analyze.contexts.run import contexts
 from routesae.analyze.contexts.settings import ContextSettings
 from routesae.analyze.pipeline.settings import AblationSettings
-from routesae.analyze.scores.metrics import METRICS
+from routesae.analyze.scores.metrics import CACHE_METRICS, LM_METRICS, METRICS
 from routesae.analyze.scores.results import DESCRIPTIONS
 from routesae.analyze.scores.run import analyze
 from routesae.analyze.scores.settings import AnalyzeSettings
@@ -52,7 +52,7 @@ def ablation(settings: AblationSettings, report: Report = silent) -> list[dict[s
     unread = tuple(sae for sae, of in facts.items() if not of or of["settings"]["threshold"] != settings.threshold)
     if settings.contexts and unread:
         contexts(ContextSettings(saes=unread, threshold=settings.threshold, overwrite=True, **common), report)
-    metrics = tuple(name for name, metric in METRICS.items() if not metric.needs_labels)  # a corpus may have none
+    metrics = (*CACHE_METRICS, *LM_METRICS)
     scoring = AnalyzeSettings(
         saes=saes,
         metrics=metrics,

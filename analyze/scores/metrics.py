@@ -11,6 +11,8 @@ array [R] of R draws (R = 1 for the score itself), by the name that the function
     rows         rows of tokens; positions: all of their positions; predictions: positions with a next token
     kl           KL(P_clean ‖ P_spliced) of each position, in nats
     documents    labelled documents; probe_k: those whose label is told from k latents, probe_input: from the input
+    recognised   [R, 26] readings of words by first letter, of those that a probe recognises; absorbed: shares of them
+                 that other latents stand in for; fully_absorbed: those that one latent stands in for alone
     ce_clean     cross-entropy of each prediction, in nats; ce_spliced: spliced; ce_zero: with zeros spliced in
 
 This module imports no torch, so that the command line knows the names of the metrics at once.
@@ -39,7 +41,7 @@ class Metric:
 
     column: its name in the results, if that is not the metric's. value: [R], or None if it does not apply to the SAE.
     details: further numbers that are written beside it, [R] or one a layer [R, L], in the same unit.
-    needs_labels: whether it is a function of sums over documents that have a label, and not over rows of tokens.
+    drawn: what its sums are over and its interval draws: rows of tokens, documents that have a label, or words.
     zero_ablation: whether the LM also runs with zeros in the SAE's place.
     by_row: whether it is a function of sums over rows, and so has an interval.
     """
@@ -52,7 +54,7 @@ class Metric:
     details: Mapping[str, Function] = field(default_factory=dict)
     unit: str = ""
     needs_lm: bool = False
-    needs_labels: bool = False
+    drawn: str = "rows"
     zero_ablation: bool = False
     by_row: bool = True
 
@@ -86,6 +88,14 @@ def _mean_ce(sums: Sums, of: str) -> Array:
 
 def _delta_ce(sums: Sums) -> Array:
     return _mean_ce(sums, "spliced") - _mean_ce(sums, "clean")
+
+
+def _mean_over_letters(sums: Sums, of: str) -> Array:
+    """Over the letters that there are; in a draw one may be missing."""
+    there_RA = sums["recognised"] > 0
+    shares_RA: Array = sums[of] / sums["recognised"].clip(min=1)  # 0 where the letter is missing
+    mean_R: Array = shares_RA.sum(-1) / there_RA.sum(-1)
+    return mean_R
 
 
 METRICS: dict[str, Metric] = {
@@ -136,7 +146,15 @@ METRICS: dict[str, Metric] = {
                 "Probe_20": lambda sums: sums["probe_20"] / sums["documents"],
                 "Probe_input": lambda sums: sums["probe_input"] / sums["documents"],
             },
-            needs_labels=True,
+            drawn="documents",
+        ),
+        Metric(
+            name="Absorption",
+            meaning="share of a word's first letter that other latents stand in for, mean over letters; also in full",
+            better=LOWER,
+            value=lambda sums: _mean_over_letters(sums, "absorbed"),
+            details={"Absorption_full": lambda sums: _mean_over_letters(sums, "fully_absorbed")},
+            drawn="words",
         ),
         Metric(
             name="KLDiv",
@@ -166,5 +184,6 @@ METRICS: dict[str, Metric] = {
         ),
     )
 }
-CACHE_METRICS = tuple(name for name, metric in METRICS.items() if not (metric.needs_lm or metric.needs_labels))
+# Those that any cache has what they need for.
+CACHE_METRICS = tuple(name for name, metric in METRICS.items() if metric.drawn == "rows" and not metric.needs_lm)
 LM_METRICS = tuple(name for name, metric in METRICS.items() if metric.needs_lm)

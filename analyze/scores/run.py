@@ -15,8 +15,9 @@ import torch
 
 from routesae import __version__
 from routesae.analyze.contexts.file import read_facts
-from routesae.analyze.inputs.lm import lm_of_cache, load_lm_of
+from routesae.analyze.inputs.lm import lm_of_cache, load_lm_of, load_tokenizer_of
 from routesae.analyze.inputs.saes import OpenSAE, cache_identity, open_saes, rows_to_read, sae_identity
+from routesae.analyze.scores.absorption import absorption
 from routesae.analyze.scores.intervals import draws, measure
 from routesae.analyze.scores.metrics import METRICS
 from routesae.analyze.scores.probe import probe
@@ -48,20 +49,26 @@ def analyze(settings: AnalyzeSettings, report: Report = silent) -> dict[str, Any
     saes, rows = _views(opened, settings, cache.manifest.tokens_hash)
     descriptions = {name: described(one.beside, cache.manifest.tokens_hash) for name, one in opened.items()}
     metrics = [METRICS[name] for name in settings.metrics]
-    of_cache = [metric for metric in metrics if not (metric.needs_lm or metric.needs_labels)]
-    of_labels = [metric for metric in metrics if metric.needs_labels]
+    of_cache = [metric for metric in metrics if metric.drawn == "rows" and not metric.needs_lm]
+    of_documents, of_words = (
+        [metric for metric in metrics if metric.drawn == what] for what in ("documents", "words")
+    )
     of_lm = [metric for metric in metrics if metric.needs_lm]
     drawn_RS = draws(after - first, settings.seed)
     if of_cache:
         for key, scores in score_all_on_cache(saes, cache, first, after, report).items():
             layers = saes[key].recipe.layers
             _add(rows[key], *measure(of_cache, scores.by_row, drawn_RS, layers=layers, dead=scores.dead))
-    if of_labels:
-        # A corpus has few documents, and an SAE reads no label, so those that it was trained on are asked about too.
-        rows_asked = which if settings.rows or cache.ring() else "all"
-        _, start, end = rows_to_read(rows_asked, cache, opened, settings.tokens)
-        for key, sums in probe(saes, cache, slice(start, end), settings.label, settings.seed, report).items():
-            _add(rows[key], *measure(of_labels, sums, draws(len(sums["documents"]), settings.seed)))
+    # A corpus has few documents and words, and an SAE reads no label, so those that it was trained on serve too.
+    rows_asked = which if settings.rows or cache.ring() else "all"
+    asked = slice(*rows_to_read(rows_asked, cache, opened, settings.tokens)[1:])
+    if of_documents:
+        for key, sums in probe(saes, cache, asked, settings.label, settings.seed, report).items():
+            _add(rows[key], *measure(of_documents, sums, draws(len(sums["documents"]), settings.seed)))
+    if of_words:
+        tokenizer = load_tokenizer_of([lm_of_cache(cache)], settings.model)
+        for key, sums in absorption(saes, cache, asked, tokenizer, settings.seed, report).items():
+            _add(rows[key], *measure(of_words, sums, draws(len(sums["recognised"]), settings.seed)))
     if of_lm:
         for key, row_sums in _row_sums_of_lm(settings, cache, saes, slice(first, after), report).items():
             _add(rows[key], *measure(of_lm, row_sums, drawn_RS))

@@ -31,7 +31,7 @@ class AnalyzeSettings(LMSettings):
     label: str | None = setting(
         None,
         SCORING,
-        "Field of the documents that Probe tells; it reads all rows of the cache unless --rows is given.",
+        "Field of the documents that Probe tells. Probe and Absorption read all rows unless --rows is given.",
         metavar="FIELD",
         unset="the only one that harvest kept",
     )

@@ -254,7 +254,7 @@ def test_every_variant_gets_every_number(
     assert row["KLDiv"] > 0
     assert row["KLDiv_seq"] == pytest.approx(row["KLDiv"] * tiny_cache.manifest.context)
     assert all(math.isfinite(row[name]) for name in ("DeltaCE", "CE_clean", "Recovered"))
-    by_row = [metric for metric in METRICS.values() if metric.by_row and not metric.needs_labels]
+    by_row = [metric for metric in METRICS.values() if metric.by_row and metric.drawn == "rows"]
     numbers = {name for metric in by_row for name in metric.numbers} - {"Shares"}
     assert set(row["intervals"]) == {name for name in numbers if row[name] is not None}
     for name, (low, high) in row["intervals"].items():

@@ -1,0 +1,202 @@
+"""Feature absorption on first letters (2409.14507, measured as SAEBench does, 2503.09532), from a cache alone.
+
+An SAE absorbs a feature where a latent for "begins with s" stays silent on "snake" because the latent for snakes says
+it too. All words here are single tokens, each read at a few places of the corpus.
+
+    probe     for each letter a logistic regression on what the SAE reads, x; p̂ is its direction
+    main      the latents that best tell the letter, as many as each raise F1 by another 0.03
+    absorbed  of the words that the probe recognises rightly: the share of x·p̂ that other latents stand in for
+    full      of the same: those where no main latent is active, and one other holds 0.4 of x·p̂ or more
+
+Probes and latents are chosen on some words and asked about the others.
+
+Dimension letters: V vocabulary, N tokens, D width of what the SAE reads, F latents, R readings, W words asked about.
+"""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from routesae.harvest.cache.reader import Cache
+from routesae.machine.device import require_packages
+from routesae.reporting import Progress, Report, WrongInput
+from routesae.train.evaluate import read_in_order
+from routesae.train.loading.batches import Selection
+from routesae.train.saes import SAE
+
+log = logging.getLogger(__name__)
+LETTERS = 26
+PLACES = 4  # of one word, drawn from all of its places
+MOST_READINGS = 24_000
+FITTED = 0.7  # share of the words
+LEAST_WORDS = 10  # of a letter, among those asked about
+PENALTY = 0.01  # scikit-learn's C for the probe: it has as many numbers as words
+# SAEBench's, in its evals/absorption.
+LEAST_F1, F1_RISE, MOST_MAIN = 0.6, 0.03, 10
+ABSORBER_COSINE, FULL_COSINE, ABSORBERS, LEAST_SHARE = 0.1, 0.025, 3, 0.4
+
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
+
+
+@torch.no_grad()
+def absorption(
+    saes: Mapping[str, SAE], cache: Cache, rows: slice, tokenizer: Any, seed: int, report: Report
+) -> dict[str, dict[str, npt.NDArray[np.float64]]]:
+    """For each SAE what the metric Absorption is a function of, each [W, 26]: sums over a word's readings by letter.
+
+    Raises WrongInput if too few words begin with the same letter, no probe can tell them, or scikit-learn is missing.
+    """
+    require_packages("Absorption", "probe", "sklearn")
+    from scipy.sparse import vstack
+
+    context = cache.manifest.context
+    word_N = cache.tokens()[rows].reshape(-1).astype(np.int64)
+    letter_V = first_letters(tokenizer)
+    letter_V = np.pad(letter_V, (0, max(0, word_N.max() + 1 - len(letter_V))), constant_values=-1)  # of a padded LM
+    usable_N = cache.kept(rows.start, rows.stop).reshape(-1) & (letter_V[word_N] >= 0)
+    chosen_N = spread(word_N, usable_N, seed)
+    layers = sorted({layer for sae in saes.values() for layer in sae.layers})
+    selection, device = Selection(cache, rows.start, rows.stop, layers), next(iter(saes.values())).device
+    read: dict[str, list[tuple[Floats, Any, Ints]]] = {name: [] for name in saes}
+    for hidden, position_N in read_in_order(selection, saes.values(), device, report, "read words"):
+        at_N = position_N.cpu().numpy() - rows.start * context
+        for name, sae in saes.items():
+            read[name].append(_readings(sae, hidden, chosen_N[at_N], word_N[at_N]))
+    results = {}
+    for done, (name, parts) in enumerate(read.items()):
+        report(Progress("absorption", done, len(read), "SAEs", {}))
+        x_RD, f_RF = np.concatenate([x_RD for x_RD, _, _ in parts]), vstack([f_RF for _, f_RF, _ in parts]).tocsr()
+        word_R, W_dec_FD = np.concatenate([word_R for *_, word_R in parts]), saes[name].dictionary.W_dec_FD
+        results[name] = _absorbed(x_RD, f_RF, word_R, letter_V[word_R], W_dec_FD.cpu().numpy(), seed)
+    return results
+
+
+def first_letters(tokenizer: Any) -> npt.NDArray[np.int8]:
+    """int8 [V]: 0 to 25 where a token is a word of a to z alone with a blank before it, or else -1."""
+    twice = tokenizer.batch_decode([[token, token] for token in range(len(tokenizer))])
+    words = [part[0] if len(part) == 2 and part[0] == part[1] else "" for part in map(str.split, twice)]
+    return np.array(
+        [ord(word[0].lower()) - ord("a") if word.isascii() and word.isalpha() else -1 for word in words], np.int8
+    )
+
+
+def spread(word_N: Ints, usable_N: npt.NDArray[np.bool_], seed: int) -> npt.NDArray[np.bool_]:
+    """bool [N]: at most PLACES of each word's usable places, drawn evenly, and MOST_READINGS of all."""
+    random = np.random.default_rng(seed)
+    shuffled = random.permutation(np.flatnonzero(usable_N))
+    by_word = shuffled[np.argsort(word_N[shuffled], kind="stable")]
+    _, starts, counts = np.unique(word_N[by_word], return_index=True, return_counts=True)
+    nth = np.arange(len(by_word)) - np.repeat(starts, counts)
+    chosen_N = np.zeros(len(word_N), bool)
+    chosen_N[random.permutation(by_word[nth < PLACES])[:MOST_READINGS]] = True
+    return chosen_N
+
+
+def _readings(sae: SAE, hidden: Any, chosen_N: npt.NDArray[np.bool_], word_N: Ints) -> tuple[Floats, Any, Ints]:
+    """(x_RD, f_RF, word_R) of the chosen tokens; a token is read once for each layer by some variants."""
+    from scipy.sparse import csr_array
+
+    out = sae.eval()(hidden)
+    layers = len(out.x_ND) // len(word_N)
+    chosen_R, word_R = np.tile(chosen_N, layers), np.tile(word_N, layers)
+    reading_M, latent_M, value_M = (part.cpu().numpy() for part in out.latents.active())
+    kept_M, place_R = chosen_R[reading_M], np.cumsum(chosen_R) - 1
+    pairs = (place_R[reading_M[kept_M]], latent_M[kept_M])
+    f_RF = csr_array((value_M[kept_M].astype(np.float32), pairs), shape=(int(chosen_R.sum()), sae.latents))
+    return out.x_ND.cpu().numpy()[chosen_R], f_RF, word_R[chosen_R]
+
+
+def _absorbed(
+    x_RD: Floats, f_RF: Any, word_R: Ints, letter_R: Ints, W_dec_FD: Floats, seed: int
+) -> dict[str, npt.NDArray[np.float64]]:
+    """The sums of one SAE, over the words that probes and main latents were not chosen on."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import f1_score
+    from sklearn.preprocessing import StandardScaler
+
+    words = np.random.default_rng(seed).permutation(np.unique(word_R))
+    asked_W = np.sort(words[round(FITTED * len(words)) :])
+    asked_R = np.isin(word_R, asked_W)
+    scaler = StandardScaler().fit(x_RD[~asked_R])
+    scaled_RD = scaler.transform(x_RD)
+    sums = {name: np.zeros((len(asked_W), LETTERS)) for name in ("recognised", "absorbed", "fully_absorbed")}
+    scores = {}
+    for letter in range(LETTERS):
+        is_R = letter_R == letter
+        if min(len(np.unique(word_R[is_R & asked])) for asked in (asked_R, ~asked_R)) < LEAST_WORDS:
+            continue
+        probe = LogisticRegression(C=PENALTY, class_weight="balanced", max_iter=1000)
+        probe.fit(scaled_RD[~asked_R], is_R[~asked_R])
+        told_R = probe.predict(scaled_RD)
+        scores[letter] = f1_score(is_R[asked_R], told_R[asked_R])
+        if scores[letter] < LEAST_F1:
+            continue
+        main = _main_latents(f_RF, is_R, asked_R)
+        direction_D = (probe.coef_[0] / scaler.scale_).astype(np.float32)
+        direction_D /= np.linalg.norm(direction_D)
+        recognised = np.flatnonzero(is_R & asked_R & told_R)
+        absorbed, full = _shares(x_RD[recognised], f_RF[recognised], W_dec_FD, direction_D, main)
+        at = np.searchsorted(asked_W, word_R[recognised])
+        np.add.at(sums["recognised"][:, letter], at, 1)
+        np.add.at(sums["absorbed"][:, letter], at, absorbed)
+        np.add.at(sums["fully_absorbed"][:, letter], at, full)
+    if not sums["recognised"].any():
+        raise WrongInput(
+            f"Absorption needs letters that {LEAST_WORDS} words asked about begin with and a probe recognises "
+            f"(F1 {LEAST_F1}); {len(scores)} of 26 have the words, and their best F1 is "
+            f"{max(scores.values(), default=0):.2f}: take more tokens or another layer"
+        )
+    found = sum(score >= LEAST_F1 for score in scores.values())
+    log.info(
+        "Absorption asks about %d words of %d letters; probes' mean F1 %.2f",
+        len(asked_W),
+        found,
+        np.mean([*scores.values()]),
+    )
+    return sums
+
+
+def _main_latents(f_RF: Any, is_R: npt.NDArray[np.bool_], asked_R: npt.NDArray[np.bool_]) -> Ints:
+    """Latents that tell the letter, best first: those most active on it beyond other letters, while F1 rises."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import f1_score
+
+    more_F = f_RF[is_R & ~asked_R].mean(0) - f_RF[~is_R & ~asked_R].mean(0)
+    best = np.argsort(-more_F, kind="stable")[:MOST_MAIN]
+    f_Rk, before = f_RF[:, best].toarray(), 0.0
+    for k in range(1, len(best) + 1):
+        model = LogisticRegression(class_weight="balanced", max_iter=1000)
+        model.fit(f_Rk[~asked_R, :k], is_R[~asked_R])
+        score = f1_score(is_R[asked_R], model.predict(f_Rk[asked_R, :k]))
+        if k > 1 and score < before + F1_RISE:
+            return best[: k - 1]
+        before = score
+    return best
+
+
+def _shares(
+    x_RD: Floats, f_RF: Any, W_dec_FD: Floats, direction_D: Floats, main: Ints
+) -> tuple[Floats, npt.NDArray[np.bool_]]:
+    """For readings of a letter: the share of x·p̂ that is absorbed, and whether one latent absorbed it in full."""
+    toward_F = W_dec_FD @ direction_D
+    cosine_F = toward_F / np.maximum(np.linalg.norm(W_dec_FD, axis=1), 1e-12)
+    whole_R = x_RD @ direction_D
+    held_RF = f_RF.multiply(toward_F[None]).toarray()
+    by_main_R = held_RF[:, main].sum(1)
+    silent_R = f_RF[:, main].sum(1) == 0
+    top_R = held_RF.argmax(1)
+    is_enough_R = (held_RF.max(1) >= LEAST_SHARE * whole_R) & (whole_R > 0)
+    full_R = silent_R & is_enough_R & (cosine_F[top_R] >= FULL_COSINE)
+    held_RF[:, main] = 0
+    held_RF[:, cosine_F < ABSORBER_COSINE] = 0
+    by_others_R = np.partition(held_RF.clip(min=0), -ABSORBERS, axis=1)[:, -ABSORBERS:].sum(1)
+    is_absorbed_R = (by_main_R < whole_R) & (by_others_R >= LEAST_SHARE * whole_R) & (whole_R > 0)
+    by_absorbers_R = np.minimum(by_others_R, whole_R - by_main_R)
+    absorbed_R = np.zeros_like(whole_R)
+    np.divide(by_absorbers_R, by_absorbers_R + by_main_R.clip(min=0), out=absorbed_R, where=is_absorbed_R)
+    return absorbed_R, full_R
