@@ -2,8 +2,10 @@
 
     python benchmarks/routing.py --cache CACHE
 
-Every SAE of a seed trains in one pass over the cache. One line of results/routing.jsonl an SAE, so that a stopped
-benchmark goes on; then the table, as in RESULTS.md: mean and standard deviation over seeds.
+Every SAE of a seed trains in one pass over the cache. An mlsae takes an optimiser step for each layer of a batch: to
+compare it at equal steps, run it alone (--only mlsae) on --tokens divided by the number of layers. One line of
+results/routing.jsonl an SAE, so that a stopped benchmark goes on; then the table, as in RESULTS.md: mean and standard
+deviation over seeds.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ ROUTED: dict[str, dict[str, Any]] = {
     "top2, balance 0.01": {"balance": 0.01},
     "control: untrained router": {"router": "frozen"},
     "control: random layer a token": {"router": "random"},
+    "mlsae": {"sae": "mlsae"},
 }
 # The published code's rule for a feature worth interpreting (its `get_context`).
 KL_TOKENS = 5120
@@ -61,7 +64,7 @@ def features_kept(folder: Path, cache: Cache, classes: np.ndarray, threshold: fl
         found = zip(*(part_M.tolist() for part_M in sae(hidden).latents.active()), strict=True)
         for n, latent, value in found:
             if value > threshold:
-                counts[latent][class_N[n]] += 1
+                counts[latent][class_N[n % len(class_N)]] += 1  # an mlsae's readings go layer by layer
     contexts = [sum(min(PER_TOKEN, n) for n in of.values()) for of in counts.values() if len(of) <= MAX_TOKENS]
     return sum(n > MIN_CONTEXTS for n in contexts)
 
@@ -89,7 +92,7 @@ def main() -> None:
     args = parser.parse_args()
     cache = Cache(args.cache)
     common = {"latents": args.latents, "k": args.k, "lr": args.lr}
-    wanted = {name: RunSettings(sae="routesae", **common, **own) for name, own in ROUTED.items()}
+    wanted = {name: RunSettings(**{"sae": "routesae", **common, **own}) for name, own in ROUTED.items()}
     layers = args.layers if args.layers is not None else cache.manifest.layers
     wanted |= {f"fixed layer {n}": RunSettings(sae="topk", layer=n, **common) for n in layers}
     setup = {**common, "tokens": args.tokens, "batch_tokens": args.batch_tokens}
