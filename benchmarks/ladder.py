@@ -91,7 +91,6 @@ SWEEP: tuple[dict[str, Any], ...] = tuple(
 )
 RIDGE = 1e-2  # of C's mean eigenvalue
 EMA_FROM = 0.3  # of the steps
-RESULTS = Path(__file__).parent / "results" / "ladder.jsonl"
 
 
 class Changed:
@@ -260,10 +259,17 @@ def measured(cache: str, run: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as out:
         (result,) = train(settings_of(flags | {"out": out}))
         lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+        steps = [line for line in lines if "lr" in line]  # and not the held-out scores
     assert result.held_out is not None
     scores = {name: getattr(result.held_out, name) for name in ("norm_mse", "fvu", "l0")}
-    curve = [[line["step"], line["norm_mse"]] for line in lines if line["step"] % 50 == 0]
-    return {"run": run, **scores, "dead": lines[-2]["dead"], "seconds": time.perf_counter() - began, "curve": curve}
+    curve = [[line["step"], line["norm_mse"]] for line in steps if line["step"] % 50 == 0]
+    return {
+        "run": run,
+        **scores,
+        "dead": result.held_out.dead,
+        "seconds": time.perf_counter() - began,
+        "curve": curve,
+    }
 
 
 def table(lines: list[dict[str, Any]]) -> str:
@@ -280,20 +286,21 @@ def main() -> None:
     parser.add_argument("run", nargs="*", type=json.loads, help="JSON objects over BASE")
     parser.add_argument("--cache", help="of the whole demo corpus, layers 9 and 15")
     parser.add_argument("--only-table", action="store_true", help="of the lines that are there")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "ladder.jsonl")
     args = parser.parse_args()
-    done = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    done = [json.loads(line) for line in args.results.read_text().splitlines()] if args.results.exists() else []
     for change in () if args.only_table else args.run or (*LADDER, *PROJECTION, *SWEEP):
         run = BASE | change
         if any(line["run"] == run for line in done):
             continue
         if (child := os.fork()) == 0:
             line = measured(args.cache, run)
-            append(RESULTS, [{**line, **where()}])
+            append(args.results, [{**line, **where()}])
             print(f"{change}: NormMSE {line['norm_mse']:.5f}", flush=True)
             os._exit(0)
         if os.waitpid(child, 0)[1]:
             raise SystemExit(f"{change} failed")
-        done.append(json.loads(RESULTS.read_text().splitlines()[-1]))
+        done.append(json.loads(args.results.read_text().splitlines()[-1]))
     print(table(done))
 
 
