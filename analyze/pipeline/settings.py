@@ -49,7 +49,12 @@ SET_BY_PIPELINE = {
     "analyze": READS_SAES,
     "contexts": READS_SAES,
     "interpret": (*READS_SAES, "cache"),
-    "report": (*READS_SAES, "cache", "html", "scores"),
+    "report": (*READS_SAES, "cache", "html", "scores", "serve", "port"),
+}
+INSTEAD = {  # of those that are not paths
+    "follow": "give the flag --follow",
+    **dict.fromkeys(("resume", "overwrite"), "what was stopped goes on, and what has changed is made again"),
+    **dict.fromkeys(("serve", "port"), "give it to routesae report afterwards"),
 }
 
 
@@ -90,6 +95,8 @@ def read_pipeline(config: str, follow: bool = False) -> PipelineSettings:
 
     table = read_toml(config)
     for name, value in table.items():
+        if name == "follow":
+            raise _decided(config, name)
         if name not in PipelineSettings.kinds:
             raise WrongInput(f"{config}: {unknown(name, PipelineSettings.kinds)}")
         if name in STAGES and not isinstance(value, dict):
@@ -111,10 +118,7 @@ def read_pipeline(config: str, follow: bool = False) -> PipelineSettings:
             continue
         where, given = f"{config}, [{name}]", table[name]
         if taken := [key for key in given if key.replace("-", "_") in SET_BY_PIPELINE[name]]:
-            raise WrongInput(
-                f"{where}: {taken[0]} does not belong there: the pipeline sets it, from out, cache and saes at "
-                "the top"
-            )
+            raise _decided(where, taken[0])
         read = own.get("contexts" if name in ("interpret", "report") else name, cache)
         shared: dict[str, Any] = {"cache": read, "out": saes}
         if of is HarvestSettings:
@@ -131,6 +135,12 @@ def read_pipeline(config: str, follow: bool = False) -> PipelineSettings:
         except WrongInput as error:
             raise WrongInput(f"{where}: {error}") from error
     return PipelineSettings(out=out, cache=cache, saes=saes, follow=follow, **stages)
+
+
+def _decided(where: str, key: str) -> WrongInput:
+    """Complain of a key that the file may not have."""
+    instead = INSTEAD.get(key, "set out, cache and saes at the top of the file")
+    return WrongInput(f"{where}: {key} does not belong there, for `run` decides it; leave it out: {instead}")
 
 
 class AblationSettings(Settings):

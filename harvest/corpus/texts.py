@@ -29,6 +29,7 @@ import random
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -368,8 +369,31 @@ def _parquet_entries(path: Path, settings: HarvestSettings) -> Iterator[_Entry]:
         ) from broken
     with file:
         columns, row = _columns(file.schema_arrow.names, settings, f"{path} has no column"), itertools.count(1)
+        features: Any = {}
+        with suppress(KeyError, TypeError, ValueError, RecursionError):  # it is of `datasets`, or anything
+            features = json.loads((file.schema_arrow.metadata or {})[b"huggingface"])["info"]["features"]
         for batch in file.iter_batches(batch_size=1024, columns=columns):
-            yield from ((f"{path}:{next(row)}", record) for record in batch.to_pylist())
+            records = (_with_class_names(record, features, settings) for record in batch.to_pylist())
+            yield from ((f"{path}:{next(row)}", record) for record in records)
+
+
+def _with_class_names(record: dict[str, Any], features: Any, settings: HarvestSettings) -> dict[str, Any]:
+    """The record with the names of classes in its kept fields, where `datasets` has their numbers.
+
+    features: what `datasets` says of each field, as JSON.
+    """
+    kept = [name for name in settings.keep_fields if name in record and isinstance(features, dict)]
+    return record | {name: _class_name(record[name], features.get(name)) for name in kept}
+
+
+def _class_name(value: Any, feature: Any) -> Any:
+    of: Any = feature if isinstance(feature, dict) else {}
+    names = of.get("names") if of.get("_type") == "ClassLabel" else None
+    if isinstance(value, list):
+        return [_class_name(one, of.get("feature")) for one in value]
+    if not isinstance(names, list) or not isinstance(value, int) or value >= len(names):
+        return value
+    return names[value] if value >= 0 else None  # -1 is no class
 
 
 def _dataset_entries(data: str, saved: Path | None, settings: HarvestSettings) -> Iterator[_Entry]:
@@ -395,10 +419,12 @@ def _dataset_entries(data: str, saved: Path | None, settings: HarvestSettings) -
                     raise
                 # Datasets once defined by a script are kept by the hub as Parquet on a branch of its own.
                 rows = datasets.load_dataset(data, **options, revision="refs/convert/parquet")
+        features = getattr(rows, "features", None)  # of a stream without a schema None
+        features = features.to_dict() if features else {}
         for number, row in enumerate(rows, start=1):
             if number == 1:
                 _columns(list(row), settings, f"dataset {data} has no field")
-            yield f"{data}:{number}", row
+            yield f"{data}:{number}", _with_class_names(row, features, settings)
     except WrongInput:
         raise
     except Exception as error:  # datasets, its file systems and their HTTP clients have no base of their own

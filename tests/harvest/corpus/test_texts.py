@@ -263,6 +263,44 @@ def test_a_dataset_is_read_whatever_form_it_was_saved_in(form: str, tmp_path: Pa
     assert read(tmp_path / "saved")[0] == TEXTS
 
 
+@pytest.mark.parametrize("form", ["saved", "hub", "file.parquet"])
+def test_a_class_is_kept_by_its_name_whatever_the_dataset_is_read_from(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    kind = datasets.ClassLabel(names=["sport", "tech"])
+    features = {
+        "text": datasets.Value("string"),
+        "label": kind,
+        "tags": datasets.List(kind),
+        "n": datasets.Value("int8"),
+    }
+    columns: dict[str, Any] = {"text": TEXTS[:3], "label": [1, -1, 0], "tags": [[1, 0], [], None], "n": [1, 0, 0]}
+    made = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    if form == "saved":
+        made.save_to_disk(str(tmp_path / form))
+    elif form == "hub":
+        hub(monkeypatch, lambda *args, **options: made.to_iterable_dataset())
+    else:
+        made.to_parquet(str(tmp_path / form))
+    data = "owner/name" if form == "hub" else tmp_path / form
+    found = [document.fields for document in documents(data, TextCounts(), keep_fields="label,tags,n")]
+    assert [fields["label"] for fields in found] == ["tech", None, "sport"]
+    assert [fields["tags"] for fields in found] == ['["tech", "sport"]', "[]", None]
+    assert [fields["n"] for fields in found] == ["1", "0", "0"]
+
+
+@pytest.mark.parametrize(
+    "said", ["{", "7", '{"info": 3}', '{"info": {"features": [{}]}}', '{"info": {"features": {"n": 1}}}']
+)
+def test_what_a_parquet_file_says_of_its_features_may_be_anything(said: str, tmp_path: Path) -> None:
+    table = pyarrow.table({"text": TEXTS, "n": range(len(TEXTS))}).replace_schema_metadata({"huggingface": said})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    found = documents(tmp_path / "a.parquet", TextCounts(), keep_fields="n")
+    assert [document.fields["n"] for document in found] == [str(number) for number in range(len(TEXTS))]
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
 def test_a_byte_order_mark_says_how_a_text_is_encoded(encoding: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(TEXTS[0].encode(encoding))
