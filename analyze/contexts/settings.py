@@ -12,7 +12,7 @@ class ContextSettings(Settings):
     cache: str = CACHE
     saes: tuple[str, ...] = SAES
     out: str = OUT
-    rows: str = setting("all", MODEL, "Rows of the cache to read.", choices=ROWS)
+    rows: str = setting("all", MODEL, "Rows to read: all, those trained on too, or what analyze reads.", choices=ROWS)
     threshold: float = setting(15.0, RULE, "Count activations above this, on the SAE's normalised input.", ge=0)
     per_class: int = setting(2, RULE, "Contexts, at most, of tokens alike but for case and blanks.", ge=1)
     max_classes: int = setting(32, RULE, "Leave out latents of more token classes than this.", ge=1)
