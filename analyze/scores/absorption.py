@@ -1,16 +1,16 @@
 """Feature absorption on first letters (2409.14507, measured as SAEBench does, 2503.09532), from a cache alone.
 
-An SAE absorbs a feature where a latent for "begins with s" stays silent on "snake" because the latent for snakes says
-it too. All words here are single tokens, each read at a few places of the corpus.
+An SAE absorbs a feature where the latent for "begins with s" stays silent on "snake" because the latent for snakes
+covers it. All words here are single tokens, each read at a few places of the corpus.
 
     probe     for each letter a logistic regression on what the SAE reads, x; p̂ is its direction
     main      the latents that best tell the letter, as many as each raise F1 by another 0.03
-    absorbed  of the words that the probe recognises rightly: the share of x·p̂ that other latents stand in for
-    full      of the same: those where no main latent is active, and one other holds 0.4 of x·p̂ or more
+    absorbed  over words of the letter that the probe recognises: the share of x·p̂ that other latents stand in for
+    full      the share of those words on which no main latent is active and one other holds 0.4 of x·p̂ or more
 
-Probes and latents are chosen on some words and asked about the others.
+Probes are trained and latents chosen on 70 % of the words; the others, the test words, are scored.
 
-Dimension letters: V vocabulary, N tokens, D width of what the SAE reads, F latents, R readings, W words asked about.
+Dimension letters: V vocabulary, N tokens, D width of what the SAE reads, F latents, R readings, W test words.
 """
 
 import logging
@@ -32,8 +32,8 @@ log = logging.getLogger(__name__)
 LETTERS = 26
 PLACES = 4  # of one word, drawn from all of its places
 MOST_READINGS = 24_000
-FITTED = 0.7  # share of the words
-LEAST_WORDS = 10  # of a letter, among those asked about
+TRAIN_SHARE = 0.7  # of the words
+LEAST_WORDS = 10  # of a letter, among training and test words each
 PENALTY = 0.01  # scikit-learn's C for the probe: it has as many numbers as words
 # SAEBench's, in its evals/absorption.
 LEAST_F1, F1_RISE, MOST_MAIN = 0.6, 0.03, 10
@@ -49,7 +49,8 @@ def absorption(
 ) -> dict[str, dict[str, npt.NDArray[np.float64]]]:
     """For each SAE what the metric Absorption is a function of, each [W, 26]: sums over a word's readings by letter.
 
-    Raises WrongInput if too few words begin with the same letter, no probe can tell them, or scikit-learn is missing.
+    An SAE on whose input no probe can tell letters is left out with a warning. Raises WrongInput if it is the only
+    one, or scikit-learn is missing.
     """
     require_packages("Absorption", "probe", "sklearn")
     from scipy.sparse import vstack
@@ -72,7 +73,12 @@ def absorption(
         report(Progress("absorption", done, len(read), "SAEs", {}))
         x_RD, f_RF = np.concatenate([x_RD for x_RD, _, _ in parts]), vstack([f_RF for _, f_RF, _ in parts]).tocsr()
         word_R, W_dec_FD = np.concatenate([word_R for *_, word_R in parts]), saes[name].dictionary.W_dec_FD
-        results[name] = _absorbed(x_RD, f_RF, word_R, letter_V[word_R], W_dec_FD.cpu().numpy(), seed)
+        try:
+            results[name] = _absorbed(x_RD, f_RF, word_R, letter_V[word_R], W_dec_FD.cpu().numpy(), seed)
+        except WrongInput as refusal:
+            if len(saes) == 1:
+                raise
+            log.warning("%s is left out: %s", name, refusal)
     return results
 
 
@@ -114,65 +120,65 @@ def _readings(sae: SAE, hidden: Any, chosen_N: npt.NDArray[np.bool_], word_N: In
 def _absorbed(
     x_RD: Floats, f_RF: Any, word_R: Ints, letter_R: Ints, W_dec_FD: Floats, seed: int
 ) -> dict[str, npt.NDArray[np.float64]]:
-    """The sums of one SAE, over the words that probes and main latents were not chosen on."""
+    """The sums of one SAE over the test words. Raises WrongInput if no letter can be scored."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import f1_score
     from sklearn.preprocessing import StandardScaler
 
     words = np.random.default_rng(seed).permutation(np.unique(word_R))
-    asked_W = np.sort(words[round(FITTED * len(words)) :])
-    asked_R = np.isin(word_R, asked_W)
-    scaler = StandardScaler().fit(x_RD[~asked_R])
+    test_W = np.sort(words[round(TRAIN_SHARE * len(words)) :])
+    test_R = np.isin(word_R, test_W)
+    scaler = StandardScaler().fit(x_RD[~test_R])
     scaled_RD = scaler.transform(x_RD)
-    sums = {name: np.zeros((len(asked_W), LETTERS)) for name in ("recognised", "absorbed", "fully_absorbed")}
+    sums = {name: np.zeros((len(test_W), LETTERS)) for name in ("recognised", "absorbed", "fully_absorbed")}
     scores = {}
     for letter in range(LETTERS):
         is_R = letter_R == letter
-        if min(len(np.unique(word_R[is_R & asked])) for asked in (asked_R, ~asked_R)) < LEAST_WORDS:
+        if min(len(np.unique(word_R[is_R & part_R])) for part_R in (test_R, ~test_R)) < LEAST_WORDS:
             continue
         probe = LogisticRegression(C=PENALTY, class_weight="balanced", max_iter=1000)
-        probe.fit(scaled_RD[~asked_R], is_R[~asked_R])
-        told_R = probe.predict(scaled_RD)
-        scores[letter] = f1_score(is_R[asked_R], told_R[asked_R])
+        probe.fit(scaled_RD[~test_R], is_R[~test_R])
+        predicted_R = probe.predict(scaled_RD)
+        scores[letter] = f1_score(is_R[test_R], predicted_R[test_R])
         if scores[letter] < LEAST_F1:
             continue
-        main = _main_latents(f_RF, is_R, asked_R)
+        main = _main_latents(f_RF, is_R, test_R)
         direction_D = (probe.coef_[0] / scaler.scale_).astype(np.float32)
         direction_D /= np.linalg.norm(direction_D)
-        recognised = np.flatnonzero(is_R & asked_R & told_R)
+        recognised = np.flatnonzero(is_R & test_R & predicted_R)
         absorbed, full = _shares(x_RD[recognised], f_RF[recognised], W_dec_FD, direction_D, main)
-        at = np.searchsorted(asked_W, word_R[recognised])
+        at = np.searchsorted(test_W, word_R[recognised])
         np.add.at(sums["recognised"][:, letter], at, 1)
         np.add.at(sums["absorbed"][:, letter], at, absorbed)
         np.add.at(sums["fully_absorbed"][:, letter], at, full)
     if not sums["recognised"].any():
         raise WrongInput(
-            f"Absorption needs letters that {LEAST_WORDS} words asked about begin with and a probe recognises "
-            f"(F1 {LEAST_F1}); {len(scores)} of 26 have the words, and their best F1 is "
-            f"{max(scores.values(), default=0):.2f}: take more tokens or another layer"
+            f"Absorption needs letters with {LEAST_WORDS} test words and a probe of F1 {LEAST_F1} or more; "
+            f"{len(scores)} of 26 have the words, and their best F1 is {max(scores.values(), default=0):.2f}; "
+            "score more tokens or another layer"
         )
     found = sum(score >= LEAST_F1 for score in scores.values())
     log.info(
-        "Absorption asks about %d words of %d letters; probes' mean F1 %.2f",
-        len(asked_W),
+        "Absorption scores %d words of %d letters; mean F1 of the probes %.2f",
+        len(test_W),
         found,
         np.mean([*scores.values()]),
     )
     return sums
 
 
-def _main_latents(f_RF: Any, is_R: npt.NDArray[np.bool_], asked_R: npt.NDArray[np.bool_]) -> Ints:
+def _main_latents(f_RF: Any, is_R: npt.NDArray[np.bool_], test_R: npt.NDArray[np.bool_]) -> Ints:
     """Latents that tell the letter, best first: those most active on it beyond other letters, while F1 rises."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import f1_score
 
-    more_F = f_RF[is_R & ~asked_R].mean(0) - f_RF[~is_R & ~asked_R].mean(0)
+    more_F = f_RF[is_R & ~test_R].mean(0) - f_RF[~is_R & ~test_R].mean(0)
     best = np.argsort(-more_F, kind="stable")[:MOST_MAIN]
     f_Rk, before = f_RF[:, best].toarray(), 0.0
     for k in range(1, len(best) + 1):
         model = LogisticRegression(class_weight="balanced", max_iter=1000)
-        model.fit(f_Rk[~asked_R, :k], is_R[~asked_R])
-        score = f1_score(is_R[asked_R], model.predict(f_Rk[asked_R, :k]))
+        model.fit(f_Rk[~test_R, :k], is_R[~test_R])
+        score = f1_score(is_R[test_R], model.predict(f_Rk[test_R, :k]))
         if k > 1 and score < before + F1_RISE:
             return best[: k - 1]
         before = score

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from transformers import AutoTokenizer
 
 from routesae.analyze.scores import absorption
 from routesae.analyze.scores.run import analyze
 from routesae.analyze.scores.settings import AnalyzeSettings
+from routesae.cli import main
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.run import harvest
 from routesae.harvest.settings import HarvestSettings
@@ -214,9 +216,17 @@ def test_readings_are_spread_over_words_and_places(monkeypatch: pytest.MonkeyPat
     assert absorption.spread(word_N, usable_N, 0).sum() == 5
 
 
-def test_what_cannot_be_asked_is_refused(cache: Cache, saes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(WrongInput, match=r"0 of 26 have the words, and their best F1 is 0.00: take more tokens"):
-        scored(cache, saes, tokens=100)
+def test_what_cannot_be_scored_is_refused_or_left_out(
+    cache: Cache, saes: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    reason = "0 of 26 have the words, and their best F1 is 0.00; score more tokens"
+    (topk,) = saes.glob("topk*")
+    with pytest.raises(WrongInput, match=reason):
+        scored(cache, saes, tokens=100, saes=(str(topk),))
+    several = ["--cache", str(cache.path), "--out", str(saes), "--tokens", "100", "--device", "cpu"]
+    run = CliRunner().invoke(main, ["analyze", "--metric", "Absorption", "--metric", "L0", *several])
+    assert run.exit_code == 0, run.output
+    assert caplog.text.count(reason) == 4
     monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(WrongInput, match=r"needs sklearn: pip install 'routesae\[probe\]'"):
         scored(cache, saes)
