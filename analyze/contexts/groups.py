@@ -36,7 +36,7 @@ class Groups:
                 f"--group-by {field}: {cache.path} has {', '.join(documents.column_names)} of its documents; "
                 f"harvest with --keep-fields {field}"
             )
-        values = documents[field].cast(pa.string()).combine_chunks().dictionary_encode()
+        values = documents[field].cast(pa.large_string()).combine_chunks().dictionary_encode()
         self.names: list[str] = values.dictionary.to_pylist()
         if not 2 <= len(self.names) <= MOST_GROUPS:
             raise WrongInput(f"--group-by {field}: {len(self.names)} groups, and 2 to {MOST_GROUPS} are compared")

@@ -121,7 +121,7 @@ def context_batches(collected: Collected, cache: Cache, vocabulary: Vocabulary) 
     tokens = np.asarray(cache.tokens()).reshape(-1)
     document_starts, documents, manifest = np.asarray(cache.document_starts()), cache.documents(), cache.manifest
     roles, role_names = cache.roles().reshape(-1), pa.array([None, *manifest.roles], pa.string())
-    class_names = pa.array(vocabulary.class_names)
+    class_names, unknown = pa.array(vocabulary.class_names), dict.fromkeys(documents.column_names)
     latent_M = collected.contexts.of.latent_M.numpy()
     last_of_latent = np.flatnonzero(np.diff(latent_M, append=-1)) + 1
     start = 0
@@ -143,7 +143,9 @@ def context_batches(collected: Collected, cache: Cache, vocabulary: Vocabulary) 
             return pa.ListArray.from_arrays(offsets, pa.array(values, kind))
 
         layers = collected.layers
-        said = documents.take(pa.array(document_M, pa.int64(), mask=document_M < 0)).to_pylist()
+        # One by one: take() would join the dictionaries of all row groups, which fails where they are over 2 GB.
+        rows = {one: documents.slice(one, 1).to_pylist()[0] for one in set(document_M[document_M >= 0].tolist())}
+        said = [rows.get(one, unknown) for one in document_M.tolist()]
         columns = {
             "latent": of.latent_M.numpy(),
             "kind": pa.array(KINDS).take(pa.array(kept.kind_M.numpy())),

@@ -16,15 +16,19 @@ import xxhash
 
 from routesae.harvest.cache import arrays
 from routesae.harvest.cache.manifest import DOCUMENTS, ROLES, STARTS, TOKENS, kept_positions
+from routesae.harvest.cache.reader import LARGEST_DOCUMENTS
 from routesae.harvest.corpus.texts import TextCounts, read_documents
 from routesae.harvest.corpus.tokens import Fingerprint, Framing, Tokenised, framing, pack, tokenize
 from routesae.harvest.settings import PROVENANCE, HarvestSettings
 from routesae.machine.files import file_hash
-from routesae.reporting import Progress, Report, WrongInput
+from routesae.reporting import Progress, Report, WrongInput, human_bytes
 
 log = logging.getLogger(__name__)
 
 ROWS_A_WRITE = 4 * arrays.CHUNK_ROWS
+MOST_DOCUMENT_BYTES = LARGEST_DOCUMENTS - (
+    1 << 28
+)  # less what Parquet writes at the end, 200 bytes a column and write
 
 
 def write_tokens(folder: Path, settings: HarvestSettings, tokenizer: Any, report: Report) -> dict[str, Any]:
@@ -55,6 +59,12 @@ def write_tokens(folder: Path, settings: HarvestSettings, tokenizer: Any, report
             starts += [number * settings.context + position for number, position, _ in begun]
             places = [{"data": one.data, "place": one.place, **one.fields} for _, _, one in begun]
             provenance.write_table(pa.Table.from_pylist(places, schema))
+            if (folder / "documents").stat().st_size > MOST_DOCUMENT_BYTES:
+                fields, most = ",".join(settings.keep_fields) or "(none)", human_bytes(MOST_DOCUMENT_BYTES)
+                raise WrongInput(
+                    f"--keep-fields {fields} and the places of {len(starts):,} documents take over {most}, the most "
+                    "that is read of a cache; keep fewer or shorter fields, or give fewer --tokens"
+                )
             fields_seen |= {name for place in places for name, value in place.items() if value is not None}
             token_ids_BT = np.stack([row.token_ids_T for row in block])
             roles_BT = np.stack([row.roles_T for row in block])

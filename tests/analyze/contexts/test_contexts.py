@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -672,3 +673,24 @@ def test_contexts_of_two_corpora_lie_side_by_side(
     assert of_other.place.name.startswith("other.jsonl-")
     with pytest.raises(WrongInput, match=r"has contexts of several corpora, .*other.jsonl-.* with --cache"):
         read_contexts(folder)
+
+
+def test_documents_of_more_text_than_one_array_of_strings_holds_are_looked_up(
+    hostile_cache: Cache, copied: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four row groups with 550 MB of places each, which are never looked at, and over 2 GB together."""
+    kept, size = hostile_cache.documents(), 550_000_000
+    places = kept["place"].to_pylist()
+
+    def row_group(number: int, some: list[str]) -> pa.DictionaryArray:
+        text, small = np.zeros(size, np.uint8), "".join(some).encode()  # zeros that nobody reads take no memory
+        text[size - len(small) :] = np.frombuffer(small, np.uint8)
+        starts = np.append(number, size - len(small) + np.cumsum([0, *(len(one.encode()) for one in some)]))
+        offsets, indices = pa.py_buffer(starts.astype("<i4")), pa.array(range(1, len(some) + 1), pa.int32())
+        values = pa.StringArray.from_buffers(len(some) + 1, offsets, pa.py_buffer(text))
+        return pa.DictionaryArray.from_arrays(indices, values)
+
+    large = pa.chunked_array([row_group(n, places[10 * n : 10 * n + 10 if n < 3 else None]) for n in range(4)])
+    _, before = run(hostile_cache, copied("topk"))
+    monkeypatch.setattr(Cache, "documents", lambda self: pa.table({"data": kept["data"], "place": large}))
+    assert list(run(hostile_cache, copied("topk"))[1].latents()) == list(before.latents())

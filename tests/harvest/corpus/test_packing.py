@@ -16,6 +16,7 @@ import pyarrow.parquet
 import pytest
 import zarr
 
+from routesae.harvest.corpus import packing
 from routesae.harvest.corpus.packing import write_tokens
 from routesae.harvest.settings import HarvestSettings
 from routesae.reporting import FailedRun, WrongInput, silent
@@ -230,3 +231,17 @@ def test_fields_are_kept_as_text_and_folders_label_their_texts(write: Callable[.
         write(data=path, keep_fields="url")
     with pytest.raises(WrongInput, match="--keep-fields place"):
         HarvestSettings(keep_fields="place")
+
+
+def test_fields_that_take_more_than_a_cache_may_have_are_refused_before_the_corpus_is_at_its_end(
+    write: Callable[..., Written], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = put(tmp_path / "a.jsonl", [{"text": text, "id": str(n) * 40} for n, text in enumerate(TEXTS)])
+    monkeypatch.setattr(packing, "ROWS_A_WRITE", 10)
+    _, _, _, documents = write(data=data, keep_fields="id")
+    monkeypatch.setattr(packing, "MOST_DOCUMENT_BYTES", 1500)
+    with pytest.raises(
+        WrongInput, match=r"--keep-fields id and .* of \d documents take over 1\.5 kB, .*; keep fewer"
+    ):
+        write(data=data, keep_fields="id")
+    assert len(documents) > 10
