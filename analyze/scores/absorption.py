@@ -50,24 +50,32 @@ def absorption(
     """For each SAE what the metric Absorption is a function of, each [W, 26]: sums over a word's readings by letter.
 
     An SAE on whose input no probe can tell letters is left out with a warning. Raises WrongInput if it is the only
-    one, or scikit-learn is missing.
+    one, the rows hold no words, or scikit-learn is missing.
     """
     require_packages("Absorption", "probe", "sklearn")
-    from scipy.sparse import vstack
+    from scipy.sparse import csr_array, vstack
 
     context = cache.manifest.context
     word_N = cache.tokens()[rows].reshape(-1).astype(np.int64)
     letter_V = first_letters(tokenizer)
     letter_V = np.pad(letter_V, (0, max(0, word_N.max() + 1 - len(letter_V))), constant_values=-1)  # of a padded LM
     usable_N = cache.kept(rows.start, rows.stop).reshape(-1) & (letter_V[word_N] >= 0)
+    if not usable_N.any():
+        raise WrongInput(f"Absorption needs words, and no kept token of {cache.path} is one of a to z alone")
     chosen_N = spread(word_N, usable_N, seed)
     layers = sorted({layer for sae in saes.values() for layer in sae.layers})
     selection, device = Selection(cache, rows.start, rows.stop, layers), next(iter(saes.values())).device
     read: dict[str, list[tuple[Floats, Any, Ints]]] = {name: [] for name in saes}
     for hidden, position_N in read_in_order(selection, saes.values(), device, report, "read words"):
         at_N = position_N.cpu().numpy() - rows.start * context
-        for name, sae in saes.items():
-            read[name].append(_readings(sae, hidden, chosen_N[at_N], word_N[at_N]))
+        chosen_n = np.flatnonzero(chosen_N[at_N])
+        few, word_n = hidden.at(torch.from_numpy(chosen_n).to(device)), word_N[at_N[chosen_n]]
+        for name, sae in saes.items() if len(word_n) else ():
+            out = sae.eval()(few)  # some variants read a token once in each layer
+            word_R = np.tile(word_n, len(out.x_ND) // len(word_n))
+            reading_M, latent_M, value_M = (part.cpu().numpy() for part in out.latents.active())
+            f_RF = csr_array((value_M.astype(np.float32), (reading_M, latent_M)), (len(word_R), sae.latents))
+            read[name].append((out.x_ND.cpu().numpy(), f_RF, word_R))
     results = {}
     for done, (name, parts) in enumerate(read.items()):
         report(Progress("absorption", done, len(read), "SAEs", {}))
@@ -101,20 +109,6 @@ def spread(word_N: Ints, usable_N: npt.NDArray[np.bool_], seed: int) -> npt.NDAr
     chosen_N = np.zeros(len(word_N), bool)
     chosen_N[random.permutation(by_word[nth < PLACES])[:MOST_READINGS]] = True
     return chosen_N
-
-
-def _readings(sae: SAE, hidden: Any, chosen_N: npt.NDArray[np.bool_], word_N: Ints) -> tuple[Floats, Any, Ints]:
-    """(x_RD, f_RF, word_R) of the chosen tokens; a token is read once for each layer by some variants."""
-    from scipy.sparse import csr_array
-
-    out = sae.eval()(hidden)
-    layers = len(out.x_ND) // len(word_N)
-    chosen_R, word_R = np.tile(chosen_N, layers), np.tile(word_N, layers)
-    reading_M, latent_M, value_M = (part.cpu().numpy() for part in out.latents.active())
-    kept_M, place_R = chosen_R[reading_M], np.cumsum(chosen_R) - 1
-    pairs = (place_R[reading_M[kept_M]], latent_M[kept_M])
-    f_RF = csr_array((value_M[kept_M].astype(np.float32), pairs), shape=(int(chosen_R.sum()), sae.latents))
-    return out.x_ND.cpu().numpy()[chosen_R], f_RF, word_R[chosen_R]
 
 
 def _absorbed(

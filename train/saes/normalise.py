@@ -65,6 +65,13 @@ class Hidden:
         self.tokens, self.layers = hidden_LND.shape[1], layers
         self._normalised: dict[tuple[str, float], NormalisedLayers] = {}
 
+    def at(self, token_n: Tensor) -> Hidden:
+        """Those of some of the tokens, by their places in the batch."""
+        mean_Ln1 = None if self.mean_LN1 is None else self.mean_LN1[:, token_n]
+        std_Ln1 = None if self.std_LN1 is None else self.std_LN1[:, token_n]
+        place_n = None if self.place_N is None else self.place_N[token_n]
+        return Hidden(self.hidden_LND[:, token_n], mean_Ln1, std_Ln1, place_n, layers=self.layers)
+
     def normalised(self, how: str, scale: float, layers: Sequence[int]) -> NormalisedLayers:
         """x of some of the layers, in that order. how: one of NORMALIZATIONS; scale: s of "dataset"."""
         if (how, scale) not in self._normalised:

@@ -227,6 +227,9 @@ def test_what_cannot_be_scored_is_refused_or_left_out(
     run = CliRunner().invoke(main, ["analyze", "--metric", "Absorption", "--metric", "L0", *several])
     assert run.exit_code == 0, run.output
     assert caplog.text.count(reason) == 4
+    monkeypatch.setattr(absorption, "first_letters", lambda tokenizer: np.full(len(tokenizer), -1, np.int8))
+    with pytest.raises(WrongInput, match=r"no kept token of .* is one of a to z alone"):
+        scored(cache, saes)
     monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(WrongInput, match=r"needs sklearn: pip install 'routesae\[probe\]'"):
         scored(cache, saes)
