@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import secrets
 import stat
 from collections.abc import Callable, Iterator, Mapping
@@ -96,9 +97,10 @@ def problem_of(error: Exception) -> str:
     """What is wrong with something that was read, on one line: of many things that pydantic found, the first."""
     errors = getattr(error, "errors", None)
     if errors is None:
-        return (str(error).splitlines() or [type(error).__name__])[0]
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
     first = errors(include_url=False)[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}, not {repr(first['input'])[:80]}"
+    where = ".".join(map(str, first["loc"]))[:80]
+    return f"{where}: {first['msg'][:120]}, not {repr(first['input'])[:80]}"
 
 
 @contextmanager
@@ -229,9 +231,9 @@ def disk_faults(
         raise
 
 
-def leads_out_of(folder: Path, path: Path) -> bool:
-    """Whether `path`, which names something below `folder`, leads elsewhere once symbolic links are followed."""
-    return not os.path.realpath(path).startswith(os.path.realpath(folder) + os.sep)
+def is_url(text: object) -> bool:
+    """Whether it names a place in an object store, or tries to, rather than a folder."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(text)) is not None
 
 
 def refuse_link(path: Path) -> None:

@@ -25,6 +25,7 @@ from routesae.analyze.interpret.settings import InterpretSettings
 from routesae.analyze.report.settings import ReportSettings
 from routesae.analyze.scores.settings import AnalyzeSettings
 from routesae.harvest.settings import HarvestSettings
+from routesae.machine.files import is_url
 from routesae.machine.settings import (
     DICTIONARY,
     LM_DTYPE,
@@ -91,8 +92,6 @@ STAGES = {name: kind.type for name, kind in PipelineSettings.kinds.items() if ki
 
 def read_pipeline(config: str, follow: bool = False) -> PipelineSettings:
     """The settings in a TOML file. Raises WrongInput naming what is unknown in it, or impossible."""
-    from routesae.harvest.cache.storage import is_url  # imports numpy, for which --help has no time
-
     table = read_toml(config)
     for name, value in table.items():
         if name == "follow":

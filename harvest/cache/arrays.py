@@ -19,19 +19,19 @@ import errno
 import json
 import os
 import struct
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from routesae.machine.files import parse_json
+from routesae.machine.files import BadFile, parse_json
 
 Array = npt.NDArray[Any]
 ChunkHashes = npt.NDArray[np.uint64]
@@ -48,6 +48,13 @@ _MOST_CHUNKS = 1 << 20  # of an array: an index of 16 MB, for 268 million rows
 
 class BadArray(Exception):
     """The array at a path is missing, truncated or altered; the message says how, without the path."""
+
+
+class Stored(NamedTuple):
+    """size: in bytes. etag: the object store's name for this version of an object; None on a disk."""
+
+    size: int
+    etag: str | None = None
 
 
 def padded_rows(rows: int, chunk_rows: int) -> int:
@@ -252,3 +259,33 @@ def chunk_rows_of(metadata: Any, shape: tuple[int, ...], dtype: npt.DTypeLike) -
         if name != "attributes" and metadata.get(name) != expected:
             raise BadArray(f"zarr.json says {name} is {str(metadata.get(name))[:80]}, not {str(expected)[:80]}")
     return chunk_rows
+
+
+def checked(
+    read: Callable[[str], bytes],
+    tail: Callable[[str, int], tuple[Stored, bytes]],
+    shape: tuple[int, ...],
+    dtype: npt.DTypeLike,
+) -> Stored:
+    """Compare an array's metadata, file size and index with what `shape` says; reads a few kilobytes.
+
+    read, tail: those of its folder (store/disk.py). zarr 3.1 reads a missing or cut chunk as the fill value without a
+    word, so this comes before any read. Sizes are bounded before anything of that size is made: the metadata may be a
+    stranger's. Raises BadArray.
+    """
+    try:
+        metadata = parse_json(read("zarr.json"))
+    except FileNotFoundError:
+        raise BadArray("zarr.json missing") from None
+    except BadFile as bad:
+        raise BadArray(f"zarr.json unreadable: {bad!r}") from None
+    chunk_rows = chunk_rows_of(metadata, shape, dtype)
+    try:
+        stored, index = tail(data_name(len(shape)), index_bytes(shape[0], chunk_rows))
+    except FileNotFoundError:
+        raise BadArray("data file missing") from None
+    if stored.size != (expected := file_bytes(shape, dtype, chunk_rows)):
+        raise BadArray(f"{stored.size:,} bytes where {expected:,} belong")
+    if index != index_of(shape, dtype, chunk_rows):
+        raise BadArray("chunk index altered")
+    return stored

@@ -14,8 +14,8 @@ from typing import NamedTuple
 from routesae.harvest.cache import arrays
 from routesae.harvest.cache.claims import Claims
 from routesae.harvest.cache.manifest import DOCUMENTS, STARTS, TOKENS, Manifest, shard_arrays, shard_name
-from routesae.harvest.cache.reader import Cache, Shard, damaged, open_storage, root_array
-from routesae.harvest.cache.storage import Storage, is_url
+from routesae.harvest.cache.reader import Cache, Shard, damaged, root_array
+from routesae.harvest.cache.storage import Storage, open_storage
 from routesae.harvest.cache.store.bucket import BucketFolder
 from routesae.harvest.cache.store.disk import DiskFolder
 from routesae.harvest.cache.verify import Hashes, hash_shard, verify_root
@@ -27,7 +27,7 @@ from routesae.harvest.cache.writer import (
     staging,
     writing_shard,
 )
-from routesae.machine.files import disk_faults
+from routesae.machine.files import disk_faults, is_url
 from routesae.reporting import FailedRun, Progress, Report, WrongInput, human_bytes, silent
 
 VECTORS = (STARTS, "order")  # arrays of one dimension; all others have two

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from routesae.harvest.cache.arrays import BadArray
+from routesae.machine.files import problem_of
 from routesae.reporting import WrongInput, shortened
 
 Ids = npt.NDArray[np.int32]
@@ -114,7 +115,7 @@ class Manifest(_Stored):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise WrongInput(f"the cache's manifest is not one: {_first(error)}") from None
+            raise WrongInput(f"the cache's manifest is not one: {problem_of(error)}") from None
         ascending = list(self.layers) == sorted(set(self.layers))
         if not ascending or self.layers[0] < 1 or self.layers[-1] > self.model_layers:
             raise WrongInput(
@@ -237,8 +238,7 @@ class ShardRecord(_Stored):
         try:
             record = cls(**data)
         except (ValidationError, TypeError) as error:
-            said = _first(error) if isinstance(error, ValidationError) else _short(error)
-            raise BadArray(f"its attributes are not a shard's record: {said}") from None
+            raise BadArray(f"its attributes are not a shard's record: {problem_of(error)}") from None
         if record.weights_hash != manifest.exact_weights_hash:
             raise BadArray("it was written by an LM of other weights than the rest of the cache")
         first, after = manifest.shard_range(index)
@@ -260,13 +260,6 @@ class RingState(_Stored):
     """Bytes that its shards may take at a time."""
     used: Count = 0
     """Shards 0 … used-1 were deleted, because every trainer had used them."""
-
-
-def _first(error: ValidationError) -> str:
-    """The first thing wrong, in one line."""
-    one = error.errors(include_url=False, include_context=False)[0]
-    where = ".".join(map(str, one["loc"]))
-    return f"{where[:80]} = {_short(one['input'])}; {one['msg'].replace('Input', 'it', 1)[:120]}"
 
 
 def _short(value: object) -> str:

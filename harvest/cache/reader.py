@@ -33,11 +33,9 @@ shard exists once its zarr.json does, which is put last.
 Dimension letters: S rows of tokens, T context, s rows of a shard, n kept positions of a shard, L layers, D width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -62,25 +60,13 @@ from routesae.harvest.cache.manifest import (
     row_arrays,
     shard_name,
 )
-from routesae.harvest.cache.storage import Storage, StoredArray, is_url
-from routesae.harvest.cache.store.disk import DiskFolder
+from routesae.harvest.cache.storage import Storage, StoredArray, open_storage
+from routesae.machine.files import is_url
 from routesae.reporting import FailedRun, WrongInput
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 LARGEST_DOCUMENTS = 1 << 32  # bytes: some 100 million documents, as columns that repeat themselves are compressed
 ROOT_DTYPES = {TOKENS: "<i4", ROLES: "|u1", STARTS: "<i8"}
 UNSIGNED_FORMATS = (None, 1, 2, 3)  # refused, but not as damaged: other Zarr groups, and caches of before
-
-
-def open_storage(path: Path | str) -> Storage:
-    """The folder or URL `path`. Raises WrongInput for a URL that cannot be used."""
-    if not is_url(path):
-        return DiskFolder(Path(path))
-    from routesae.harvest.cache.store.bucket import BucketFolder
-
-    return BucketFolder.at(str(path))
 
 
 class Shard:
@@ -246,8 +232,8 @@ class Cache:
         """int64 [documents]: flat positions in tokens at which documents begin, ascending. Raises as `tokens`."""
         return self._read(STARTS)
 
-    def documents(self) -> pa.Table:
-        """Where each document is from: the columns data, place and those of the fields kept. Raises as `tokens`."""
+    def documents(self) -> Any:
+        """Where each document is from, as a pyarrow Table: data, place and the fields kept. Raises as `tokens`."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 

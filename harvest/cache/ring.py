@@ -10,8 +10,6 @@ harvesters write and whichever of them die. `used` is the least that any trainer
 checkpoint needs, so both sides may be killed at any moment. Shards with held-out rows stay.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Iterator

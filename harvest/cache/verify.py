@@ -31,27 +31,9 @@ from routesae.reporting import FailedRun, Progress, Report, WrongInput, silent
 log = logging.getLogger(__name__)
 
 CONTENT = (
-    "format_version",
-    "config_hash",
-    "tokenizer_hash",
-    "lm_dtype",
-    "model_layers",
-    "layers",
-    "width",
-    "context",
-    "rows",
-    "shard_rows",
-    "kept_tokens",
-    "dtype",
-    "seed",
-    "corpus_fingerprint",
-    "documents",
-    "held_out",
-    "special_ids",
-    "roles",
-    "keep_roles",
-    "keep_special",
-    "skip_positions",
+    *("format_version", "config_hash", "tokenizer_hash", "lm_dtype", "model_layers", "layers", "width", "context"),
+    *("rows", "shard_rows", "kept_tokens", "dtype", "seed", "corpus_fingerprint", "documents", "held_out"),
+    *("special_ids", "roles", "keep_roles", "keep_special", "skip_positions"),
 )
 Hashes = dict[str, str | None]  # by name of an array; None: it cannot be read
 

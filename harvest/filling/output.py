@@ -21,9 +21,9 @@ from routesae.harvest.cache.claims import Claims
 from routesae.harvest.cache.copying import begin_copy, begin_in_store, require_same_cache, require_unused, send
 from routesae.harvest.cache.manifest import shard_arrays, shard_name
 from routesae.harvest.cache.reader import Cache
-from routesae.harvest.cache.storage import is_url
 from routesae.harvest.cache.store import blocks
 from routesae.harvest.cache.store.bucket import BucketFolder
+from routesae.machine.files import is_url
 from routesae.reporting import WrongInput
 
 log = logging.getLogger(__name__)

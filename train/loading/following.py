@@ -1,7 +1,5 @@
 """Follow a cache that is still being written: wait for its shards, and tell a ring which of them are used."""
 
-from __future__ import annotations
-
 import glob
 import logging
 import time
@@ -18,9 +16,8 @@ from routesae.harvest.cache.claims import Claims
 from routesae.harvest.cache.manifest import shard_name
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.cache.ring import Ring
-from routesae.harvest.cache.storage import is_url
 from routesae.harvest.cache.writer import is_uncommitted
-from routesae.machine.files import read_json
+from routesae.machine.files import is_url, read_json
 from routesae.machine.lock import hold
 from routesae.machine.stop import StopRequest, stop_code
 from routesae.reporting import FailedRun, Stopped, WrongInput, human_bytes, shortened

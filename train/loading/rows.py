@@ -34,7 +34,8 @@ from routesae.harvest.cache.manifest import (
 )
 from routesae.harvest.cache.quantise import Channels, decode, piece_rows
 from routesae.harvest.cache.reader import Shard, damaged
-from routesae.harvest.cache.storage import OpenRows
+from routesae.harvest.cache.store.bucket import BucketArray
+from routesae.harvest.cache.store.disk import OpenFile
 from routesae.reporting import FailedRun
 
 OPEN_FILES = 512  # held open at most; opening one anew costs about a twentieth of reading a block from it
@@ -42,7 +43,7 @@ HASHES_BYTES = 1 << 26  # of chunk_hashes, kept for the shards read last
 CHANNELS_BYTES = 1 << 26  # of means and deviations of channels, likewise
 
 Rows = npt.NDArray[np.generic]
-Open = Callable[[Shard, str], OpenRows]
+Open = Callable[[Shard, str], OpenFile | BucketArray]
 
 
 class Read(NamedTuple):
@@ -91,7 +92,10 @@ class RowReader:
         hashed = hashed_arrays(manifest)
         self._hash_columns = {name: column for column, name in enumerate(hashed)}
         # Plain functions, not methods: a cycle would hold files open for as long as the collector pleases.
-        self._opened: Open = lru_cache(_open_file_limit())(lambda shard, name: shard.array(name).open())
+        # Of the files that the process may open a quarter: the rest is for whoever else is in it.
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = OPEN_FILES if soft == resource.RLIM_INFINITY else max(1, min(OPEN_FILES, soft // 4))
+        self._opened: Open = lru_cache(most)(lambda shard, name: shard.array(name).open())
         chunks = -(-manifest.shard_rows * manifest.context // CHUNK_ROWS)
         self._hashes = lru_cache(max(1, HASHES_BYTES // (8 * len(hashed) * chunks)))(_chunk_hashes)
         channels = partial(_channels, self._columns)
@@ -215,9 +219,3 @@ def _channels(columns: list[int], shard: Shard) -> torch.Tensor:
         with _reading(shard, name):
             read.append(torch.from_numpy(shard.read(name)[columns]))
     return torch.stack(read)
-
-
-def _open_file_limit() -> int:
-    """A quarter of what the process may open: the rest is for whoever else is in it."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return OPEN_FILES if soft == resource.RLIM_INFINITY else max(1, min(OPEN_FILES, soft // 4))

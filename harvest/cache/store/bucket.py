@@ -27,8 +27,16 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from routesae.harvest.cache.arrays import CHECKSUM_DIFFERS, CHUNK_ROWS, Array, BadArray, array_hash, data_name
-from routesae.harvest.cache.storage import Stored, checked
+from routesae.harvest.cache.arrays import (
+    CHECKSUM_DIFFERS,
+    CHUNK_ROWS,
+    Array,
+    BadArray,
+    Stored,
+    array_hash,
+    checked,
+    data_name,
+)
 from routesae.harvest.cache.store.blocks import IN_FLIGHT, PIECE_BYTES, Block, blocks
 from routesae.machine.files import LARGEST_BYTES
 from routesae.reporting import FailedRun, WrongInput
@@ -46,7 +54,7 @@ T = TypeVar("T", bound="Data")
 
 
 class BucketFolder:
-    """What lies below `url`. Nothing is asked of the store before the first read."""
+    """What lies below `url`, as a DiskFolder. Nothing is asked of the store before the first read."""
 
     def __init__(self, url: str):
         self.path = self.address = url.rstrip("/")
@@ -98,18 +106,14 @@ class BucketFolder:
 
     def folders(self) -> set[str]:
         """The names of the folders right below, whatever is in them."""
-        import obstore
-
-        with self._asking(""):
+        with self._asking("") as obstore:
             listed = obstore.list_with_delimiter(self._store(), self._key("") or None)
         return {prefix.rstrip("/").rpartition("/")[2] for prefix in listed["common_prefixes"]}
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every object below, by its name counted from here."""
-        import obstore
-
         key = self._key("")
-        with self._asking(""):
+        with self._asking("") as obstore:
             batches = obstore.list(self._store(), key or None)
             return {one["path"][len(key) :].lstrip("/"): one["size"] for batch in batches for one in batch}
 
@@ -124,32 +128,27 @@ class BucketFolder:
         return True
 
     def read(self, name: str, largest: int = LARGEST_BYTES) -> bytes:
-        import obstore
-
-        with self._asking(name):
+        with self._asking(name) as obstore:
             answer = obstore.get(self._store(), self._key(name))
             if (size := answer.meta["size"]) > largest:
                 raise BadArray(f"{size:,} bytes, more than the {largest:,} that are read")
-            return _whole(answer.bytes().to_bytes(), size)
+            data: bytes = answer.bytes().to_bytes()
+            return _whole(data, size)
 
     def tail(self, name: str, length: int) -> tuple[Stored, bytes]:
-        import obstore
-
-        with self._asking(name):
+        with self._asking(name) as obstore:
             answer = obstore.get(self._store(), self._key(name), options={"range": {"suffix": length}})
-            data = answer.bytes().to_bytes()
+            data: bytes = answer.bytes().to_bytes()
         stored = Stored(answer.meta["size"], answer.meta["e_tag"])
         return stored, _whole(data, min(length, stored.size))
 
     def range(self, name: str, first: int, after: int, stored: Stored) -> Data:
         """Bytes first … after-1 of an object that is still the one `stored` describes."""
-        import obstore
-
         options: Any = {"range": (first, after)}
         if stored.etag is not None:
             options["if_match"] = stored.etag
-        with self._asking(name):
-            data = obstore.get(self._store(), self._key(name), options=options).bytes()
+        with self._asking(name) as obstore:
+            data: Data = obstore.get(self._store(), self._key(name), options=options).bytes()
         return _whole(data, after - first)
 
     def ranges(self, name: str, stored: Stored, first: int, after: int, step: int) -> Iterator[Data]:
@@ -201,31 +200,28 @@ class BucketFolder:
 
     def put(self, name: str, data: bytes) -> None:
         """Make or replace a small object."""
-        import obstore
-
-        with self._asking(name):
+        with self._asking(name) as obstore:
             obstore.put(self._store(), self._key(name), data, use_multipart=False)
 
     def upload(self, path: Path, name: str) -> None:
         """Copy a file, a large one in parts that are sent side by side."""
-        import obstore
-
         size = path.stat().st_size
-        with self._asking(name):
+        with self._asking(name) as obstore:
             # A store takes 10,000 parts.
             obstore.put(self._store(), self._key(name), path, chunk_size=max(PIECE_BYTES, size // 9_000))
 
     # -------------------------------------------------------------------------------------------------- faults
 
     @contextmanager
-    def _asking(self, name: str) -> Iterator[None]:
-        """Turn a store's refusal into one line with the remedy."""
+    def _asking(self, name: str) -> Iterator[Any]:
+        """The package obstore, while open: its refusals become one line with the remedy."""
+        import obstore
         from obstore import exceptions
 
         what = f"{self}/{name}" if name else str(self)
         refused = (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError, PermissionError)
         try:
-            yield
+            yield obstore
         except (FileNotFoundError, exceptions.BaseError, PermissionError) as error:
             said = str(error)
             if "NoSuchBucket" in said or "ContainerNotFound" in said or "bucket does not exist" in said:
@@ -251,7 +247,7 @@ class BucketFolder:
 
 
 class BucketArray:
-    """An array that the first read checks, by two requests; every read is of the version that was right then.
+    """A DiskArray that the first read checks, by two requests; every read is of the version that was right then.
 
     What is read, unless in pieces, goes through blocks of whole chunks that stay on this disk for a while (.blocks).
     """
@@ -268,10 +264,11 @@ class BucketArray:
 
     def _fetched(self, first: int, after: int) -> Iterator[Data]:
         """The bytes of rows first … after-1, some megabytes of whole chunks at a time."""
+        folder = self._folder
         with self._lock:
-            stored = self._stored = self._stored or checked(self._folder, self._shape, self._dtype)
+            stored = self._stored = self._stored or checked(folder.read, folder.tail, self._shape, self._dtype)
         step = self._chunk_bytes * max(1, PIECE_BYTES // self._chunk_bytes)
-        yield from self._folder.ranges(self._name, stored, first * self._row_bytes, after * self._row_bytes, step)
+        yield from folder.ranges(self._name, stored, first * self._row_bytes, after * self._row_bytes, step)
 
     def pieces(self) -> Iterator[Array]:
         for piece in self._fetched(0, self._shape[0]):

@@ -2,6 +2,9 @@
 
 A pread copies from the page cache at nearly memcpy's rate (benchmarks/loader.py), leaves nothing of the cache in this
 process's memory, and meets a file that was cut as a short read, where a mapping would end the process with SIGBUS.
+
+What the classes here do, those of store/bucket.py do in an object store. There each request may also raise WrongInput
+if the bucket is missing or closed, BadArray if an object changed, and FailedRun if the store does not answer.
 """
 
 from __future__ import annotations
@@ -18,9 +21,8 @@ from typing import IO
 import numpy as np
 import numpy.typing as npt
 
-from routesae.harvest.cache.arrays import CHECKSUM_DIFFERS, Array, BadArray, array_hash, data_file
-from routesae.harvest.cache.storage import Stored, checked
-from routesae.machine.files import LARGEST_BYTES, BadFile, leads_out_of, open_regular, read_bytes
+from routesae.harvest.cache.arrays import CHECKSUM_DIFFERS, Array, BadArray, Stored, array_hash, checked, data_file
+from routesae.machine.files import LARGEST_BYTES, BadFile, open_regular, read_bytes
 
 NO_MMAP = (errno.ENODEV, errno.ENOSYS, errno.ENOTSUP, errno.EACCES, errno.EINVAL)
 
@@ -41,6 +43,10 @@ class OpenFile:
             close(self.descriptor)
 
     def read(self, first: int, out_mW: npt.NDArray[np.generic]) -> None:
+        """Copy stored rows from `first` on into out_mW, C-contiguous and of the array's dtype.
+
+        Raises BadArray where the file ends early, OSError where it cannot be read.
+        """
         assert out_mW.flags.c_contiguous  # a copy would be read into and thrown away
         view, offset = out_mW.reshape(-1).view(np.uint8).data, first * self._row_bytes
         while view:  # a read may give less than it is asked for
@@ -50,11 +56,13 @@ class OpenFile:
             view, offset = view[read:], offset + read
 
     def advise(self, first: int, after: int) -> None:
+        """Announce that rows first … after-1 will be read soon."""
         if hasattr(os, "posix_fadvise"):
             offset, length = first * self._row_bytes, (after - first) * self._row_bytes
             os.posix_fadvise(self.descriptor, offset, length, os.POSIX_FADV_WILLNEED)
 
     def drop(self, first: int, after: int) -> bool:
+        """Delete local copies of those rows; returns whether there were any, so that another read may help."""
         return False
 
 
@@ -81,19 +89,21 @@ def folder_bytes(folder: Path) -> int:
 
 
 class DiskArray:
-    """An array in a folder. content: its hash."""
+    """An array in a folder, whose metadata, size and index are right. content: its recorded hash."""
 
     def __init__(self, path: Path, shape: tuple[int, ...], dtype: npt.DTypeLike, content: str):
         self._path, self._shape, self._content = data_file(path, len(shape)), shape, content
         self._dtype = np.dtype(dtype).newbyteorder("<")
 
     def whole(self) -> Array:
+        """The array, compared with its hash: memory-mapped; out of an object store from a local copy, which stays."""
         values = map_file(self._path, self._dtype, self._shape)
         if array_hash(values) != self._content:
             raise BadArray(CHECKSUM_DIFFERS)
         return values
 
     def pieces(self) -> Iterator[Array]:
+        """All rows in order, in pieces of whole chunks, as they are now, never from a local copy."""
         yield map_file(self._path, self._dtype, self._shape)
 
     def open(self) -> OpenFile:
@@ -101,7 +111,7 @@ class DiskArray:
 
 
 class DiskFolder:
-    """A folder on a disk. root: that of the whole cache, out of which no link may lead."""
+    """The folder of a cache, of a shard or of an array. root: that of the cache, out of which no link may lead."""
 
     def __init__(self, path: Path, root: Path | None = None):
         self.path = path
@@ -115,9 +125,11 @@ class DiskFolder:
         return DiskFolder(self.path / name, self._root)
 
     def folder(self) -> Path:
+        """Raises WrongInput where it is not on a disk."""
         return self.path
 
     def read(self, name: str, largest: int = LARGEST_BYTES) -> bytes:
+        """A whole small file. Raises FileNotFoundError, and BadArray where it is too large or unreadable."""
         try:
             return read_bytes(self.path / name, largest)
         except (FileNotFoundError, NotADirectoryError):
@@ -126,6 +138,7 @@ class DiskFolder:
             raise BadArray(f"{name} unreadable: {getattr(bad, 'strerror', None) or bad}") from None
 
     def tail(self, name: str, length: int) -> tuple[Stored, bytes]:
+        """A file's size and its last `length` bytes (all, where it has fewer). Raises as `read`."""
         try:
             with open_regular(self.path / name) as file:
                 size = os.fstat(file.fileno()).st_size
@@ -137,6 +150,7 @@ class DiskFolder:
             raise BadArray(f"data file unreadable: {getattr(bad, 'strerror', None) or bad}") from None
 
     def fetch(self, name: str, target: Path, *, link: bool = False) -> None:
+        """Copy a file to the new path `target`; `link` makes a hard link where that is possible. Raises as `read`."""
         target.parent.mkdir(parents=True, exist_ok=True)
         if link:
             with suppress(OSError):  # another file system, or one without hard links
@@ -148,6 +162,7 @@ class DiskFolder:
         return folder_bytes(self.path)
 
     def shard_names(self) -> set[str]:
+        """The shards that are committed: here, whatever has a shard's name."""
         with os.scandir(self.path) as entries:  # one listing, not a look for each of thousands
             return {entry.name for entry in entries if entry.name.startswith("shard-")}
 
@@ -158,7 +173,9 @@ class DiskFolder:
         return (self / name).read("zarr.json")
 
     def array(self, shape: tuple[int, ...], dtype: npt.DTypeLike, content: str) -> DiskArray:
-        if leads_out_of(self._root, data_file(self.path, len(shape))):
+        """The array in this folder. content: its recorded hash. Raises BadArray."""
+        file, root = os.path.realpath(data_file(self.path, len(shape))), os.path.realpath(self._root)
+        if not file.startswith(root + os.sep):
             raise BadArray("a symbolic link leads out of the cache; put the file itself there")
-        checked(self, shape, dtype)
+        checked(self.read, self.tail, shape, dtype)
         return DiskArray(self.path, shape, dtype, content)
