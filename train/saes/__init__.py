@@ -11,18 +11,8 @@ from routesae.train.saes.routesae import RouteSAE
 from routesae.train.saes.sae import SAE, Forward, Recipe
 from routesae.train.saes.single import SingleLayerSAE
 
-__all__ = [
-    "PENALISED",
-    "SAE",
-    "SAES",
-    "SINGLE_LAYER",
-    "Crosscoder",
-    "Forward",
-    "Recipe",
-    "RouteSAE",
-    "SingleLayerSAE",
-    "build",
-]
+__all__ = ["PENALISED", "SAE", "SAES", "SINGLE_LAYER", "Crosscoder", "Forward", "Recipe", "RouteSAE"]
+__all__ += ["SingleLayerSAE", "build"]
 
 
 def _class(path: str) -> Any:

@@ -39,7 +39,7 @@ class BatchTopK(SingleLayerSAE):
 
     def autoencode(self, x_ND: Tensor, weights_N: Tensor | None = None) -> Forward:
         if not self.training:
-            latents = self.latents_of(x_ND)
+            latents = self.encode_rows(x_ND)
             return Forward(x_ND, self.decode_rows(latents), latents)
         pairs, z_P = encode_batchtopk(x_ND, self.encoder(), self.k)
         f_P = z_P.relu()
@@ -55,7 +55,6 @@ class BatchTopK(SingleLayerSAE):
         rate = (1 / self.batches).clamp(min=THRESHOLD_RATE)
         self.threshold += torch.where(least < torch.inf, rate * (least - self.threshold), 0)
 
-    @torch.no_grad()
     def latents_of(self, x_ND: Tensor) -> Latents:
         return threshold_latents(x_ND, self.encoder(), self.threshold)
 

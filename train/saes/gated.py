@@ -89,7 +89,6 @@ class Gated(SteeredSAE):
         shared_M = encode_pairs(x_ND, self.encoder(), pairs, ((f_M - b_mag_M) / e_r_M).detach())
         return Latents(torch.addcmul(b_mag_M, e_r_M, shared_M), pairs)
 
-    @torch.no_grad()
     def latents_of(self, x_ND: Tensor) -> Latents:
         shared_NF = F.linear(x_ND - self.b_dec_D, self.W_enc_FD)
         magnitude_NF = (self.r_mag_F.exp() * shared_NF + self.b_mag_F).relu_()

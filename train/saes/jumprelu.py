@@ -82,7 +82,6 @@ class JumpReLU(SingleLayerSAE):
         if not self.recipe.published:
             self.threshold_F.copy_(least_active(x_ND - self.b_dec_D, self.W_enc_FD, self.k))
 
-    @torch.no_grad()
     def latents_of(self, x_ND: Tensor) -> Latents:
         return threshold_latents(x_ND, self.encoder(), self.threshold_F)
 

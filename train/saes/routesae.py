@@ -20,8 +20,6 @@ the mean of w_ℓ (2101.03961, eq. 4).
 Dimension letters: L layers, N tokens, D width, F latents, R rows: a token's reading of one layer.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

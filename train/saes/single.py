@@ -73,7 +73,7 @@ class SingleLayerSAE(SAE):
         raise NotImplementedError
 
     def latents_of(self, x_ND: Tensor) -> Latents:
-        """The latents in use of normalised rows, by the variant's own activation."""
+        """The latents in use of normalised rows, by the variant's own activation; called without gradients."""
         raise NotImplementedError
 
     @torch.no_grad()

@@ -13,7 +13,6 @@ Dimension letters: N tokens, D width.
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from routesae.train.saes.sae import Forward
@@ -32,7 +31,6 @@ class TopK(SingleLayerSAE):
         reconstruction_ND = pairs.decode(f_M, self.W_dec_FD, self.b_dec_D)
         return Forward(x_ND, reconstruction_ND, Latents(f_M, pairs), weights_N=weights_N)
 
-    @torch.no_grad()
     def latents_of(self, x_ND: Tensor) -> Latents:
         return topk_latents(x_ND, self.encoder(), self.k)
 

@@ -38,7 +38,6 @@ class Vanilla(SteeredSAE):
         penalty = mean_over_rows(penalty_N, weights_N)
         return Forward(x_ND, reconstruction_ND, latents, penalty, weights_N=weights_N)
 
-    @torch.no_grad()
     def latents_of(self, x_ND: Tensor) -> Latents:
         return threshold_latents(x_ND, self.encoder(), torch.zeros_like(self.b_enc_F))
 

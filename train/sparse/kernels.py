@@ -5,8 +5,6 @@
 Dimension letters: N tokens, D width, F latents, K active latents, M pairs; P: [N, F] of all pairs, or [M].
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -68,9 +66,8 @@ def encode_topk(x_ND: Tensor, encoder: Encoder, k: int) -> tuple[Pairs | AllPair
     f = len(encoder.W_enc_FD)
     if encoder.arithmetic.dense(k, f):
         return AllPairs(), _largest_alone(encode_all(x_ND, encoder), k)
-    with torch.no_grad():
-        z_NK, indices_NK = topk_of(x_ND, encoder, k)
-        pairs = Pairs.of(indices_NK, f)
+    z_NK, indices_NK = topk_of(x_ND, encoder, k)
+    pairs = Pairs.of(indices_NK, f)
     return pairs, encode_pairs(x_ND, encoder, pairs, z_NK.flatten())
 
 
@@ -85,12 +82,12 @@ def encode_batchtopk(x_ND: Tensor, encoder: Encoder, k: int) -> tuple[Pairs | Al
         if (kept := k * batch_rows(len(x_ND))) != k * len(x_ND):
             return AllPairs(), z_NF.masked_fill(z_NF < batch_kth_largest(z_NF.detach(), kept), 0)
         return AllPairs(), _largest_alone(z_NF.view(1, -1), kept).view_as(z_NF)
-    with torch.no_grad():
-        tokens_M, latents_M, z_M = _batchtopk(x_ND, encoder, k)
-        pairs = Pairs(len(x_ND), len(encoder.W_enc_FD), tokens_M, latents_M)
+    tokens_M, latents_M, z_M = _batchtopk(x_ND, encoder, k)
+    pairs = Pairs(len(x_ND), len(encoder.W_enc_FD), tokens_M, latents_M)
     return pairs, encode_pairs(x_ND, encoder, pairs, z_M)
 
 
+@torch.no_grad()
 def _batchtopk(x_ND: Tensor, encoder: Encoder, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Estimate from a few tokens above which value enough pairs lie; if there are too few, look at all above 0."""
     n, f = len(x_ND), len(encoder.W_enc_FD)
@@ -121,14 +118,11 @@ def encode_above(x_ND: Tensor, encoder: Encoder, floor_F: Tensor, k: int) -> tup
     """
     if encoder.arithmetic.dense(k, len(floor_F)):
         return AllPairs(), encode_all(x_ND, encoder)
-    with torch.no_grad():
-        probe_nF = torch.cat([z_nF > floor_F for _, z_nF in pre_activations(x_ND[:PROBE_ROWS], encoder, x_ND.dtype)])
-        dense = bool(probe_nF.count_nonzero() > encoder.arithmetic.sparse_below * probe_nF.numel())
-    if dense:
+    probe_nF = torch.cat([z_nF > floor_F for _, z_nF in pre_activations(x_ND[:PROBE_ROWS], encoder, x_ND.dtype)])
+    if bool(probe_nF.count_nonzero() > encoder.arithmetic.sparse_below * probe_nF.numel()):
         return AllPairs(), encode_all(x_ND, encoder)
-    with torch.no_grad():
-        tokens_M, latents_M, z_M = all_above(x_ND, encoder, floor_F)
-        pairs = Pairs(len(x_ND), len(floor_F), tokens_M, latents_M)
+    tokens_M, latents_M, z_M = all_above(x_ND, encoder, floor_F)
+    pairs = Pairs(len(x_ND), len(floor_F), tokens_M, latents_M)
     return pairs, encode_pairs(x_ND, encoder, pairs, z_M)
 
 

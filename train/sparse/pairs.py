@@ -150,7 +150,7 @@ class AllPairs:
 
 
 class Pairs:
-    """M pairs of a token and a latent, ordered by token; what is per pair is a vector [M].
+    """M pairs of a token and a latent, ordered by token, as AllPairs; what is per pair is a vector [M].
 
     tokens, latents: N and F. offsets_N: where each token's pairs begin.
     """
@@ -166,16 +166,13 @@ class Pairs:
         return cls(n, latents, torch.arange(n, device=indices_NK.device).repeat_interleave(k), indices_NK.flatten())
 
     def at(self, v_F: Tensor) -> Tensor:
-        """A latent's number for each of its pairs."""
         return v_F.index_select(0, self.latents_M)
 
     def by_token(self, v_M: Tensor, weight_F: Tensor | None = None) -> Tensor:
-        """[N]: the sum over each token's pairs, weighted by latent if weight_F is given."""
         v_M = v_M if weight_F is None else v_M * self.at(weight_F)
         return v_M.new_zeros(self.tokens).index_add(0, self.tokens_M, v_M)
 
     def decode(self, f_M: Tensor, W_dec_FD: Tensor, b_dec_D: Tensor) -> Tensor:
-        """x̂_ND = W_decᵀ f + b_dec."""
         reconstruction_ND: Tensor = _Decode.apply(f_M, W_dec_FD, self)  # type: ignore[no-untyped-call]
         return reconstruction_ND + b_dec_D
 

@@ -5,10 +5,8 @@ checkpoints and its cfg.json hold it: a run that is resumed elsewhere does as it
 
 Two numbers of a device decide. The first is how much faster it multiplies bfloat16 than float32. Where it does, the
 encoder's product over all N·F pairs runs in bfloat16; on a CPU it only proposes candidates, whose pre-activations are
-computed anew in float32 (sparse/search.py), so that an SAE's numbers do not depend on the CPU. CPUs with AMX, with
-AVX512-BF16 (Zen 4 and 5, some Sapphire Rapids guests) or Arm's BF16 do; others emulate it, and float32 is faster. On
-CUDA the whole step runs under autocast, in bfloat16 from compute capability 8 on (V100 and T4 emulate it, and stay in
-float32); float32 products that remain are multiplied in TF32 where there is such a thing.
+computed anew in float32 (sparse/search.py), so that an SAE's numbers do not depend on the CPU. On CUDA the whole step
+runs under autocast; float32 products that remain are multiplied in TF32 where there is such a thing.
 
 The second is how many multiplications it does in the time of one gathered number. Decoding, and each weight's
 gradient, is either a dense product of 2·N·F·D operations at P a second, or a gathered pass over the N·k active pairs,
@@ -23,8 +21,6 @@ formula holds: the crossing was measured at .09 to .12 of all pairs for gated an
 
 Dimension letters: N tokens, D width, F latents, k active latents a token.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager

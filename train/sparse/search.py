@@ -68,6 +68,7 @@ class Encoder(NamedTuple):
             return bias_F - self.W_enc_FD @ self.b_dec_D
 
 
+@torch.no_grad()
 def pre_activations(x_ND: Tensor, encoder: Encoder, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """Yield (rows, z_nF), on a CPU a few rows at a time; the next overwrites z_nF.
 
@@ -137,6 +138,7 @@ def _threads(count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, thread_name_prefix="select")
 
 
+@torch.no_grad()
 def topk_of(x_ND: Tensor, encoder: Encoder, k: int) -> tuple[Tensor, Tensor]:
     """(z_NK, indices_NK): the k largest pre-activations of each token, those above 0 exactly, in no order."""
     dtype = encoder.arithmetic.proposes(x_ND)
@@ -158,6 +160,7 @@ def topk_of(x_ND: Tensor, encoder: Encoder, k: int) -> tuple[Tensor, Tensor]:
     return z_NK.gather(1, best_NK), indices_NK.gather(1, best_NK)
 
 
+@torch.no_grad()
 def all_above(x_ND: Tensor, encoder: Encoder, floor_F: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(tokens_M, latents_M, z_M) of every pre-activation above its latent's floor; by token."""
     dtype = encoder.arithmetic.proposes(x_ND)
