@@ -233,7 +233,7 @@ def run(settings: Any, result: Any) -> None:
     echo(f"{settings.out}: {', '.join(sorted(file.name for file in settings.out.iterdir() if file.is_file()))}")
 
 
-@command(main, "train.folder.settings:ConvertSettings", run="train.folder.convert:convert")
+@command(main, "train.settings:ConvertSettings", run="train.folder.convert:convert")
 def convert(settings: Any, converted: Any) -> None:
     """Make an SAE folder of a checkpoint of the published RouteSAE code.
 
@@ -246,7 +246,7 @@ def convert(settings: Any, converted: Any) -> None:
     echo(f"{converted.folder}: {recipe.sae} of layer {layers}; {size}")
 
 
-@command(main, "train.folder.settings:PushSettings")
+@command(main, "train.settings:PushSettings")
 def push(settings: Any) -> None:
     """Upload an SAE folder to the Hugging Face hub, with a model card.
 

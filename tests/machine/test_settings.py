@@ -21,8 +21,7 @@ from routesae.harvest.cache.settings import BlockOptions
 from routesae.harvest.settings import HarvestSettings
 from routesae.machine.settings import Settings, by_field, flag_of, read_count, read_toml, setting
 from routesae.reporting import WrongInput
-from routesae.train.folder.settings import ConvertSettings, PushSettings
-from routesae.train.settings import RunSettings, TrainSettings
+from routesae.train.settings import ConvertSettings, PushSettings, RunSettings, TrainSettings
 
 REQUIRED: dict[type[Settings], dict[str, Any]] = {
     ClampSettings: {"ablate": ("1",)},

@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 
 from routesae.reporting import WrongInput
-from routesae.train.folder.settings import ConvertSettings
 from routesae.train.saes import PENALISED, SAES
 from routesae.train.saes.sae import ROUTERS
-from routesae.train.settings import RunSettings, TrainSettings, register, settings_of, variants
+from routesae.train.settings import ConvertSettings, RunSettings, TrainSettings, register, settings_of, variants
 
 
 def write(folder: Path, text: str) -> str:

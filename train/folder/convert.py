@@ -33,12 +33,12 @@ from routesae.machine.files import disk_faults, open_regular
 from routesae.machine.lock import hold
 from routesae.reporting import Report, WrongInput, silent
 from routesae.train.folder.checkpoint import CONFIG, commit_folder, other_layout, save_sae
-from routesae.train.folder.settings import ConvertSettings
 from routesae.train.folder.strangers import LENS, read_strange
 from routesae.train.saes import PENALISED, SAE, SINGLE_LAYER, Recipe, build
 from routesae.train.saes.crosscoder import CROSSCODER
 from routesae.train.saes.routesae import ROUTER
 from routesae.train.saes.single import WEIGHTS
+from routesae.train.settings import ConvertSettings
 
 log = logging.getLogger(__name__)
 

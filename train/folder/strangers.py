@@ -24,8 +24,8 @@ from routesae.reporting import FailedRun, WrongInput
 from routesae.train.folder.checkpoint import load_sae, other_layout
 from routesae.train.folder.hub import hub_errors
 from routesae.train.folder.saelens import hook_of
-from routesae.train.folder.settings import ConvertSettings
 from routesae.train.saes import SAE
+from routesae.train.settings import ConvertSettings
 
 LENS = "lens:"
 LOADERS = "sae_lens.loading.pretrained_sae_loaders"

@@ -21,8 +21,8 @@ from routesae.reporting import WrongInput
 from routesae.tests.hidden import Normalised
 from routesae.train.folder.checkpoint import load_sae, read_config
 from routesae.train.folder.convert import convert, read_title
-from routesae.train.folder.settings import ConvertSettings
 from routesae.train.saes import SAE, RouteSAE, SingleLayerSAE
+from routesae.train.settings import ConvertSettings
 
 CPU = torch.device("cpu")
 D, F, K, N, LAYERS = 16, 40, 5, 60, 5  # five layers: an LM of eight blocks, layers 2 to 6

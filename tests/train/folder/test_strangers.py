@@ -18,9 +18,9 @@ from torch import Tensor
 from routesae.reporting import WrongInput
 from routesae.train.folder.checkpoint import load_sae, read_config, read_recipe, save_sae
 from routesae.train.folder.convert import convert
-from routesae.train.folder.settings import ConvertSettings
 from routesae.train.folder.strangers import LOADERS
 from routesae.train.saes import SAE, Recipe, build
+from routesae.train.settings import ConvertSettings
 
 
 @pytest.fixture(autouse=True, scope="module")
