@@ -1,7 +1,5 @@
 """Shows how far a long run has come: a bar, log lines or lines of JSON on standard error, and a status file."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -12,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from routesae import __version__
 from routesae.console.options import Watch
@@ -20,9 +18,6 @@ from routesae.console.terminal import columns, styled
 from routesae.machine.files import read_bytes, write_json
 from routesae.machine.stop import terminating
 from routesae.reporting import FailedRun, Progress, Report, Stopped, WrongInput, shortened, visible
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
 
 log = logging.getLogger("routesae")
 LOG_LINE_SECONDS = 10.0  # between progress lines where there is no terminal
@@ -125,7 +120,7 @@ class Bars:
     """Shows progress as a bar with time left and figures, for a terminal."""
 
     def __init__(self) -> None:
-        self._bar: tqdm[Any] | None = None
+        self._bar: Any = None  # a tqdm, of one stage
         self._stage: str | None = None
 
     def show(self, now: Progress, paced: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,14 @@ def require_packages(what: str, extra: str, *names: str, instead: str = "") -> N
     """Raises WrongInput where a package of an extra is not installed. instead: what else the user can do."""
     if missing := [name for name in names if importlib.util.find_spec(name) is None]:
         raise WrongInput(f"{what} needs {' and '.join(missing)}: pip install 'routesae[{extra}]'{instead}")
+
+
+def package_folder(package: str, what: str, version: str) -> Path:
+    """Where a package is, which is not imported. Raises WrongInput where it is not installed."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise WrongInput(f"{what} is not installed; pip install --no-deps {version}")
+    return Path(spec.origin).parent
 
 
 def pick_device(device: str) -> torch.device:

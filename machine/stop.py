@@ -3,7 +3,7 @@
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 
 from routesae.reporting import Stopped
@@ -35,15 +35,13 @@ class Terminated(KeyboardInterrupt):
     """
 
 
-@contextmanager
-def terminating() -> Iterator[None]:
+def terminating() -> AbstractContextManager[None]:
     """While open, SIGTERM raises Terminated, but outside the main thread, where signals cannot be caught."""
 
     def end(number: int, frame: FrameType | None) -> None:
         raise Terminated("stopped by SIGTERM")
 
-    with _handlers(end, signal.SIGTERM):
-        yield
+    return _handlers(end, signal.SIGTERM)
 
 
 @contextmanager

@@ -10,8 +10,6 @@ PyTorch's fused kernel, called as a function: its optimiser class imports the co
 the rest of PyTorch, before the first step.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

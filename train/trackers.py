@@ -4,8 +4,6 @@ Each is an extra of its own, imported only when asked for. Offline modes are the
 Weights & Biases; TensorBoard and Trackio write to this machine anyway.
 """
 
-from __future__ import annotations
-
 import contextlib
 import contextvars
 import importlib
@@ -15,13 +13,10 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from routesae.machine.files import read_bytes, reading, replacing
 from routesae.reporting import WrongInput
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 PROJECT = "routesae"
 
@@ -40,7 +35,7 @@ class TensorBoard:
 
     def __init__(self, name: str, folder: Path, settings: Mapping[str, Any], project: str):
         self.folder, self.settings = folder / "tensorboard", settings
-        self.writer: SummaryWriter | None = None
+        self.writer: Any = None  # a SummaryWriter, once there is something to write
 
     def log(self, step: int, line: Mapping[str, Any]) -> None:
         if self.writer is None:

@@ -3,8 +3,6 @@
 Dimension letters: L layers, N tokens a batch, D width, F latents.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,16 +14,7 @@ from routesae.train.jobs import Job
 from routesae.train.log import StepLog
 from routesae.train.losses import Objective
 from routesae.train.optimiser import EPSILON, PUBLISHED_EPSILON, Adam, annealed_k, lr_factor, sparsity_factor
-from routesae.train.ranks.distributed import (
-    ALONE,
-    Ranks,
-    batch_sum,
-    copy_whole,
-    is_divided,
-    local_rows,
-    shard,
-    whole,
-)
+from routesae.train.ranks.distributed import ALONE, Ranks, batch_sum, copy_whole, is_divided, local_rows, shard, whole
 from routesae.train.saes import SAE, build
 from routesae.train.saes.normalise import Hidden
 from routesae.train.sparse.policy import Arithmetic

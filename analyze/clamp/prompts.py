@@ -14,8 +14,6 @@
 A turn begins with HH-RLHF's mark at the start of a paragraph; the published code splits at every "Human:".
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 import logging

@@ -28,7 +28,7 @@ from routesae.analyze.contexts.settings import ContextSettings
 from routesae.analyze.contexts.windows import Vocabulary, windows
 from routesae.harvest.cache.reader import Cache
 from routesae.reporting import Progress, Report, WrongInput, silent
-from routesae.train.loading.batches import BLOCK_ROWS, Block, Plan, Selection, cut_plans, load
+from routesae.train.loading.batches import Block, Plan, Selection, cut_plans, load
 from routesae.train.saes import SAE
 from routesae.train.saes.normalise import Hidden, places_of
 
@@ -94,9 +94,7 @@ def collect(
 
 def _shard_plans(selection: Selection, shard: int, batch_tokens: int) -> Iterator[Plan]:
     """The batches of one shard, in stored order; none holds rows of two shards. All of its rows are selected."""
-    count = selection.count(shard)
-    firsts = range(0, count, BLOCK_ROWS)
-    return cut_plans((Block(shard, first, min(first + BLOCK_ROWS, count)) for first in firsts), batch_tokens)
+    return cut_plans((Block(*row) for row in selection.block_table(range(shard, shard + 1)).tolist()), batch_tokens)
 
 
 class Collector:

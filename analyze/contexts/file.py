@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import regex
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
+from pydantic import AliasPath, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
 from routesae.machine.files import file_hash, read_signed, reading, refuse_link, replacing, signed, write_json
 from routesae.reporting import WrongInput, visible
@@ -158,29 +158,17 @@ class LatentContexts:
         return self.summary.latent
 
 
-class _Cache(BaseModel):
-    path: str
-    tokens_hash: str
-    corpus: str
-
-
-class _Settings(BaseModel):
-    threshold: float
-    choose: str
-
-
-class _SAE(BaseModel):
-    folder: str
-    weights: dict[str, str]
-
-
 class Facts(BaseModel):
     """What facts.json must say; the rest of it is not looked at."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
-    cache: _Cache
-    settings: _Settings
-    sae: _SAE
+    path: str = Field(validation_alias=AliasPath("cache", "path"))
+    tokens_hash: str = Field(validation_alias=AliasPath("cache", "tokens_hash"))
+    corpus: str = Field(validation_alias=AliasPath("cache", "corpus"))
+    threshold: float = Field(validation_alias=AliasPath("settings", "threshold"))
+    choose: str = Field(validation_alias=AliasPath("settings", "choose"))
+    folder: str = Field(validation_alias=AliasPath("sae", "folder"))
+    weights: dict[str, str] = Field(validation_alias=AliasPath("sae", "weights"))
     readings: PositiveInt
     features: NonNegativeInt
     hashes: dict[str, str]

@@ -18,10 +18,7 @@ class ContextSettings(Settings):
     max_classes: int = setting(32, RULE, "Leave out latents of more token classes than this.", ge=1)
     min_contexts: int = setting(5, RULE, "Leave out latents of fewer contexts than this.", ge=1)
     choose: str = setting(
-        "rule",
-        RULE,
-        "What contexts.json and interpret get: the rule's choice, or all of --top.",
-        choices=CHOICES,
+        "rule", RULE, "What contexts.json and interpret get: the rule's choice, or all of --top.", choices=CHOICES
     )
     window: int = setting(64, SHOWN, "Tokens in a context, at most; it ends where its sentence does.", ge=1)
     top: int = setting(12, SHOWN, "Strongest contexts of every latent.", ge=1)

@@ -142,9 +142,7 @@ def latents_of_text(settings: LatentsSettings, report: Report = silent) -> TextL
     return latents(lm, sae, text, top=settings.top, beside=beside)
 
 
-@lru_cache(2)
-def _vocabulary(tokenizer: Any) -> Vocabulary:
-    return Vocabulary(tokenizer)
+_vocabulary = lru_cache(2)(Vocabulary)
 
 
 def pieces_of(tokenizer: Any, ids: Sequence[int]) -> list[str]:

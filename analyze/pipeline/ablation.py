@@ -26,11 +26,7 @@ from routesae.reporting import Report, WrongInput, silent
 from routesae.train.jobs import folders
 from routesae.train.run import train
 
-COLUMNS = (
-    *("sae", "variant", "layers", "latents"),
-    *(metric.column for metric in METRICS.values()),
-    *DESCRIPTIONS,
-)
+COLUMNS = (*("sae", "variant", "layers", "latents"), *(metric.column for metric in METRICS.values()), *DESCRIPTIONS)
 
 
 def ablation(settings: AblationSettings, report: Report = silent) -> list[dict[str, Any]]:
@@ -54,11 +50,7 @@ def ablation(settings: AblationSettings, report: Report = silent) -> list[dict[s
         contexts(ContextSettings(saes=unread, threshold=settings.threshold, overwrite=True, **common), report)
     metrics = (*CACHE_METRICS, *LM_METRICS)
     scoring = AnalyzeSettings(
-        saes=saes,
-        metrics=metrics,
-        tokens=settings.score_tokens,
-        lm_dtype=settings.lm_dtype,
-        **common,
+        saes=saes, metrics=metrics, tokens=settings.score_tokens, lm_dtype=settings.lm_dtype, **common
     )
     results = analyze(scoring, report)
     known = [name for name in COLUMNS if any(name in row for row in results["saes"])]

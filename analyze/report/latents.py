@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from routesae.analyze.contexts.file import KINDS, SAMPLES, Context, LatentContexts, words_of
-from routesae.analyze.report.lens import NEAREST, LogitLens, nearest, unit_rows
+from routesae.analyze.report.lens import NEAREST, LogitLens, nearest
 from routesae.analyze.report.runs import Run
 from routesae.reporting import Progress, Report, WrongInput
 from routesae.train.saes import SAE
@@ -74,7 +75,7 @@ def latent_pieces(
     """
     assert run.contexts is not None
     W_FC = sae.dictionary.W_dec_FD.detach()
-    unit_FC = unit_rows(W_FC)
+    unit_FC = normalize(W_FC)
     latents = len(run.contexts.summaries)
     if len(W_FC) != latents:
         raise WrongInput(f"{run.folder} has {len(W_FC)} latents, its contexts {latents}; run routesae contexts again")
@@ -98,7 +99,7 @@ def latent_pieces(
             "words": list(texts),
             "contexts": shown,
             "near": near_nK.tolist(),
-            "cosine": _rounded(cosine_nK),
+            "cosine": cosine_nK.double().round(decimals=3).tolist(),
             "histogram": [[summary.histogram_first, *summary.histogram] for summary in summaries],
         }
         if lens is not None:
@@ -112,11 +113,7 @@ def latent_pairs(unit_FC: Tensor, other_FC: Tensor) -> dict[str, Any]:
     """For each latent the nearest one of another SAE. Both are unit decoder rows; F may differ."""
     parts = [nearest(unit_nC, other_FC, 1) for unit_nC in torch.split(unit_FC, PIECE)]
     cosine_F1, latent_F1 = (torch.cat(of_parts) for of_parts in zip(*parts, strict=True))
-    return {"latent": latent_F1[:, 0].tolist(), "cosine": _rounded(cosine_F1[:, 0])}
-
-
-def _rounded(cosine: Tensor) -> Any:
-    return (cosine.double() * 1000).round().div(1000).tolist()
+    return {"latent": latent_F1[:, 0].tolist(), "cosine": cosine_F1[:, 0].double().round(decimals=3).tolist()}
 
 
 def _list_words(listed: dict[str, Any], latent: LatentContexts) -> None:

@@ -23,17 +23,11 @@ from routesae.harvest.lm.passes import clean_pass, logits, spliced_pass
 NEAREST, TOKENS = 5, 10
 
 
-def unit_rows(W_FC: Tensor) -> Tensor:
-    """The rows at unit norm; a row of zeros stays zero and is near no other."""
-    norm_F1: Tensor = torch.linalg.vector_norm(W_FC, dim=1, keepdim=True)
-    return W_FC / norm_F1.clamp_min(1e-12)
-
-
 def nearest(unit_nC: Tensor, unit_FC: Tensor, count: int, *, itself: int | None = None) -> tuple[Tensor, Tensor]:
     """cosine_nK and latent_nK of the `count` latents nearest to each of n, the nearest first.
 
-    itself: the number of the first of the n among the F, if they are of the same SAE: none is its own neighbour.
-    Memory: n·F numbers.
+    unit_nC, unit_FC: decoder rows of norm 1. itself: the number of the first of the n among the F, if they are of the
+    same SAE: none is its own neighbour. Memory: n·F numbers.
     """
     cosine_nF = unit_nC @ unit_FC.T
     others = len(unit_FC)

@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from routesae import __version__
 from routesae.analyze.contexts.windows import Vocabulary
 from routesae.analyze.inputs.lm import LM, LMRecord, lm_of_sae, load_lm_of, place_of_lm
 from routesae.analyze.report.latents import PIECE, latent_list, latent_pairs, latent_pieces, packed
-from routesae.analyze.report.lens import LogitLens, unit_rows
+from routesae.analyze.report.lens import LogitLens
 from routesae.analyze.report.plots import draw_plots
 from routesae.analyze.report.runs import Run, read_runs, table_of
 from routesae.analyze.report.serve import asking, page_server
@@ -81,7 +82,7 @@ def write_report(settings: ReportSettings, report: Report = silent) -> Page:
                 pieces.write(f"piece-{number}-{at} {packed(piece)}\n")
             lists[f"list-{number}"] = packed(listed)
             if len(decoders) < PAIRED and run.recipe.sae != "crosscoder":  # which writes to several layers
-                decoders[number] = unit_rows(sae.dictionary.W_dec_FD.detach())
+                decoders[number] = normalize(sae.dictionary.W_dec_FD.detach())
         for one, other in permutations(decoders, 2):
             first, second = runs[one].recipe, runs[other].recipe
             if set(first.layers) & set(second.layers) and first.width == second.width:

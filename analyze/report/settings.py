@@ -18,11 +18,7 @@ class ReportSettings(LMSettings):
         None, PAGE, "File of analyze --json, for the metrics that need the LM.", metavar="PATH"
     )
     cache: str | None = setting(
-        None,
-        MODEL,
-        "Shows contexts of this corpus.",
-        metavar="PATH",
-        unset="the only ones there are",
+        None, MODEL, "Shows contexts of this corpus.", metavar="PATH", unset="the only ones there are"
     )
     model: str | None = setting(
         None,

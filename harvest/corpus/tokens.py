@@ -10,8 +10,6 @@ A conversation is what the chat template makes of it, and token ids are used as 
 Dimension letters: S rows, T context, and tokens of a document.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
@@ -224,28 +222,19 @@ def pack(documents: Iterable[Tokenised], *, context: int, row_start: int | None)
                 filled = 0
 
 
-class Fingerprint:
-    """xxh3-128 over the documents, in order: what the corpus was, however it was stored."""
-
-    def __init__(self) -> None:
-        self._hash = xxhash.xxh3_128()
-
-    def hashing(self, documents: Iterable[Tokenised]) -> Iterator[Tokenised]:
-        """The same documents, each hashed as it passes."""
-        for tokenised in documents:
-            content = tokenised.document.content
-            if isinstance(content, np.ndarray):
-                data = content.tobytes()
-            elif isinstance(content, str):
-                data = content.encode()
-            else:
-                data = json.dumps(content, sort_keys=True, default=str).encode()  # a table's messages may hold dates
-            self._hash.update(len(data).to_bytes(8, "little"))
-            self._hash.update(data)
-            yield tokenised
-
-    def hexdigest(self) -> str:
-        return self._hash.hexdigest()
+def hashing(documents: Iterable[Tokenised], fingerprint: xxhash.xxh3_128) -> Iterator[Tokenised]:
+    """The same documents, each hashed as it passes: what the corpus was, however it was stored."""
+    for tokenised in documents:
+        content = tokenised.document.content
+        if isinstance(content, np.ndarray):
+            data = content.tobytes()
+        elif isinstance(content, str):
+            data = content.encode()
+        else:
+            data = json.dumps(content, sort_keys=True, default=str).encode()  # a table's messages may hold dates
+        fingerprint.update(len(data).to_bytes(8, "little"))
+        fingerprint.update(data)
+        yield tokenised
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

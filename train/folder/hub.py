@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from routesae.machine.files import problem_of
 from routesae.reporting import FailedRun, WrongInput
 from routesae.train.folder.checkpoint import CONFIG, METRICS_FILE, Source, load_sae, read_source
 from routesae.train.saes import SAES, Recipe
@@ -131,15 +132,11 @@ def hub_errors(what: str, remedy: str = REMEDY) -> Iterator[None]:
         answer = error if isinstance(error, HfHubHTTPError) else error.__cause__
         if isinstance(answer, HfHubHTTPError):
             status = answer.response.status_code
-            reason = REASONS.get(type(answer).__name__) or REASONS.get(status) or _first_line(answer)
+            reason = REASONS.get(type(answer).__name__) or REASONS.get(status) or problem_of(answer).rstrip(".")
             line = f"{what}: {reason} ({status}); {remedy}"
             raise (FailedRun(line) if status >= 500 or status == 429 else WrongInput(line)) from error
-        line = f"{what} ({_first_line(error)}); {remedy}"
+        line = f"{what} ({problem_of(error).rstrip('.')}); {remedy}"
         raise (WrongInput(line) if isinstance(error, ValueError) else FailedRun(line)) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def model_card(recipe: Recipe, source: Source, repo: str) -> str:

@@ -31,7 +31,7 @@ from routesae.analyze.contexts.windows import Vocabulary
 from routesae.analyze.inputs.lm import lm_of_sae, load_lm_of
 from routesae.analyze.latents.text import latents
 from routesae.analyze.report.latents import PIECE, WORDS_LISTED, latent_pairs, packed
-from routesae.analyze.report.lens import NEAREST, TOKENS, LogitLens, nearest, unit_rows
+from routesae.analyze.report.lens import NEAREST, TOKENS, LogitLens, nearest
 from routesae.analyze.report.plots import draw_plots
 from routesae.analyze.report.run import Page, write_report
 from routesae.analyze.report.runs import read_runs, table_of
@@ -90,7 +90,7 @@ def test_nearest_latents_are_those_of_the_largest_cosine_whatever_the_piece() ->
     W_dec = torch.randn(50, 3, 8, generator=torch.Generator().manual_seed(0))  # as of a crosscoder
     cosine_FF = torch.nn.functional.cosine_similarity(W_dec.flatten(1)[:, None], W_dec.flatten(1)[None], dim=2)
     for first, after in ((0, 50), (13, 20), (49, 50)):
-        unit_FC = unit_rows(W_dec.flatten(1))
+        unit_FC = torch.nn.functional.normalize(W_dec.flatten(1))
         cosine_nK, latent_nK = nearest(unit_FC[first:after], unit_FC, NEAREST, itself=first)
         for row, latent in enumerate(range(first, after)):
             others = sorted((i for i in range(50) if i != latent), key=lambda i: -float(cosine_FF[latent, i]))
@@ -106,7 +106,7 @@ def test_a_dictionary_smaller_than_the_neighbours_shown_has_fewer() -> None:
 def test_pairs_are_each_latents_nearest_in_the_other_sae() -> None:
     one_FC, other_FC = (torch.randn(n, 8, generator=torch.Generator().manual_seed(n)) for n in (300, 40))
     cosine_FF = torch.nn.functional.cosine_similarity(one_FC[:, None], other_FC[None], dim=2)
-    found = latent_pairs(unit_rows(one_FC), unit_rows(other_FC))
+    found = latent_pairs(torch.nn.functional.normalize(one_FC), torch.nn.functional.normalize(other_FC))
     assert found["latent"] == cosine_FF.argmax(1).tolist()
     np.testing.assert_allclose(found["cosine"], cosine_FF.amax(1), atol=6e-4)
 
@@ -317,7 +317,7 @@ def test_page_carries_every_latent_with_its_contexts(saes: Path, tiny_model: Pat
         assert len(piece["promoted"][latent.latent % PIECE]) == TOKENS
     assert written > 100
     sae = load_sae(saes / "routesae", CPU)
-    unit_FC = unit_rows(sae.dictionary.W_dec_FD.detach())
+    unit_FC = torch.nn.functional.normalize(sae.dictionary.W_dec_FD.detach())
     _, near_nK = nearest(unit_FC[-1:], unit_FC, NEAREST, itself=LATENTS - 1)
     assert found["piece-1-1"]["near"][-1] == near_nK[0].tolist()
 

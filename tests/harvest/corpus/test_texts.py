@@ -15,10 +15,11 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import xxhash
 
 from routesae.harvest.corpus import texts
 from routesae.harvest.corpus.texts import Document, TextCounts, read_documents
-from routesae.harvest.corpus.tokens import Fingerprint, Tokenised
+from routesae.harvest.corpus.tokens import Tokenised, hashing
 from routesae.harvest.settings import HarvestSettings
 from routesae.reporting import FailedRun, WrongInput
 
@@ -100,9 +101,9 @@ def test_archives_of_several_members_are_read_whole(tmp_path: Path) -> None:
 def test_fingerprint_is_of_the_documents_not_of_how_they_are_stored(tmp_path: Path) -> None:
     def fingerprint(texts: list[str], name: str, data: bytes) -> str:
         (tmp_path / name).write_bytes(data)
-        found = Fingerprint()
+        found = xxhash.xxh3_128()
         none = np.empty(0, np.int32), np.empty(0, np.uint8)
-        hashed = found.hashing(Tokenised(document, *none) for document in documents(tmp_path / name))
+        hashed = hashing((Tokenised(document, *none) for document in documents(tmp_path / name)), found)
         assert [tokenised.document.content for tokenised in hashed] == texts
         return found.hexdigest()
 
