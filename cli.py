@@ -44,9 +44,8 @@ def directions() -> tuple[dict[str, int], dict[str, str]]:
     """Which way each column of the scores is better, and its unit."""
     from routesae.analyze.scores.metrics import METRICS
 
-    columns = [(metric, column) for metric in METRICS.values() for column in metric.numbers]
     better = {metric.column: metric.better for metric in METRICS.values()}
-    return better, {column: metric.unit for metric, column in columns}
+    return better, {column: metric.unit for metric in METRICS.values() for column in metric.numbers}
 
 
 @command(main, "harvest.settings:HarvestSettings", BLOCKS, WATCH, run="harvest.run:harvest")
