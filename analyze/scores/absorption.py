@@ -8,9 +8,11 @@ covers it. All words here are single tokens, each read at a few places of the co
     absorbed  over words of the letter that the probe recognises: the share of x·p̂ that other latents stand in for
     full      the share of those words on which no main latent is active and one other holds 0.4 of x·p̂ or more
 
-Probes are trained and latents chosen on 70 % of the words; the others, the test words, are scored.
+Probes are trained and latents chosen on 70 % of the words; the others, the test words, are scored. An SAE whose
+latents know nothing of letters absorbs nothing, so the F1 of its main latents and of the probe stand beside it.
 
-Dimension letters: V vocabulary, N tokens, D width of what the SAE reads, F latents, R readings, W test words.
+Dimension letters: V vocabulary, N tokens, D width of what the SAE reads, F latents, R readings, r those of the
+W test words.
 """
 
 import logging
@@ -38,6 +40,10 @@ PENALTY = 0.01  # scikit-learn's C for the probe: it has as many numbers as word
 # SAEBench's, in its evals/absorption.
 LEAST_F1, F1_RISE, MOST_MAIN = 0.6, 0.03, 10
 ABSORBER_COSINE, FULL_COSINE, ABSORBERS, LEAST_SHARE = 0.1, 0.025, 3, 0.4
+
+# Of test readings by word and letter: of the letter, said to be by a probe of the input and by the main latents, said
+# rightly, and of those that the probe says rightly what is absorbed.
+SUMS = ("of_letter", "by_input", "by_latents", "recognised", "recognised_by_latents", "absorbed", "fully_absorbed")
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -124,7 +130,8 @@ def _absorbed(
     test_R = np.isin(word_R, test_W)
     scaler = StandardScaler().fit(x_RD[~test_R])
     scaled_RD = scaler.transform(x_RD)
-    sums = {name: np.zeros((len(test_W), LETTERS)) for name in ("recognised", "absorbed", "fully_absorbed")}
+    test, place = np.flatnonzero(test_R), np.searchsorted(test_W, word_R[test_R])
+    sums = {name: np.zeros((len(test_W), LETTERS)) for name in SUMS}
     scores = {}
     for letter in range(LETTERS):
         is_R = letter_R == letter
@@ -132,19 +139,19 @@ def _absorbed(
             continue
         probe = LogisticRegression(C=PENALTY, class_weight="balanced", max_iter=1000)
         probe.fit(scaled_RD[~test_R], is_R[~test_R])
-        predicted_R = probe.predict(scaled_RD)
-        scores[letter] = f1_score(is_R[test_R], predicted_R[test_R])
+        is_r, by_input_r = is_R[test], probe.predict(scaled_RD[test])
+        scores[letter] = f1_score(is_r, by_input_r)
         if scores[letter] < LEAST_F1:
             continue
-        main = _main_latents(f_RF, is_R, test_R)
+        main, by_latents_r = _main_latents(f_RF, is_R, test_R)
         direction_D = (probe.coef_[0] / scaler.scale_).astype(np.float32)
         direction_D /= np.linalg.norm(direction_D)
-        recognised = np.flatnonzero(is_R & test_R & predicted_R)
-        absorbed, full = _shares(x_RD[recognised], f_RF[recognised], W_dec_FD, direction_D, main)
-        at = np.searchsorted(test_W, word_R[recognised])
-        np.add.at(sums["recognised"][:, letter], at, 1)
-        np.add.at(sums["absorbed"][:, letter], at, absorbed)
-        np.add.at(sums["fully_absorbed"][:, letter], at, full)
+        recognised = test[is_r & by_input_r]
+        shares = np.zeros((2, len(test)))
+        shares[:, is_r & by_input_r] = _shares(x_RD[recognised], f_RF[recognised], W_dec_FD, direction_D, main)
+        seen = (is_r, by_input_r, by_latents_r, is_r & by_input_r, is_r & by_latents_r, *shares)
+        for name, numbers_r in zip(SUMS, seen, strict=True):
+            np.add.at(sums[name][:, letter], place, numbers_r)
     if not sums["recognised"].any():
         raise WrongInput(
             f"Absorption needs letters with {LEAST_WORDS} test words and a probe of F1 {LEAST_F1} or more; "
@@ -161,22 +168,26 @@ def _absorbed(
     return sums
 
 
-def _main_latents(f_RF: Any, is_R: npt.NDArray[np.bool_], test_R: npt.NDArray[np.bool_]) -> Ints:
-    """Latents that tell the letter, best first: those most active on it beyond other letters, while F1 rises."""
+def _main_latents(
+    f_RF: Any, is_R: npt.NDArray[np.bool_], test_R: npt.NDArray[np.bool_]
+) -> tuple[Ints, npt.NDArray[np.bool_]]:
+    """Latents that tell the letter, best first: those most active on it beyond other letters, while F1 rises.
+
+    And on which test readings a logistic regression on them says that it is the letter.
+    """
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import f1_score
 
     more_F = f_RF[is_R & ~test_R].mean(0) - f_RF[~is_R & ~test_R].mean(0)
     best = np.argsort(-more_F, kind="stable")[:MOST_MAIN]
-    f_Rk, before = f_RF[:, best].toarray(), 0.0
+    f_Rk, f1, main, by_latents_r = f_RF[:, best].toarray(), -1.0, best[:0], is_R[test_R]
     for k in range(1, len(best) + 1):
         model = LogisticRegression(class_weight="balanced", max_iter=1000)
-        model.fit(f_Rk[~test_R, :k], is_R[~test_R])
-        score = f1_score(is_R[test_R], model.predict(f_Rk[test_R, :k]))
-        if k > 1 and score < before + F1_RISE:
-            return best[: k - 1]
-        before = score
-    return best
+        predicted_r = model.fit(f_Rk[~test_R, :k], is_R[~test_R]).predict(f_Rk[test_R, :k])
+        if (score := f1_score(is_R[test_R], predicted_r)) < f1 + F1_RISE:
+            break
+        f1, main, by_latents_r = score, best[:k], predicted_r
+    return main, by_latents_r
 
 
 def _shares(
@@ -194,7 +205,8 @@ def _shares(
     full_R = silent_R & is_enough_R & (cosine_F[top_R] >= FULL_COSINE)
     held_RF[:, main] = 0
     held_RF[:, cosine_F < ABSORBER_COSINE] = 0
-    by_others_R = np.partition(held_RF.clip(min=0), -ABSORBERS, axis=1)[:, -ABSORBERS:].sum(1)
+    most = min(ABSORBERS, held_RF.shape[1])
+    by_others_R = np.partition(held_RF.clip(min=0), -most, axis=1)[:, -most:].sum(1)
     is_absorbed_R = (by_main_R < whole_R) & (by_others_R >= LEAST_SHARE * whole_R) & (whole_R > 0)
     by_absorbers_R = np.minimum(by_others_R, whole_R - by_main_R)
     absorbed_R = np.zeros_like(whole_R)

@@ -11,8 +11,10 @@ array [R] of R draws (R = 1 for the score itself), by the name that the function
     rows         rows of tokens; positions: all of their positions; predictions: positions with a next token
     kl           KL(P_clean ‖ P_spliced) of each position, in nats
     documents    labelled documents; probe_k: those whose label is told from k latents, probe_input: from the input
-    recognised   [R, 26] readings of words by first letter, of those that a probe recognises; absorbed: shares of them
-                 that other latents stand in for; fully_absorbed: those that one latent stands in for alone
+    of_letter    [R, 26] readings of words by first letter; by_input, by_latents: those that a probe of the input or
+                 the letter's main latents take for it; recognised, recognised_by_latents: those that they do rightly
+    absorbed     [R, 26] shares of the readings that the probe recognises which other latents stand in for;
+                 fully_absorbed: those that one latent stands in for alone
     ce_clean     cross-entropy of each prediction, in nats; ce_spliced: spliced; ce_zero: with zeros spliced in
 
 This module imports no torch, so that the command line knows the names of the metrics at once.
@@ -90,12 +92,15 @@ def _delta_ce(sums: Sums) -> Array:
     return _mean_ce(sums, "spliced") - _mean_ce(sums, "clean")
 
 
-def _mean_over_letters(sums: Sums, of: str) -> Array:
-    """Over the letters that there are; in a draw one may be missing."""
-    there_RA = sums["recognised"] > 0
-    shares_RA: Array = sums[of] / sums["recognised"].clip(min=1)  # 0 where the letter is missing
-    mean_R: Array = shares_RA.sum(-1) / there_RA.sum(-1)
+def _mean_over_letters(part: Array, whole: Array) -> Array:
+    """[R] of [R, 26], over the letters that there are; in a draw one may be missing."""
+    shares_RA: Array = part / whole.clip(min=1)  # 0 where the letter is missing
+    mean_R: Array = shares_RA.sum(-1) / (whole > 0).sum(-1)
     return mean_R
+
+
+def _letter_f1(sums: Sums, of: str, right: str) -> Array:
+    return _mean_over_letters(2 * sums[right], sums["of_letter"] + sums[of])
 
 
 METRICS: dict[str, Metric] = {
@@ -150,10 +155,14 @@ METRICS: dict[str, Metric] = {
         ),
         Metric(
             name="Absorption",
-            meaning="share of a word's first letter that other latents stand in for, mean over letters; also in full",
+            meaning="share of words' first letters that other latents stand in for; and how well it tells them",
             better=LOWER,
-            value=lambda sums: _mean_over_letters(sums, "absorbed"),
-            details={"Absorption_full": lambda sums: _mean_over_letters(sums, "fully_absorbed")},
+            value=lambda sums: _mean_over_letters(sums["absorbed"], sums["recognised"]),
+            details={
+                "Absorption_full": lambda sums: _mean_over_letters(sums["fully_absorbed"], sums["recognised"]),
+                "Letter_F1": lambda sums: _letter_f1(sums, "by_latents", "recognised_by_latents"),
+                "Letter_F1_input": lambda sums: _letter_f1(sums, "by_input", "recognised"),
+            },
             drawn="words",
         ),
         Metric(

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from transformers import AutoTokenizer
 
 from routesae.analyze.scores import absorption
+from routesae.analyze.scores.metrics import METRICS
 from routesae.analyze.scores.run import analyze
 from routesae.analyze.scores.settings import AnalyzeSettings
 from routesae.cli import main
@@ -83,7 +84,7 @@ def test_every_kind_of_sae_is_scored_with_intervals_and_the_letters_that_there_a
     rows = scored(cache, saes)
     assert {row["variant"] for row in rows} == {"topk", "routesae", "mlsae", "crosscoder"}
     for row in rows:
-        for name in ("Absorption", "Absorption_full"):
+        for name in METRICS["Absorption"].numbers:
             low, high = row["intervals"][name]
             assert 0 <= low <= row[name] <= high <= 1, row
     device, tokenizer = torch.device("cpu"), AutoTokenizer.from_pretrained(cache.manifest.model)
@@ -120,6 +121,14 @@ def test_words_that_a_latent_of_their_own_stands_for_are_absorbed_and_no_others(
     assert 0 < sum(of_first) < 10
     assert sums["fully_absorbed"][:, 0].sum() == 4 * sum(of_first)
     assert sums["absorbed"][:, 1:].sum() == 0
+    whole = {name: of_WA.sum(0)[None] for name, of_WA in sums.items()}
+    numbers = {name: float(number(whole)[0]) for name, number in METRICS["Absorption"].numbers.items()}
+    share = sum(of_first) / len(
+        of_first
+    )  # of the words of one letter of four; their latent is right where it is active
+    expected = {"Absorption": share / 4, "Absorption_full": share / 4, "Letter_F1_input": 1.0}
+    expected["Letter_F1"] = ((2 - 2 * share) / (2 - share) + 3) / 4
+    assert numbers == pytest.approx(expected, abs=0.01)
 
 
 def naive(x_D: Any, f_F: Any, W_dec_FD: Any, direction_D: Any, main: list[int]) -> tuple[float, bool]:
@@ -169,13 +178,17 @@ def test_main_latents_are_those_that_each_raise_f1() -> None:
     from scipy.sparse import csr_array
 
     random = np.random.default_rng(0)
-    is_R, asked_R = np.arange(600) % 5 == 0, random.random(600) < 0.3
+    is_R, test_R = np.arange(600) % 5 == 0, random.random(600) < 0.3
     f_RF = np.where(random.random((600, 30)) < 0.05, 1, 0).astype(np.float32)
     f_RF[is_R & (np.arange(600) % 3 > 0), 7] = 2  # two thirds of the letter
     f_RF[is_R & (np.arange(600) % 3 == 0), 20] = 1  # and the other third
-    assert absorption._main_latents(csr_array(f_RF), is_R, asked_R).tolist() == [7, 20]
+    main, by_latents_r = absorption._main_latents(csr_array(f_RF), is_R, test_R)
+    assert main.tolist() == [7, 20]
+    assert by_latents_r[is_R[test_R]].all()
     f_RF[:, 20] = 0
-    assert absorption._main_latents(csr_array(f_RF), is_R, asked_R).tolist() == [7]
+    main, by_latents_r = absorption._main_latents(csr_array(f_RF), is_R, test_R)
+    assert main.tolist() == [7]
+    assert 0.5 < by_latents_r[is_R[test_R]].mean() < 0.8
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "metaspace", "wordpiece"])
