@@ -82,7 +82,9 @@ def absorbed_alike(folder: str, hidden_RD: torch.Tensor) -> str:
         x_RD, seen_RF = out.x_ND[active_R], f_RF[active_R].clone()
         seen_RF[::2, latent] = 0  # else it is silent nowhere
         lens = Recorded(x_RD, seen_RF, W_dec_FD)
-        theirs = FeatureAbsorptionCalculator(model=lens, icl_word_list=["example"], max_icl_examples=1, word_token_pos=0)
+        theirs = FeatureAbsorptionCalculator(
+            model=lens, icl_word_list=["example"], max_icl_examples=1, word_token_pos=0
+        )
         found = theirs.calculate_absorption(
             lens, ["word"] * len(x_RD), direction_D, [latent, 0], layer=0, show_progress=False
         ).word_results
