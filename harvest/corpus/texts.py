@@ -430,10 +430,8 @@ def _dataset_entries(data: str, saved: Path | None, settings: HarvestSettings) -
         raise
     except Exception as error:  # datasets, its file systems and their HTTP clients have no base of their own
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        where, remedy = (
-            "the hub",
-            "Log in with `hf auth login`, check --split, or give a local file, a folder or demo",
-        )
+        where = "the hub"
+        remedy = "Log in with `hf auth login`, check --split, or give a local file, a folder or demo"
         if saved is not None:
             where, remedy = "its folder", "Save it again"
         elif "onfig" in lines[0] and len(lines) > 1:  # "Config name is missing.", then the names
@@ -444,10 +442,5 @@ def _dataset_entries(data: str, saved: Path | None, settings: HarvestSettings) -
         ) from error
 
 
-READERS = {
-    ".jsonl": _jsonl_entries,
-    ".ndjson": _jsonl_entries,
-    ".json": _jsonl_entries,
-    ".parquet": _parquet_entries,
-    ".txt": _txt_entries,
-}
+READERS = dict.fromkeys((".jsonl", ".ndjson", ".json"), _jsonl_entries)
+READERS |= {".parquet": _parquet_entries, ".txt": _txt_entries}

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from routesae.harvest.cache.quantise import row_statistics
 from routesae.train.sparse.pairs import Frame
 from routesae.train.sparse.policy import WEIGHTED_CHUNK_ROWS
 
@@ -30,13 +31,9 @@ EPSILON = 1e-6
 def normalise(hidden_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(x_ND, mean_N1, std_N1) of hidden states of any float dtype: float32, of zero mean and unit std a token, and
     what takes it back (epsilon in)."""
-    x_ND = hidden_ND.float()
-    mean_N1 = x_ND.mean(dim=1, keepdim=True)
-    centred_ND = x_ND - mean_N1
-    # Through the norm of what is centred already: torch.var_mean is several times slower on a CPU.
-    std_N1 = torch.linalg.vector_norm(centred_ND, dim=1, keepdim=True) / (x_ND.shape[1] - 1) ** 0.5 + EPSILON
-    in_place = not centred_ND.requires_grad
-    return centred_ND.div_(std_N1) if in_place else centred_ND / std_N1, mean_N1, std_N1
+    mean_N1, std_N1 = (of_N[:, None] for of_N in row_statistics(hidden_ND))
+    std_N1 = std_N1 + EPSILON
+    return (hidden_ND.float() - mean_N1) / std_N1, mean_N1, std_N1
 
 
 def places_of(token_ids: Tensor, positions: Tensor) -> Tensor:

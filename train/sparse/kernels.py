@@ -144,14 +144,12 @@ def encode_all(x_ND: Tensor, encoder: Encoder) -> Tensor:
 # ----------------------------------------------------------------------------------------------- in use, no gradient
 
 
-@torch.no_grad()
 def topk_latents(x_ND: Tensor, encoder: Encoder, k: int) -> Latents:
     """ReLU(TopK(z, k))."""
     z_NK, indices_NK = topk_of(x_ND, encoder, k)
     return Latents(z_NK.relu_().flatten(), Pairs.of(indices_NK, len(encoder.W_enc_FD)))
 
 
-@torch.no_grad()
 def threshold_latents(x_ND: Tensor, encoder: Encoder, threshold_F: Tensor) -> Latents:
     """z where z > threshold and z > 0, else 0."""
     values_NF = x_ND.new_empty(len(x_ND), len(encoder.W_enc_FD))
