@@ -27,16 +27,8 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from routesae.harvest.cache.arrays import (
-    CHECKSUM_DIFFERS,
-    CHUNK_ROWS,
-    Array,
-    BadArray,
-    Stored,
-    array_hash,
-    checked,
-    data_name,
-)
+from routesae.harvest.cache import arrays
+from routesae.harvest.cache.arrays import CHUNK_ROWS, Array, BadArray, Stored, array_hash, checked, data_name
 from routesae.harvest.cache.store.blocks import IN_FLIGHT, PIECE_BYTES, Block, blocks
 from routesae.machine.files import LARGEST_BYTES
 from routesae.reporting import FailedRun, WrongInput
@@ -281,7 +273,7 @@ class BucketArray:
             if array_hash(values) == self._content:
                 return values
             blocks().drop(block.key)  # a bit flipped on the way, or on this disk
-        raise BadArray(CHECKSUM_DIFFERS)
+        raise BadArray(arrays.CHECKSUM_DIFFERS)
 
     def open(self) -> BucketArray:
         return self
