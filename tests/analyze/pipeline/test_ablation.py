@@ -15,7 +15,7 @@ from routesae.analyze.contexts.file import read_contexts
 from routesae.analyze.interpret.ledger import SUMMARY
 from routesae.analyze.pipeline.ablation import COLUMNS, ablation, draw_pareto
 from routesae.analyze.pipeline.settings import VARIANTS, AblationSettings
-from routesae.analyze.scores.metrics import METRICS
+from routesae.analyze.scores.metrics import CACHE_METRICS, LM_METRICS, METRICS
 from routesae.analyze.scores.run import analyze
 from routesae.analyze.scores.settings import AnalyzeSettings
 from routesae.harvest.cache.reader import Cache
@@ -33,7 +33,7 @@ def test_all_six_variants_are_scored_and_the_files_say_what_analyze_says(tiny_ca
     assert {row["variant"] for row in rows} == set(VARIANTS)
     assert len(rows) == 2 * len(VARIANTS)
     folders = tuple(str(path) for path in sorted((tmp_path / "saes").iterdir()))
-    metrics = tuple(name for name in METRICS if name != "Probe")  # the corpus has no labels
+    metrics = (*CACHE_METRICS, *LM_METRICS)
     apart = AnalyzeSettings(cache=str(tiny_cache.path), saes=folders, metrics=metrics, tokens=32, device="cpu")
     alone = {row["sae"]: row for row in analyze(apart)["saes"]}
     for row in rows:
@@ -41,7 +41,7 @@ def test_all_six_variants_are_scored_and_the_files_say_what_analyze_says(tiny_ca
         assert {name: row[name] for name in compared} == {name: alone[row["sae"]][name] for name in compared}
     read = json.loads((tmp_path / "ablation.json").read_text())["saes"]
     assert [{name: row[name] for name in rows[0]} for row in read] == rows
-    others = ("Probe_1", "Features", "Score")  # nor has anything read the latents
+    others = ("Probe_1", "Absorption", "Features", "Score")  # the corpus has no labels, and nothing read the latents
     assert list(rows[0]) == [name for name in COLUMNS if name not in others]
     with (tmp_path / "ablation.csv").open() as file:
         table = list(csv.DictReader(file))
