@@ -77,11 +77,11 @@ def train(settings: TrainSettings, report: Report = silent) -> list[TrainResult]
     """
     for name in settings.log:
         require_packages(f"--log {name}", name, name)
-    divided = settings.shard or settings.cpu_offload
     locks: list[Lock] = []
     kept, again = "the last checkpoint stays", "give the same command with --resume"
     faults = disk_faults(Path(settings.out), lambda: kept, lambda: bool(locks), again)
-    with faults, joined_ranks(settings.device, dividing=divided) as ranks, ExitStack() as stack:
+    joined = joined_ranks(settings.device, dividing=settings.shard or settings.cpu_offload)
+    with faults, joined as ranks, ExitStack() as stack:
         report = report if ranks.first else silent
         with ranks.all_or_none():
             device = ranks.device(settings.device)
@@ -117,15 +117,7 @@ def train(settings: TrainSettings, report: Report = silent) -> list[TrainResult]
         log.info("peak learning rate %s", ", ".join(f"{lr:g}" for lr in sorted({job.lr for job in jobs})))
         with ranks.all_or_none():
             trainees = [trainee_of(job, settings, pace, device, stack, ranks) for job in jobs]
-        if begun == 0 and following:
-            following.open(windows[0])
-        if begun == 0:
-            _initialise(trainees, selection, settings)
-        for trainee in trainees if divided else []:
-            trainee.divide(offload=settings.cpu_offload)
-        with ranks.all_or_none():
-            for trainee in trainees if begun else []:
-                trainee.load(begun)
+        _set_weights(trainees, begun, selection, settings, following)
         arithmetic = trainees[0].arithmetic
         log.info("training on %s: %s", device, arithmetic)
         with arithmetic.applied():
@@ -137,13 +129,8 @@ def train(settings: TrainSettings, report: Report = silent) -> list[TrainResult]
             finishing = zip(trainees, saes, strict=True) if ranks.first else ()
             with exactly(device.type):  # as analyze scores
                 results = [_finish(trainee, sae, settings, cache, report) for trainee, sae in finishing]
-    for trainee, (folder, scores) in zip(trainees if ranks.first else [], results, strict=True):
-        start = float(trainee.log.start)
-        if scores is not None and scores.fvu > 1 and scores.norm_mse > WORSE * start:
-            raise FailedRun(
-                f"{folder} ended worse than the mean of its input, and than it began: held-out FVU {scores.fvu:.3g}, "
-                f"NormMSE {scores.norm_mse:.3g}, {start:.3g} at first; it is kept; lower --lr and train again"
-            )
+    for trainee, result in zip(trainees if ranks.first else [], results, strict=True):
+        _require_learning(trainee, result)
     return results
 
 
@@ -203,6 +190,25 @@ def trainee_of(
     step_log = StepLog(sae, job.partial if ranks.first else None, trackers, job.lr)
     stack.callback(step_log.close)
     return Trainee(sae, job, pace, step_log, ranks)
+
+
+def _set_weights(
+    trainees: Sequence[Trainee],
+    begun: int,
+    selection: Selection,
+    settings: TrainSettings,
+    following: Following | None,
+) -> None:
+    """Give the SAEs their weights after step `begun`: initial ones of step 0, else those of the checkpoints."""
+    if begun == 0 and following:
+        following.open(following.windows[0])
+    if begun == 0:
+        _initialise(trainees, selection, settings)
+    for trainee in trainees if settings.shard or settings.cpu_offload else []:
+        trainee.divide(offload=settings.cpu_offload)
+    with trainees[0].ranks.all_or_none():
+        for trainee in trainees if begun else []:
+            trainee.load(begun)
 
 
 @torch.no_grad()
@@ -360,6 +366,17 @@ def _finish(trainee: Trainee, sae: SAE, settings: TrainSettings, cache: Cache, r
     commit_folder(job.partial, job.folder)
     drop_checkpoints(job.folder)
     return TrainResult(job.folder, held_out)
+
+
+def _require_learning(trainee: Trainee, result: TrainResult) -> None:
+    """Raise FailedRun if an SAE, which is kept, is worse than no SAE and than it was at first."""
+    start, scores = float(trainee.log.start), result.held_out
+    if scores is not None and scores.fvu > 1 and scores.norm_mse > WORSE * start:
+        raise FailedRun(
+            f"{result.folder} ended worse than the mean of its input, and than it began: held-out FVU "
+            f"{scores.fvu:.3g}, NormMSE {scores.norm_mse:.3g}, {start:.3g} at first; it is kept; lower --lr and "
+            "train again"
+        )
 
 
 def planned(selection: Selection, settings: TrainSettings) -> tuple[int, Iterator[Plan]]:
