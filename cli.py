@@ -115,9 +115,11 @@ def analyze(settings: Any, results: dict[str, Any]) -> None:
     Example: routesae analyze --metric KLDiv --metric Recovered --tokens 20k --json scores.json
     """
     echo(*table(results["saes"], *directions()))
-    echo(
-        f"on {results['tokens_scored']:,} {TOKENS_OF[results['rows']]} of {shortened(results['cache']['corpus'], 40)}"
-    )
+    corpus, probed = shortened(results["cache"]["corpus"], 40), results.get("rows_probed")
+    also = ""
+    if probed and probed != results["rows_scored"]:
+        also = f"; Probe and Absorption on its rows {probed[0]:,} to {probed[1]:,}"
+    echo(f"on {results['tokens_scored']:,} {TOKENS_OF[results['rows']]} of {corpus}{also}")
 
 
 @command(main, "analyze.clamp.settings:ClampSettings", JSON, WATCH, run="analyze.clamp.run:clamp")

@@ -45,7 +45,12 @@ def analyze(settings: AnalyzeSettings, report: Report = silent) -> dict[str, Any
     identity = cache_identity(cache)
     device = pick_device(settings.device)
     opened = open_saes(settings.saes, Path(settings.out), cache, device)
-    which, first, after = rows_to_read(settings.rows, cache, opened, settings.tokens)
+    # A corpus has few documents and words, and an SAE reads no label, so those that it was trained on serve too.
+    rows_probed = None if settings.rows or cache.ring() else "all"
+    is_probed = [METRICS[name].drawn != "rows" for name in settings.metrics]
+    rows_asked = rows_probed if rows_probed and all(is_probed) else settings.rows
+    which, first, after = rows_to_read(rows_asked, cache, opened, settings.tokens)
+    asked = slice(*rows_to_read(rows_probed or which, cache, opened, settings.tokens)[1:])
     saes, rows = _views(opened, settings, cache.manifest.tokens_hash)
     descriptions = {name: described(one.beside, cache.manifest.tokens_hash) for name, one in opened.items()}
     metrics = [METRICS[name] for name in settings.metrics]
@@ -59,9 +64,6 @@ def analyze(settings: AnalyzeSettings, report: Report = silent) -> dict[str, Any
         for key, scores in score_all_on_cache(saes, cache, first, after, report).items():
             layers = saes[key].recipe.layers
             _add(rows[key], *measure(of_cache, scores.by_row, drawn_RS, layers=layers, dead=scores.dead))
-    # A corpus has few documents and words, and an SAE reads no label, so those that it was trained on serve too.
-    rows_asked = which if settings.rows or cache.ring() else "all"
-    asked = slice(*rows_to_read(rows_asked, cache, opened, settings.tokens)[1:])
     if of_documents:
         for key, sums in probe(saes, cache, asked, settings.label, settings.seed, report).items():
             _add(rows[key], *measure(of_documents, sums, draws(len(sums["documents"]), settings.seed)))
@@ -84,6 +86,7 @@ def analyze(settings: AnalyzeSettings, report: Report = silent) -> dict[str, Any
         "rows": which,
         "rows_scored": [first, after],
         "tokens_scored": (after - first) * cache.manifest.context,
+        "rows_probed": [asked.start, asked.stop] if any(is_probed) else None,
         "identities": {name: sae_identity(sae.sae) for name, sae in opened.items()},
         "saes": [row | descriptions[row["sae"]] for row in rows.values()],
     }

@@ -13,17 +13,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 from routesae.analyze.latents.cache import Cache as Documents
 from routesae.analyze.scores import probe
 from routesae.analyze.scores.run import analyze
 from routesae.analyze.scores.settings import AnalyzeSettings
+from routesae.cli import main
 from routesae.harvest.cache.manifest import RingState, shard_name
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.cache.ring import write_state
 from routesae.harvest.run import harvest
 from routesae.harvest.settings import HarvestSettings
 from routesae.reporting import WrongInput
+from routesae.tests.shards import change_attributes
 from routesae.train.folder.checkpoint import load_sae
 from routesae.train.run import train
 from routesae.train.settings import settings_of
@@ -125,6 +128,40 @@ def test_of_a_ring_the_documents_that_stay_are_asked_about(cache: Cache, saes: P
     for label in ("label", "noise"):  # too few of them here, as with --rows held-out
         with pytest.raises(WrongInput, match="Probe needs two such"):
             probed(Cache(ring), saes, label=label)
+
+
+def test_the_rows_that_were_probed_are_said_and_none_need_be_held_out(
+    cache: Cache, saes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[slice] = []
+
+    def fake(saes: dict[str, Any], cache: Cache, rows: slice, *rest: Any) -> dict[str, dict[str, Any]]:
+        read.append(rows)
+        return {
+            key: dict.fromkeys(("documents", "probe_1", "probe_5", "probe_20", "probe_input"), np.ones(3))
+            for key in saes
+        }
+
+    monkeypatch.setattr("routesae.analyze.scores.run.probe", fake)
+    rows, asked = cache.manifest.rows, {"cache": str(cache.path), "out": str(saes), "device": "cpu"}
+    alone = analyze(AnalyzeSettings(metrics=("Probe",), **asked))
+    assert (alone["rows"], alone["rows_scored"], alone["rows_probed"]) == ("all", [0, rows], [0, rows])
+    beside = analyze(AnalyzeSettings(metrics=("Probe", "L0"), **asked))
+    assert (beside["rows"], beside["rows_scored"]) == ("held-out", [cache.manifest.train_rows, rows])
+    assert beside["rows_probed"] == [0, rows]
+    assert read == [slice(0, rows)] * 2
+    assert analyze(AnalyzeSettings(metrics=("L0",), **asked))["rows_probed"] is None
+    flags = ["analyze", "--cache", str(cache.path), "--out", str(saes), "--metric", "Probe", "--device", "cpu"]
+    last = [CliRunner().invoke(main, [*flags, *more]).output.splitlines()[-1] for more in ([], ["--metric", "L0"])]
+    assert " tokens of all rows of " in last[0]
+    assert "Probe and Absorption" not in last[0]
+    assert last[1].endswith(f"; Probe and Absorption on its rows 0 to {rows}")
+
+    shutil.copytree(cache.path, tmp_path / "shards")
+    change_attributes(tmp_path / "shards", held_out=0.0)
+    assert analyze(AnalyzeSettings(metrics=("Probe",), **{**asked, "cache": str(tmp_path / "shards")}))["saes"]
+    with pytest.raises(WrongInput, match="no held-out rows"):
+        analyze(AnalyzeSettings(metrics=("Probe", "L0"), **{**asked, "cache": str(tmp_path / "shards")}))
 
 
 def test_labels_that_cannot_be_probed_are_refused(
