@@ -55,8 +55,8 @@ def absorption(
 ) -> dict[str, dict[str, npt.NDArray[np.float64]]]:
     """For each SAE what the metric Absorption is a function of, each [W, 26]: sums over a word's readings by letter.
 
-    An SAE on whose input no probe can tell letters is left out with a warning. Raises WrongInput if it is the only
-    one, the rows hold no words, or scikit-learn is missing.
+    An SAE on whose input no probe can tell letters is left out with a warning. Raises WrongInput if none is left, the
+    rows hold no words, or scikit-learn is missing.
     """
     require_packages("Absorption", "probe", "sklearn")
     from scipy.sparse import csr_array, vstack
@@ -90,7 +90,7 @@ def absorption(
         try:
             results[name] = _absorbed(x_RD, f_RF, word_R, letter_V[word_R], W_dec_FD.cpu().numpy(), seed)
         except WrongInput as refusal:
-            if len(saes) == 1:
+            if done == len(read) - 1 and not results:
                 raise
             log.warning("%s is left out: %s", name, refusal)
     return results

@@ -9,14 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from transformers import AutoTokenizer
 
 from routesae.analyze.scores import absorption
 from routesae.analyze.scores.metrics import METRICS
 from routesae.analyze.scores.run import analyze
 from routesae.analyze.scores.settings import AnalyzeSettings
-from routesae.cli import main
 from routesae.harvest.cache.reader import Cache
 from routesae.harvest.run import harvest
 from routesae.harvest.settings import HarvestSettings
@@ -233,13 +231,20 @@ def test_what_cannot_be_scored_is_refused_or_left_out(
     cache: Cache, saes: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     reason = "0 of 26 have the words, and their best F1 is 0.00; score more tokens"
-    (topk,) = saes.glob("topk*")
     with pytest.raises(WrongInput, match=reason):
-        scored(cache, saes, tokens=100, saes=(str(topk),))
-    several = ["--cache", str(cache.path), "--out", str(saes), "--tokens", "100", "--device", "cpu"]
-    run = CliRunner().invoke(main, ["analyze", "--metric", "Absorption", "--metric", "L0", *several])
-    assert run.exit_code == 0, run.output
-    assert caplog.text.count(reason) == 4
+        scored(cache, saes, tokens=100)
+    assert caplog.text.count("is left out: Absorption needs letters with 10 test words and a probe") == 3
+    with monkeypatch.context() as patch:
+        shares = absorption._absorbed
+
+        def only_of_one_layer(x_RD: Any, *rest: Any) -> Any:
+            if x_RD.shape[1] > WIDTH:
+                raise WrongInput("no letters here")
+            return shares(x_RD, *rest)
+
+        patch.setattr(absorption, "_absorbed", only_of_one_layer)
+        rows = {row["variant"]: row for row in scored(cache, saes)}
+    assert {name for name, row in rows.items() if "Absorption" in row} == {"topk", "routesae", "mlsae"}
     monkeypatch.setattr(absorption, "first_letters", lambda tokenizer: np.full(len(tokenizer), -1, np.int8))
     with pytest.raises(WrongInput, match=r"no kept token of .* is one of a to z alone"):
         scored(cache, saes)
