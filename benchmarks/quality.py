@@ -282,8 +282,9 @@ def plot(lines: Sequence[dict[str, Any]], path: Path) -> None:
     groups = {key: [run["curve"] for run in runs if run.get("curve")] for key, runs in grouped(lines).items()}
     groups = {key: curves for key, curves in groups.items() if curves}
     variants = list(dict.fromkeys(variant for variant, _ in groups))
-    figure, axes = pyplot.subplots(1, len(variants), figsize=(5 * len(variants), 4), squeeze=False, sharey=True)
-    for variant, axis in zip(variants, axes[0], strict=True):
+    across, down = min(3, len(variants)), -(-len(variants) // 3)
+    figure, axes = pyplot.subplots(down, across, figsize=(5 * across, 4 * down), squeeze=False, sharey=True)
+    for variant, axis in zip(variants, axes.flat, strict=False):
         for (of, trainer), curves in groups.items():
             if of == variant:
                 points = list(zip(*curves, strict=True))  # of every seed at a step
@@ -291,7 +292,10 @@ def plot(lines: Sequence[dict[str, Any]], path: Path) -> None:
                 axis.plot([point[0][0] for point in points], errors, label=trainer)
         axis.set(title=variant, xlabel="step", yscale="log")
         axis.legend(fontsize="small")
-    axes[0][0].set_ylabel("held-out NormMSE")
+    for axis in axes.flat[len(variants) :]:
+        axis.set_axis_off()
+    for row in axes:
+        row[0].set_ylabel("held-out NormMSE")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
