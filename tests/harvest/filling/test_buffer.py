@@ -80,7 +80,7 @@ def races_of(
     write = arrays.write_array
 
     def slowly(*args: Any, **kwargs: Any) -> None:
-        time.sleep(0.005)
+        time.sleep(0.05)  # longer than a slow or busy machine takes to encode the next layer
         write(*args, **kwargs)
 
     with card_in(monkeypatch, without) as card:

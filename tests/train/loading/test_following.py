@@ -219,7 +219,8 @@ def test_a_trainer_that_died_holds_the_ring_up_until_its_file_is_deleted(
             if file:
                 die(Progress("", 0, 1, "", {}))
             time.sleep(0.01)
-    (said,) = [record for record in caplog.records if "holds the ring up" in record.getMessage()]
+    said, *again = [record for record in caplog.records if "holds the ring up" in record.getMessage()]
+    assert len(again) <= 1  # the harvest says it, and a trainer that was waiting by then
     assert said.levelname == "WARNING"
     for part in ("saes/dead", "shard-00000", " UTC", "--resume", str(file[0])):
         assert part in said.getMessage()
