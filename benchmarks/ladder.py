@@ -67,8 +67,8 @@ LADDER: tuple[dict[str, Any], ...] = (
     {"batch": 16384, "steps": 250},
     {"seed": 1},
     {"batch": 2048, "steps": 2002, "grow": [1, 2, 4]},
-    {"sae": "jumprelu"},
-    {"sae": "jumprelu", "penalty": "tanh"},
+    {"sae": "jumprelu", "steps": 500},
+    {"sae": "jumprelu", "steps": 500, "penalty": "tanh"},
 )
 # Whether taking the part along its row out of the decoder's gradient is worth a pass over the weights.
 PROJECTION: tuple[dict[str, Any], ...] = tuple(

@@ -8,8 +8,9 @@ covers it. All words here are single tokens, each read at a few places of the co
     absorbed  over words of the letter that the probe recognises: the share of x·p̂ that other latents stand in for
     full      the share of those words on which no main latent is active and one other holds 0.4 of x·p̂ or more
 
-Probes are trained and latents chosen on 70 % of the words; the others, the test words, are scored. An SAE whose
-latents know nothing of letters absorbs nothing, so the F1 of its main latents and of the probe stand beside it.
+Probes are trained and latents ranked on 70 % of the words; the others, the test words, say how many latents are main
+and are scored. An SAE whose latents know nothing of letters absorbs nothing, so the F1 of its main latents and of the
+probe stand beside it.
 
 Dimension letters: V vocabulary, N tokens, D width of what the SAE reads, F latents, R readings, r those of the
 W test words.
@@ -41,8 +42,8 @@ PENALTY = 0.01  # scikit-learn's C for the probe: it has as many numbers as word
 LEAST_F1, F1_RISE, MOST_MAIN = 0.6, 0.03, 10
 ABSORBER_COSINE, FULL_COSINE, ABSORBERS, LEAST_SHARE = 0.1, 0.025, 3, 0.4
 
-# Of test readings by word and letter: of the letter, said to be by a probe of the input and by the main latents, said
-# rightly, and of those that the probe says rightly what is absorbed.
+# Over test readings, by word and letter: how many begin with the letter; how many the probe of the input, and the
+# main latents, take for it; how many each takes for it rightly; and what is absorbed of those that the probe does.
 SUMS = ("of_letter", "by_input", "by_latents", "recognised", "recognised_by_latents", "absorbed", "fully_absorbed")
 
 Floats = npt.NDArray[np.float32]
@@ -158,23 +159,16 @@ def _absorbed(
             f"{len(scores)} of 26 have the words, and their best F1 is {max(scores.values(), default=0):.2f}; "
             "score more tokens or another layer"
         )
-    found = sum(score >= LEAST_F1 for score in scores.values())
-    log.info(
-        "Absorption scores %d words of %d letters; mean F1 of the probes %.2f",
-        len(test_W),
-        found,
-        np.mean([*scores.values()]),
-    )
+    scored = [score for score in scores.values() if score >= LEAST_F1]
+    log.info("Absorption scores %d letters; mean F1 of their probes %.2f", len(scored), np.mean(scored))
     return sums
 
 
 def _main_latents(
     f_RF: Any, is_R: npt.NDArray[np.bool_], test_R: npt.NDArray[np.bool_]
 ) -> tuple[Ints, npt.NDArray[np.bool_]]:
-    """Latents that tell the letter, best first: those most active on it beyond other letters, while F1 rises.
-
-    And on which test readings a logistic regression on them says that it is the letter.
-    """
+    """The latents that best tell the letter, those most active on it beyond other letters first, while F1 rises; and
+    which test readings a logistic regression on them takes for it."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import f1_score
 

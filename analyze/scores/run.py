@@ -45,19 +45,18 @@ def analyze(settings: AnalyzeSettings, report: Report = silent) -> dict[str, Any
     identity = cache_identity(cache)
     device = pick_device(settings.device)
     opened = open_saes(settings.saes, Path(settings.out), cache, device)
+    metrics = [METRICS[name] for name in settings.metrics]
+    probing = [metric for metric in metrics if metric.drawn != "rows"]
     # A corpus has few documents and words, and an SAE reads no label, so those that it was trained on serve too.
-    rows_probed = None if settings.rows or cache.ring() else "all"
-    is_probed = [METRICS[name].drawn != "rows" for name in settings.metrics]
-    rows_asked = rows_probed if rows_probed and all(is_probed) else settings.rows
-    which, first, after = rows_to_read(rows_asked, cache, opened, settings.tokens)
-    asked = slice(*rows_to_read(rows_probed or which, cache, opened, settings.tokens)[1:])
+    rows_probed = "all" if settings.rows is None and not cache.ring() else settings.rows
+    rows_wanted = rows_probed if probing == metrics else settings.rows
+    which, first, after = rows_to_read(rows_wanted, cache, opened, settings.tokens)
+    probed = slice(*rows_to_read(rows_probed or which, cache, opened, settings.tokens)[1:])
     saes, rows = _views(opened, settings, cache.manifest.tokens_hash)
     descriptions = {name: described(one.beside, cache.manifest.tokens_hash) for name, one in opened.items()}
-    metrics = [METRICS[name] for name in settings.metrics]
     of_cache = [metric for metric in metrics if metric.drawn == "rows" and not metric.needs_lm]
-    of_documents, of_words = (
-        [metric for metric in metrics if metric.drawn == what] for what in ("documents", "words")
-    )
+    of_documents = [metric for metric in probing if metric.drawn == "documents"]
+    of_words = [metric for metric in probing if metric.drawn == "words"]
     of_lm = [metric for metric in metrics if metric.needs_lm]
     drawn_RS = draws(after - first, settings.seed)
     if of_cache:
@@ -65,11 +64,11 @@ def analyze(settings: AnalyzeSettings, report: Report = silent) -> dict[str, Any
             layers = saes[key].recipe.layers
             _add(rows[key], *measure(of_cache, scores.by_row, drawn_RS, layers=layers, dead=scores.dead))
     if of_documents:
-        for key, sums in probe(saes, cache, asked, settings.label, settings.seed, report).items():
+        for key, sums in probe(saes, cache, probed, settings.label, settings.seed, report).items():
             _add(rows[key], *measure(of_documents, sums, draws(len(sums["documents"]), settings.seed)))
     if of_words:
         tokenizer = load_tokenizer_of([lm_of_cache(cache)], settings.model)
-        for key, sums in absorption(saes, cache, asked, tokenizer, settings.seed, report).items():
+        for key, sums in absorption(saes, cache, probed, tokenizer, settings.seed, report).items():
             _add(rows[key], *measure(of_words, sums, draws(len(sums["recognised"]), settings.seed)))
     if of_lm:
         for key, row_sums in _row_sums_of_lm(settings, cache, saes, slice(first, after), report).items():
@@ -86,7 +85,7 @@ def analyze(settings: AnalyzeSettings, report: Report = silent) -> dict[str, Any
         "rows": which,
         "rows_scored": [first, after],
         "tokens_scored": (after - first) * cache.manifest.context,
-        "rows_probed": [asked.start, asked.stop] if any(is_probed) else None,
+        "rows_probed": [probed.start, probed.stop] if probing else None,
         "identities": {name: sae_identity(sae.sae) for name, sae in opened.items()},
         "saes": [row | descriptions[row["sae"]] for row in rows.values()],
     }

@@ -24,9 +24,8 @@ from routesae.reporting import Progress, Report, WrongInput, human_bytes
 log = logging.getLogger(__name__)
 
 ROWS_A_WRITE = 4 * arrays.CHUNK_ROWS
-MOST_DOCUMENT_BYTES = LARGEST_DOCUMENTS - (
-    1 << 28
-)  # less what Parquet writes at the end, 200 bytes a column and write
+# Less what Parquet writes at the end: 200 bytes a column and write.
+MOST_DOCUMENT_BYTES = LARGEST_DOCUMENTS - (1 << 28)
 
 
 def write_tokens(folder: Path, settings: HarvestSettings, tokenizer: Any, report: Report) -> dict[str, Any]:

@@ -129,6 +129,19 @@ def test_words_that_a_latent_of_their_own_stands_for_are_absorbed_and_no_others(
     assert numbers == pytest.approx(expected, abs=0.01)
 
 
+def test_probes_are_trained_on_other_words_than_they_are_scored_on() -> None:
+    from scipy.sparse import csr_array
+
+    random = np.random.default_rng(0)
+    word_R = np.repeat(np.arange(200), 4)
+    x_RD = random.standard_normal((200, 300))[word_R].astype(
+        np.float32
+    )  # which says the word and nothing of a letter
+    f_RF = csr_array(np.eye(200, dtype=np.float32)[word_R])
+    with pytest.raises(WrongInput, match=r"4 of 26 have the words, and their best F1 is 0\.[0-5]"):
+        absorption._absorbed(x_RD, f_RF, word_R, word_R % 4, np.eye(200, 300, dtype=np.float32), 0)
+
+
 def naive(x_D: Any, f_F: Any, W_dec_FD: Any, direction_D: Any, main: list[int]) -> tuple[float, bool]:
     """(share absorbed, absorbed in full) of one reading, as SAEBench's evals/absorption says it."""
     whole = sum(a * b for a, b in zip(x_D, direction_D, strict=True))
