@@ -100,7 +100,7 @@ def absorption(
 def first_letters(tokenizer: Any) -> npt.NDArray[np.int8]:
     """int8 [V]: 0 to 25 where a token is a word of a to z alone with a blank before it, or else -1."""
     twice = tokenizer.batch_decode([[token, token] for token in range(len(tokenizer))])
-    words = [part[0] if len(part) == 2 and part[0] == part[1] else "" for part in map(str.split, twice)]
+    words = [parts[0] if len(parts) == 2 else "" for parts in map(str.split, twice)]  # the blank parts the two
     return np.array(
         [ord(word[0].lower()) - ord("a") if word.isascii() and word.isalpha() else -1 for word in words], np.int8
     )

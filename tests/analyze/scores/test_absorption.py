@@ -173,6 +173,8 @@ def test_what_is_absorbed_is_what_a_naive_reading_of_the_definition_gives() -> N
     W_dec_FD = random.standard_normal((latents, width)).astype(np.float32)
     direction_D = random.standard_normal(width).astype(np.float32)
     direction_D /= np.linalg.norm(direction_D)
+    across_D = W_dec_FD[5] - W_dec_FD[5] @ direction_D * direction_D
+    W_dec_FD[5] = 100 * across_D / np.linalg.norm(across_D) + 2 * direction_D  # much along it, at a cosine of 0.02
     x_RD = (random.standard_normal((readings, width)) + 1.5 * direction_D).astype(np.float32)
     f_RF = (random.random((readings, latents)) < 0.15) * random.random((readings, latents)).astype(np.float32) * 1.5
     main = np.array([3, 11])
@@ -183,6 +185,37 @@ def test_what_is_absorbed_is_what_a_naive_reading_of_the_definition_gives() -> N
     kinds = [sum(share == 0 for share, _ in expected), sum(0 < share < 1 for share, _ in expected)]
     kinds += [sum(share == 1 for share, _ in expected), int(full_R.sum())]
     assert min(kinds) > 10, kinds
+
+
+def test_the_direction_is_that_of_the_probe_in_the_units_of_the_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    from scipy.sparse import csr_array
+
+    random, directions = np.random.default_rng(0), []
+    word_R = np.repeat(np.arange(200), 4)
+    x_RD = random.standard_normal((800, 8)).astype(np.float32) * 0.1
+    x_RD[np.arange(800), word_R % 4] += 3
+    x_RD[:, 4:] *= 10_000  # outlier dimensions, which say nothing of letters
+
+    def keep(x_RD: Any, f_RF: Any, W_dec_FD: Any, direction_D: Any, main: Any) -> Any:
+        directions.append(direction_D)
+        return np.zeros(len(x_RD)), np.zeros(len(x_RD), bool)
+
+    monkeypatch.setattr(absorption, "_shares", keep)
+    f_RF = csr_array(np.eye(4, dtype=np.float32)[word_R % 4])
+    absorption._absorbed(x_RD, f_RF, word_R, word_R % 4, np.zeros((4, 8), np.float32), 0)
+    for letter, direction_D in enumerate(directions):
+        along_R = x_RD @ direction_D
+        assert along_R[word_R % 4 == letter].min() > along_R[word_R % 4 != letter].max()
+    assert len(directions) == 4
+
+
+def test_main_latents_are_fitted_on_the_training_words() -> None:
+    from scipy.sparse import csr_array
+
+    is_R, test_R = np.arange(600) % 2 == 0, np.arange(600) >= 200
+    f_RF = (is_R != test_R).astype(np.float32)[:, None]  # on the letter in training, off it on the many test words
+    _, by_latents_r = absorption._main_latents(csr_array(f_RF), is_R, test_R)
+    assert (by_latents_r == f_RF[test_R, 0]).all()
 
 
 def test_main_latents_are_those_that_each_raise_f1() -> None:
