@@ -640,20 +640,20 @@ def test_ctrl_c_leaves_no_sae_but_a_checkpoint_that_the_same_goes_on_from(tiny_c
 
 
 def cpu_seconds(*command: str, cwd: Path) -> float:
-    """CPU time of a process, the less of two: whatever else the machine does."""
-    seconds = []
-    for _ in range(2):
-        begin = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, *command], cwd=cwd, stdout=subprocess.DEVNULL, check=True)
-        end = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds.append(end.ru_utime + end.ru_stime - begin.ru_utime - begin.ru_stime)
-    return min(seconds)
+    begin = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, *command], cwd=cwd, stdout=subprocess.DEVNULL, check=True)
+    end = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return end.ru_utime + end.ru_stime - begin.ru_utime - begin.ru_stime
 
 
 def test_help_takes_less_time_than_importing_pydantic_and_click(tmp_path: Path) -> None:
-    imports = cpu_seconds("-c", "import pydantic.main, click", cwd=tmp_path)
+    """Of five pairs of runs one at least: on a busy machine a process may take half as long again."""
     for words in ("", "harvest", "train", "ablation", "interpret"):
-        assert cpu_seconds("-m", "routesae", *words.split(), "--help", cwd=tmp_path) < 1.2 * imports, words
+        assert any(
+            cpu_seconds("-m", "routesae", *words.split(), "--help", cwd=tmp_path)
+            < cpu_seconds("-c", "import pydantic.main, click", cwd=tmp_path)
+            for _ in range(5)
+        ), words
 
 
 def test_no_help_imports_what_it_does_not_show(tmp_path: Path) -> None:
