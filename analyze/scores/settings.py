@@ -2,6 +2,7 @@
 
 from routesae.analyze.scores.metrics import CACHE_METRICS, LM_METRICS, METRICS
 from routesae.machine.settings import CACHE, MODEL, OUT, ROWS, RUN, SAES, SEED, LMSettings, setting
+from routesae.reporting import WrongInput
 
 SCORING = "What is scored"
 
@@ -57,3 +58,10 @@ class AnalyzeSettings(LMSettings):
     )
     seed: int = SEED
     model: str | None = setting(None, MODEL, "Where the LM is now.", unset="where the cache says")
+
+    def check(self) -> None:
+        if self.label is not None and "Probe" not in self.metrics:
+            raise WrongInput(f"--label {self.label} is what Probe tells; add --metric Probe or leave it out")
+        if self.all_positions and not set(LM_METRICS) & set(self.metrics):
+            which = ", ".join(LM_METRICS)
+            raise WrongInput(f"--all-positions is for {which}; add one of them as --metric or leave it out")

@@ -472,3 +472,16 @@ def test_a_cache_without_its_shards_is_refused_for_every_metric(
     shutil.copytree(tiny_cache.path, tmp_path / "shards", ignore=shutil.ignore_patterns("shard-*"))
     with pytest.raises(WrongInput, match=r"lacks 5 of its 5 shards .*harvest again"):
         scores(Cache(tmp_path / "shards"), metric, out=str(saes))
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"label": "topic"}, "--label topic is what Probe tells; add --metric Probe or leave it out"),
+        ({"all_positions": True, "metrics": ("L0",)}, "--all-positions is for KLDiv, DeltaCE, Recovered; add one"),
+    ],
+)
+def test_a_setting_that_no_asked_metric_reads_is_refused(settings: dict[str, Any], line: str) -> None:
+    with pytest.raises(WrongInput, match=line):
+        AnalyzeSettings(**settings)
+    AnalyzeSettings(**settings | {"metrics": ("L0", "Probe", "KLDiv")})
