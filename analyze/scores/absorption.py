@@ -18,11 +18,12 @@ W test words.
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import xxhash
 
 from routesae.harvest.cache.reader import Cache
 from routesae.machine.device import require_packages
@@ -48,6 +49,14 @@ SUMS = ("of_letter", "by_input", "by_latents", "recognised", "recognised_by_late
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
+
+
+class Probe(NamedTuple):
+    """Of a letter: p̂, the test readings that it takes for the letter, and how well it does."""
+
+    direction_D: Floats
+    predicted_r: npt.NDArray[np.bool_]
+    f1: float
 
 
 @torch.no_grad()
@@ -83,13 +92,13 @@ def absorption(
             reading_M, latent_M, value_M = (part.cpu().numpy() for part in out.latents.active())
             f_RF = csr_array((value_M.astype(np.float32), (reading_M, latent_M)), (len(word_R), sae.latents))
             read[name].append((out.x_ND.cpu().numpy(), f_RF, word_R))
-    results = {}
+    results, fitted = {}, dict[str, dict[int, Probe]]()
     for done, (name, parts) in enumerate(read.items()):
         report(Progress("absorption", done, len(read), "SAEs", {}))
         x_RD, f_RF = np.concatenate([x_RD for x_RD, _, _ in parts]), vstack([f_RF for _, f_RF, _ in parts]).tocsr()
         word_R, W_dec_FD = np.concatenate([word_R for *_, word_R in parts]), saes[name].dictionary.W_dec_FD
         try:
-            results[name] = _absorbed(x_RD, f_RF, word_R, letter_V[word_R], W_dec_FD.cpu().numpy(), seed)
+            results[name] = _absorbed(x_RD, f_RF, word_R, letter_V[word_R], W_dec_FD.cpu().numpy(), seed, fitted)
         except WrongInput as refusal:
             if done == len(read) - 1 and not results:
                 raise
@@ -119,49 +128,64 @@ def spread(word_N: Ints, usable_N: npt.NDArray[np.bool_], seed: int) -> npt.NDAr
 
 
 def _absorbed(
-    x_RD: Floats, f_RF: Any, word_R: Ints, letter_R: Ints, W_dec_FD: Floats, seed: int
+    x_RD: Floats,
+    f_RF: Any,
+    word_R: Ints,
+    letter_R: Ints,
+    W_dec_FD: Floats,
+    seed: int,
+    fitted: dict[str, dict[int, Probe]],
 ) -> dict[str, npt.NDArray[np.float64]]:
-    """The sums of one SAE over the test words. Raises WrongInput if no letter can be scored."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import f1_score
-    from sklearn.preprocessing import StandardScaler
-
+    """The sums of one SAE over the test words. fitted: the probes of each x_RD, by its hash; SAEs of one layer mostly
+    read the same. Raises WrongInput if no letter can be scored."""
     words = np.random.default_rng(seed).permutation(np.unique(word_R))
     test_W = np.sort(words[round(TRAIN_SHARE * len(words)) :])
     test_R = np.isin(word_R, test_W)
-    scaler = StandardScaler().fit(x_RD[~test_R])
-    scaled_RD = scaler.transform(x_RD)
     test, place = np.flatnonzero(test_R), np.searchsorted(test_W, word_R[test_R])
     sums = {name: np.zeros((len(test_W), LETTERS)) for name in SUMS}
-    scores = {}
-    for letter in range(LETTERS):
+    if (key := xxhash.xxh3_128_hexdigest(x_RD.data)) not in fitted:
+        fitted[key] = _probes(x_RD, word_R, letter_R, test_R)
+    scored = {letter: probe for letter, probe in fitted[key].items() if probe.f1 >= LEAST_F1}
+    for letter, probe in scored.items():
         is_R = letter_R == letter
-        if min(len(np.unique(word_R[is_R & part_R])) for part_R in (test_R, ~test_R)) < LEAST_WORDS:
-            continue
-        probe = LogisticRegression(C=PENALTY, class_weight="balanced", max_iter=1000)
-        probe.fit(scaled_RD[~test_R], is_R[~test_R])
-        is_r, by_input_r = is_R[test], probe.predict(scaled_RD[test])
-        scores[letter] = f1_score(is_r, by_input_r)
-        if scores[letter] < LEAST_F1:
-            continue
+        is_r, by_input_r = is_R[test], probe.predicted_r
         main, by_latents_r = _main_latents(f_RF, is_R, test_R)
-        direction_D = (probe.coef_[0] / scaler.scale_).astype(np.float32)
-        direction_D /= np.linalg.norm(direction_D)
         recognised = test[is_r & by_input_r]
         shares = np.zeros((2, len(test)))
-        shares[:, is_r & by_input_r] = _shares(x_RD[recognised], f_RF[recognised], W_dec_FD, direction_D, main)
+        shares[:, is_r & by_input_r] = _shares(x_RD[recognised], f_RF[recognised], W_dec_FD, probe.direction_D, main)
         seen = (is_r, by_input_r, by_latents_r, is_r & by_input_r, is_r & by_latents_r, *shares)
         for name, numbers_r in zip(SUMS, seen, strict=True):
             np.add.at(sums[name][:, letter], place, numbers_r)
     if not sums["recognised"].any():
+        best = max((probe.f1 for probe in fitted[key].values()), default=0.0)
         raise WrongInput(
             f"Absorption needs letters with {LEAST_WORDS} test words and a probe of F1 {LEAST_F1} or more; "
-            f"{len(scores)} of 26 have the words, and their best F1 is {max(scores.values(), default=0):.2f}; "
+            f"{len(fitted[key])} of 26 have the words, and their best F1 is {best:.2f}; "
             "score more tokens or another layer"
         )
-    scored = [score for score in scores.values() if score >= LEAST_F1]
-    log.info("Absorption scores %d letters; mean F1 of their probes %.2f", len(scored), np.mean(scored))
+    mean_f1 = np.mean([probe.f1 for probe in scored.values()])
+    log.info("Absorption scores %d letters; mean F1 of their probes %.2f", len(scored), mean_f1)
     return sums
+
+
+def _probes(x_RD: Floats, word_R: Ints, letter_R: Ints, test_R: npt.NDArray[np.bool_]) -> dict[int, Probe]:
+    """The probe of every letter that has enough words."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import f1_score
+    from sklearn.preprocessing import StandardScaler
+
+    scaler = StandardScaler().fit(x_RD[~test_R])
+    scaled_RD, probes = scaler.transform(x_RD), {}
+    for letter in range(LETTERS):
+        is_R = letter_R == letter
+        if min(len(np.unique(word_R[is_R & part_R])) for part_R in (test_R, ~test_R)) < LEAST_WORDS:
+            continue
+        model = LogisticRegression(C=PENALTY, class_weight="balanced", max_iter=1000)
+        predicted_r = model.fit(scaled_RD[~test_R], is_R[~test_R]).predict(scaled_RD[test_R])
+        direction_D = (model.coef_[0] / scaler.scale_).astype(np.float32)
+        direction_D /= np.linalg.norm(direction_D)
+        probes[letter] = Probe(direction_D, predicted_r, float(f1_score(is_R[test_R], predicted_r)))
+    return probes
 
 
 def _main_latents(

@@ -95,6 +95,19 @@ def test_every_kind_of_sae_is_scored_with_intervals_and_the_letters_that_there_a
     assert most == {"topk": 4, "routesae": 4, "mlsae": 8, "crosscoder": 4}
 
 
+def test_saes_that_read_the_same_share_its_probes(cache: Cache, saes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fitted, fit = list[Any](), absorption._probes
+    monkeypatch.setattr(absorption, "_probes", lambda *given: fitted.append(given) or fit(*given))
+    device, tokenizer = torch.device("cpu"), AutoTokenizer.from_pretrained(cache.manifest.model)
+    sae = load_sae(next(saes.glob("topk*")), device)
+    other = load_sae(next(saes.glob("mlsae*")), device)
+    opened, everything = {"one": sae, "other": other, "same": sae}, slice(0, cache.manifest.rows)
+    found = absorption.absorption(opened, cache, everything, tokenizer, 0, lambda now: None)
+    assert len(fitted) == 2
+    alone = absorption.absorption({"same": sae}, cache, everything, tokenizer, 0, lambda now: None)["same"]
+    assert all((found["same"][name] == alone[name]).all() for name in alone)
+
+
 def test_words_that_a_latent_of_their_own_stands_for_are_absorbed_and_no_others() -> None:
     from scipy.sparse import csr_array
 
@@ -111,7 +124,7 @@ def test_words_that_a_latent_of_their_own_stands_for_are_absorbed_and_no_others(
         f_RF[word_R == word, 0] = 0
         f_RF[word_R == word, 10 + word] = 3
         W_dec_FD[10 + word] = directions_LD[0]
-    sums = absorption._absorbed(x_RD, csr_array(f_RF), word_R, letter_R, W_dec_FD, 0)
+    sums = absorption._absorbed(x_RD, csr_array(f_RF), word_R, letter_R, W_dec_FD, 0, {})
     asked = sums["recognised"].sum(1) > 0
     assert 40 < asked.sum() == len(asked) < 80
     first = sums["recognised"][:, 0] > 0
@@ -139,7 +152,7 @@ def test_probes_are_trained_on_other_words_than_they_are_scored_on() -> None:
     )  # which says the word and nothing of a letter
     f_RF = csr_array(np.eye(200, dtype=np.float32)[word_R])
     with pytest.raises(WrongInput, match=r"4 of 26 have the words, and their best F1 is 0\.[0-5]"):
-        absorption._absorbed(x_RD, f_RF, word_R, word_R % 4, np.eye(200, 300, dtype=np.float32), 0)
+        absorption._absorbed(x_RD, f_RF, word_R, word_R % 4, np.eye(200, 300, dtype=np.float32), 0, {})
 
 
 def naive(x_D: Any, f_F: Any, W_dec_FD: Any, direction_D: Any, main: list[int]) -> tuple[float, bool]:
@@ -202,7 +215,7 @@ def test_the_direction_is_that_of_the_probe_in_the_units_of_the_input(monkeypatc
 
     monkeypatch.setattr(absorption, "_shares", keep)
     f_RF = csr_array(np.eye(4, dtype=np.float32)[word_R % 4])
-    absorption._absorbed(x_RD, f_RF, word_R, word_R % 4, np.zeros((4, 8), np.float32), 0)
+    absorption._absorbed(x_RD, f_RF, word_R, word_R % 4, np.zeros((4, 8), np.float32), 0, {})
     for letter, direction_D in enumerate(directions):
         along_R = x_RD @ direction_D
         assert along_R[word_R % 4 == letter].min() > along_R[word_R % 4 != letter].max()
