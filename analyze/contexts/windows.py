@@ -11,6 +11,7 @@ Dimension letters: s rows, T context, P = s·T positions, V vocabulary.
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,7 @@ class Vocabulary:
         self.class_V: Positions = np.array([numbers[name] for name in classes], np.int64)
         self.ends_V: Flags = np.array([_SENTENCE_END.search(text) is not None for text in self.texts])
         self._open: dict[tuple[int, ...], bool] = {}
+        self._runs: dict[tuple[int, ...], list[str]] = {}
 
     def pieces(self, token_ids: Ids, lengths: Positions) -> npt.NDArray[np.object_]:
         """Text of each token of windows that stand one behind the other; joined they are each window's text."""
@@ -59,18 +61,24 @@ class Vocabulary:
         after = np.cumsum(lengths)
         broken = np.unique(np.searchsorted(after, np.flatnonzero(self._half_V[token_ids]), "right"))
         for first, end in zip((after - lengths)[broken].tolist(), after[broken].tolist(), strict=True):
-            pieces[first:end] = self._whole_characters(token_ids[first:end].tolist())
+            closed = first + 1 + np.flatnonzero(~self.open_ends(token_ids[first:end]))
+            for begins, ends in pairwise(sorted({first, *closed.tolist(), end})):
+                pieces[begins:ends] = self._whole_characters(tuple(token_ids[begins:ends].tolist()))
         return pieces
 
-    def _whole_characters(self, token_ids: Sequence[int]) -> list[str]:
-        """Text of each token of one window, where some hold parts of characters."""
-        pieces, spelled = [], 0
-        for n in range(1, len(token_ids) + 1):
-            text = self._spelled(token_ids[:n])
-            whole = text if n == len(token_ids) else text.rstrip(_HALF)
-            pieces.append(whole[spelled:])
-            spelled = max(spelled, len(whole))
-        return pieces
+    def _whole_characters(self, run: tuple[int, ...]) -> list[str]:
+        """Text of each token of a run of tokens that share characters."""
+        if len(run) == 1:
+            return [self.texts[run[0]]]
+        if run not in self._runs:
+            pieces, spelled = [], 0
+            for n in range(1, len(run) + 1):
+                text = self._spelled(run[:n])
+                whole = text if n == len(run) else text.rstrip(_HALF)
+                pieces.append(whole[spelled:])
+                spelled = max(spelled, len(whole))
+            self._runs[run] = pieces
+        return self._runs[run]
 
     def open_ends(self, token_ids: Ids) -> Flags:
         """[P]: whether a token ends within a character, which goes on in the next token."""

@@ -89,3 +89,17 @@ def test_a_long_sentence_is_never_cut_within_a_character(
         assert first <= at < after <= first + window
         text = vocabulary.pieces(token_ids[first:after], np.array([after - first]))
         assert "\ufffd" not in "".join(text)
+
+
+def test_a_tokens_text_is_what_it_adds_to_that_of_its_window(tiny_model: Path, vocabulary: Vocabulary) -> None:
+    """Against decoding every beginning of the window, also of bytes that are no characters."""
+    random, text = np.random.default_rng(0), ids(tiny_model, "नि 東京 สวัสดี 👩\u200d👧 the row. é")
+    for _ in range(300):
+        noise = random.integers(2, len(vocabulary.texts), len(text)).astype(np.int32)
+        window = np.where(random.random(len(text)) < random.random() / 3, noise, text)[random.integers(0, 9) :]
+        wholes = [vocabulary._spelled(window[:n].tolist()) for n in range(1, len(window) + 1)]
+        wholes = [whole.rstrip("\ufffd") for whole in wholes[:-1]] + wholes[-1:]
+        longest = np.maximum.accumulate([0, *map(len, wholes)]).tolist()
+        expected = [whole[spelled:] for whole, spelled in zip(wholes, longest, strict=False)]
+        lengths = np.array([len(text), len(window)])
+        assert vocabulary.pieces(np.append(text, window), lengths).tolist()[len(text) :] == expected
