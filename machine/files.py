@@ -131,23 +131,26 @@ def replacing(path: Path | str, *, durable: bool = True) -> Iterator[BinaryIO]:
     path = Path(path)
     for left in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):
         delete_unless_locked(left)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}{PARTIAL}")
-    try:
-        with _create_locked(partial) as file:
+    with _create_locked(path) as file:
+        try:
             yield file
             file.flush()
             if durable:
                 os.fsync(file.fileno())
-            partial.replace(path)
-    except BaseException:
-        with suppress(OSError):  # the folder may be gone or read-only by now, which is what the error says
-            partial.unlink()
-        raise
+            Path(file.name).replace(path)
+        except BaseException:
+            with suppress(OSError):  # the folder may be gone or read-only by now, which is what the error says
+                Path(file.name).unlink()
+            raise
 
 
-def _create_locked(partial: Path) -> BinaryIO:
-    """Make the file and lock it; make it again if another writer took it for a dead one's before it was locked."""
+def _create_locked(path: Path) -> BinaryIO:
+    """Make a partial file of `path` and lock it; make another if a writer took it for a dead one's before that.
+
+    Another of a new name: a second such writer may hold the first one open, and deletes by name.
+    """
     while True:
+        partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}{PARTIAL}")
         file = open(str(partial), "x+b", opener=lambda name, flags: os.open(name, flags | _OPEN, 0o666))  # noqa: SIM115
         with suppress(OSError):  # some file systems have no locks
             fcntl.flock(file, fcntl.LOCK_EX)
