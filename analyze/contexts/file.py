@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import regex
-from pydantic import AliasPath, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
 from routesae.machine.files import file_hash, read_signed, reading, refuse_link, replacing, signed, write_json
 from routesae.reporting import WrongInput, visible
@@ -43,7 +42,6 @@ KINDS = (CHOSEN, TOP, *SAMPLES)
 BINS_PER_OCTAVE = 4
 HISTOGRAM = range(-8 * BINS_PER_OCTAVE, 16 * BINS_PER_OCTAVE)  # bins: activations from 2^-8 to 2^16
 OPENING, CLOSING = "<ACTIVATED>", "</ACTIVATED>"  # the published code's marks
-MOST_VALUES = 1 << 26  # of a column in a row group, of which one is held in memory at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,10 +75,7 @@ class Context:
         values = {one.name: row[one.name] for one in fields(cls)}
         listed: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
         listed["fields"] = dict(listed["fields"] or ())
-        context = cls(**listed)
-        if not 0 <= context.at < len(context.tokens) == len(context.token_ids) == len(context.activations):
-            raise ValueError(f"latent {row['latent']} has a context of no token, or of uneven lists")
-        return context
+        return cls(**listed)
 
     @property
     def text(self) -> str:
@@ -158,22 +153,6 @@ class LatentContexts:
         return self.summary.latent
 
 
-class Facts(BaseModel):
-    """What facts.json must say; the rest of it is not looked at."""
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
-    path: str = Field(validation_alias=AliasPath("cache", "path"))
-    tokens_hash: str = Field(validation_alias=AliasPath("cache", "tokens_hash"))
-    corpus: str = Field(validation_alias=AliasPath("cache", "corpus"))
-    threshold: float = Field(validation_alias=AliasPath("settings", "threshold"))
-    choose: str = Field(validation_alias=AliasPath("settings", "choose"))
-    folder: str = Field(validation_alias=AliasPath("sae", "folder"))
-    weights: dict[str, str] = Field(validation_alias=AliasPath("sae", "weights"))
-    readings: PositiveInt
-    features: NonNegativeInt
-    hashes: dict[str, str]
-
-
 class ContextsFile:
     """What `routesae contexts` wrote of an SAE: facts and summaries at hand, contexts read as they are asked for.
 
@@ -191,8 +170,6 @@ class ContextsFile:
 
         with reading(self.place / CONTEXTS, REMEDY, pa.ArrowException):
             for latent, rows in groupby(self._rows(selected), key=itemgetter("latent")):
-                if not 0 <= latent < len(self.summaries):
-                    raise ValueError(f"there is no latent {latent}")
                 contexts = [Context.of_row(row) for row in rows]
                 kinds = {kind: tuple(c for c in contexts if c.kind == kind) for kind in KINDS}
                 chosen, top = kinds.pop(CHOSEN), kinds.pop(TOP)
@@ -214,9 +191,6 @@ class ContextsFile:
                     if at == len(ascending) or ascending[at] > bounds.max:
                         continue
                 rows = file.read_row_group(group)
-                for name in rows.column_names:
-                    if name not in ("layer", "document", "role", "place", "fields") and rows[name].null_count:
-                        raise ValueError(f"{name} is missing in a row")
                 if ascending is not None:
                     rows = rows.filter(pc.is_in(rows["latent"], pa.array(ascending, pa.int32())))
                 for batch in rows.to_batches(max_chunksize=4096):
@@ -231,7 +205,6 @@ def place_of(folder: Path, cache: Mapping[str, Any]) -> Path:
 
 def read_contexts(folder: Path, tokens_hash: str | None = None) -> ContextsFile:
     """The contexts in an SAE's folder: see `read_facts`. Raises WrongInput if there are none, or they are damaged."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     facts = read_facts(folder, tokens_hash)
@@ -239,20 +212,12 @@ def read_contexts(folder: Path, tokens_hash: str | None = None) -> ContextsFile:
         which = "" if tokens_hash is None else " of that corpus"
         raise WrongInput(f"{folder} has no contexts{which}; make them with routesae contexts --sae {folder}")
     place = place_of(folder, facts["cache"])
-    for name, schema in ((CONTEXTS, context_schema()), (LATENTS, latent_schema()), (PUBLISHED, None)):
-        with reading(place / name, REMEDY, pa.ArrowException):
+    for name in PARTS:
+        with reading(place / name, REMEDY):
             if file_hash(place / name) != facts["hashes"].get(name):
                 raise ValueError(f"it is not the one that {FACTS} is about")
-            if schema is not None:
-                _require_bounds(place / name, schema)
-    with reading(place / LATENTS, REMEDY, pa.ArrowException):
-        table = pq.read_table(place / LATENTS, page_checksum_verification=True)
-        if any(column.null_count for column in table.columns):
-            raise ValueError("a value is missing")
-        summaries = tuple(LatentSummary(**row) for row in table.to_pylist())
-        if [summary.latent for summary in summaries] != list(range(len(summaries))):
-            raise ValueError("its latents are not numbered from 0")
-    return ContextsFile(folder, facts, summaries)
+    rows = pq.read_table(place / LATENTS).to_pylist()
+    return ContextsFile(folder, facts, tuple(LatentSummary(**row) for row in rows))
 
 
 def read_facts(folder: Path, tokens_hash: str | None = None) -> dict[str, Any] | None:
@@ -273,26 +238,9 @@ def read_facts(folder: Path, tokens_hash: str | None = None) -> dict[str, Any] |
         facts = read_signed(places[0] / FACTS)
         if facts.get("format") != FORMAT:
             raise ValueError(f"it has format {facts.get('format')!r}, and only {FORMAT} is read")
-        Facts.model_validate(facts)
         if place_of(folder, facts["cache"]) != places[0]:
             raise ValueError("it is in the folder of another corpus")
         return facts
-
-
-def _require_bounds(path: Path, schema: pa.Schema) -> None:
-    """Raises ValueError if a Parquet file has other columns, or claims more than is ever written.
-
-    A few bytes of it can stand for any number of rows.
-    """
-    import pyarrow.parquet as pq
-
-    with pq.ParquetFile(path) as file:
-        if not file.schema_arrow.remove_metadata().equals(schema):
-            raise ValueError("its columns are others")
-        for group in map(file.metadata.row_group, range(file.num_row_groups)):
-            values = max(group.column(column).num_values for column in range(group.num_columns))
-            if not 0 <= group.num_rows <= values <= MOST_VALUES:
-                raise ValueError(f"it claims {values:,} values at a time, and at most {MOST_VALUES:,} are read")
 
 
 def write_contexts(
