@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import google_crc32c
 import numpy as np
@@ -48,13 +48,6 @@ _MOST_CHUNKS = 1 << 20  # of an array: an index of 16 MB, for 268 million rows
 
 class BadArray(Exception):
     """The array at a path is missing, truncated or altered; the message says how, without the path."""
-
-
-class Stored(NamedTuple):
-    """size: in bytes. etag: the object store's name for this version of an object; None on a disk."""
-
-    size: int
-    etag: str | None = None
 
 
 def padded_rows(rows: int, chunk_rows: int) -> int:
@@ -263,10 +256,10 @@ def chunk_rows_of(metadata: Any, shape: tuple[int, ...], dtype: npt.DTypeLike) -
 
 def checked(
     read: Callable[[str], bytes],
-    tail: Callable[[str, int], tuple[Stored, bytes]],
+    tail: Callable[[str, int], tuple[int, bytes]],
     shape: tuple[int, ...],
     dtype: npt.DTypeLike,
-) -> Stored:
+) -> None:
     """Compare an array's metadata, file size and index with what `shape` says; reads a few kilobytes.
 
     read, tail: those of its folder (store/disk.py). zarr 3.1 reads a missing or cut chunk as the fill value without a
@@ -281,11 +274,10 @@ def checked(
         raise BadArray(f"zarr.json unreadable: {bad!r}") from None
     chunk_rows = chunk_rows_of(metadata, shape, dtype)
     try:
-        stored, index = tail(data_name(len(shape)), index_bytes(shape[0], chunk_rows))
+        size, index = tail(data_name(len(shape)), index_bytes(shape[0], chunk_rows))
     except FileNotFoundError:
         raise BadArray("data file missing") from None
-    if stored.size != (expected := file_bytes(shape, dtype, chunk_rows)):
-        raise BadArray(f"{stored.size:,} bytes where {expected:,} belong")
+    if size != (expected := file_bytes(shape, dtype, chunk_rows)):
+        raise BadArray(f"{size:,} bytes where {expected:,} belong")
     if index != index_of(shape, dtype, chunk_rows):
         raise BadArray("chunk index altered")
-    return stored

@@ -4,8 +4,8 @@
     s3://bucket/shards/shard-00000/zarr.json       put last: without it the shard does not exist
 
 Retries, signatures and multipart uploads are obstore's. Credentials, region and endpoint come from the environment
-(AWS_*, GOOGLE_*, AZURE_*) and are written nowhere. Every read of a data object names the ETag that its checks saw, so
-an object that changed under the reader is an error and never a mixture of two.
+(AWS_*, GOOGLE_*, AZURE_*) and are written nowhere. An object that changed under the reader is not what its checksums
+say, whether all of it or a part was read.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import numpy.typing as npt
 import xxhash
 
 from routesae.harvest.cache import arrays
-from routesae.harvest.cache.arrays import CHUNK_ROWS, Array, BadArray, Stored, array_hash, checked, data_name
+from routesae.harvest.cache.arrays import CHUNK_ROWS, Array, BadArray, array_hash, checked, data_name
 from routesae.harvest.cache.store.blocks import IN_FLIGHT, PIECE_BYTES, Block, blocks
 from routesae.machine.files import LARGEST_BYTES
 from routesae.reporting import FailedRun, WrongInput
@@ -127,40 +127,37 @@ class BucketFolder:
             data: bytes = answer.bytes().to_bytes()
             return _whole(data, size)
 
-    def tail(self, name: str, length: int) -> tuple[Stored, bytes]:
+    def tail(self, name: str, length: int) -> tuple[int, bytes]:
         with self._asking(name) as obstore:
             answer = obstore.get(self._store(), self._key(name), options={"range": {"suffix": length}})
             data: bytes = answer.bytes().to_bytes()
-        stored = Stored(answer.meta["size"], answer.meta["e_tag"])
-        return stored, _whole(data, min(length, stored.size))
+        size: int = answer.meta["size"]
+        return size, _whole(data, min(length, size))
 
-    def range(self, name: str, first: int, after: int, stored: Stored) -> Data:
-        """Bytes first … after-1 of an object that is still the one `stored` describes."""
-        options: Any = {"range": (first, after)}
-        if stored.etag is not None:
-            options["if_match"] = stored.etag
+    def range(self, name: str, first: int, after: int) -> Data:
+        """Bytes first … after-1 of an object."""
         with self._asking(name) as obstore:
-            data: Data = obstore.get(self._store(), self._key(name), options=options).bytes()
+            data: Data = obstore.get(self._store(), self._key(name), options={"range": (first, after)}).bytes()
         return _whole(data, after - first)
 
-    def ranges(self, name: str, stored: Stored, first: int, after: int, step: int) -> Iterator[Data]:
+    def ranges(self, name: str, first: int, after: int, step: int) -> Iterator[Data]:
         """Bytes first … after-1 of an object in order, `step` at a time, a few read ahead."""
         bounds = [(start, min(start + step, after)) for start in range(first, after, step)]
         if len(bounds) == 1:
-            yield self.range(name, *bounds[0], stored)
+            yield self.range(name, *bounds[0])
             return
         with ThreadPoolExecutor(4, thread_name_prefix="object-pieces") as pool:
-            waiting = [pool.submit(self.range, name, *one, stored) for one in bounds[:6]]
+            waiting = [pool.submit(self.range, name, *one) for one in bounds[:6]]
             for following in [*bounds[6:], *[None] * min(6, len(bounds))]:
                 yield waiting.pop(0).result()
                 if following is not None:
-                    waiting.append(pool.submit(self.range, name, *following, stored))
+                    waiting.append(pool.submit(self.range, name, *following))
 
     def fetch(self, name: str, target: Path, *, link: bool = False) -> None:
-        stored, _ = self.tail(name, 1)
+        size, _ = self.tail(name, 1)
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("xb") as file:
-            for piece in self.ranges(name, stored, 0, stored.size, PIECE_BYTES):
+            for piece in self.ranges(name, 0, size, PIECE_BYTES):
                 file.write(piece)
 
     def shard_names(self) -> set[str]:
@@ -228,8 +225,6 @@ class BucketFolder:
                     f"{what}: the store refuses access; set credentials that may read it in the environment "
                     "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_REGION for s3://)"
                 ) from None
-            if isinstance(error, exceptions.PreconditionError):
-                raise BadArray("the object was changed while it was read") from None
             if "status code: 416" in said:
                 raise BadArray("the object ends before the bytes asked for") from None
             raise FailedRun(
@@ -239,7 +234,7 @@ class BucketFolder:
 
 
 class BucketArray:
-    """A DiskArray that the first read checks, by two requests; every read is of the version that was right then.
+    """A DiskArray that the first read checks, by two requests.
 
     What is read, unless in pieces, goes through blocks of whole chunks that stay on this disk for a while (.blocks).
     """
@@ -252,15 +247,17 @@ class BucketArray:
         self._chunk_bytes = CHUNK_ROWS * self._row_bytes
         self._block_rows = CHUNK_ROWS * max(1, FETCHED_BYTES // self._chunk_bytes)
         self._lock = threading.Lock()
-        self._stored: Stored | None = None
+        self._is_checked = False
 
     def _fetched(self, first: int, after: int) -> Iterator[Data]:
         """The bytes of rows first … after-1, some megabytes of whole chunks at a time."""
         folder = self._folder
         with self._lock:
-            stored = self._stored = self._stored or checked(folder.read, folder.tail, self._shape, self._dtype)
+            if not self._is_checked:
+                checked(folder.read, folder.tail, self._shape, self._dtype)
+            self._is_checked = True
         step = self._chunk_bytes * max(1, PIECE_BYTES // self._chunk_bytes)
-        yield from folder.ranges(self._name, stored, first * self._row_bytes, after * self._row_bytes, step)
+        yield from folder.ranges(self._name, first * self._row_bytes, after * self._row_bytes, step)
 
     def pieces(self) -> Iterator[Array]:
         for piece in self._fetched(0, self._shape[0]):

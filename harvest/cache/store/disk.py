@@ -21,7 +21,7 @@ from typing import IO
 import numpy as np
 import numpy.typing as npt
 
-from routesae.harvest.cache.arrays import CHECKSUM_DIFFERS, Array, BadArray, Stored, array_hash, checked, data_file
+from routesae.harvest.cache.arrays import CHECKSUM_DIFFERS, Array, BadArray, array_hash, checked, data_file
 from routesae.machine.files import LARGEST_BYTES, BadFile, open_regular, read_bytes
 
 NO_MMAP = (errno.ENODEV, errno.ENOSYS, errno.ENOTSUP, errno.EACCES, errno.EINVAL)
@@ -137,13 +137,13 @@ class DiskFolder:
         except (BadFile, OSError) as bad:
             raise BadArray(f"{name} unreadable: {getattr(bad, 'strerror', None) or bad}") from None
 
-    def tail(self, name: str, length: int) -> tuple[Stored, bytes]:
+    def tail(self, name: str, length: int) -> tuple[int, bytes]:
         """A file's size and its last `length` bytes (all, where it has fewer). Raises as `read`."""
         try:
             with open_regular(self.path / name) as file:
                 size = os.fstat(file.fileno()).st_size
                 file.seek(max(0, size - length))
-                return Stored(size), file.read(length)
+                return size, file.read(length)
         except (FileNotFoundError, NotADirectoryError):
             raise FileNotFoundError(f"{self.path / name} is missing") from None
         except (BadFile, OSError) as bad:
