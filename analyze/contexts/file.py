@@ -203,14 +203,13 @@ def place_of(folder: Path, cache: Mapping[str, Any]) -> Path:
     return folder / FOLDER / f"{name or 'corpus'}-{cache['tokens_hash'][:8]}"
 
 
-def read_contexts(folder: Path, tokens_hash: str | None = None) -> ContextsFile:
-    """The contexts in an SAE's folder: see `read_facts`. Raises WrongInput if there are none, or they are damaged."""
+def read_contexts(folder: Path, tokens_hash: str | None = None) -> ContextsFile | None:
+    """The contexts in an SAE's folder, or None, see `read_facts`. Raises WrongInput if they are damaged."""
     import pyarrow.parquet as pq
 
     facts = read_facts(folder, tokens_hash)
     if facts is None:
-        which = "" if tokens_hash is None else " of that corpus"
-        raise WrongInput(f"{folder} has no contexts{which}; make them with routesae contexts --sae {folder}")
+        return None
     place = place_of(folder, facts["cache"])
     for name in PARTS:
         with reading(place / name, REMEDY):

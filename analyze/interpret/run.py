@@ -20,7 +20,8 @@ from string import Template
 from typing import Any
 
 from routesae import __version__
-from routesae.analyze.contexts.file import Context, ContextsFile, read_contexts, read_facts
+from routesae.analyze.contexts.file import Context, ContextsFile, read_contexts
+from routesae.analyze.inputs.saes import sae_folders
 from routesae.analyze.interpret import scoring
 from routesae.analyze.interpret.answers import Explanation
 from routesae.analyze.interpret.asking import Asking, Question, settled
@@ -171,24 +172,16 @@ class Subject:
 
 def _contexts(settings: InterpretSettings) -> list[ContextsFile]:
     """The contexts of the SAEs that are named, or of all that have any; of the corpus of --cache if it is given."""
-    tokens_hash = None
-    if settings.cache is not None:
-        tokens_hash = Cache(settings.cache).manifest.tokens_hash
-    if settings.saes:
-        folders = [Path(sae) for sae in dict.fromkeys(settings.saes)]
-        for folder in folders:
-            if not folder.is_dir():
-                raise WrongInput(f"--sae {folder} is not a folder; give one that routesae contexts wrote into")
-    else:
-        from routesae.train.folder.checkpoint import find_saes  # brings torch
-
-        everything = find_saes(Path(settings.out))
-        folders = [folder for folder in everything if read_facts(folder, tokens_hash) is not None]
-        if not folders:
-            raise WrongInput(f"no SAE under {settings.out} has contexts; make them with routesae contexts")
-        if left := [folder.name for folder in everything if folder not in folders]:
-            log.warning("left out because they have no contexts: %s", ", ".join(left))
-    return [read_contexts(folder, tokens_hash) for folder in folders]
+    tokens_hash = None if settings.cache is None else Cache(settings.cache).manifest.tokens_hash
+    places = sae_folders(settings.saes, Path(settings.out)).values()
+    found = {beside: read_contexts(beside, tokens_hash) for _, beside in places}
+    without = [folder for folder, contexts in found.items() if contexts is None]
+    if without and (settings.saes or len(without) == len(found)):
+        which = "" if tokens_hash is None else " of that corpus"
+        raise WrongInput(f"{without[0]} has no contexts{which}; make them with routesae contexts --sae {without[0]}")
+    if without:
+        log.warning("left out because they have no contexts: %s", ", ".join(folder.name for folder in without))
+    return [contexts for contexts in found.values() if contexts is not None]
 
 
 def pick(contexts: ContextsFile, settings: InterpretSettings) -> list[int]:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from routesae.analyze.contexts.file import read_contexts, read_facts
+from routesae.analyze.contexts.file import read_contexts
 from routesae.analyze.contexts.windows import Vocabulary
 from routesae.analyze.inputs.lm import LM, Text, lm_of_sae, load_lm_of, require_lm_of
 from routesae.analyze.inputs.saes import one_sae
@@ -152,11 +152,12 @@ def pieces_of(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
 def notes_of(sae: SAE, folder: Path | None, latents: Iterable[int]) -> dict[int, str]:
     """What is said of some latents in an SAE's folder. Raises WrongInput where that is of other weights."""
-    trained_on = sae.folder and lm_of_sae(sae.folder, sae.recipe).facts.get("tokens_hash")
-    tokens_hash = trained_on if folder and trained_on and read_facts(folder, trained_on) else None
-    if folder is None or read_facts(folder, tokens_hash) is None:
+    if folder is None:
         return {}
-    contexts, lines, notes = read_contexts(folder, tokens_hash), read_interpretations(folder), dict[int, str]()
+    trained_on = None if sae.folder is None else lm_of_sae(sae.folder, sae.recipe).facts.get("tokens_hash")
+    if (contexts := read_contexts(folder, trained_on) or read_contexts(folder)) is None:
+        return {}
+    lines, notes = read_interpretations(folder), dict[int, str]()
     if contexts.facts["sae"]["weights"] != sae.hashes:
         raise WrongInput(f"{folder} has contexts of other weights; run routesae contexts again")
     for latent in contexts.latents(set(latents)):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from routesae.analyze.contexts.file import ContextsFile, read_contexts, read_facts
+from routesae.analyze.contexts.file import ContextsFile, read_contexts
 from routesae.analyze.inputs.saes import sae_folders
 from routesae.analyze.interpret.settings import MODES
 from routesae.analyze.interpret.summary import read_interpretations, read_summary
@@ -107,7 +107,7 @@ def _read_run(
         scores=scores,
         intervals={column: (ends[0], ends[-1]) for column, ends in row.get("intervals", {}).items() if ends},
         shares=shares if isinstance(shares, dict) else None,
-        contexts=read_contexts(beside, tokens_hash) if read_facts(beside, tokens_hash) is not None else None,
+        contexts=read_contexts(beside, tokens_hash),
         explanations=read_interpretations(beside),
     )
 

@@ -461,8 +461,7 @@ def test_a_tokenizer_without_its_model_is_enough(
 
 def test_missing_and_damaged_files_are_named(hostile_cache: Cache, copied: Callable[[str], Path]) -> None:
     folder = copied("topk")
-    with pytest.raises(WrongInput, match=r"has no contexts; make them with routesae contexts"):
-        read_contexts(folder)
+    assert read_contexts(folder) is None
     place = run(hostile_cache, folder)[1].place
     for name in (*PARTS, FACTS):
         whole = (place / name).read_bytes()

@@ -190,6 +190,13 @@ def test_a_key_must_be_there_for_openai_and_azure(tmp_path: Path, monkeypatch: p
     assert not (folder / "interpretations.jsonl").exists()
 
 
+def test_an_sae_without_contexts_is_named_with_what_makes_them(tmp_path: Path, serve: Serve) -> None:
+    server = serve(lambda latent, nth, body: good())
+    (tmp_path / "sae").mkdir()
+    with pytest.raises(WrongInput, match=r"sae has no contexts; make them with routesae contexts --sae .*sae$"):
+        interpret(asked(tmp_path / "sae", server))
+
+
 def test_a_server_of_ones_own_needs_no_key(tmp_path: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY")
     server = serve(lambda latent, nth, body: good())
