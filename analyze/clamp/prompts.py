@@ -14,12 +14,9 @@
 A turn begins with HH-RLHF's mark at the start of a paragraph; the published code splits at every "Human:".
 """
 
-import gzip
 import json
 import logging
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,13 +24,13 @@ from typing import Any, NamedTuple
 from routesae.analyze.clamp.settings import ClampSettings
 from routesae.analyze.inputs.lm import require_unicode
 from routesae.harvest.corpus.chat import BadConversation, Message, hh_messages, messages_of
-from routesae.machine.files import BadFile, open_regular, parse_json
-from routesae.reporting import FailedRun, WrongInput
+from routesae.harvest.corpus.texts import LARGEST_BYTES, Malformed, json_lines, read_to_its_end
+from routesae.machine.files import read_bytes, reading
+from routesae.reporting import WrongInput
 
 log = logging.getLogger(__name__)
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
-LONGEST_LINE = 1 << 24  # bytes
 SPEAKERS = {"user": f"{HUMAN} ", "assistant": f"{ASSISTANT} "}
 
 
@@ -67,41 +64,24 @@ def read_prompts(settings: ClampSettings) -> list[Prompt]:
 
 
 def _file_prompts(path: Path, text_field: str, hh: str) -> Iterator[Prompt]:
-    name = path.name.lower()
+    name, give = path.name.lower(), "give a .txt, .jsonl or .jsonl.gz"
     if not name.endswith((".txt", ".jsonl", ".jsonl.gz")):
         raise WrongInput(f"{path} is not a file of prompts: its name must end in .txt, .jsonl or .jsonl.gz")
-    try:
-        with open_regular(path) as file:
-            lines: Any = gzip.GzipFile(fileobj=file) if name.endswith(".gz") else file
-            for number, line in enumerate(iter(partial(lines.readline, LONGEST_LINE), b""), start=1):
-                origin = f"{path}:{number}"
-                if len(line) == LONGEST_LINE:
-                    raise WrongInput(f"{origin}: a line of more than {LONGEST_LINE:,} bytes, which no LM reads")
-                try:
-                    text = line.decode().rstrip("\r\n")
-                except UnicodeDecodeError as error:
-                    raise WrongInput(f"{origin}: not UTF-8 at byte {error.start}") from None
-                if not text.strip():
-                    continue
-                if name.endswith(".txt"):
-                    yield _plain(text, origin)
-                else:
-                    yield from _line_prompts(text, origin, text_field, hh)
-    except FileNotFoundError:
-        raise WrongInput(f"{path} does not exist; give a .txt, .jsonl or .jsonl.gz") from None
-    except BadFile as error:
-        raise WrongInput(f"{path} is {error}; give a .txt, .jsonl or .jsonl.gz") from None
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise FailedRun(f"{path} cannot be read to its end: {error}; fetch or write it again") from error
+    if not path.is_file():
+        raise WrongInput(f"{path} {'is not a regular file' if path.exists() else 'does not exist'}; {give}")
+    if name.endswith(".txt"):
+        with reading(path, give):
+            lines = read_bytes(path, LARGEST_BYTES).decode().split("\n")
+        yield from (_plain(line.rstrip("\r"), f"{path}:{at}") for at, line in enumerate(lines, 1) if line.strip())
+        return
+    with read_to_its_end(path):
+        for origin, entry in json_lines(path):
+            yield from _entry_prompts(entry, origin, text_field, hh)
 
 
-def _line_prompts(line: str, origin: str, text_field: str, hh: str) -> list[Prompt]:
-    try:
-        entry = parse_json(line.encode())
-    except BadFile as error:
-        raise WrongInput(f"{origin}: {error}") from None
-    if not isinstance(entry, dict):
-        raise WrongInput(f"{origin}: a JSON {type(entry).__name__}, not an object")
+def _entry_prompts(entry: Mapping[str, Any] | Malformed, origin: str, text_field: str, hh: str) -> list[Prompt]:
+    if isinstance(entry, Malformed):
+        raise WrongInput(f"{origin}: {entry}")
     require_unicode(json.dumps(entry, ensure_ascii=False), origin)
     chosen, rejected, text = entry.get("chosen"), entry.get("rejected"), entry.get(text_field)
     if isinstance(chosen, str) and isinstance(rejected, str):

@@ -26,7 +26,7 @@ import random
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -118,10 +118,10 @@ def read_documents(data: str, settings: HarvestSettings, counts: TextCounts) -> 
     for origin, record in entries:
         counts.entries += 1
         try:
-            if isinstance(record, _Malformed):
+            if isinstance(record, Malformed):
                 raise record
             contents = _contents(record, settings)
-        except (_Malformed, BadConversation) as bad:
+        except (Malformed, BadConversation) as bad:
             counts.note_malformed(origin, str(bad))
             continue
         except WrongInput as bad:
@@ -137,11 +137,12 @@ def read_documents(data: str, settings: HarvestSettings, counts: TextCounts) -> 
     counts.check_malformed()
 
 
-class _Malformed(Exception):
+class Malformed(Exception):
     """Takes the place of a record that could not be read, and says why."""
 
 
-_Entry = tuple[str, "Mapping[str, Any] | _Malformed"]
+Entry = tuple[str, Mapping[str, Any] | Malformed]
+Reader = Callable[[Path, HarvestSettings], Iterator[Entry]]
 
 
 def spoken(content: str | Sequence[Message]) -> str:
@@ -152,12 +153,12 @@ def spoken(content: str | Sequence[Message]) -> str:
 def _contents(record: Mapping[str, Any], settings: HarvestSettings) -> dict[str, Content | None]:
     """The content of each document in a record, by its field; None where that is empty.
 
-    Raises _Malformed, BadConversation, and WrongInput for token ids that are none: no others would be either.
+    Raises Malformed, BadConversation, and WrongInput for token ids that are none: no others would be either.
     """
     groups = [{name: record[name] for name in names if name in record} for names in _field_groups(settings)]
     if not any(groups):
         what, field = ("token ids", settings.token_field) if settings.token_field else ("text", settings.text_field)
-        raise _Malformed(f"no {what} in field {field!r}; its fields are {', '.join(list(record)[:8])}")
+        raise Malformed(f"no {what} in field {field!r}; its fields are {', '.join(list(record)[:8])}")
     # The first that holds something: a table of texts and conversations has a null in the one or the other.
     group = max(filter(None, groups), key=lambda of: any(one is not None and one == one for one in of.values()))
     return {name: _content(value, name, settings) for name, value in group.items()}
@@ -179,11 +180,11 @@ def _content(value: Any, name: str, settings: HarvestSettings) -> Content | None
         return None
     content = messages_of(value) if not is_text and isinstance(value, str | list) else value
     if not isinstance(content, str | list):
-        raise _Malformed(f"field {name!r} is not text: {value!r}"[:200])
+        raise Malformed(f"field {name!r} is not text: {value!r}"[:200])
     try:
         spoken(content).encode()
     except UnicodeEncodeError:  # JSON's \\ud800, which no tokenizer takes
-        raise _Malformed("it holds a lone surrogate, which is not a character") from None
+        raise Malformed("it holds a lone surrogate, which is not a character") from None
     return content
 
 
@@ -262,7 +263,7 @@ def _asked(settings: HarvestSettings) -> str:
     return f"--token-field {settings.token_field}" if settings.token_field else f"--text-field {settings.text_field}"
 
 
-def _reader(path: Path) -> Callable[[Path, HarvestSettings], Iterator[_Entry]] | None:
+def _reader(path: Path) -> Reader | None:
     name = re.sub(r"(json|jsonl|ndjson)\.(gz|zst)$", r"\1", path.name.lower())
     return READERS.get(name[name.rfind(".") :])
 
@@ -272,23 +273,30 @@ def _holds_documents(file: Path, settings: HarvestSettings) -> bool:
     if (reader := _reader(file)) is None or not re.search(r"\.json(\.gz|\.zst)?$", file.name.lower()):
         return reader is not None
     try:
-        _, record = next(reader(file, settings), ("", _Malformed("no line")))
-        return not isinstance(record, _Malformed) and bool(_contents(record, settings))
-    except _Malformed:
+        _, record = next(reader(file, settings), ("", Malformed("no line")))
+        return not isinstance(record, Malformed) and bool(_contents(record, settings))
+    except Malformed:
         return False
     except (*UNREADABLE, BadConversation, WrongInput):
         pass  # whoever reads it names what is wrong
     return True
 
 
-def _file_entries(file: Path, settings: HarvestSettings) -> Iterator[_Entry]:
+def _file_entries(file: Path, settings: HarvestSettings) -> Iterator[Entry]:
     """Raises WrongInput for a file of no known kind, FailedRun where it cannot be read to its end."""
     if (reader := _reader(file)) is None:
         raise WrongInput(f"{file} is not a corpus: its name must end in {NAMES}")
+    with read_to_its_end(file):
+        yield from reader(file, settings)
+
+
+@contextmanager
+def read_to_its_end(file: Path) -> Iterator[None]:
+    """While open, turn what keeps a file from being read to its end into FailedRun, with the remedy."""
     import pyarrow
 
     try:
-        yield from reader(file, settings)
+        yield
     except (*UNREADABLE, pyarrow.ArrowException) as broken:
         remedy = "fetch or write the file again"
         if "too much memory for decoding" in str(broken):  # a window of more than 128 MB
@@ -313,41 +321,42 @@ def _open_bytes(path: Path) -> io.BufferedIOBase:
     return path.open("rb")
 
 
-def _jsonl_entries(path: Path, settings: HarvestSettings) -> Iterator[_Entry]:
+def json_lines(path: Path, settings: HarvestSettings | None = None) -> Iterator[Entry]:
+    """Of each line of a file that holds something, its place, such as "news.jsonl:17", and the JSON object in it."""
     with _open_bytes(path) as file:
         for number in itertools.count(1):
             if not (line := file.readline(LARGEST_BYTES)):
                 return
             if len(line) == LARGEST_BYTES:
-                yield f"{path}:{number}", _Malformed(f"a line of {TOO_LONG}")
+                yield f"{path}:{number}", Malformed(f"a line of {TOO_LONG}")
                 while line and not line.endswith(b"\n"):
                     line = file.readline(LARGEST_BYTES)
             elif line.strip():
                 yield f"{path}:{number}", _record_of_line(line)
 
 
-def _record_of_line(line: bytes) -> dict[str, Any] | _Malformed:
+def _record_of_line(line: bytes) -> dict[str, Any] | Malformed:
     try:
         entry: Any = json.loads(line)
     except UnicodeDecodeError as error:
-        return _Malformed(f"not UTF-8 at byte {error.start}")
+        return Malformed(f"not UTF-8 at byte {error.start}")
     except (ValueError, RecursionError) as error:  # ValueError: not JSON, or a number of 5,000 digits
-        return _Malformed(f"not JSON: {error}")
-    return entry if isinstance(entry, dict) else _Malformed(f"a JSON {type(entry).__name__}, not an object")
+        return Malformed(f"not JSON: {error}")
+    return entry if isinstance(entry, dict) else Malformed(f"a JSON {type(entry).__name__}, not an object")
 
 
-def _txt_entries(path: Path, settings: HarvestSettings) -> Iterator[_Entry]:
+def _txt_entries(path: Path, settings: HarvestSettings) -> Iterator[Entry]:
     with path.open("rb") as file:
         data = file.read(LARGEST_BYTES)
     if len(data) == LARGEST_BYTES:
-        yield str(path), _Malformed(f"a text of {TOO_LONG}")
+        yield str(path), Malformed(f"a text of {TOO_LONG}")
         return
     try:  # a byte order mark says which encoding it is, and is no part of the text
         marks = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
         text = data.decode(next((marks[mark] for mark in marks if data.startswith(mark)), "utf-8-sig"))
         yield str(path), {settings.text_field: text, "label": path.absolute().parent.name}
     except UnicodeDecodeError as error:
-        yield str(path), _Malformed(f"not UTF-8 at byte {error.start}")
+        yield str(path), Malformed(f"not UTF-8 at byte {error.start}")
 
 
 def _columns(names: Sequence[str], settings: HarvestSettings, where: str) -> list[str]:
@@ -359,7 +368,7 @@ def _columns(names: Sequence[str], settings: HarvestSettings, where: str) -> lis
     return [name for name in names if name in read.union(settings.keep_fields)]
 
 
-def _parquet_entries(path: Path, settings: HarvestSettings) -> Iterator[_Entry]:
+def _parquet_entries(path: Path, settings: HarvestSettings) -> Iterator[Entry]:
     import pyarrow.parquet
 
     try:
@@ -397,7 +406,7 @@ def _class_name(value: Any, feature: Any) -> Any:
     return names[value] if value >= 0 else None  # -1 is no class
 
 
-def _dataset_entries(data: str, saved: Path | None, settings: HarvestSettings) -> Iterator[_Entry]:
+def _dataset_entries(data: str, saved: Path | None, settings: HarvestSettings) -> Iterator[Entry]:
     """Of a hub dataset or, given its folder, of one that save_to_disk wrote."""
     import datasets
 
@@ -442,5 +451,5 @@ def _dataset_entries(data: str, saved: Path | None, settings: HarvestSettings) -
         ) from error
 
 
-READERS = dict.fromkeys((".jsonl", ".ndjson", ".json"), _jsonl_entries)
+READERS: dict[str, Reader] = {".jsonl": json_lines, ".ndjson": json_lines, ".json": json_lines}
 READERS |= {".parquet": _parquet_entries, ".txt": _txt_entries}
