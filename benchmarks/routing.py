@@ -27,7 +27,6 @@ from routesae.harvest.cache.reader import Cache
 from routesae.harvest.lm.model import load_tokenizer
 from routesae.train.evaluate import read_in_order
 from routesae.train.folder.checkpoint import load_sae
-from routesae.train.loading.batches import Selection
 from routesae.train.run import train
 from routesae.train.settings import RunSettings, TrainSettings
 
@@ -56,10 +55,9 @@ def features_kept(folder: Path, cache: Cache, classes: np.ndarray, threshold: fl
     classes: for each token id, the number of its class: what it spells, without case and blanks.
     """
     sae = load_sae(folder, CPU)
-    selection = Selection(cache, 0, min(ROWS_READ, cache.manifest.rows), sae.recipe.layers)
     class_of = classes[cache.tokens().reshape(-1)]
     counts: dict[int, Counter[int]] = defaultdict(Counter)
-    for hidden, position_N in read_in_order(selection, [sae], CPU):
+    for hidden, position_N in read_in_order(cache, slice(0, min(ROWS_READ, cache.manifest.rows)), [sae]):
         class_N = class_of[position_N.numpy()].tolist()
         found = zip(*(part_M.tolist() for part_M in sae(hidden).latents.active()), strict=True)
         for n, latent, value in found:

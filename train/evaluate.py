@@ -5,7 +5,7 @@ Every score is over all tokens read, weighted by token; never a mean of batch me
 Dimension letters: L layers, N tokens, D width, F latents, S rows of tokens.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -59,34 +59,34 @@ def score_all_on_cache(
     saes: Mapping[str, SAE], cache: Cache, first_row: int, after_row: int, report: Report = silent
 ) -> dict[str, CacheScores]:
     """Score SAEs on the kept tokens of rows [first_row, after_row) of the cache's tokens, read once for all of them;
-    they are in evaluation mode from here on. For mlsae and random a token counts once a layer.
-
-    Raises WrongInput if there is no such token, a width differs or a layer was not harvested.
+    they are in evaluation mode from here on. For mlsae and random a token counts once a layer. Raises as
+    `read_in_order`.
     """
     for sae in saes.values():
-        require_fit(sae, cache)
         sae.eval()
-    layers = sorted({layer for sae in saes.values() for layer in sae.recipe.layers})
-    selection = Selection(cache, first_row, after_row, layers)
-    tokens = len(selection)
-    if tokens == 0:
-        raise WrongInput(f"{cache.path} has no kept token in rows {first_row} to {after_row - 1}; harvest more text")
-    device = next(iter(saes.values())).device
-    sums = {name: _Sums(sae.recipe, after_row - first_row, device) for name, sae in saes.items()}
-    for hidden, position_N in read_in_order(selection, saes.values(), device, report, "score on cache"):
+    rows = slice(first_row, after_row)
+    sums = {name: _Sums(sae.recipe, after_row - first_row, sae.device) for name, sae in saes.items()}
+    for hidden, position_N in read_in_order(cache, rows, list(saes.values()), report, "score on cache"):
         for name, sae in saes.items():
             sums[name].add(sae(hidden), position_N // cache.manifest.context - first_row)
-    return {name: of_sae.scores(tokens) for name, of_sae in sums.items()}
+    return {name: of_sae.scores() for name, of_sae in sums.items()}
 
 
 def read_in_order(
-    selection: Selection, saes: Iterable[SAE], device: torch.device, report: Report = silent, stage: str = ""
+    cache: Cache, rows: slice, saes: Sequence[SAE], report: Report = silent, stage: str = ""
 ) -> Iterator[tuple[Hidden, torch.Tensor]]:
-    """Every selected token once, in stored order, for these SAEs: hidden states, and position_N in the tokens.
+    """Every kept token of some rows once, in stored order, for these SAEs: hidden states, and position_N in the
+    cache's tokens, on the SAEs' device.
 
-    They are valid until the next ones are asked for, which reports how far the stage is.
+    They are valid until the next ones are asked for, which reports how far the stage is. Raises WrongInput if there
+    is no such token, a width differs or a layer was not harvested.
     """
-    cache, done = selection.cache, 0
+    for sae in saes:
+        require_fit(sae, cache)
+    device, done = saes[0].device, 0
+    selection = Selection(cache, rows.start, rows.stop, sorted({layer for sae in saes for layer in sae.layers}))
+    if len(selection) == 0:
+        raise WrongInput(f"{cache.path} has no kept token in rows {rows.start} to {rows.stop - 1}; harvest more text")
     position_N = np.concatenate([selection.positions(shard) for shard in range(len(selection.shards))])
     place_N, at_N = None, torch.from_numpy(position_N).to(device)
     if any(sae.recipe.router == "random" for sae in saes):
@@ -111,12 +111,14 @@ class _Sums:
         names = ("readings", "shares", "errors", "deviations", "active")
         self.by_row = {name: torch.zeros(rows, dtype=torch.float64, device=device) for name in names}
         self.active_F = torch.zeros(recipe.latents, dtype=torch.int64, device=device)
+        self.tokens = 0  # the readings are more where each is read once a layer
         self.near_D: torch.Tensor | None = None  # the mean of the first batch
         self.sum_D: torch.Tensor | float = 0.0  # of x − near
 
     def add(self, out: Forward, row_N: torch.Tensor) -> None:
         """row_N: the row of tokens that each of the batch's tokens stands in, from 0."""
         x_ND, sums = out.x_ND, self.by_row
+        self.tokens += len(row_N)
         row_R = row_N.repeat(len(x_ND) // len(row_N))  # a reading's; mlsae and random have one a layer
         if self.near_D is None:
             self.near_D = x_ND.mean(0)
@@ -133,17 +135,16 @@ class _Sums:
             routed_SL = torch.bincount(at_N, minlength=self.rows * self.layers).view(self.rows, self.layers)
             sums["routed"] = routed_SL.double() + sums.get("routed", 0.0)
 
-    def scores(self, tokens: int) -> CacheScores:
-        """tokens: scored; the readings are more where each is read once a layer."""
+    def scores(self) -> CacheScores:
         sums = self.by_row
         shift_D = torch.as_tensor(self.sum_D) / sums["readings"].sum()
         sums["deviations"] -= sums["readings"] * shift_D.square().sum()
         sums = {name: of_rows.cpu() for name, of_rows in sums.items()}
         readings = int(sums["readings"].sum())
-        shares_L = sums["routed"].sum(0) / tokens if "routed" in sums else None
+        shares_L = sums["routed"].sum(0) / self.tokens if "routed" in sums else None
         layers = self.recipe.layers
         return CacheScores(
-            tokens=tokens,
+            tokens=self.tokens,
             norm_mse=float(sums["shares"].sum()) / readings,
             fvu=float(sums["errors"].sum() / sums["deviations"].sum()),
             l0=float(sums["active"].sum()) / readings,

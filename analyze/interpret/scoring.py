@@ -32,9 +32,8 @@ from routesae.analyze.interpret.settings import InterpretSettings
 from routesae.harvest.cache.reader import Cache
 from routesae.machine.device import pick_device
 from routesae.reporting import WrongInput
-from routesae.train.evaluate import read_in_order, require_fit
+from routesae.train.evaluate import read_in_order
 from routesae.train.folder.checkpoint import CONFIG, load_sae
-from routesae.train.loading.batches import Selection
 from routesae.train.saes import SAE
 
 EACH = 10  # positives, and as many negatives, of a latent
@@ -159,15 +158,14 @@ class Silence:
 @torch.no_grad()
 def active_positions(sae: SAE, cache: Cache, first_row: int, latents: Sequence[int]) -> npt.NDArray[np.bool_]:
     """bool [W, P]: on which positions of the cache's rows from `first_row` on each of `latents` is active."""
-    require_fit(sae, cache)
-    first, after = first_row * cache.manifest.context, cache.manifest.rows * cache.manifest.context
-    active_WP = torch.zeros(len(latents), after - first, dtype=torch.bool, device=sae.device)
+    context, rows = cache.manifest.context, slice(first_row, cache.manifest.rows)
+    positions = (rows.stop - first_row) * context
+    active_WP = torch.zeros(len(latents), positions, dtype=torch.bool, device=sae.device)
     asked_F = torch.full((sae.recipe.latents,), -1, device=sae.device)
     asked_F[list(latents)] = torch.arange(len(latents), device=sae.device)
-    selection = Selection(cache, first_row, cache.manifest.rows, sae.recipe.layers)
-    for hidden, position_N in read_in_order(selection, [sae], sae.device):
-        row_M, latent_M, _ = sae.encode(hidden).active()
-        position_M, asked_M = position_N[row_M % hidden.tokens] - first, asked_F[latent_M]  # mlsae: layer after layer
+    for hidden, position_N in read_in_order(cache, rows, [sae]):
+        row_M, latent_M, _ = sae.encode(hidden).active()  # an mlsae's rows come layer after layer
+        position_M, asked_M = position_N[row_M % hidden.tokens] - first_row * context, asked_F[latent_M]
         active_WP[asked_M[asked_M >= 0], position_M[asked_M >= 0]] = True
     return active_WP.cpu().numpy()
 

@@ -26,7 +26,6 @@ from routesae.harvest.cache.reader import Cache
 from routesae.machine.device import pick_device
 from routesae.reporting import Report, Table, WrongInput, silent
 from routesae.train.evaluate import read_in_order
-from routesae.train.loading.batches import Selection
 from routesae.train.saes import SAE, Crosscoder
 from routesae.train.sparse.pairs import Pairs
 
@@ -60,17 +59,14 @@ class Activations(NamedTuple):
 
 def compare(settings: CompareSettings, report: Report = silent) -> Comparison:
     """Raises WrongInput where the SAEs and the cache do not fit together."""
-    cache, device = Cache(settings.cache), pick_device(settings.device)
-    opened = open_saes((settings.a, settings.b), Path(), cache, device)
+    cache = Cache(settings.cache)
+    opened = open_saes((settings.a, settings.b), Path(), cache, pick_device(settings.device))
     if len(opened) < 2:
         raise WrongInput(f"{settings.a} and {settings.b} are one SAE; name two")
     one, other = saes = [opened_sae.sae for opened_sae in opened.values()]
     rows, first, after = rows_to_read(None, cache, opened, settings.tokens)
-    selection = Selection(cache, first, after, sorted({*one.layers, *other.layers}))
-    if len(selection) == 0:
-        raise WrongInput(f"{cache.path} has no token to compare on; harvest more text")
     W_FC, W_GC = _decoders(one, other)
-    f, g = _activations(selection, saes, device, report)
+    f, g = _activations(cache, slice(first, after), saes, report)
     found = {"decoder": _nearest(lambda part: W_FC[part] @ W_GC.T, one.latents)}
     found["activations"] = _nearest(partial(_correlations, f, g), one.latents)
     shared = {name: mutual_F & (like_F >= settings.threshold) for name, (like_F, _, mutual_F) in found.items()}
@@ -87,7 +83,7 @@ def compare(settings: CompareSettings, report: Report = silent) -> Comparison:
             pairs.setdefault((a, b), {"A": a, "B": b, **dict.fromkeys(found)})[name] = float(like_F[a])
     strongest = sorted(pairs.values(), key=lambda pair: -sum(pair[name] or 0 for name in found))
     named = dict(zip("ab", opened, strict=True))
-    read = {"tokens": len(selection), "rows": rows, "corpus": cache.manifest.corpus}
+    read = {"tokens": f.pairs.tokens, "rows": rows, "corpus": cache.manifest.corpus}
     return Comparison(named, **read, counts=counts, pairs=Table(strongest))
 
 
@@ -119,12 +115,10 @@ def _nearest(likeness: Callable[[slice], Tensor], latents: int) -> tuple[Tensor,
 
 
 @torch.no_grad()
-def _activations(
-    selection: Selection, saes: Sequence[SAE], device: torch.device, report: Report
-) -> Iterator[Activations]:
+def _activations(cache: Cache, rows: slice, saes: Sequence[SAE], report: Report) -> Iterator[Activations]:
     parts: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in saes]
     done = 0
-    for hidden, _ in read_in_order(selection, saes, device, report, "compare"):
+    for hidden, _ in read_in_order(cache, rows, saes, report, "compare"):
         for sae, into in zip(saes, parts, strict=True):
             row_M, latent_M, f_M = sae.encode(hidden).active()
             into.append((row_M % hidden.tokens + done, latent_M, f_M))  # an mlsae's rows come layer after layer

@@ -29,7 +29,6 @@ from routesae.harvest.cache.reader import Cache
 from routesae.machine.device import require_packages
 from routesae.reporting import Progress, Report, WrongInput
 from routesae.train.evaluate import read_in_order
-from routesae.train.loading.batches import Selection
 from routesae.train.saes import SAE
 
 log = logging.getLogger(__name__)
@@ -79,13 +78,11 @@ def absorption(
     if not usable_N.any():
         raise WrongInput(f"Absorption needs words, and no kept token of {cache.path} is one of a to z alone")
     chosen_N = spread(word_N, usable_N, seed)
-    layers = sorted({layer for sae in saes.values() for layer in sae.layers})
-    selection, device = Selection(cache, rows.start, rows.stop, layers), next(iter(saes.values())).device
     read: dict[str, list[tuple[Floats, Any, Ints]]] = {name: [] for name in saes}
-    for hidden, position_N in read_in_order(selection, saes.values(), device, report, "read words"):
+    for hidden, position_N in read_in_order(cache, rows, list(saes.values()), report, "read words"):
         at_N = position_N.cpu().numpy() - rows.start * context
         chosen_n = np.flatnonzero(chosen_N[at_N])
-        few, word_n = hidden.at(torch.from_numpy(chosen_n).to(device)), word_N[at_N[chosen_n]]
+        few, word_n = hidden.at(torch.from_numpy(chosen_n).to(position_N.device)), word_N[at_N[chosen_n]]
         for name, sae in saes.items() if len(word_n) else ():
             out = sae.eval()(few)  # some variants read a token once in each layer
             word_R = np.tile(word_n, len(out.x_ND) // len(word_n))

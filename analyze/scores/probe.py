@@ -22,7 +22,6 @@ from routesae.harvest.cache.reader import Cache
 from routesae.machine.device import require_packages
 from routesae.reporting import Progress, Report, WrongInput
 from routesae.train.evaluate import read_in_order
-from routesae.train.loading.batches import Selection
 from routesae.train.saes import SAE
 
 log = logging.getLogger(__name__)
@@ -47,13 +46,12 @@ def probe(
     starts, context = cache.document_starts(), cache.manifest.context
     first, after = np.searchsorted(starts, [rows.start * context, rows.stop * context]).tolist()
     number_m, label_m = labelled(cache, field, first, after)
-    layers = sorted({layer for sae in saes.values() for layer in sae.layers})
-    selection, device = Selection(cache, rows.start, rows.stop, layers), next(iter(saes.values())).device
     # Of each document its place among the m; all others share the one after them.
     place = np.full(len(starts) + 1, len(number_m))
     place[number_m] = np.arange(len(number_m))
     sums: dict[str, list[torch.Tensor]] = {}
-    for hidden, position_N in read_in_order(selection, saes.values(), device, report, "read documents"):
+    for hidden, position_N in read_in_order(cache, rows, list(saes.values()), report, "read documents"):
+        device = position_N.device
         of_N = place[np.searchsorted(starts, position_N.cpu().numpy(), side="right") - 1]
         for name, sae in saes.items():
             out, f = sae.eval()(hidden), sae.latents
