@@ -15,7 +15,6 @@ import io
 import json
 import re
 import tempfile
-from bisect import bisect_left
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
@@ -66,16 +65,14 @@ class Context:
     place: str | None = None
     fields: Mapping[str, str] = field(default_factory=dict)
     at: int
-    token_ids: tuple[int, ...]
-    tokens: tuple[str, ...]
-    activations: tuple[float, ...]
+    token_ids: Sequence[int]
+    tokens: Sequence[str]
+    activations: Sequence[float]
 
     @classmethod
     def of_row(cls, row: Mapping[str, Any]) -> Context:
         values = {one.name: row[one.name] for one in fields(cls)}
-        listed: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-        listed["fields"] = dict(listed["fields"] or ())
-        return cls(**listed)
+        return cls(**{**values, "fields": dict(row["fields"] or ())})
 
     @property
     def text(self) -> str:
@@ -177,24 +174,15 @@ class ContextsFile:
 
     def _rows(self, selected: Collection[int] | None) -> Iterator[dict[str, Any]]:
         """In the order of the file, which is the latents'. A row group without a selected latent is not read."""
-        import pyarrow as pa
         import pyarrow.compute as pc
-        import pyarrow.parquet as pq
+        import pyarrow.dataset as ds
 
-        ascending = None if selected is None else sorted(set(selected))
-        column = context_schema().get_field_index("latent")
-        with pq.ParquetFile(self.place / CONTEXTS, page_checksum_verification=True) as file:
-            for group in range(file.num_row_groups):
-                bounds = file.metadata.row_group(group).column(column).statistics
-                if ascending is not None and bounds is not None and bounds.has_min_max:
-                    at = bisect_left(ascending, bounds.min)
-                    if at == len(ascending) or ascending[at] > bounds.max:
-                        continue
-                rows = file.read_row_group(group)
-                if ascending is not None:
-                    rows = rows.filter(pc.is_in(rows["latent"], pa.array(ascending, pa.int32())))
-                for batch in rows.to_batches(max_chunksize=4096):
-                    yield from batch.to_pylist()
+        how = ds.ParquetFileFormat(
+            default_fragment_scan_options=ds.ParquetFragmentScanOptions(page_checksum_verification=True)
+        )
+        wanted = None if selected is None else pc.field("latent").isin(sorted(set(selected)))
+        for batch in ds.dataset(self.place / CONTEXTS, format=how).to_batches(filter=wanted, batch_size=4096):
+            yield from batch.to_pylist()
 
 
 def place_of(folder: Path, cache: Mapping[str, Any]) -> Path:
