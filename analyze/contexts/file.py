@@ -11,9 +11,9 @@ Dimension letters: F latents.
 
 from __future__ import annotations
 
-import io
 import json
 import re
+import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -256,25 +256,23 @@ def write_contexts(
     with ExitStack() as stack:
         files = {name: stack.enter_context(replacing(place / name)) for name in PARTS}
         pq.write_table(summaries, files[LATENTS], **how)
-        published = io.TextIOWrapper(files[PUBLISHED], encoding="utf-8", write_through=True)
+        published = files[PUBLISHED]
         with (
             pq.ParquetWriter(files[CONTEXTS], context_schema(), **how) as parquet,
-            tempfile.TemporaryFile("w+", encoding="utf-8") as samples,
+            tempfile.TemporaryFile() as samples,
         ):
-            published.write(json.dumps(head)[:-1] + ',\n"latent_context_map": {')
+            published.write(f'{json.dumps(head)[:-1]},\n"latent_context_map": {{'.encode())
             comma = ""
             for batch in contexts:
                 parquet.write_batch(batch)
                 for latent, by_class, by_kind in _published(batch.to_pylist()):
-                    published.write(f'{comma}\n"{latent}": {json.dumps(by_class)}')
-                    samples.write(f'{comma}\n"{latent}": {json.dumps(by_kind)}')
+                    published.write(f'{comma}\n"{latent}": {json.dumps(by_class)}'.encode())
+                    samples.write(f'{comma}\n"{latent}": {json.dumps(by_kind)}'.encode())
                     comma = ","
-            published.write('\n},\n"latent_sample_map": {')
+            published.write(b'\n},\n"latent_sample_map": {')
             samples.seek(0)
-            for line in samples:
-                published.write(line)
-            published.write("\n}}\n")
-        published.detach()
+            shutil.copyfileobj(samples, published)
+            published.write(b"\n}}\n")
         for file in files.values():
             file.flush()
         hashes = {name: file_hash(Path(file.name)) for name, file in files.items()}
