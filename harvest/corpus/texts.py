@@ -16,7 +16,6 @@ Each source gives records: fields by name. What of a record is a document is dec
 """
 
 import codecs
-import gzip
 import io
 import itertools
 import json
@@ -24,7 +23,6 @@ import logging
 import os
 import random
 import re
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -49,7 +47,6 @@ LARGEST_BYTES = 1 << 28  # of a document: whatever is longer was never meant to 
 TOO_LONG = f"{LARGEST_BYTES:,} bytes or more; cut it into documents"
 PAIR = ("chosen", "rejected")  # of HH-RLHF and other data of preferences
 SAVED_DATASET = ("dataset_dict.json", "state.json")  # one of them is in every folder of save_to_disk
-UNREADABLE = (OSError, EOFError, zlib.error)
 NAMES = ".txt, .parquet, .jsonl, .json, .ndjson, or one of these three with .gz or .zst"
 NOTICES = re.compile(
     r"(?<![a-z])(licen[cs]e|readme|copying|copyright|notice|changelog|authors|citation|requirement|checksum|sha256sum)"
@@ -277,7 +274,7 @@ def _holds_documents(file: Path, settings: HarvestSettings) -> bool:
         return not isinstance(record, Malformed) and bool(_contents(record, settings))
     except Malformed:
         return False
-    except (*UNREADABLE, BadConversation, WrongInput):
+    except (OSError, BadConversation, WrongInput):
         pass  # whoever reads it names what is wrong
     return True
 
@@ -297,7 +294,7 @@ def read_to_its_end(file: Path) -> Iterator[None]:
 
     try:
         yield
-    except (*UNREADABLE, pyarrow.ArrowException) as broken:
+    except (OSError, pyarrow.ArrowException) as broken:
         remedy = "fetch or write the file again"
         if "too much memory for decoding" in str(broken):  # a window of more than 128 MB
             remedy = f"decompress it first: zstd -d --long=31 {file}"
@@ -312,13 +309,12 @@ def _one_line(error: Exception) -> str:
 
 
 def _open_bytes(path: Path) -> io.BufferedIOBase:
-    if path.name.lower().endswith(".gz"):
-        return gzip.open(path, "rb")
-    if path.name.lower().endswith(".zst"):
-        import pyarrow
+    packed = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
+    if packed is None:
+        return path.open("rb")
+    import pyarrow
 
-        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
-    return path.open("rb")
+    return io.BufferedReader(pyarrow.input_stream(str(path), compression=packed))
 
 
 def json_lines(path: Path, settings: HarvestSettings | None = None) -> Iterator[Entry]:
