@@ -196,6 +196,16 @@ def test_an_sae_without_contexts_is_named_with_what_makes_them(tmp_path: Path, s
         interpret(asked(tmp_path / "sae", server))
 
 
+def test_an_sae_of_the_hub_is_named_as_contexts_names_it(
+    tmp_path: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("routesae.analyze.inputs.saes.fetch_sae", lambda reference: tmp_path / "snapshot")
+    subject(tmp_path / "saes" / "user--repo", 2)
+    server = serve(lambda latent, nth, body: good())
+    (summary,) = interpret(asked(Path("user/repo"), server, out=str(tmp_path / "saes")))
+    assert summary["explained"] == len(lines(tmp_path / "saes" / "user--repo")) == 2
+
+
 def test_a_server_of_ones_own_needs_no_key(tmp_path: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY")
     server = serve(lambda latent, nth, body: good())
