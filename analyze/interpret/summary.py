@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, NonNegativeInt
+
 from routesae.analyze.interpret.answers import CATEGORIES
 from routesae.analyze.interpret.ledger import ANSWERED, LINES, SUMMARY, UNANSWERED, UNPARSED, Line, read_ledger
 from routesae.analyze.interpret.prices import Price, Used
@@ -13,13 +15,37 @@ from routesae.machine.files import read_signed, reading
 from routesae.reporting import FailedRun
 
 
-def read_summary(folder: Path) -> dict[str, Any] | None:
+class Score(BaseModel):
+    """What interpretations.json says of one mode of scoring. balanced_accuracy: None if no latent was scored."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+    balanced_accuracy: float | None
+    unanswered: NonNegativeInt
+
+
+class Summary(BaseModel):
+    """What others read of interpretations.json. score: the explainer's mean; None if nothing was explained."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+    score: float | None
+    unanswered: NonNegativeInt
+    last_loss: str | None
+    detection: Score | None = None
+    fuzzing: Score | None = None
+
+    @property
+    def lost(self) -> int:
+        """How many questions got no answer, those of scores included."""
+        return sum(part.unanswered for part in (self, self.detection, self.fuzzing) if part is not None)
+
+
+def read_summary(folder: Path) -> Summary | None:
     """What interpret last wrote into `folder`; None if it has not run. Raises WrongInput if the file is damaged."""
     path = folder / SUMMARY
     if not os.path.lexists(path):
         return None
     with reading(path, "the same routesae interpret writes it again"):
-        return read_signed(path)
+        return Summary.model_validate(read_signed(path))
 
 
 def read_interpretations(folder: Path) -> dict[int, Line]:
@@ -31,17 +57,11 @@ def read_interpretations(folder: Path) -> dict[int, Line]:
     return {line["latent"]: line for line in read_ledger(path)[1]} if os.path.lexists(path) else {}
 
 
-def lost(summary: Mapping[str, Any]) -> int:
-    """How many questions got no answer, those of scores included."""
-    parts = (summary, *(summary[mode] for mode in MODES if mode in summary))
-    return sum(part["unanswered"] for part in parts)
-
-
-def require_answers(summaries: Sequence[Mapping[str, Any]]) -> None:
+def require_answers(summaries: Sequence[Mapping[str, Any] | Summary]) -> None:
     """Raises FailedRun if a question got no answer, although the run came to its end."""
-    if count := sum(map(lost, summaries)):
-        reason = next(summary["last_loss"] for summary in summaries if lost(summary))
-        raise FailedRun(f"{count} questions got no answer ({reason}); the same command asks them again")
+    parts = [summary for summary in map(Summary.model_validate, summaries) if summary.lost]
+    if count := sum(summary.lost for summary in parts):
+        raise FailedRun(f"{count} questions got no answer ({parts[0].last_loss}); the same command asks them again")
 
 
 def used(lines: Sequence[Line]) -> Used:

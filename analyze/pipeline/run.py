@@ -22,7 +22,7 @@ from routesae.analyze.contexts.run import contexts
 from routesae.analyze.inputs.saes import cache_identity
 from routesae.analyze.interpret.ledger import LINES, SUMMARY
 from routesae.analyze.interpret.run import interpret
-from routesae.analyze.interpret.summary import lost, read_summary, require_answers
+from routesae.analyze.interpret.summary import read_summary, require_answers
 from routesae.analyze.pipeline.settings import PipelineSettings
 from routesae.analyze.pipeline.together import harvesting
 from routesae.analyze.report.run import write_report
@@ -127,8 +127,8 @@ def _run(settings: PipelineSettings, record: Record, report: Report) -> Pipeline
         prompts = [Path(file) for file in (asking.prompt,) if file]
         inputs = {**asking.to_dict(), **origin, **hashes(*facts, *prompts)}
         step = Step("interpret", inputs, tuple(folder / SUMMARY for folder in folders))
-        unanswered = any(lost(summary) for folder in folders if (summary := read_summary(folder)) is not None)
-        stages["interpret"] = record.run([step], lambda stale: interpret(asking, report), again=unanswered)
+        lost = any(summary.lost for folder in folders if (summary := read_summary(folder)) is not None)
+        stages["interpret"] = record.run([step], lambda stale: interpret(asking, report), again=lost)
     if settings.analyze is not None and described is not None:
         _describe_again(scores, described.manifest.tokens_hash, record)
     if (showing := settings.report) is not None:

@@ -95,7 +95,7 @@ def _read_run(
     held_out = source.held_out or {}
     known: dict[str, Any] = {column: held_out.get(key) for column, key in HELD_OUT.items()}
     known |= {name: value for name, value in row.items() if value is not None} | described(beside, tokens_hash)
-    known |= {mode: summary[mode]["balanced_accuracy"] for mode in MODES if summary and mode in summary}
+    known |= {mode: tested.balanced_accuracy for mode in MODES if (tested := getattr(summary, mode, None))}
     shares = row.get("Shares") or held_out.get("layer_shares")
     scores = {column.name: known[column.name] for column in MEASURED if known.get(column.name) is not None}
     return Run(

@@ -25,4 +25,4 @@ def described(folder: Path, tokens_hash: str | None = None) -> dict[str, Any]:
     of the corpus were collected (see `read_facts`); Score, the explainer's mean, if they were explained."""
     facts, summary = read_facts(folder, tokens_hash), read_summary(folder)
     columns = {} if facts is None else {"Features": facts["features"]}
-    return columns if summary is None else {**columns, "Score": summary["score"]}
+    return columns if summary is None else {**columns, "Score": summary.score}

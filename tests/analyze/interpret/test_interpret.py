@@ -18,8 +18,9 @@ from click.testing import CliRunner
 
 from routesae.analyze.interpret.run import interpret
 from routesae.analyze.interpret.settings import InterpretSettings
-from routesae.analyze.interpret.summary import lost, read_summary
+from routesae.analyze.interpret.summary import Summary, read_summary
 from routesae.cli import main
+from routesae.machine.files import signed
 from routesae.reporting import WrongInput
 from routesae.tests.analyze.interpret.chat_server import (
     KEY,
@@ -397,10 +398,9 @@ def test_a_summary_that_was_altered_is_one_line(tmp_path: Path, serve: Serve) ->
     interpret(asked(folder, server))
     path = folder / "interpretations.json"
     whole = json.loads(path.read_text())
-    assert read_summary(folder) == whole
-    assert (whole["score"], lost(whole)) == (4.0, 0)
+    assert read_summary(folder) == Summary(score=4.0, unanswered=0, last_loss=None)
     odd: list[Any] = [{**whole, "score": 5.0}, *({**whole, "score": [1]}, {"score": None}, [1], "x")]
-    for value in odd:
+    for value in (*odd, signed({**whole, "score": "4"}), signed({**whole, "unanswered": -1}), signed({})):
         path.write_text(json.dumps(value))
         with pytest.raises(WrongInput, match=r"interpretations.json cannot be read \(.*\); the same") as refusal:
             read_summary(folder)

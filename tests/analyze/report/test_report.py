@@ -472,6 +472,7 @@ def odd_source(held_out: Any) -> Callable[[Path], dict[str, Any]]:
         (odd("topk/metrics.jsonl", '{"tokens": 1}\n{"tokens": "many"}\n'), "metrics.jsonl cannot be read"),
         (odd("topk/metrics.jsonl", "[]"), "metrics.jsonl cannot be read (it is not what was written)"),
         (pipe("topk/metrics.jsonl"), "not a regular file"),
+        (odd("routesae/interpretations.json", {"score": 1, "fuzzing": [1]}), "interpretations.json cannot be read"),
         (odd("routesae/interpretations.json", "[]"), "interpretations.json cannot be read"),
         (odd("routesae/interpretations.jsonl", '{"identity": {}}\n{"latent": "x"}\n'), "interpretations.jsonl"),
         (odd_source([1]), "cfg.json cannot be read"),
