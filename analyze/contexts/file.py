@@ -17,13 +17,15 @@ import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import regex
+from pydantic import AliasPath, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
 from routesae.machine.files import file_hash, read_signed, reading, refuse_link, replacing, signed, write_json
 from routesae.reporting import WrongInput, visible
@@ -41,6 +43,7 @@ KINDS = (CHOSEN, TOP, *SAMPLES)
 BINS_PER_OCTAVE = 4
 HISTOGRAM = range(-8 * BINS_PER_OCTAVE, 16 * BINS_PER_OCTAVE)  # bins: activations from 2^-8 to 2^16
 OPENING, CLOSING = "<ACTIVATED>", "</ACTIVATED>"  # the published code's marks
+MOST_VALUES = 1 << 26  # of a column in a row group, of which one is held in memory at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +74,11 @@ class Context:
 
     @classmethod
     def of_row(cls, row: Mapping[str, Any]) -> Context:
-        values = {one.name: row[one.name] for one in fields(cls)}
-        return cls(**{**values, "fields": dict(row["fields"] or ())})
+        values = {name: row[name] for name in cls.__dataclass_fields__}
+        context = cls(**{**values, "fields": dict(row["fields"] or ())})
+        if not 0 <= context.at < len(context.tokens) == len(context.token_ids) == len(context.activations):
+            raise ValueError(f"latent {row['latent']} has a context of no token, or of uneven lists")
+        return context
 
     @property
     def text(self) -> str:
@@ -81,13 +87,15 @@ class Context:
     @property
     def word(self) -> str:
         """The text of the token, with that of the others that share characters with it."""
-        (word,) = (word for word in words_of(self.tokens) if self.at in word)
-        return "".join(self.tokens[word.start : word.stop])
+        return "".join(self.tokens[self._word.start : self._word.stop])
+
+    @cached_property
+    def _word(self) -> range:
+        return next(word for word in words_of(self.tokens) if self.at in word)
 
     def marked(self, opening: str = OPENING, closing: str = CLOSING) -> str:
         """The text with marks around the word."""
-        (word,) = (word for word in words_of(self.tokens) if self.at in word)
-        before, behind = "".join(self.tokens[: word.start]), "".join(self.tokens[word.stop :])
+        before, behind = "".join(self.tokens[: self._word.start]), "".join(self.tokens[self._word.stop :])
         return f"{before}{opening}{self.word}{closing}{behind}"
 
 
@@ -150,6 +158,22 @@ class LatentContexts:
         return self.summary.latent
 
 
+class Facts(BaseModel):
+    """What facts.json must say; the rest of it is not looked at."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+    path: str = Field(validation_alias=AliasPath("cache", "path"))
+    tokens_hash: str = Field(validation_alias=AliasPath("cache", "tokens_hash"))
+    corpus: str = Field(validation_alias=AliasPath("cache", "corpus"))
+    threshold: float = Field(validation_alias=AliasPath("settings", "threshold"))
+    choose: str = Field(validation_alias=AliasPath("settings", "choose"))
+    folder: str = Field(validation_alias=AliasPath("sae", "folder"))
+    weights: dict[str, str] = Field(validation_alias=AliasPath("sae", "weights"))
+    readings: PositiveInt
+    features: NonNegativeInt
+    hashes: dict[str, str]
+
+
 class ContextsFile:
     """What `routesae contexts` wrote of an SAE: facts and summaries at hand, contexts read as they are asked for.
 
@@ -167,6 +191,8 @@ class ContextsFile:
 
         with reading(self.place / CONTEXTS, REMEDY, pa.ArrowException):
             for latent, rows in groupby(self._rows(selected), key=itemgetter("latent")):
+                if not 0 <= latent < len(self.summaries):
+                    raise ValueError(f"there is no latent {latent}")
                 contexts = [Context.of_row(row) for row in rows]
                 kinds = {kind: tuple(c for c in contexts if c.kind == kind) for kind in KINDS}
                 chosen, top = kinds.pop(CHOSEN), kinds.pop(TOP)
@@ -182,6 +208,9 @@ class ContextsFile:
         )
         wanted = None if selected is None else pc.field("latent").isin(sorted(set(selected)))
         for batch in ds.dataset(self.place / CONTEXTS, format=how).to_batches(filter=wanted, batch_size=4096):
+            for name in batch.schema.names:
+                if name not in ("layer", "document", "role", "place", "fields") and batch[name].null_count:
+                    raise ValueError(f"{name} is missing in a row")
             yield from batch.to_pylist()
 
 
@@ -193,18 +222,27 @@ def place_of(folder: Path, cache: Mapping[str, Any]) -> Path:
 
 def read_contexts(folder: Path, tokens_hash: str | None = None) -> ContextsFile | None:
     """The contexts in an SAE's folder, or None, see `read_facts`. Raises WrongInput if they are damaged."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     facts = read_facts(folder, tokens_hash)
     if facts is None:
         return None
     place = place_of(folder, facts["cache"])
-    for name in PARTS:
-        with reading(place / name, REMEDY):
+    for name, schema in ((CONTEXTS, context_schema()), (LATENTS, latent_schema()), (PUBLISHED, None)):
+        with reading(place / name, REMEDY, pa.ArrowException):
             if file_hash(place / name) != facts["hashes"].get(name):
                 raise ValueError(f"it is not the one that {FACTS} is about")
-    rows = pq.read_table(place / LATENTS).to_pylist()
-    return ContextsFile(folder, facts, tuple(LatentSummary(**row) for row in rows))
+            if schema is not None:
+                _require_bounds(place / name, schema)
+    with reading(place / LATENTS, REMEDY, pa.ArrowException):
+        table = pq.read_table(place / LATENTS, page_checksum_verification=True)
+        if any(column.null_count for column in table.columns):
+            raise ValueError("a value is missing")
+        summaries = tuple(LatentSummary(**row) for row in table.to_pylist())
+        if [summary.latent for summary in summaries] != list(range(len(summaries))):
+            raise ValueError("its latents are not numbered from 0")
+    return ContextsFile(folder, facts, summaries)
 
 
 def read_facts(folder: Path, tokens_hash: str | None = None) -> dict[str, Any] | None:
@@ -225,9 +263,26 @@ def read_facts(folder: Path, tokens_hash: str | None = None) -> dict[str, Any] |
         facts = read_signed(places[0] / FACTS)
         if facts.get("format") != FORMAT:
             raise ValueError(f"it has format {facts.get('format')!r}, and only {FORMAT} is read")
+        Facts.model_validate(facts)
         if place_of(folder, facts["cache"]) != places[0]:
             raise ValueError("it is in the folder of another corpus")
         return facts
+
+
+def _require_bounds(path: Path, schema: pa.Schema) -> None:
+    """Raises ValueError if a Parquet file has other columns, or claims more than is ever written.
+
+    A few bytes of it can stand for any number of rows.
+    """
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        if not file.schema_arrow.remove_metadata().equals(schema):
+            raise ValueError("its columns are others")
+        for group in map(file.metadata.row_group, range(file.num_row_groups)):
+            values = max(group.column(column).num_values for column in range(group.num_columns))
+            if not 0 <= group.num_rows <= values <= MOST_VALUES:
+                raise ValueError(f"it claims {values:,} values at a time, and at most {MOST_VALUES:,} are read")
 
 
 def write_contexts(
@@ -286,6 +341,8 @@ def _published(rows: list[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]
         by_class: dict[str, list[Any]] = {}
         by_kind: dict[str, list[Any]] = {kind: [] for kind in SAMPLES}
         for row in of_latent:
+            if row["kind"] == TOP:
+                continue
             context = Context.of_row(row)
             entry = {"context": context.marked(), "activation": context.activation}
             entry |= {
@@ -294,7 +351,7 @@ def _published(rows: list[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]
             entry |= {"fields": dict(context.fields)}
             if context.kind == CHOSEN:
                 by_class.setdefault(context.token_class, []).append(entry)
-            elif context.kind in SAMPLES:
+            else:
                 by_kind[context.kind].append(entry)
         if by_class:
             yield latent, dict(sorted(by_class.items())), by_kind

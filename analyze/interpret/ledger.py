@@ -16,10 +16,12 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import xxhash
+from pydantic import BaseModel, ConfigDict, NonNegativeInt
 
+from routesae.analyze.interpret.answers import Explanation, Predictions
 from routesae.analyze.interpret.settings import MODES
 from routesae.harvest.cache.arrays import fsync
 from routesae.machine.files import parse_json, read_bytes, reading, refuse_link
@@ -33,6 +35,25 @@ LINES, SUMMARY = "interpretations.jsonl", "interpretations.json"
 LARGEST_BYTES = 1 << 30
 REMEDY = "bring the file back from a copy, or give --overwrite to set aside what the folder has"
 HASHED = re.compile(rb'(.+), "hash": "([0-9a-f]{16})"\}', re.DOTALL)
+
+
+class _Asked(BaseModel):
+    """What every answer's line must say; those of a scoring ledger say more."""
+
+    model_config = ConfigDict(strict=True)
+    latent: NonNegativeInt
+    outcome: Literal["answered", "unparsed", "unanswered"]
+    reason: str | None
+    input_tokens: NonNegativeInt
+    output_tokens: NonNegativeInt
+    max_output_tokens: int
+
+
+class _Scored(_Asked):
+    digest: str
+    batch: NonNegativeInt
+    batches: NonNegativeInt
+    truth: list[bool]
 
 
 class Ledger:
@@ -108,13 +129,27 @@ def read_ledger(path: Path) -> tuple[Line | None, list[Line], int]:
     lines: list[Line] = []
     for number, text in enumerate(texts, 1):
         with reading(f"line {number} of {path}", f"delete it, or {REMEDY}"):
-            hashed = HASHED.fullmatch(text)
-            if hashed is None or xxhash.xxh3_64_hexdigest(hashed[1]).encode() != hashed[2]:
-                raise ValueError("its hash differs")
-            lines.append(parse_json(hashed[1] + b"}"))
-    with reading(f"line 1 of {path}", REMEDY):
-        identity = lines[0]["identity"] if lines else None
+            lines.append(_read_line(text, path.name == LINES, is_head=number == 1))
+    identity = lines[0]["identity"] if lines else None
     return identity, lines[1:], len(content) - len(torn)
+
+
+def _read_line(text: bytes, explains: bool, *, is_head: bool) -> Line:
+    """Raises ValueError if it is not as it was written, or says not what it must."""
+    hashed = HASHED.fullmatch(text)
+    if hashed is None or xxhash.xxh3_64_hexdigest(hashed[1]).encode() != hashed[2]:
+        raise ValueError("its hash differs")
+    line: Line = parse_json(hashed[1] + b"}")
+    if is_head:
+        if not isinstance(line.get("identity"), dict):
+            raise ValueError("it has no identity")
+        return line
+    (_Asked if explains else _Scored).model_validate(line)
+    if line["outcome"] == ANSWERED:
+        (Explanation if explains else Predictions).model_validate(line)
+        if not explains and len(line["predictions"]) != len(line["truth"]):
+            raise ValueError(f"{len(line['predictions'])} predictions for {len(line['truth'])} texts")
+    return line
 
 
 def set_aside(folder: Path) -> None:

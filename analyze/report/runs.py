@@ -98,6 +98,8 @@ def _read_run(
     known |= {mode: tested.balanced_accuracy for mode in MODES if (tested := getattr(summary, mode, None))}
     shares = row.get("Shares") or held_out.get("layer_shares")
     scores = {column.name: known[column.name] for column in MEASURED if known.get(column.name) is not None}
+    if odd := [name for name, value in scores.items() if not isinstance(value, int | float)]:
+        raise WrongInput(f"{odd[0]} {scores[odd[0]]!r} of {name} is not a number")
     return Run(
         name=visible(name),
         folder=folder,

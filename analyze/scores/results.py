@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field
+
 from routesae.analyze.contexts.file import read_facts
 from routesae.analyze.interpret.summary import read_summary
 from routesae.machine.files import read_signed, reading
@@ -11,12 +13,25 @@ DESCRIPTIONS = ("Features", "Score")  # columns that contexts and interpret add
 LARGEST_BYTES = 1 << 26
 
 
+class _Row(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+    __pydantic_extra__: dict[str, float | str | None] = Field(init=False)
+    sae: str
+    folder: str
+    variant: str
+    Shares: dict[str, float] | None = None
+    intervals: dict[str, list[float]] = {}
+
+
+class _Results(BaseModel):
+    saes: list[_Row]
+
+
 def read_results(path: Path) -> dict[str, Any]:
     """What `analyze` returned, from the JSON file it was written to. Raises WrongInput if it is not that any more."""
     with reading(path, f"write it with routesae analyze --json {path}"):
         results = read_signed(path, LARGEST_BYTES)
-        if "saes" not in results:
-            raise ValueError("it has no scores of SAEs")
+        _Results.model_validate(results)
         return results
 
 

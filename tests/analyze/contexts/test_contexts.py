@@ -235,7 +235,7 @@ def naive(cache: Cache, folder: Path, **changes: Any) -> tuple[dict[int, dict[st
         layer = None if recipe.sae == "crosscoder" else recipe.layers[active.at]
         row, position = divmod(active.position, text.context)
         names = (text.token_class(active.position), active.value, layer, row, position, document)
-        return *names, active.position - first, tuple(text.ids[first:after]), tuple(window)
+        return *names, active.position - first, list(text.ids[first:after]), window
 
     kept = published_rule(found, text, rule)
     expected = {}

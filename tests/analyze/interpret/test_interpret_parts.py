@@ -196,9 +196,36 @@ def test_a_flipped_bit_of_a_ledger_is_named_and_nothing_is_lost(path: Path, capl
         assert path.read_bytes() == damaged
 
 
-def test_a_ledger_without_its_first_line_is_refused(path: Path) -> None:
-    path.write_bytes(path.read_bytes().partition(b"\n")[2])
-    with pytest.raises(WrongInput, match=r"line 1 of .*jsonl cannot be read \('identity'\); bring the file back"):
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"latent": 1},
+        {**explained(1), "latent": "1"},
+        explained(-1),
+        {**explained(1), "outcome": "fine"},
+        {**explained(1), "score": 9},
+        {**explained(1), "input_tokens": None},
+        {**explained(1), "category": "none"},
+        {name: value for name, value in explained(1).items() if name != "reason"},
+    ],
+)  # fmt: skip
+def test_a_strangers_line_that_says_not_what_it_must_is_one_line(path: Path, line: dict[str, Any]) -> None:
+    with open_ledger(path, {"model": "a"}) as ledger:
+        ledger.add(line)
+    with pytest.raises(
+        WrongInput, match=r"line 3 of .*jsonl cannot be read \(.*\); delete it, or bring the file back"
+    ) as refusal:
+        read_ledger(path)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_scoring_line_needs_as_many_predictions_as_truths(tmp_path: Path) -> None:
+    path = tmp_path / "fuzzing.jsonl"
+    scored = answer(1, outcome="answered", digest="0", batch=0, batches=1, truth=[True, False])
+    with open_ledger(path, {"model": "a"}) as ledger:
+        ledger.add({**scored, "predictions": [True, True]})
+        ledger.add({**scored, "predictions": [True]})
+    with pytest.raises(WrongInput, match=r"line 3 of .*1 predictions for 2 texts"):
         read_ledger(path)
 
 

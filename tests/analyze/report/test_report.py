@@ -51,6 +51,7 @@ from routesae.train.settings import settings_of
 
 CPU = torch.device("cpu")
 SAES = ("crosscoder", "routesae", "topk")
+ROW = {"sae": "topk", "folder": "topk", "variant": "topk"}  # of analyze --json
 LATENTS = 200  # more than one piece, and a last one that is not full
 
 
@@ -465,7 +466,9 @@ def odd_source(held_out: Any) -> Callable[[Path], dict[str, Any]]:
         (change(scores="{out}/none.json"), "write it with routesae analyze --json"),
         (change(cache="{out}/none"), "is not a cache folder"),
         (odd("scores.json", '{"saes": []}'), "its hash is missing or differs"),
-        (odd("scores.json", {"steps": {}}), "scores.json cannot be read (it has no scores of SAEs"),
+        (odd("scores.json", {"saes": [{"KLDiv": 1}]}), "scores.json cannot be read (saes.0.sae"),
+        (odd("scores.json", {"saes": [{**ROW, "KLDiv": "1"}]}), "KLDiv '1' of topk is not a number"),
+        (odd("scores.json", {"saes": [{**ROW, "KLDiv": [1]}]}), "scores.json cannot be read"),
         (odd("scores.json", '{"saes": NaN}'), "NaN is not a finite number"),
         (odd("scores.json", "[" * 10**5), "nested too deep"),
         (pipe("scores.json"), "not a regular file"),
