@@ -142,6 +142,9 @@ def make_recipe(run: RunSettings, cache: Cache, source: Recipe | None = None) ->
     latents = run.latents or (run.expansion * manifest.width if run.expansion else usual)
     if run.anneal_k_from is not None and run.anneal_k_from > latents:
         raise WrongInput(f"--anneal-k-from {run.anneal_k_from} is more than the SAE's {latents} latents; lower it")
+    for name in ("routing", "aggregate", "router", "balance") if len(manifest.layers) == 1 else ():
+        if value := getattr(run, name):
+            raise WrongInput(f"--{name} {value}: {cache.path} has one layer, and nothing to route; leave it out")
     nested = "matryoshka" in (run.sae, run.routed)
     published = run.recipe == "published"
     router = run.router or usual_router(soft=run.routing == "soft", published=published)

@@ -167,15 +167,11 @@ class RunSettings(Settings):
             if self.routed not in SINGLE_LAYER:
                 raise WrongInput(f"--routed {not_one_of(self.routed, SINGLE_LAYER)}")
         for name, value in vars(self).items():
-            if value is not None and (why := reason_against(name, self.sae, self.routed)):
-                raise WrongInput(f"{flag_of(RunSettings, name)} {value} is not for {self.sae}: {why}")
+            if value is not None and (why := reason_against(name, vars(self))):
+                raise WrongInput(f"{flag_of(RunSettings, name)} {value} is not for {self.sae}: {why}; leave it out")
         if self.routing == "soft" and self.router not in (None, "published", "frozen"):
             raise WrongInput(f"--router {self.router} chooses one layer a token; with --routing soft use published")
-        if self.balance and (self.routing == "soft" or self.router in ("frozen", "random")):
-            how = "soft routing" if self.routing == "soft" else f"--router {self.router}"
-            raise WrongInput(f"--balance {self.balance} has nothing to spread with {how}; leave it out")
-        penalised = not reason_against("sparsity", self.sae, self.routed)
-        if self.recipe == "published" and self.sparsity is None and penalised:
+        if self.recipe == "published" and self.sparsity is None and not reason_against("sparsity", vars(self)):
             raise WrongInput(f"--recipe published needs --sparsity for {self.sae}, the published code's --lamda")
         if self.name is not None:
             require_plain_name(self.name)
@@ -187,11 +183,25 @@ def require_plain_name(name: str) -> None:
         raise WrongInput(f"--name {name!r} is not a plain folder name; use letters, digits and . _ - + = only")
 
 
-def reason_against(name: str, sae: str, routed: str | None) -> str | None:
-    """Why a setting means nothing to this variant or the one it routes, as their classes say; None if it does."""
-    from routesae.train.saes import PENALISED, SINGLE_LAYER
+def reason_against(name: str, run: Mapping[str, Any]) -> str | None:
+    """Why a setting does nothing for a run, by its variant, the one that it routes or another setting; None if it
+    does something."""
+    from routesae.train.saes import PENALISED, SAES, SINGLE_LAYER
+    from routesae.train.saes.penalty import SteeredSAE
 
-    inner = (routed or "topk") if sae == "routesae" else sae
+    sae, router, soft = run.get("sae", "routesae"), run.get("router"), run.get("routing") == "soft"
+    inner = (run.get("routed") or "topk") if sae == "routesae" else sae
+    fixed = inner in PENALISED and run.get("sparsity") is not None
+    if name == "anneal_k_from" and fixed:
+        return "a fixed --sparsity aims at no k"
+    if name == "sparsity_warmup":
+        rising = inner in PENALISED and (fixed or not issubclass(SAES[inner], SteeredSAE))
+        does = run.get("anneal_k_from") is not None or (rising and run.get("recipe") != "published")
+        return None if does else "it has no --anneal-k-from, and no weight of a penalty that rises"
+    if name == "aggregate" and router == "random":
+        return "--router random reads no layer"
+    if name == "balance" and run.get(name) and (soft or router in ("frozen", "random")):
+        return f"there is nothing to spread with {'soft routing' if soft else f'--router {router}'}"
     match RunSettings.described[name].only_for:
         case None:
             return None
@@ -269,6 +279,8 @@ class TrainSettings(Settings):
             raise WrongInput("--verify reads the whole cache, which --follow does not wait for; give one of them")
         if self.follow and (self.epochs or 1) > 1:
             raise WrongInput(f"--follow sees every token once; leave out --epochs {self.epochs}")
+        if self.log_project is not None and not {"wandb", "trackio"} & {*self.log}:
+            raise WrongInput(f"--log-project {self.log_project} is for --log wandb and trackio; leave it out")
         if self.follow and self.window is None:
             vars(self)["window"] = FOLLOWED_WINDOW
 
@@ -302,7 +314,12 @@ def settings_of(
         common = {name for name in run if name in flags or name not in own}
         runs += [({**run, **dict(zip(swept, values, strict=True))}, common) for values in product(*axes)]
     of_pass = {name: v for name, v in overridden(shared, flags).items() if name not in RunSettings.described}
-    return TrainSettings(runs=tuple(RunSettings(**run) for run in _applicable(runs)), **of_pass)
+    settings = TrainSettings(runs=tuple(RunSettings(**run) for run in _applicable(runs)), **of_pass)
+    whys = [reason_against("sparsity_warmup", vars(run)) for run in settings.runs]
+    if "sparsity_warmup" in of_pass and all(whys):
+        asked = f"--sparsity-warmup {settings.sparsity_warmup:g} is not for {settings.runs[0].sae}"
+        raise WrongInput(f"{asked}: {whys[0]}; leave it out")
+    return settings
 
 
 def overridden(*layers: Mapping[str, Any]) -> dict[str, Any]:
@@ -323,7 +340,7 @@ def _applicable(runs: Sequence[tuple[dict[str, Any], set[str]]]) -> list[dict[st
     """
 
     def fits(name: str, run: Mapping[str, Any]) -> bool:
-        return reason_against(name, run.get("sae", "routesae"), run.get("routed")) is None
+        return reason_against(name, run) is None
 
     kept: list[dict[str, Any]] = []
     for run, common in runs:

@@ -39,6 +39,22 @@ def test_k_cannot_be_annealed_from_more_than_the_latents(tiny_cache: Cache) -> N
         make_recipe(RunSettings(latents=64, k=8, anneal_k_from=65), tiny_cache)
 
 
+@pytest.mark.parametrize("flags", [{"routing": "soft"}, {"aggregate": "mean"}, {"router": "top2"}, {"balance": 0.1}])
+def test_one_layer_cannot_be_routed(
+    flags: dict[str, Any], tiny_cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = RunSettings(latents=64, k=8, **flags)
+    make_recipe(asked, tiny_cache)
+    monkeypatch.setattr(tiny_cache, "manifest", tiny_cache.manifest.model_copy(update={"layers": (3,)}))
+    ((name, value),) = flags.items()
+    with pytest.raises(
+        WrongInput, match=rf"^--{name} {value}: \S+ has one layer, and nothing to route; leave it out$"
+    ):
+        make_recipe(asked, tiny_cache)
+    assert make_recipe(RunSettings(latents=64, k=8), tiny_cache).layers == (3,)
+    assert make_recipe(RunSettings(sae="topk", latents=64, k=8), tiny_cache).layers == (3,)
+
+
 def test_names_tell_apart_what_differs(tiny_cache: Cache) -> None:
     runs: list[dict[str, Any]] = [
         {"sae": "topk", "layer": 3},

@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,9 @@ from routesae.train.log import StepLog, read_metrics
 from routesae.train.losses import Objective
 from routesae.train.optimiser import lr_factor
 from routesae.train.run import INITIAL_SAMPLE_TOKENS, TrainResult, fit, planned, train
-from routesae.train.saes import SAE, SAES, SINGLE_LAYER, Forward, Recipe, build
+from routesae.train.saes import PENALISED, SAE, SAES, SINGLE_LAYER, Forward, Recipe, build
 from routesae.train.saes.normalise import Hidden
-from routesae.train.settings import TrainSettings
+from routesae.train.settings import RunSettings, TrainSettings, reason_against
 from routesae.train.sparse import search
 from routesae.train.sparse.pairs import Latents
 from routesae.train.sparse.policy import arithmetic
@@ -493,6 +493,38 @@ def test_the_epochs_of_a_run_are_ordered_differently(tiny_cache: Cache, settings
     first, second = rows[: len(selection)], rows[len(selection) :]
     assert sorted(first) == sorted(second) == sorted(set(rows))
     assert first != second
+
+
+WAYS: list[dict[str, Any]] = [
+    *({"sae": sae} for sae in SAES),
+    *({"sae": sae, "sparsity": 0.1} for sae in PENALISED),
+    *({"sae": sae, "sparsity": 0.1, "recipe": "published"} for sae in ("vanilla", "jumprelu")),
+    {"sae": "topk", "recipe": "published"},
+    *({"sae": "routesae", "routed": routed} for routed in ("vanilla", "jumprelu")),
+    *({"sae": "routesae", "router": router} for router in ("published", "frozen", "random")),
+]
+CHANGES: dict[str, Any] = {"anneal_k_from": 40, "aggregate": "mean", "balance": 5.0, "sparsity_warmup": 0.9}
+
+
+def test_a_setting_is_refused_just_where_it_changes_nothing(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RunSettings, "check", lambda run: None)  # which refuses
+    chosen = settings(batch_tokens=500, tokens=4000)
+
+    def weights(out: str, of_pass: dict[str, Any], **changes: Any) -> list[dict[str, Tensor]]:
+        runs = tuple(chosen.runs[0].replace(**way, **changes, name=f"way{n}") for n, way in enumerate(WAYS))
+        with suppress(FailedRun):  # one learns nothing
+            train(chosen.replace(runs=runs, out=str(tmp_path / out), **of_pass))
+        files = [(tmp_path / out / run.name).glob("*.safetensors") for run in runs if run.name]
+        return [{key: tensor for file in of for key, tensor in load_file(file).items()} for of in files]
+
+    plain = weights("plain", {})
+    for name, value in CHANGES.items():
+        of_pass = {} if name in RunSettings.described else {name: value}
+        changed = weights(name, of_pass, **({} if of_pass else {name: value}))
+        same = [all(torch.equal(one[key], two[key]) for key in one) for one, two in zip(plain, changed, strict=True)]
+        assert same == [reason_against(name, {**way, name: value}) is not None for way in WAYS], name
 
 
 # ------------------------------------------------------------------------------------------------ wrong input

@@ -227,7 +227,7 @@ def test_the_later_of_two_alternatives_wins(
 
 
 def test_a_whole_number_will_do_where_any_number_will(tmp_path: Path) -> None:
-    settings = settings_of({}, write(tmp_path, "lr = 1\nclip = 0\nsparsity_warmup = 1"))
+    settings = settings_of({}, write(tmp_path, "sae = 'jumprelu'\nlr = 1\nclip = 0\nsparsity_warmup = 1"))
     assert (settings.runs[0].lr, settings.runs[0].clip, settings.sparsity_warmup) == (1, 0, 1)
 
 
@@ -293,8 +293,42 @@ def test_the_examples_are_settings(path: Path) -> None:  # those of `run`: tests
 
 @pytest.mark.parametrize("flags", [{"routing": "soft"}, {"router": "frozen"}, {"router": "random"}])
 def test_a_balance_that_could_do_nothing_is_refused(flags: dict[str, str]) -> None:
-    with pytest.raises(WrongInput, match=r"--balance 0.01 has nothing to spread with"):
+    with pytest.raises(WrongInput, match=r"--balance 0.01 is not for routesae: there is nothing to spread with"):
         settings_of({"balance": 0.01, **flags})
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        ({"sae": "vanilla", "sparsity": 0.1, "anneal_k_from": 80}, "--anneal-k-from 80 is not for vanilla: a fixed"),
+        ({"router": "random", "aggregate": "mean"}, "--aggregate mean is not for routesae: --router random reads no"),
+        ({"sae": "topk", "sparsity_warmup": 0.5}, "--sparsity-warmup 0.5 is not for topk: it has no --anneal-k-from"),
+        ({"sae": "gated", "sparsity_warmup": "0.1"}, "--sparsity-warmup 0.1 is not for gated: "),
+        ({"routed": "vanilla", "sparsity_warmup": 0.5}, "--sparsity-warmup 0.5 is not for routesae: "),
+        (
+            {"sae": "jumprelu", "sparsity": 0.1, "recipe": "published", "sparsity_warmup": 0.5},
+            "--sparsity-warmup 0.5 is not for jumprelu: ",
+        ),
+        ({"log_project": "x"}, "--log-project x is for --log wandb and trackio; leave it out"),
+        (
+            {"log_project": "x", "log": ("tensorboard",)},
+            "--log-project x is for --log wandb and trackio; leave it out",
+        ),
+    ],
+)
+def test_a_setting_that_another_takes_the_effect_from_is_refused(flags: dict[str, Any], line: str) -> None:
+    with pytest.raises(WrongInput) as raised:
+        settings_of(flags)
+    assert str(raised.value).startswith(line)
+    assert str(raised.value).endswith("; leave it out")
+
+
+def test_a_setting_goes_to_the_runs_that_it_does_something_for() -> None:
+    given = {"sae": ("topk", "vanilla"), "sparsity": 0.1, "anneal_k_from": 80, "sparsity_warmup": 0.5}
+    settings = settings_of(given)
+    assert told_apart(settings, "sae", "sparsity", "anneal_k_from") == [("topk", None, 80), ("vanilla", 0.1, None)]
+    assert settings.sparsity_warmup == 0.5
+    settings_of({"log_project": "x", "log": ("tensorboard", "trackio")})
 
 
 def test_what_holds_for_all_runs_of_a_file_is_left_out_where_it_is_for_none_of_the_variants_own(

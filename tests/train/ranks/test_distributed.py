@@ -71,6 +71,8 @@ def batch_that_leaves_one(cache: Cache) -> int:
 def config(folder: Path, cache: Cache, names: Sequence[str], steps: int = STEPS, **changes: Any) -> Path:
     batch = batch_that_leaves_one(cache)
     given = {**SHARED, "batch_tokens": batch, "tokens": steps * batch, "cache": str(cache.path), **changes}
+    if not {"jumprelu", "top2"} & set(names):  # the others have no penalty whose weight rises
+        del given["sparsity_warmup"]
     runs = "".join(f"\n[[run]]\nname = {json.dumps(name)}\n{toml(RUNS[name])}" for name in names)
     path = folder / f"{folder.name}-{len(names)}.toml"
     path.write_text(toml(given) + runs)
