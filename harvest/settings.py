@@ -40,11 +40,13 @@ class HarvestSettings(LMSettings):
         None, MODEL, "Configuration of a hub dataset that has several.", metavar="NAME", unset="its default"
     )
     split: str = setting("train", MODEL, "Split of a hub dataset, or of a folder of save_to_disk.")
-    text_field: str = setting("text", MODEL, "Field of a text or of messages; else messages, or chosen and rejected.")
+    text_field: str = setting(
+        "text", MODEL, "Field of a text or messages; else messages, or chosen and rejected.", instead_of="token_field"
+    )
     token_field: str | None = setting(
         None, MODEL, "Field of token ids, used as they are instead of a text.", metavar="TEXT", unset="texts are read"
     )
-    min_chars: int = setting(100, MODEL, "Skip texts and conversations shorter than this many characters.", ge=0)
+    min_chars: int = setting(100, MODEL, "Skip texts of fewer characters than this.", ge=0, instead_of="token_field")
     tokens: int = setting(10_000_000, MODEL, "Tokens of the corpus to run the LM on.", ge=1)
     context: int = setting(512, MODEL, "Tokens in a row, that is, a sequence of the LM.", ge=2)
     layers: str | None = setting(

@@ -35,7 +35,8 @@ class Setting:
 
     flag: its spelling where that is not the field's name. choices: the words it may be. only_for: the variant or
     trait that has it. unset: what None comes to, in words; none: the word that says None.
-    instead_of: the setting that says the same in another unit; at most one of the two is given.
+    instead_of: the setting that it is an alternative to; at most one of the two is given. needs: the one without
+    which it does nothing, and which must then be given too.
     swept: it may be given several times, and every combination is trained. commas: its words may be written as one,
     with commas between them. ge, gt, le, lt: its bounds.
     """
@@ -50,6 +51,7 @@ class Setting:
     none: str | None = None
     only_for: str | None = None
     instead_of: str | None = None
+    needs: str | None = None
     choices: Collection[str] = ()
     swept: bool = False
     commas: bool = False
@@ -128,10 +130,14 @@ class Settings:
         except ValidationError as error:
             raise WrongInput(_message(of, error.errors()[0])) from None
         vars(self).update(checked)
+        given = {name for name, one in of.described.items() if getattr(self, name) != one.default}
         for name, one in of.described.items():
-            if one.instead_of and getattr(self, name) is not None and getattr(self, one.instead_of) is not None:
+            if name in given and one.instead_of in given:
                 both = [f"{flag_of(of, which)} {getattr(self, which)}" for which in (name, one.instead_of)]
                 raise WrongInput(f"{' and '.join(both)} exclude each other; give one of them")
+            if name in given and one.needs and one.needs not in given:
+                without = f"{flag_of(of, name)} {getattr(self, name)} does nothing without {flag_of(of, one.needs)}"
+                raise WrongInput(f"{without}; give that too, or leave it out")
         self.check()
 
     def check(self) -> None:

@@ -1,5 +1,7 @@
 """What `routesae clamp` was asked for."""
 
+from dataclasses import replace
+
 from routesae.machine.settings import MODEL, ONE_SAE, OUT, RUN, SEED, LMSettings, setting
 from routesae.reporting import WrongInput
 
@@ -31,12 +33,13 @@ class ClampSettings(LMSettings):
         "A .txt with a prompt a line, or a .jsonl[.gz] of texts, messages or HH-RLHF pairs.",
         metavar="PATH",
     )
-    text_field: str = setting("prompt", PROMPTS, "Field of the .jsonl that holds the text.")
+    text_field: str = setting("prompt", PROMPTS, "Field of the .jsonl that holds the text.", needs="prompts")
     hh: str = setting(
         "conversation",
         PROMPTS,
         "HH-RLHF pairs: a prompt a human turn, or both replies in one text.",
         choices=("conversation", "text"),
+        needs="prompts",
     )
     max_prompts: int | None = setting(None, PROMPTS, "Use only the first N prompts.", ge=1, unset="all")
     chat: bool | None = setting(
@@ -46,10 +49,12 @@ class ClampSettings(LMSettings):
     temperature: float | None = setting(
         None, GENERATION, "Temperature to draw tokens at.", gt=0, unset="the likeliest token each time"
     )
-    seed: int = SEED
+    seed: int = replace(SEED, needs="temperature")
     batch_sequences: int = setting(8, RUN, "Prompts in a forward pass of the LM.", ge=1)
     model: str | None = setting(None, MODEL, "Where the LM is now.", unset="where the SAE says")
 
     def check(self) -> None:
         if self.error_term and not (self.add or self.multiply or self.set or self.ablate):
             raise WrongInput("no latent to change; give --add, --multiply, --set or --ablate")
+        if self.chat and self.hh == "text":
+            raise WrongInput("--chat fills in messages, and --hh text makes one text of them; leave one of them out")

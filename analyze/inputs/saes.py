@@ -11,6 +11,7 @@ import xxhash
 
 from routesae.analyze.inputs.lm import lm_of_cache, lm_of_sae, require_same_lm_as_cache
 from routesae.harvest.cache.reader import Cache
+from routesae.machine.settings import OUT
 from routesae.reporting import WrongInput
 from routesae.train.evaluate import require_fit
 from routesae.train.folder.checkpoint import find_saes, load_sae
@@ -35,6 +36,11 @@ def sae_folders(references: Sequence[str], out: Path) -> dict[str, tuple[Path, P
     """
     fetched = {fetch_sae(reference): reference for reference in references}
     folders = list(fetched) or find_saes(out)
+    is_read = str(out) == OUT.default or any(folder != Path(reference) for folder, reference in fetched.items())
+    for folder in () if is_read else fetched:  # where SAEs of the hub are named too, files about them go there
+        if not folder.parent.resolve().is_relative_to(out.resolve()):
+            looked = f"--out {out} is where SAEs are looked for, and --sae {folder} is elsewhere"
+            raise WrongInput(f"{looked}; leave --out out: results go into the SAE's own folder")
     places = {}
     for folder in folders:
         reference = fetched.get(folder, str(folder))

@@ -88,6 +88,7 @@ def estimate(settings: InterpretSettings) -> tuple[dict[str, str], str]:
     written = sum(len(prompt.encode()) for prompt in prompts.values())
     tokens = Used(round(written / BYTES_PER_TOKEN), TYPICAL_ANSWER_TOKENS * len(prompts))
     cost = "an unknown price; give it with --prices" if price is None else f"${price.dollars(tokens):.2f}"
+    cost += f"; not counting --score {' and '.join(settings.scores)}, which asks later" if settings.scores else ""
     return prompts, f"{len(prompts):,} prompts: about {tokens.input:,} tokens in and {tokens.output:,} out, {cost}"
 
 

@@ -24,6 +24,7 @@ from routesae.analyze.inputs.saes import open_saes, rows_to_read
 from routesae.analyze.latents.settings import CompareSettings
 from routesae.harvest.cache.reader import Cache
 from routesae.machine.device import pick_device
+from routesae.machine.settings import OUT
 from routesae.reporting import Report, Table, WrongInput, silent
 from routesae.train.evaluate import read_in_order
 from routesae.train.saes import SAE, Crosscoder
@@ -60,7 +61,7 @@ class Activations(NamedTuple):
 def compare(settings: CompareSettings, report: Report = silent) -> Comparison:
     """Raises WrongInput where the SAEs and the cache do not fit together."""
     cache = Cache(settings.cache)
-    opened = open_saes((settings.a, settings.b), Path(), cache, pick_device(settings.device))
+    opened = open_saes((settings.a, settings.b), Path(OUT.default), cache, pick_device(settings.device))
     if len(opened) < 2:
         raise WrongInput(f"{settings.a} and {settings.b} are one SAE; name two")
     one, other = saes = [opened_sae.sae for opened_sae in opened.values()]

@@ -160,14 +160,18 @@ class AblationSettings(Settings):
     lm_dtype: str = LM_DTYPE
     plot: bool = setting(True, RUN, "Draw pareto.png and pareto.svg; needs the extra plot.")
     contexts: bool = setting(False, RUN, "Collect contexts too, for the column Features; reads the cache again.")
-    threshold: float = setting(15.0, RUN, "For --contexts: count activations above this.", ge=0)
+    threshold: float = setting(15.0, RUN, "For --contexts: count activations above this.", ge=0, needs="contexts")
 
     @classmethod
     def from_flags(cls, flags: dict[str, Any]) -> Self:
-        """The flags that are not the ablation's own are train's."""
-        own = {name: value for name, value in flags.items() if name in cls.described}
-        training = {name: value for name, value in flags.items() if name not in own}
-        if "sae" in own or "config" not in training:
+        """The flags that are not the ablation's own are train's; `out` in the file of --config is the ablation's."""
+        config = flags.get("config")
+        table = {} if config is None else read_toml(config)
+        own = {"out": table.pop("out", "ablation"), **{name: flags[name] for name in flags if name in cls.described}}
+        training = {name: value for name, value in flags.items() if name not in own and name != "config"}
+        if "sae" in own or config is None:
             training["sae"] = own.get("sae", VARIANTS)
-        training |= {"resume": True, "out": str(Path(own.get("out", "ablation")) / "saes")}
-        return cls(**own, training=TrainSettings.from_flags(training))
+        made = settings_of({**training, "out": str(Path(str(own["out"])) / "saes")}, config, table)
+        if made.overwrite:
+            raise WrongInput(f"{config}: overwrite is not for ablation; leave it out, and delete what to train again")
+        return cls(**own, training=made.replace(resume=True))

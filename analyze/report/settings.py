@@ -31,9 +31,11 @@ class ReportSettings(LMSettings):
         12, PAGE, "Strongest contexts shown of a latent; of each third of its sample a quarter.", ge=1
     )
     serve: bool = setting(False, RUN, "Then serve the page on this machine, with a box for one's own text.")
-    port: int = setting(8760, RUN, "Port of --serve; 0 is any that is free.", ge=0, lt=2**16)
+    port: int = setting(8760, RUN, "Port of --serve; 0 is any that is free.", ge=0, lt=2**16, needs="serve")
 
     def check(self) -> None:
         require_folder("--html", self.html)
         if Path(self.html).is_dir():
             raise WrongInput(f"--html {self.html} is a folder; name a file in it")
+        if self.model is not None and not (self.logits or self.serve):
+            raise WrongInput(f"--model {self.model} is for what --no-logits leaves out; leave one of them out")

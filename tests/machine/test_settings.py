@@ -213,6 +213,43 @@ def test_messages_name_flag_value_and_remedy() -> None:
     assert refused(Small, sizes=(1, 2.5)) == "--sizes 2.5 is not a whole number"
 
 
+NEEDS: dict[tuple[type[Settings], str], tuple[Any, dict[str, Any]]] = {  # a value, and beside what it does something
+    (ReportSettings, "port"): (8000, {"serve": True}),
+    (AblationSettings, "threshold"): (4.0, {"contexts": True}),
+    (ClampSettings, "text_field"): ("question", {"prompts": "x.jsonl"}),
+    (ClampSettings, "hh"): ("text", {"prompts": "x.jsonl"}),
+    (ClampSettings, "seed"): (1, {"temperature": 0.7}),
+}
+
+
+def test_the_table_above_is_of_every_setting_that_needs_another() -> None:
+    assert NEEDS.keys() == {(of, name) for of, name in FIELDS if of.described[name].needs}
+
+
+@pytest.mark.parametrize(("of", "name"), NEEDS)
+def test_a_setting_that_does_nothing_without_another_is_refused_alone(of: type[Settings], name: str) -> None:
+    value, beside = NEEDS[of, name]
+    (needed,) = (flag_of(of, other) for other in beside)
+    alone = f"{flag_of(of, name)} {value} does nothing without {needed}; give that too, or leave it out"
+    assert refused(of, **{name: value}) == alone
+    make(of, **{name: value}, **beside)
+    make(of, **{name: of.described[name].default})
+
+
+@pytest.mark.parametrize(("name", "value"), [("text_field", "body"), ("min_chars", 5)])
+def test_what_is_for_texts_is_refused_beside_token_ids(name: str, value: Any) -> None:
+    both, _, _ = refused(HarvestSettings, token_field="ids", **{name: value}).partition(" exclude each other")
+    assert set(both.split(" and ")) == {f"{flag_of(HarvestSettings, name)} {value}", "--token-field ids"}
+    make(HarvestSettings, token_field="ids", min_chars=100, text_field="text")
+    make(HarvestSettings, **{name: value})
+
+
+def test_messages_and_the_one_text_of_hh_are_refused_together() -> None:
+    prompts = {"prompts": "x.jsonl", "hh": "text"}
+    assert refused(ClampSettings, chat=True, **prompts).startswith("--chat fills in messages, and --hh text makes")
+    make(ClampSettings, chat=False, **prompts)
+
+
 def test_settings_are_frozen_and_a_changed_copy_is_checked() -> None:
     small = Small(every_steps=13)
     with pytest.raises(AttributeError, match="cannot assign"):

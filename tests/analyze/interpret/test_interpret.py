@@ -428,7 +428,12 @@ def test_dry_run_shows_prompts_and_estimate_and_asks_nobody(
     server = serve(lambda latent, nth, body: good())
     folder = subject(tmp_path / "sae", 3)
     before = sorted(folder.iterdir())
-    result = CliRunner().invoke(main, ["interpret", "--sae", str(folder), "--latents", "2", "--dry-run"])
+    flags = ["interpret", "--sae", str(folder), "--latents", "2", "--dry-run"]
+    scored = CliRunner().invoke(main, [*flags, "--score", "fuzzing"]).stdout
+    assert scored.splitlines()[-1].endswith("; not counting --score fuzzing, which asks later")
+    elsewhere = CliRunner().invoke(main, [*flags, "--out", str(tmp_path / "results")])
+    assert (elsewhere.exit_code, "is where SAEs are looked for" in elsewhere.stderr) == (2, True)
+    result = CliRunner().invoke(main, flags)
     assert result.exit_code == 0, result.output
     assert result.stdout.count("---- sae latent ") == 2
     assert re.search(r"---- 2 prompts: about [\d,]+ tokens in and 160 out, \$0\.00", result.stdout)

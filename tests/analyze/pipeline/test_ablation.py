@@ -72,6 +72,27 @@ def test_a_second_call_trains_nothing_again(tiny_cache: Cache, tmp_path: Path) -
     assert not (tmp_path / "pareto.png").exists()
 
 
+def test_overwrite_in_the_file_is_refused_by_its_own_name(tmp_path: Path) -> None:
+    file = tmp_path / "train.toml"
+    file.write_text("overwrite = true\n")
+    with pytest.raises(WrongInput, match=rf"^{file}: overwrite is not for ablation; leave it out, and del"):
+        AblationSettings.from_flags({"config": str(file)})
+    file.write_text("overwrite = false\nresume = true\n")
+    assert AblationSettings.from_flags({"config": str(file)}).training.resume
+
+
+def test_out_in_the_file_is_the_ablations_and_the_flag_wins(tmp_path: Path) -> None:
+    file = tmp_path / "train.toml"
+    file.write_text('out = "mine"\n')
+    given = ({"config": str(file)}, {"config": str(file), "out": "other"}, {})
+    made = [AblationSettings.from_flags(flags) for flags in given]
+    assert [one.out for one in made] == ["mine", "other", "ablation"]
+    assert [one.training.out for one in made] == [str(Path(one.out) / "saes") for one in made]
+    file.write_text("out = 5\n")
+    with pytest.raises(WrongInput, match=r"^--out 5 is not text$"):
+        AblationSettings.from_flags({"config": str(file)})
+
+
 def test_features_and_score_are_columns_of_the_table_and_the_files(
     tiny_cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

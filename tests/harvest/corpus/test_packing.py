@@ -45,7 +45,8 @@ def write(tokenizer: Any, tmp_path: Path) -> Callable[..., Written]:
     def written(**changes: Any) -> Written:
         folder = tmp_path / f"made-{len(list(tmp_path.glob('made-*')))}"
         folder.mkdir()
-        settings = HarvestSettings(**{"tokens": 2000, "context": 16, "min_chars": 0, **changes})
+        shortest = {} if "token_field" in changes else {"min_chars": 0}
+        settings = HarvestSettings(**{"tokens": 2000, "context": 16, **shortest, **changes})
         fields = write_tokens(folder, settings, tokenizer, silent)
         tokens, roles = (zarr.open_array(folder / name)[:] for name in ("tokens", "roles"))
         table = pyarrow.parquet.read_table(folder / "document_starts/documents.parquet")
@@ -84,6 +85,8 @@ def test_token_ids_are_used_as_they_are_from_every_kind_of_file(
         assert all(one["data"] == given for one in documents)
     with pytest.raises(WrongInput, match=r"no split .valid.; --split is one of train, test"):
         write(data=str(tmp_path / "several"), split="valid")
+    with pytest.raises(WrongInput, match=r"one was saved without splits; leave out --split valid"):
+        write(data=str(tmp_path / "one"), split="valid", token_field="input_ids")
 
 
 BAD_IDS = {
