@@ -205,6 +205,16 @@ def _as_text(value: Any) -> str | None:
     return None if text is None else text.encode(errors="backslashreplace").decode()
 
 
+def require_read(settings: HarvestSettings) -> None:
+    """Raise WrongInput for a --data that can be nothing, and for a setting that no --data reads."""
+    places = [located(data) for data in settings.data]
+    if settings.data_config is not None and None not in places:
+        raise WrongInput(f"--data-config {settings.data_config} is for datasets of the hub; leave it out")
+    splits = any(place is None or (place / name).is_file() for place in places for name in SAVED_DATASET)
+    if settings.split != "train" and not splits:
+        raise WrongInput(f"--split {settings.split} is for datasets, and no --data is one; leave it out")
+
+
 def located(data: str) -> Path | None:
     """The file or folder that --data names, or None if it is a hub id. Raises WrongInput if it can be neither."""
     path = Path(data).expanduser()
@@ -415,6 +425,8 @@ def _dataset_entries(data: str, saved: Path | None, settings: HarvestSettings) -
                 if split not in rows:
                     raise WrongInput(f"{data} has no split {split!r}; --split is one of {', '.join(rows)}")
                 rows = rows[split]
+            elif split != "train":
+                raise WrongInput(f"{data} was saved without splits; leave out --split {split}")
             rows = rows.select_columns(_columns(rows.column_names, settings, f"{data} has no column"))
             rows = rows.with_format(None)  # it may have been saved with torch's or pandas's
         else:

@@ -23,7 +23,7 @@ from routesae.harvest.cache.ring import require_room, write_state
 from routesae.harvest.cache.store.disk import folder_bytes
 from routesae.harvest.cache.writer import STAGED_TOKENS, begin_cache, is_uncommitted, staging
 from routesae.harvest.corpus.packing import write_tokens
-from routesae.harvest.corpus.texts import located
+from routesae.harvest.corpus.texts import require_read
 from routesae.harvest.corpus.tokens import tokenizer_hash
 from routesae.harvest.filling.output import STAGED_SHARDS, Output
 from routesae.harvest.lm import model as lm
@@ -125,8 +125,7 @@ def _begin(
         require_room(settings.keep, shard, int(rows * settings.held_out) // fields["shard_rows"])
     revision = getattr(config, "_commit_hash", None)
     tokenizer = lm.load_tokenizer(settings.model, revision)
-    for data in settings.data:
-        located(data)  # said before the LM is loaded
+    require_read(settings)  # before the LM is loaded
     proved = prove(tokenizer, layers)
     for left in output.folder.glob(STAGED_TOKENS):  # of harvesters that died: the claim is ours
         shutil.rmtree(left, ignore_errors=True)

@@ -18,7 +18,7 @@ import pytest
 import xxhash
 
 from routesae.harvest.corpus import texts
-from routesae.harvest.corpus.texts import Document, TextCounts, read_documents
+from routesae.harvest.corpus.texts import Document, TextCounts, read_documents, require_read
 from routesae.harvest.corpus.tokens import Tokenised, hashing
 from routesae.harvest.settings import HarvestSettings
 from routesae.reporting import FailedRun, WrongInput
@@ -262,6 +262,22 @@ def test_a_dataset_is_read_whatever_form_it_was_saved_in(form: str, tmp_path: Pa
 
     datasets.Dataset.from_dict({"text": TEXTS}).with_format(form).save_to_disk(str(tmp_path / "saved"))
     assert read(tmp_path / "saved")[0] == TEXTS
+
+
+def test_what_is_for_datasets_is_refused_where_only_files_are_read(tmp_path: Path) -> None:
+    import datasets
+
+    put_jsonl(tmp_path)
+    datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(str(tmp_path / "saved"))
+    file, saved, hub = str(tmp_path / "a.jsonl"), str(tmp_path / "saved"), "owner/name"
+    with pytest.raises(WrongInput, match=r"^--split valid is for datasets, and no --data is one; leave it out$"):
+        require_read(HarvestSettings(data=file, split="valid"))
+    for data in (file, saved):
+        with pytest.raises(WrongInput, match=r"^--data-config en is for datasets of the hub; leave it out$"):
+            require_read(HarvestSettings(data=data, data_config="en"))
+    require_read(HarvestSettings(data=(file, hub), mix=(1, 1), split="valid", data_config="en"))
+    require_read(HarvestSettings(data=(file, saved), mix=(1, 1), split="valid"))
+    require_read(HarvestSettings(data=file, split="train"))
 
 
 @pytest.mark.parametrize("form", ["saved", "hub", "file.parquet"])
