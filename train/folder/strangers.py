@@ -36,6 +36,9 @@ def read_strange(settings: ConvertSettings) -> tuple[SAE, dict[str, Any]]:
 
     Raises WrongInput for what SAELens or load_sae refuses, FailedRun if the hub cannot be reached.
     """
+    for name in ("sae", "k", "layers", "routing", "aggregate", "normalize"):
+        if (value := getattr(settings, name)) != settings.described[name].default:
+            raise WrongInput(f"--{name} {value} is for a .pt; {settings.file} says that itself, so leave it out")
     require_packages(settings.file, "lens", "sae_lens")
     with tempfile.TemporaryDirectory() as saved:
         try:

@@ -433,3 +433,13 @@ def test_the_command_says_what_it_wrote_and_exits_2_on_wrong_input(tmp_path: Pat
     assert (wrong.exit_code, wrong.stdout) == (2, "")
     (line,) = wrong.stderr.splitlines()
     assert line.startswith("routesae: --sae 'dense' is none of vanilla, topk")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("sae", "topk"), ("k", 8), ("layers", "3-5"), ("routing", "soft"), ("aggregate", "mean"), ("normalize", "none")],
+)
+def test_what_a_folder_of_another_tool_says_itself_cannot_be_given(name: str, value: Any) -> None:
+    settings = ConvertSettings(file="lens:release/id", **{name: value})
+    with pytest.raises(WrongInput, match=rf"^--{name} {value} is for a .pt; lens:release/id says that itself"):
+        convert(settings)
