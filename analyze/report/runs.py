@@ -1,5 +1,6 @@
 """Read what the folders of SAEs say of their runs, and make the table that compares the runs."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from routesae.reporting import WrongInput, best_row, visible
 from routesae.train.folder.checkpoint import Numbers, Source, load_sae, read_recipe, read_source
 from routesae.train.log import read_metrics
 from routesae.train.saes import SAE, Recipe
+
+log = logging.getLogger(__name__)
 
 
 class Column(NamedTuple):
@@ -83,7 +86,10 @@ def read_runs(
         if "infer_k" not in row and "theta" not in row:
             scored[row["sae"]] = scored[str(Path(row["folder"]).resolve())] = row
     places = sae_folders(references, out)
-    return [_read_run(name, folder, beside, scored, tokens_hash) for name, (folder, beside) in places.items()]
+    runs = [_read_run(name, folder, beside, scored, tokens_hash) for name, (folder, beside) in places.items()]
+    if scores_file and not any(key in scored for run in runs for key in (run.name, str(run.folder.resolve()))):
+        log.warning("--scores %s has scores of none of these SAEs as they were trained", scores_file)
+    return runs
 
 
 def _read_run(

@@ -189,7 +189,7 @@ def scores_of(saes: Path, folder: Path, *rows: dict[str, Any]) -> str:
     return str(folder / "scores.json")
 
 
-def test_table_has_what_is_known(saes: Path, tmp_path: Path) -> None:
+def test_table_has_what_is_known(saes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = [
         {"sae": "routesae", "folder": str(saes / "routesae"), "KLDiv": 0.5, "NormMSE": 0.25, "Shares": {"2": 1.0}},
         {"sae": "topk", "folder": "elsewhere/topk", "KLDiv": 0.25, "layers": "9-9"},
@@ -209,6 +209,16 @@ def test_table_has_what_is_known(saes: Path, tmp_path: Path) -> None:
     assert runs[1].shares == {"2": 1.0}
     held_out = json.loads((saes / "topk" / "cfg.json").read_text())["metadata"]["routesae"]["source"]["held_out"]
     assert table["topk"]["NormMSE"].value == held_out["norm_mse"]
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("row", [{"sae": "another"}, {"sae": "topk", "infer_k": 4}])
+def test_scores_of_none_of_the_saes_are_remarked_on(
+    row: dict[str, Any], saes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = scores_of(saes, tmp_path, {**row, "KLDiv": 0.5})
+    read_runs((), saes, file)
+    assert caplog.messages == [f"--scores {file} has scores of none of these SAEs as they were trained"]
 
 
 @pytest.mark.parametrize(
@@ -463,6 +473,8 @@ def odd_source(held_out: Any) -> Callable[[Path], dict[str, Any]]:
         (change(html="{out}/missing/report.html"), "there is no folder"),
         (change(html="{out}"), "is a folder; name a file in it"),
         (change(out="{out}/nothing"), "no SAE under"),
+        (change(sae="{out}/topk", out="{out}/nothing"), "/nothing is where SAEs are looked for, and --sae "),
+        (change(model="demo", **{"no-logits": ""}), "--model demo is for what --no-logits leaves out; leave one"),
         (change(scores="{out}/none.json"), "write it with routesae analyze --json"),
         (change(cache="{out}/none"), "is not a cache folder"),
         (odd("scores.json", '{"saes": []}'), "its hash is missing or differs"),
@@ -491,7 +503,7 @@ def test_wrong_input_is_one_line_and_leaves_no_page(
     shutil.copytree(saes, out)
     page = tmp_path / "report.html"
     given = {"out": str(out), "html": str(page), "device": "cpu", **prepare(out)}
-    flags = [part for name, value in given.items() for part in (f"--{name}", value)]
+    flags = [part for name, value in given.items() for part in (f"--{name}", value) if part]
     result = CliRunner().invoke(main, ["report", *flags])
     assert result.exit_code == 2, result.output
     line = result.stderr.splitlines()[-1]
