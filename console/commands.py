@@ -79,7 +79,7 @@ class SettingsCommand(click.Command):
         return {name: value for name, value in ctx.params.items() if ctx.get_parameter_source(name) in typed}
 
     def invoke(self, ctx: click.Context) -> Any:
-        from routesae.machine.files import write_json
+        from routesae.machine.files import as_json, write_json
 
         flags = self.typed(ctx)
         set_up(ctx, flags)
@@ -93,9 +93,13 @@ class SettingsCommand(click.Command):
         run = imported(self.room)
         with watching(settings) as report:
             result = run(settings, report)
-        if file is not None:
-            write_json(file, result)
-        return ctx.invoke(self.callback, settings, result)
+        if file == "-":
+            return echo(*as_json(result).split("\n"))
+        try:
+            if file is not None:
+                write_json(file, result)
+        finally:  # shown, too, where the disk does not take the file
+            ctx.invoke(self.callback, settings, result)
 
 
 def taken(of: type[Settings], flags: dict[str, Any]) -> dict[str, Any]:

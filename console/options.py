@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from routesae.machine.settings import RUN, Settings, require_folder, setting
+from routesae.machine.settings import RUN, Settings, require_writable, setting
 
 
 class Watch(Settings):
@@ -19,18 +19,22 @@ class Watch(Settings):
     )
 
     def check(self) -> None:
-        require_folder("--status", self.status)
+        require_writable("--status", self.status)
 
 
 class JsonFile(Settings):
     """Where results go beside the terminal."""
 
     json_file: str | None = setting(
-        None, RUN, "Write the results to this file too, for programs.", flag="json", metavar="PATH"
+        None,
+        RUN,
+        "Write the results to this file too, for programs; - prints them instead.",
+        flag="json",
+        metavar="PATH",
     )
 
     def check(self) -> None:
-        require_folder("--json", self.json_file)
+        require_writable("--json", None if self.json_file == "-" else self.json_file)
 
 
 class ConfigFile(Settings):

@@ -166,10 +166,15 @@ def delete_unless_locked(partial: Path) -> None:
         partial.unlink()
 
 
+def as_json(value: Any) -> str:
+    """A value as JSON, which has no NaN and no infinity: they become null."""
+    return json.dumps(_without_nan(value), indent=2, allow_nan=False)
+
+
 def write_json(path: Path | str, value: Any) -> None:
-    """Write a value as JSON, whole or not at all. JSON has no NaN and no infinity: they become null."""
+    """Write a value as JSON, whole or not at all."""
     with replacing(path) as file:
-        file.write(json.dumps(_without_nan(value), indent=2, allow_nan=False).encode() + b"\n")
+        file.write(as_json(value).encode() + b"\n")
 
 
 def _without_nan(value: Any) -> Any:

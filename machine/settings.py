@@ -9,6 +9,7 @@ pydantic checks the values. It is imported with the first of them, because `--he
 """
 
 import difflib
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import KW_ONLY, MISSING, asdict, dataclass, field, fields
 from pathlib import Path, PurePath
@@ -280,10 +281,20 @@ def read_toml(path: str) -> dict[str, Any]:
         return tomllib.loads(text)
 
 
-def require_folder(flag: str, file: str | None) -> None:
-    """Raise WrongInput if the folder that a file is to be written to does not exist."""
-    if file is not None and not Path(file).absolute().parent.is_dir():
+def require_writable(flag: str, file: str | None) -> None:
+    """Raise WrongInput if a file cannot be written whole: its folder is missing or read-only, or it is no file.
+
+    Writing replaces what is there, and root would replace even /dev/null.
+    """
+    if file is None:
+        return
+    place = Path(file).absolute()
+    if not place.parent.is_dir():
         raise WrongInput(f"{flag} {file}: there is no folder {Path(file).parent} to write it to")
+    if place.parent == Path("/dev") or (place.exists() and not place.is_file()):
+        raise WrongInput(f"{flag} {file} is a folder or a device; give the name of a file")
+    if not os.access(place.parent, os.W_OK):
+        raise WrongInput(f"{flag} {file}: {place.parent} is read-only; give another folder")
 
 
 def by_field(table: Mapping[str, Any], where: str, *classes: type[Settings]) -> dict[str, Any]:

@@ -164,6 +164,9 @@ def test_help_groups_what_belongs_together() -> None:
         ("analyze --metric KL", "--metric 'KL' is none of NormMSE, FVU"),
         ("analyze --json no/x.json", "--json no/x.json: there is no folder no to write it to"),
         ("analyze --status no/x.json", "--status no/x.json: there is no folder no to write it to"),
+        ("analyze --json /dev/stdout", "--json /dev/stdout is a folder or a device; give the name of a file"),
+        ("train --status /dev/null", "--status /dev/null is a folder or a device"),
+        ("report --html /", "--html / is a folder or a device"),
         ("convert", "missing argument 'FILE'; `routesae convert --help` lists what there is"),
         ("run", "--config is missing"),
         ("interpret --latents some", "--latents 'some' is not a whole number"),
@@ -288,6 +291,24 @@ def test_json_files_never_hold_a_bare_nan(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert read_json(tmp_path / "scores.json")["saes"] == [
         {"sae": "x", "NormMSE": None, "intervals": {"NormMSE": [None, None]}}
     ]
+    printed = invoke("analyze", "--json", "-")  # alone on standard output, for a pipe
+    assert json.loads(printed.stdout)["saes"][0]["NormMSE"] is None
+
+
+def test_results_are_shown_where_the_disk_does_not_take_their_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    results = {"saes": [{"sae": "x", "L0": 8.5}], "tokens_scored": 1, "rows": "all", "cache": {"corpus": "x"}}
+
+    def full(path: Path, value: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("routesae.analyze.scores.run.analyze", lambda settings, report: results)
+    monkeypatch.setattr("routesae.machine.files.write_json", full)
+    result = invoke("analyze", "--json", tmp_path / "scores.json")
+    assert result.exit_code == 1
+    assert "8.5" in result.stdout
+    assert "No space left" in result.stderr
 
 
 def test_routing_shows_the_largest_shares_and_a_dash_where_there_is_no_router(tiny_cache: Cache, saes: Path) -> None:

@@ -1,8 +1,6 @@
 """What `routesae report` was asked for."""
 
-from pathlib import Path
-
-from routesae.machine.settings import MODEL, OUT, RUN, SAES, LMSettings, require_folder, setting
+from routesae.machine.settings import MODEL, OUT, RUN, SAES, LMSettings, require_writable, setting
 from routesae.reporting import WrongInput
 
 PAGE = "The page"
@@ -34,8 +32,6 @@ class ReportSettings(LMSettings):
     port: int = setting(8760, RUN, "Port of --serve; 0 is any that is free.", ge=0, lt=2**16, needs="serve")
 
     def check(self) -> None:
-        require_folder("--html", self.html)
-        if Path(self.html).is_dir():
-            raise WrongInput(f"--html {self.html} is a folder; name a file in it")
+        require_writable("--html", self.html)
         if self.model is not None and not (self.logits or self.serve):
             raise WrongInput(f"--model {self.model} is for what --no-logits leaves out; leave one of them out")

@@ -471,7 +471,7 @@ def odd_source(held_out: Any) -> Callable[[Path], dict[str, Any]]:
     ("prepare", "told"),
     [
         (change(html="{out}/missing/report.html"), "there is no folder"),
-        (change(html="{out}"), "is a folder; name a file in it"),
+        (change(html="{out}"), "is a folder or a device; give the name of a file"),
         (change(out="{out}/nothing"), "no SAE under"),
         (change(sae="{out}/topk", out="{out}/nothing"), "/nothing is where SAEs are looked for, and --sae "),
         (change(model="demo", **{"no-logits": ""}), "--model demo is for what --no-logits leaves out; leave one"),
