@@ -40,6 +40,10 @@ def main(ctx: click.Context, quiet: bool, log_json: bool) -> None:
     ctx.obj = {"quiet": quiet, "log_json": log_json}
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def directions() -> tuple[dict[str, int], dict[str, str]]:
     """Which way each column of the scores is better, and its unit."""
     from routesae.analyze.scores.metrics import METRICS
@@ -59,8 +63,8 @@ def harvest(settings: Any, cache: Any) -> None:
     """
     manifest = cache.manifest
     echo(
-        f"{cache.path}: {manifest.kept_tokens:,} tokens x {len(manifest.layers)} layers x {manifest.width} "
-        f"in {manifest.shard_count} shards"
+        f"{cache.path}: {manifest.kept_tokens:,} tokens x {_count(len(manifest.layers), 'layer')} x {manifest.width} "
+        f"in {_count(manifest.shard_count, 'shard')}"
     )
 
 
@@ -212,7 +216,7 @@ def report(settings: Any, page: Any) -> None:
 
     Example: routesae report --scores scores.json
     """
-    echo(f"{page.path}: {page.saes} SAEs, {page.latents:,} latents to look at, {human_bytes(page.bytes)}")
+    echo(f"{page.path}: {_count(page.saes, 'SAE')}, {page.latents:,} latents to look at, {human_bytes(page.bytes)}")
     if page.server is not None:
         echo("http://{}:{}/ until Ctrl-C".format(*page.server.server_address))
         with page.server:
@@ -298,8 +302,8 @@ def verify(path: str, digest: bool = False) -> None:
         echo(f"sha256:{result.digest}")
     if result.problems:
         raise FailedRun(
-            f"{path}: {len(result.problems)} problems; `routesae cache repair {path}` removes bad shards, and the "
-            "same routesae harvest then writes what is missing"
+            f"{path}: {_count(len(result.problems), 'problem')}; `routesae cache repair {path}` removes bad shards, "
+            "and the same routesae harvest then writes what is missing"
         )
     if not digest:
         echo(f"{path}: every shard is whole")
@@ -319,7 +323,7 @@ def repair(path: str) -> None:
     for name in result.removed:
         echo(f"removed {name}")
     if result.missing:
-        echo(f"{path}: {result.missing} shards are missing; the same routesae harvest writes just those")
+        echo(f"{path}: {_count(result.missing, 'shard')} missing, which the same routesae harvest writes")
     else:
         echo(f"{path}: every shard is whole")
 
@@ -356,9 +360,9 @@ def _copy(sources: tuple[str, ...], target: str, *, link: bool = False) -> None:
 
     with watching() as report:
         result = run(sources, target, link=link, report=report)
-    echo(f"{target}: {result.copied} shards copied")
+    echo(f"{target}: {_count(result.copied, 'shard')} copied")
     if result.missing:
         echo(
-            f"{target}: {result.missing} shards are not in {', '.join(sources)}; add further parts with routesae "
-            "cache merge, or harvest them"
+            f"{target}: {_count(result.missing, 'shard')} missing in {', '.join(sources)}; add further parts with "
+            "routesae cache merge, or harvest them"
         )

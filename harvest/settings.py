@@ -1,7 +1,8 @@
 """What `routesae harvest` was asked for."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 from routesae.machine.settings import KEPT, MODEL, RUN, SEED, LMSettings, setting
@@ -134,6 +135,12 @@ def parse_layers(layers: str | None, depth: int) -> tuple[int, ...]:
             raise WrongInput(f"--layers {layers!r}: the model has layers 1 to {depth}")
         chosen.update(range(low, high + 1))
     return tuple(sorted(chosen))
+
+
+def layer_list(layers: Sequence[int]) -> str:
+    """Ascending layers as `parse_layers` reads them: "4-12", "4,8,12"."""
+    runs = [[layer for _, layer in run] for _, run in groupby(enumerate(layers), lambda one: one[1] - one[0])]
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def share_of(settings: HarvestSettings) -> Share:

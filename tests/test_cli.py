@@ -160,6 +160,7 @@ def test_help_groups_what_belongs_together() -> None:
         ("train --resume --overwrite", "--resume goes on with what --overwrite would delete; give one of them"),
         ("train --epochs 1 --tokens 1k", "--epochs 1 and --tokens 1000 exclude each other; give one of them"),
         ("train --sae topkk", "did you mean 'topk'?"),
+        ("train --k 16,32", "--k '16,32' is not a whole number such as 200000, 200k or 10M; give --k once for each"),
         ("train --config no.toml", "--config no.toml does not exist"),
         ("analyze --metric KL", "--metric 'KL' is none of NormMSE, FVU"),
         ("analyze --json no/x.json", "--json no/x.json: there is no folder no to write it to"),
@@ -323,7 +324,7 @@ def test_harvest_says_what_it_wrote(tiny_model: Path, tiny_corpus: Path, tmp_pat
     result = invoke(*arguments, "--layers", "3", "--device", "cpu", "--out", tmp_path / "shards")
     assert result.exit_code == 0, result.output
     kept = Cache(tmp_path / "shards").manifest.kept_tokens
-    assert result.stdout == f"{tmp_path / 'shards'}: {kept:,} tokens x 1 layers x 32 in 1 shards\n"
+    assert result.stdout == f"{tmp_path / 'shards'}: {kept:,} tokens x 1 layer x 32 in 1 shard\n"
 
 
 def test_cache_info_shows_manifest_shards_and_layers(tiny_cache: Cache, tmp_path: Path) -> None:
@@ -383,7 +384,7 @@ def test_repair_says_what_is_wrong_what_it_removed_and_what_to_do(
     assert "shard-00003/layer_05: 1,000 bytes where" in caplog.text
     assert result.stdout.splitlines() == [
         "removed shard-00003",
-        f"{copy}: 1 shards are missing; the same routesae harvest writes just those",
+        f"{copy}: 1 shard missing, which the same routesae harvest writes",
     ]
     assert invoke("cache", "repair", tiny_cache.path).stdout == f"{tiny_cache.path}: every shard is whole\n"
 
@@ -396,12 +397,12 @@ def test_merge_says_how_many_shards_came_and_how_many_are_missing(tiny_cache: Ca
         0,
         [
             f"{tmp_path / 'whole'}: 4 shards copied",
-            f"{tmp_path / 'whole'}: 1 shards are not in {copy}; add further parts with "
+            f"{tmp_path / 'whole'}: 1 shard missing in {copy}; add further parts with "
             "routesae cache merge, or harvest them",
         ],
     )
     assert invoke("cache", "merge", tiny_cache.path, tmp_path / "whole").stdout.startswith(
-        f"{tmp_path / 'whole'}: 1 shards copied"
+        f"{tmp_path / 'whole'}: 1 shard copied"
     )
 
 

@@ -309,7 +309,7 @@ def settings_of(
         axes = [value if isinstance(value, list | tuple) else [value] for value in swept.values()]
         if len(tables) * math.prod(map(len, axes)) > MOST_RUNS:
             raise WrongInput(
-                f"{config or 'flags'}: over than {MOST_RUNS:,} SAEs in one pass; divide them among several"
+                f"{config or 'flags'}: more than {MOST_RUNS:,} SAEs in one pass; divide them among several"
             )
         common = {name for name in run if name in flags or name not in own}
         runs += [({**run, **dict(zip(swept, values, strict=True))}, common) for values in product(*axes)]

@@ -14,6 +14,7 @@ from routesae.analyze.interpret.settings import MODES
 from routesae.analyze.interpret.summary import read_interpretations, read_summary
 from routesae.analyze.scores.metrics import HIGHER, METRICS, NEITHER
 from routesae.analyze.scores.results import described, read_results
+from routesae.harvest.settings import layer_list
 from routesae.reporting import WrongInput, best_row, visible
 from routesae.train.folder.checkpoint import Numbers, Source, load_sae, read_recipe, read_source
 from routesae.train.log import read_metrics
@@ -137,8 +138,7 @@ def table_of(runs: Sequence[Run]) -> tuple[list[Column], list[list[Cell]]]:
     """The columns for which any run has a value, and a row for each run."""
     values = []
     for run in runs:
-        layers = run.recipe.layers
-        span = str(layers[0]) if len(layers) == 1 else f"{layers[0]}–{layers[-1]}"
+        span = layer_list(run.recipe.layers).replace("-", "–")
         recipe = {"variant": run.recipe.sae, "layers": span, "latents": run.recipe.latents, "k": run.recipe.k}
         values.append({**recipe, **run.scores, "intervals": run.intervals})
     columns = [column for column in RECIPE + MEASURED if any(row.get(column.name) is not None for row in values)]

@@ -24,6 +24,7 @@ from routesae.analyze.scores.probe import probe
 from routesae.analyze.scores.results import described
 from routesae.analyze.scores.settings import AnalyzeSettings
 from routesae.harvest.cache.reader import Cache
+from routesae.harvest.settings import layer_list
 from routesae.machine.device import pick_device
 from routesae.machine.files import signed
 from routesae.reporting import FailedRun, Report, WrongInput, silent
@@ -105,7 +106,6 @@ def _views(
     for name, one in opened.items():
         if (facts := read_facts(one.beside, tokens_hash)) is not None:
             thresholds[name] = facts["settings"]["threshold"]
-        layers = one.sae.recipe.layers
         for sparsity in sparsities or [{}]:
             key = ", ".join([name, *(f"{what} {value:g}" for what, value in sparsity.items())])
             try:
@@ -117,7 +117,7 @@ def _views(
                 "sae": name,
                 "folder": str(one.folder),
                 "variant": one.sae.recipe.sae,
-                "layers": str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}",
+                "layers": layer_list(one.sae.layers),
                 "latents": one.sae.recipe.latents,
                 **sparsity,
             }

@@ -27,7 +27,7 @@ from routesae.harvest.corpus.texts import require_read
 from routesae.harvest.corpus.tokens import tokenizer_hash
 from routesae.harvest.filling.output import STAGED_SHARDS, Output
 from routesae.harvest.lm import model as lm
-from routesae.harvest.settings import HarvestSettings, parse_layers
+from routesae.harvest.settings import HarvestSettings, layer_list, parse_layers
 from routesae.machine.lock import Lock
 from routesae.reporting import Progress, Report, WrongInput, human_bytes
 
@@ -94,8 +94,9 @@ def open_or_begin(
                 with suppress(OSError):  # another harvester is in it, or it is a cache now
                     path.rmdir()
     cache = Cache(path)
+    names = {**SETTINGS, "shard_rows": "rows of a shard (--shard-tokens / --context)"}
     if differing := [name for name, value in fields.items() if getattr(cache.manifest, name) != value]:
-        changes = (f"{SETTINGS.get(n, n)} is {getattr(cache.manifest, n)}, not {fields[n]}" for n in differing)
+        changes = (f"{names.get(n, n)} is {getattr(cache.manifest, n)}, not {fields[n]}" for n in differing)
         raise WrongInput(
             f"{output.out} was begun with other settings: {'; '.join(changes)}. "
             "Give the settings it was begun with, or another --out"
@@ -116,7 +117,7 @@ def _begin(
     width, layers = int(config.get_text_config().hidden_size), fields["layers"]
     a_token = token_bytes(len(layers), width, settings.dtype)
     log.info(
-        f"{len(layers)} layers ({layers[0]} to {layers[-1]}) x {width} x {settings.dtype}: {human_bytes(a_token)} a "
+        f"layers {layer_list(layers)} ({len(layers)} x {width} x {settings.dtype}): {human_bytes(a_token)} a "
         f"token, up to {human_bytes(a_token * settings.tokens)} for {settings.tokens:,} tokens"
     )
     if settings.keep is not None and not settings.keep_roles:  # a corpus that a ring is for takes hours to tokenise

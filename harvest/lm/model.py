@@ -250,7 +250,7 @@ def _explained(model: str) -> Iterator[None]:
         raise WrongInput(
             f"model {model!r} cannot be loaded: {shortened(reason, 300).rstrip('.')}. For a gated model accept its "
             "licence on the hub and log in with `hf auth login`; for a quantised one install what reads it; or give "
-            "a local folder, a .gguf file, or demo"
+            "--model a local folder, a .gguf file, or demo"
         ) from error
     finally:
         transformers_logging.set_verbosity(verbosity)

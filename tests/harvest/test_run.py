@@ -29,7 +29,7 @@ from routesae.harvest.filling.buffer import ShardBuffer, Staging
 from routesae.harvest.filling.output import Output
 from routesae.harvest.lm.model import LanguageModel, load_lm, weights_hash
 from routesae.harvest.run import harvest
-from routesae.harvest.settings import HarvestSettings, parse_layers
+from routesae.harvest.settings import HarvestSettings, layer_list, parse_layers
 from routesae.reporting import FailedRun, Progress, WrongInput
 from routesae.tests.processes import Command
 from routesae.tests.shards import change_attributes
@@ -213,7 +213,7 @@ OTHER_SETTINGS = [
     ({"overflow": "clip"}, "overflow is error, not clip"),
     ({"context": 32}, "context is 16, not 32"),
     ({"tokens": 8000}, "tokens"),
-    ({"shard_tokens": 1024}, "shard"),
+    ({"shard_tokens": 1024}, "rows of a shard (--shard-tokens / --context) is 128, not 64"),
     ({"skip_positions": 0}, "skip_positions is 1, not 0"),
     ({"keep_special": True}, "keep_special is False, not True"),
     ({"min_chars": 50}, "min_chars is 100, not 50"),
@@ -553,6 +553,10 @@ def test_values_at_the_edge_of_float16(
 # ------------------------------------------------------------------------------------------------ settings
 
 
+def test_layers_that_are_not_a_range_are_not_shown_as_one() -> None:
+    assert [layer_list(layers) for layers in ((9, 15), (4, 5, 6, 12), (3,), (3, 4))] == ["9,15", "4-6,12", "3", "3-4"]
+
+
 @pytest.mark.parametrize(
     ("layers", "depth", "expected"),
     [
@@ -574,6 +578,7 @@ def test_layers_are_ranges_lists_or_the_middle_half(
     layers: str | None, depth: int, expected: tuple[int, ...]
 ) -> None:
     assert parse_layers(layers, depth) == expected
+    assert parse_layers(layer_list(expected), depth) == expected
 
 
 @pytest.mark.parametrize(

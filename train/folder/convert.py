@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from routesae import __version__
-from routesae.harvest.settings import parse_layers
+from routesae.harvest.settings import layer_list, parse_layers
 from routesae.machine.files import disk_faults, open_regular
 from routesae.machine.lock import hold
 from routesae.reporting import Report, WrongInput, silent
@@ -225,7 +225,7 @@ def _layers(
         depth = 2 * (count - 1)
         layers = parse_layers(None, depth)
         if len(layers) == count:
-            shown = f"{layers[0]}-{layers[-1]}"
+            shown = layer_list(layers)
             log.warning(
                 "%s: taken to read layers %s, n//4 to 3n//4 of an LM of %d blocks", settings.file, shown, depth
             )

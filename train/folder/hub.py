@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from routesae.harvest.settings import layer_list
 from routesae.machine.files import problem_of
 from routesae.reporting import FailedRun, WrongInput
 from routesae.train.folder.checkpoint import CONFIG, METRICS_FILE, Source, load_sae, read_source
@@ -141,11 +142,10 @@ def hub_errors(what: str, remedy: str = REMEDY) -> Iterator[None]:
 
 def model_card(recipe: Recipe, source: Source, repo: str) -> str:
     """README.md of the SAE: what it is, how it scored and how to load it."""
-    layers = str(recipe.layers[0]) if len(recipe.layers) == 1 else f"{recipe.layers[0]}-{recipe.layers[-1]}"
     facts = {
         "Language model": source.model or "not recorded",
         "Corpus": source.corpus or "not recorded",
-        "Layers": f"{layers}, the outputs of decoder blocks counted from 1",
+        "Layers": f"{layer_list(recipe.layers)}, the outputs of decoder blocks counted from 1",
         "Variant": recipe.sae,
         "Latents": f"{recipe.latents:,} over a width of {recipe.width:,}",
         "k": recipe.k,

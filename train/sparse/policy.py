@@ -91,7 +91,8 @@ class Arithmetic(Settings):
     def __str__(self) -> str:
         pairs = f"sums over active pairs below 1/{1 / self.sparse_below:.0f} of all"
         memory = "" if self.max_memory is None else f", {self.max_memory:,} bytes for encoding"
-        return f"{self.precision}, proposals {self.proposal}, {pairs}, {self.threads} threads{memory}"
+        threads = f"{self.threads} thread{'s' * (self.threads > 1)}"
+        return f"{self.precision}, proposals {self.proposal}, {pairs}, {threads}{memory}"
 
 
 def chosen(kind: str, *, bfloat16_units: bool, precision: str = "float32", **flags: Any) -> Arithmetic:

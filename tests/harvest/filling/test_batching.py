@@ -133,7 +133,7 @@ def test_how_the_lm_runs_is_said_once(
     caplog.set_level(logging.INFO, "routesae")
     harvest(tiny_settings(out=str(tmp_path / "shards"), tokens=4096))
     said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("harvest on ")]
-    assert said == ["harvest on the CPU, LM in float32, sdpa attention, 1 threads, 8 rows a batch"]
+    assert said == ["harvest on the CPU, LM in float32, sdpa attention, 1 thread, 8 rows a batch"]
 
 
 def test_a_map_over_the_disk_gives_the_same_bytes_as_one_device(tiny_settings: Settings, tmp_path: Path) -> None:

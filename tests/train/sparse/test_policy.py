@@ -145,6 +145,6 @@ def test_what_was_chosen_is_kept_whole_and_said_in_a_line() -> None:
     for facts in every:
         how = chosen(facts.pop("kind"), **facts)
         assert Arithmetic(**how.to_dict()) == how
-    assert str(how) == ("float32, proposals bfloat16, sums over active pairs below 1/12 of all, 1 threads")
+    assert str(how) == ("float32, proposals bfloat16, sums over active pairs below 1/12 of all, 1 thread")
     with pytest.raises(WrongInput, match="kind 'tpu' is not"):
         Arithmetic(**{**how.to_dict(), "kind": "tpu"})
