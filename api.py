@@ -60,8 +60,8 @@ def steer(
     if mode not in CHANGES:
         raise WrongInput(f"mode {not_one_of(mode, CHANGES)}")
     made = [Change(latent=latent, how=mode, value=float(value)) for latent, value in changes.items()]
-    clamp = Clamp(sae, made, error_term=error_term)
     kept = require_lm_of(sae, lm)
+    clamp = Clamp(sae, made, error_term=error_term)
     if clamp.layers_read:
         require_cached_attention(lm.lm)
     return steering(lm.lm, clamp, kept)
@@ -105,17 +105,26 @@ def report(**settings: Any) -> Path:
     return path
 
 
-def compare(a: str | Path, b: str | Path, **settings: Any) -> Comparison:
+def compare(a: str | Path | SAE, b: str | Path | SAE, **settings: Any) -> Comparison:
     """Which latents two SAEs share: `compare("saes/a", "saes/b", cache="shards", threshold=0.7)`."""
-    found: Comparison = _run("compare", {"a": str(a), "b": str(b), **settings})[1]
+    found: Comparison = _run("compare", {"a": a, "b": b, **settings})[1]
     return found
+
+
+def _plain(value: Any) -> Any:
+    """A setting's value as one would type it: an SAE's folder, a cache's place, the numbers of NumPy or torch."""
+    if isinstance(value, SAE | Cache):
+        return str(value.folder if isinstance(value, SAE) else value.path)
+    if isinstance(value, list | tuple | range):
+        return [_plain(one) for one in value]
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _run(name: str, given: dict[str, Any]) -> tuple[Any, Any]:
     """The settings of a command, from keywords, and what its room makes of them, with a bar."""
     command: Any = main.commands[name]
     of, *more = map(imported, command.settings)
-    settings = of.from_flags(by_field(given, "keyword", of, *more))
+    settings = of.from_flags(by_field({key: _plain(one) for key, one in given.items()}, "keyword", of, *more))
     bars, paced = Bars(), Pacer()
     try:
         return settings, imported(command.room)(settings, lambda now: bars.show(now, paced(now)))

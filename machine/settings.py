@@ -201,6 +201,8 @@ def _from_text(of: type[Settings], name: str, value: Any) -> Any:
     one = of.described.get(name)
     if value is None or (one and one.none and str(value).strip().lower() == one.none):
         return None
+    if one and one.metavar == "LIST" and isinstance(value, int | list | tuple):  # layers = [4, 8]
+        value = ",".join(map(str, value if isinstance(value, list | tuple) else [value]))
     try:
         if not several:
             return _read(value, kind, one.choices if one else ())
@@ -210,7 +212,9 @@ def _from_text(of: type[Settings], name: str, value: Any) -> Any:
         items = [*{repr(item): item for item in items}.values()] if one and one.commas else items
         return tuple(_read(item, kind, one.choices if one else ()) for item in items)
     except ValueError as error:
-        raise WrongInput(f"{flag_of(of, name)} {error}") from None
+        flag = flag_of(of, name)
+        remedy = f"; give {flag} once for each" if one and one.swept and "," in str(value) else ""
+        raise WrongInput(f"{flag} {error}{remedy}") from None
 
 
 def _read(value: Any, kind: Any, choices: Collection[str]) -> Any:

@@ -171,6 +171,11 @@ def test_batches_are_bitwise_those_that_training_reads(cache: routesae.Cache, ti
     assert next(iter(cache.batches())).shape[1:] == (4, 32)
     with pytest.raises(routesae.WrongInput, match="layer 9 was not harvested"):
         cache.batches(layers=[9])
+    with pytest.raises(routesae.WrongInput, match=r"layers \[\] are none; .* holds 2, 3, 4, 5"):
+        cache.batches(layers=[])
+    assert torch.equal(next(iter(cache.batches(np.int64(3)))), next(iter(cache.batches(3))))
+    with pytest.raises(routesae.WrongInput, match="layer '3' was not harvested"):
+        cache.hidden("3")  # type: ignore[arg-type]
 
 
 # -------------------------------------------------------------------------------------------------------------- SAEs
@@ -210,6 +215,29 @@ def test_encode_of_a_documents_raw_states_is_what_saelens_gives(
         expected = theirs.encode(hidden_nD)
         torch.testing.assert_close(sae.encode(hidden_nD).dense(), expected, **CLOSE)
         torch.testing.assert_close(sae.decode(sae.encode(hidden_nD)), theirs.decode(expected), **CLOSE)
+
+
+def test_what_an_sae_cannot_read_or_decode_is_refused_by_its_type(saes: dict[str, routesae.SAE], lm: Any) -> None:
+    sae, given = saes["topk"], np.zeros((3, 32), np.float32)
+    assert str(sae) == f"TopK(layers {sae.layers[0]}, 64 latents, k 8)"
+    for call in (sae, sae.encode):
+        with pytest.raises(routesae.WrongInput, match=r"a ndarray; give a torch.Tensor: torch.as_tensor"):
+            call(given)
+    dense = sae.encode(torch.from_numpy(given)).dense()
+    with pytest.raises(routesae.WrongInput, match=r"decode takes the Latents of encode.* not a Tensor"):
+        sae.decode(dense)  # as SAELens' decode takes it
+    with pytest.raises(routesae.WrongInput, match="a TopK and a LM stand where"):
+        routesae.latents(sae, lm, TEXT)  # type: ignore[arg-type]
+    with pytest.raises(routesae.WrongInput, match="a LM and a str stand where"):
+        routesae.steer(lm, str(sae.folder), {3: 1.0})  # type: ignore[arg-type]
+    with pytest.raises(routesae.WrongInput, match="top -1 is below 1"):
+        routesae.latents(lm, sae, TEXT, top=-1)
+
+
+def test_generate_returns_every_continuation_that_was_asked_for(lm: routesae.LM) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": True, "num_return_sequences": 2}
+    assert len(lm.generate("the router", **options)) == 2
+    assert isinstance(lm.generate("the router", max_new_tokens=3), str)
 
 
 # ----------------------------------------------------------------------------------------------- latents of a text
@@ -427,7 +455,7 @@ def test_the_commands_are_calls_with_their_settings_by_name(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     cache = routesae.harvest(
-        model=tiny_model, data=tiny_corpus, tokens="3k", context=16, layers="3-4", device="cpu", lm_dtype="float32"
+        model=tiny_model, data=tiny_corpus, tokens="3k", context=16, layers=[3, 4], device="cpu", lm_dtype="float32"
     )
     assert (cache.layers, cache.width) == ((3, 4), 32)
     Path("a.toml").write_text(
@@ -440,7 +468,11 @@ def test_the_commands_are_calls_with_their_settings_by_name(
     assert torch.equal(again.W_dec_FD, sae.W_dec_FD)
     (row,) = routesae.analyze(metric=["NormMSE", "L0"], device="cpu")
     assert 0 < row["NormMSE"] < 2
-    assert "NormMSE" in routesae.analyze(sae=sae.folder, metric="NormMSE", device="cpu")._repr_html_()
+    of_objects = routesae.analyze(cache=cache, sae=[sae], metric="NormMSE", tokens=np.int64(64), device="cpu")
+    assert "NormMSE" in of_objects._repr_html_()
+    options = {"latents": np.int64(64), "batch_tokens": 500, "device": "cpu", "lr": 3e-3, "out": "swept"}
+    swept = routesae.train(cache=cache, sae="topk", layer=range(3, 5), k=np.array([4, 8]), **options)
+    assert [(one.layers, one.recipe.k) for one in swept] == [((3,), 4), ((3,), 8), ((4,), 4), ((4,), 8)]
     (row,) = routesae.contexts(threshold=0.5, device="cpu")
     assert row["contexts"] > 0
     lm = routesae.load_lm(str(tiny_model), device="cpu", lm_dtype="float32")

@@ -157,7 +157,7 @@ class LM:
         )
         written = [takewhile(lambda token: token not in stops, ids) for ids in out_BT[:, ids_BT.shape[1] :].tolist()]
         continued = [self.tokenizer.decode(list(ids), skip_special_tokens=True) for ids in written]
-        return continued[0] if alone else continued
+        return continued[0] if alone and len(continued) == 1 else continued  # num_return_sequences may be more
 
 
 def require_unicode(text: str, origin: str = "the text") -> None:
@@ -190,6 +190,9 @@ def kept_of(record: LMRecord, framing: Framing) -> Kept:
 
 def require_lm_of(sae: SAE, lm: LM) -> Kept:
     """The positions that the SAE was trained on. Raises WrongInput if it is on another device, or of another LM."""
+    if not isinstance(sae, SAE) or not isinstance(lm, LM):
+        given = f"a {type(lm).__name__} and a {type(sae).__name__}"
+        raise WrongInput(f"{given} stand where an LM of load_lm and an SAE of load_sae belong")
     if sae.device != lm.lm.device:
         raise WrongInput(f"the SAE is on {sae.device} and the LM on {lm.lm.device}; load both on one device")
     if sae.folder is None:

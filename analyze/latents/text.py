@@ -95,6 +95,8 @@ def latents(
     WrongInput if SAE and LM do not belong together, or the text is empty or longer than the LM's context.
     """
     kept, ids, (_, roles) = require_lm_of(sae, lm), lm.ids(text), lm.ids_and_roles(text)
+    if top < 1:
+        raise WrongInput(f"top {top} is below 1")
     if 0 in sae.layers:
         raise WrongInput("the SAE reads layer 0, the embedding, and only outputs of decoder blocks are read here")
     ids_1T = torch.tensor([ids], device=lm.lm.device)

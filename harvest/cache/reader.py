@@ -162,7 +162,7 @@ class Cache:
         """Raises WrongInput where one of them was not harvested."""
         if absent := sorted(set(layers) - set(self.manifest.layers)):
             raise WrongInput(
-                f"layer {absent[0]} was not harvested; {self.path} holds layers "
+                f"layer {absent[0]!r} was not harvested; {self.path} holds layers "
                 f"{', '.join(map(str, self.manifest.layers))}"
             )
 

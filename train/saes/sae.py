@@ -203,6 +203,11 @@ class SAE(nn.Module, ABC):
 
         Raises WrongInput for soft routing.
         """
+        if not isinstance(latents, Latents):
+            given = type(latents).__name__
+            raise WrongInput(
+                f"decode takes the Latents of encode, which know their units, not a {given}; change their values_P"
+            )
         if latents.frame is None:
             raise WrongInput("soft routing mixes all layers, which cannot be undone; train with --routing hard")
         return latents.shaped(latents.frame.undo(self.dictionary.decode_rows(latents)))
@@ -210,6 +215,8 @@ class SAE(nn.Module, ABC):
     def normalised(self, hidden: Hidden | Tensor) -> NormalisedLayers:
         """Raises WrongInput if the hidden states have another shape."""
         recipe = self.recipe
+        if not isinstance(hidden, Hidden | Tensor):
+            raise WrongInput(f"hidden states are a {type(hidden).__name__}; give a torch.Tensor: torch.as_tensor(…)")
         if isinstance(hidden, Tensor):
             ending = (recipe.width,) if self.one_layer else (len(recipe.layers), recipe.width)
             if hidden.shape[-len(ending) :] != ending:
@@ -284,6 +291,10 @@ class SAE(nn.Module, ABC):
     def __call__(self, hidden: Hidden | Tensor) -> Forward:
         out: Forward = super().__call__(hidden)
         return out
+
+    def extra_repr(self) -> str:
+        recipe = self.recipe
+        return f"layers {', '.join(map(str, recipe.layers))}, {recipe.latents:,} latents, k {recipe.k}"
 
     @property
     def device(self) -> torch.device:
