@@ -122,7 +122,8 @@ def analyze(settings: Any, results: dict[str, Any]) -> None:
     corpus, probed = shortened(results["cache"]["corpus"], 40), results.get("rows_probed")
     also = ""
     if probed and probed != results["rows_scored"]:
-        also = f"; Probe and Absorption on its rows {probed[0]:,} to {probed[1]:,}"
+        asked = " and ".join(name for name in ("Probe", "Absorption") if name in settings.metrics)
+        also = f"; {asked} on its rows {probed[0]:,} to {probed[1] - 1:,}"
     echo(f"on {results['tokens_scored']:,} {TOKENS_OF[results['rows']]} of {corpus}{also}")
 
 

@@ -26,11 +26,7 @@ class JsonFile(Settings):
     """Where results go beside the terminal."""
 
     json_file: str | None = setting(
-        None,
-        RUN,
-        "Write the results to this file too, for programs; - prints them instead.",
-        flag="json",
-        metavar="PATH",
+        None, RUN, "Write the results to this file too; - prints them instead.", flag="json", metavar="PATH"
     )
 
     def check(self) -> None:

@@ -224,11 +224,11 @@ def test_what_an_sae_cannot_read_or_decode_is_refused_by_its_type(saes: dict[str
         with pytest.raises(routesae.WrongInput, match=r"a ndarray; give a torch.Tensor: torch.as_tensor"):
             call(given)
     dense = sae.encode(torch.from_numpy(given)).dense()
-    with pytest.raises(routesae.WrongInput, match=r"decode takes the Latents of encode.* not a Tensor"):
+    with pytest.raises(routesae.WrongInput, match=r"decode takes the Latents of encode, not a Tensor"):
         sae.decode(dense)  # as SAELens' decode takes it
-    with pytest.raises(routesae.WrongInput, match="a TopK and a LM stand where"):
+    with pytest.raises(routesae.WrongInput, match="load_sae's SAE, not TopK and LM"):
         routesae.latents(sae, lm, TEXT)  # type: ignore[arg-type]
-    with pytest.raises(routesae.WrongInput, match="a LM and a str stand where"):
+    with pytest.raises(routesae.WrongInput, match="load_sae's SAE, not LM and str"):
         routesae.steer(lm, str(sae.folder), {3: 1.0})  # type: ignore[arg-type]
     with pytest.raises(routesae.WrongInput, match="top -1 is below 1"):
         routesae.latents(lm, sae, TEXT, top=-1)

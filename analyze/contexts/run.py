@@ -34,6 +34,7 @@ from routesae.analyze.inputs.lm import lm_of_cache, load_tokenizer_of
 from routesae.analyze.inputs.saes import OpenSAE, open_saes, sae_identity
 from routesae.harvest.cache.reader import Cache
 from routesae.machine.device import pick_device
+from routesae.machine.settings import require_writable
 from routesae.reporting import Report, Table, WrongInput, silent
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,9 @@ def contexts(settings: ContextSettings, report: Report = silent) -> Table:
         log.info("%s is a ring, so contexts are of its held-out rows alone", cache.path)
         settings = settings.replace(rows="held-out")
     opened = open_saes(settings.saes, Path(settings.out), cache, pick_device(settings.device))
+    for one in opened.values():
+        if one.beside.is_dir():  # before the cache is read
+            require_writable("--sae", f"{one.beside}/contexts.json")
     made_from = {name: _facts(settings, name, sae, cache) for name, sae in opened.items()}
     if not settings.overwrite:
         for name, one in opened.items():

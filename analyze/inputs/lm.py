@@ -191,8 +191,7 @@ def kept_of(record: LMRecord, framing: Framing) -> Kept:
 def require_lm_of(sae: SAE, lm: LM) -> Kept:
     """The positions that the SAE was trained on. Raises WrongInput if it is on another device, or of another LM."""
     if not isinstance(sae, SAE) or not isinstance(lm, LM):
-        given = f"a {type(lm).__name__} and a {type(sae).__name__}"
-        raise WrongInput(f"{given} stand where an LM of load_lm and an SAE of load_sae belong")
+        raise WrongInput(f"give load_lm's LM and load_sae's SAE, not {type(lm).__name__} and {type(sae).__name__}")
     if sae.device != lm.lm.device:
         raise WrongInput(f"the SAE is on {sae.device} and the LM on {lm.lm.device}; load both on one device")
     if sae.folder is None:

@@ -129,8 +129,9 @@ def read_pipeline(config: str, follow: bool = False) -> PipelineSettings:
         if name == "train":
             stages[name] = settings_of({**shared, "follow": follow}, where, given)
             continue
+        shared |= by_field(given, where, of)
         try:
-            stages[name] = of(**{**shared, **by_field(given, where, of)})
+            stages[name] = of(**shared)
         except WrongInput as error:
             raise WrongInput(f"{where}: {error}") from error
     return PipelineSettings(out=out, cache=cache, saes=saes, follow=follow, **stages)

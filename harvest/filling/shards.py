@@ -57,10 +57,9 @@ def harvest_shards(
     batching = Batching(settings.batch_sequences, cache, model.device)
     on = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "the CPU"
     attention = getattr(model.model.config, "_attn_implementation", None) or "its own"
-    threads = torch.get_num_threads()
     log.info(
         f"harvest on {on}, LM in {cache.manifest.lm_dtype}, {attention} attention, "
-        f"{threads} thread{'s' * (threads > 1)}, {batching.sequences} rows a batch"
+        f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}, {batching.sequences} rows a batch"
     )
     keep_freed_memory()
     work = Work(cache, claims, share_of(settings), report, ring)

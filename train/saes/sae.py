@@ -204,10 +204,7 @@ class SAE(nn.Module, ABC):
         Raises WrongInput for soft routing.
         """
         if not isinstance(latents, Latents):
-            given = type(latents).__name__
-            raise WrongInput(
-                f"decode takes the Latents of encode, which know their units, not a {given}; change their values_P"
-            )
+            raise WrongInput(f"decode takes the Latents of encode, not a {type(latents).__name__}; change values_P")
         if latents.frame is None:
             raise WrongInput("soft routing mixes all layers, which cannot be undone; train with --routing hard")
         return latents.shaped(latents.frame.undo(self.dictionary.decode_rows(latents)))
@@ -293,8 +290,7 @@ class SAE(nn.Module, ABC):
         return out
 
     def extra_repr(self) -> str:
-        recipe = self.recipe
-        return f"layers {', '.join(map(str, recipe.layers))}, {recipe.latents:,} latents, k {recipe.k}"
+        return f"layers {', '.join(map(str, self.layers))}, {self.latents:,} latents, k {self.recipe.k}"
 
     @property
     def device(self) -> torch.device:

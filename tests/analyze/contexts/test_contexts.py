@@ -654,6 +654,16 @@ def test_contexts_of_another_rule_are_not_replaced_unasked(
     contexts(given.replace(threshold=3.0))  # those of what was there before are of no use
 
 
+def test_an_sae_that_cannot_be_written_to_is_refused_before_the_cache_is_read(
+    hostile_cache: Cache, copied: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copied("topk")
+    monkeypatch.setattr("routesae.analyze.contexts.run.collect", None)
+    monkeypatch.setattr("routesae.machine.settings.os.access", lambda path, mode: Path(path) != folder)
+    with pytest.raises(WrongInput, match=r"--sae .*topk/contexts.json: .*topk is read-only; give another folder"):
+        contexts(ContextSettings(cache=str(hostile_cache.path), saes=(str(folder),), device="cpu"))
+
+
 def test_contexts_of_two_corpora_lie_side_by_side(
     hostile_cache: Cache, copied: Callable[[str], Path], tiny_settings: Callable[..., HarvestSettings], tmp_path: Path
 ) -> None:

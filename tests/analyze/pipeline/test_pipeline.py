@@ -389,8 +389,9 @@ def test_a_missing_key_is_said_before_anything_runs(
 def test_a_mistake_in_the_file_is_named_before_anything_runs(text: str, named: str, tmp_path: Path) -> None:
     file = tmp_path / "pipeline.toml"
     file.write_text(text)
-    with pytest.raises(WrongInput, match=named):
+    with pytest.raises(WrongInput, match=named) as error:
         read_pipeline(str(file))
+    assert str(error.value).count(str(file)) == 1
     assert list(tmp_path.iterdir()) == [file]
 
 

@@ -154,8 +154,8 @@ def test_the_rows_that_were_probed_are_said_and_none_need_be_held_out(
     flags = ["analyze", "--cache", str(cache.path), "--out", str(saes), "--metric", "Probe", "--device", "cpu"]
     last = [CliRunner().invoke(main, [*flags, *more]).output.splitlines()[-1] for more in ([], ["--metric", "L0"])]
     assert " tokens of all rows of " in last[0]
-    assert "Probe and Absorption" not in last[0]
-    assert last[1].endswith(f"; Probe and Absorption on its rows 0 to {rows}")
+    assert "on its rows" not in last[0]
+    assert last[1].endswith(f"; Probe on its rows 0 to {rows - 1}")
 
     shutil.copytree(cache.path, tmp_path / "shards")
     change_attributes(tmp_path / "shards", held_out=0.0)
