@@ -212,9 +212,8 @@ def _from_text(of: type[Settings], name: str, value: Any) -> Any:
         items = [*{repr(item): item for item in items}.values()] if one and one.commas else items
         return tuple(_read(item, kind, one.choices if one else ()) for item in items)
     except ValueError as error:
-        flag = flag_of(of, name)
-        remedy = f"; give {flag} once for each" if one and one.swept and "," in str(value) else ""
-        raise WrongInput(f"{flag} {error}{remedy}") from None
+        remedy = f"; give {flag_of(of, name)} once for each" if one and one.swept and "," in str(value) else ""
+        raise WrongInput(f"{flag_of(of, name)} {error}{remedy}") from None
 
 
 def _read(value: Any, kind: Any, choices: Collection[str]) -> Any:
