@@ -32,15 +32,15 @@ class OpenSAE(NamedTuple):
 def sae_folders(references: Sequence[str], out: Path) -> dict[str, tuple[Path, Path]]:
     """{name: (folder, beside)} of the SAEs that `references` name, folders or of the hub, or of all under `out`.
 
-    Raises WrongInput if there is none.
+    Raises WrongInput if there is none, or `out` has nothing to do with those that are named.
     """
     fetched = {fetch_sae(reference): reference for reference in references}
     folders = list(fetched) or find_saes(out)
-    is_read = str(out) == OUT.default or any(folder != Path(reference) for folder, reference in fetched.items())
-    for folder in () if is_read else fetched:  # where SAEs of the hub are named too, files about them go there
-        if not folder.parent.resolve().is_relative_to(out.resolve()):
-            looked = f"--out {out} is where SAEs are looked for, and --sae {folder} is elsewhere"
-            raise WrongInput(f"{looked}; leave --out out: results go into the SAE's own folder")
+    inside = [folder.parent.resolve().is_relative_to(out.resolve()) for folder in fetched]
+    of_hub = [folder != Path(named) for folder, named in fetched.items()]  # files about these go to `out`
+    if fetched and str(out) != OUT.default and not any(inside + of_hub):
+        looked = f"--out {out} is where SAEs are looked for, and --sae {folders[0]} is elsewhere"
+        raise WrongInput(f"{looked}; leave --out out: results go into the SAE's own folder")
     places = {}
     for folder in folders:
         reference = fetched.get(folder, str(folder))

@@ -21,5 +21,6 @@ def test_out_is_refused_beside_saes_that_lie_elsewhere(tmp_path: Path, monkeypat
         WrongInput, match=r"--out \S+results is where SAEs are looked for, and --sae \S+/a is elsewhere"
     ):
         sae_folders(named, tmp_path / "results")
+    assert len(sae_folders([*named, str(tmp_path / "b")], tmp_path / "saes")) == 3  # two of them are there
     monkeypatch.setattr(saes, "fetch_sae", lambda reference: tmp_path / "hub" / reference)
     assert sae_folders(["user/repo"], tmp_path / "results")["user/repo"][1] == tmp_path / "results" / "user--repo"

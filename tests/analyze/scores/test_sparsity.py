@@ -150,4 +150,4 @@ def test_a_gated_sae_among_others_is_left_out_with_a_warning(
         "left out: topk_layer3_64_k8: --infer-k 65 is more than the SAE's 64 latents; lower it",
     ]
     with pytest.raises(WrongInput, match=r"slow-gate: --infer-k is not for a gated SAE"):
-        scored(tiny_cache, saes, saes=(gated,), infer_k=(4,))
+        scored(tiny_cache, tmp_path, saes=(gated,), infer_k=(4,))
