@@ -238,6 +238,8 @@ def test_generate_returns_every_continuation_that_was_asked_for(lm: routesae.LM)
     options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": True, "num_return_sequences": 2}
     assert len(lm.generate("the router", **options)) == 2
     assert isinstance(lm.generate("the router", max_new_tokens=3), str)
+    with pytest.raises(routesae.WrongInput, match=r"are more than the \d+ positions of"):
+        lm.generate("the router", max_new_tokens=10**6)
 
 
 # ----------------------------------------------------------------------------------------------- latents of a text

@@ -149,7 +149,9 @@ class LM:
         """
         alone = isinstance(texts, str) or (len(texts) > 0 and isinstance(texts[0], Mapping))
         rows: Any = [texts] if alone or not texts else texts
-        ids_BT, mask_BT = left_padded([self.ids(text, reply=True) for text in rows], self.lm.device)
+        ids_BT, mask_BT = left_padded(
+            [self.ids(text, reply=True, new_tokens=max_new_tokens) for text in rows], self.lm.device
+        )
         stops = set(self.stop_ids)
         options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": sorted(stops) or None, **options}
         out_BT = self.model.generate(

@@ -63,6 +63,11 @@ def write_tokens(folder: Path, settings: HarvestSettings, tokenizer: Any, report
                     "that is read of a cache; keep fewer or shorter fields, or give fewer --tokens"
                 )
             fields_seen |= {name for place in places for name, value in place.items() if value is not None}
+            for what, seen in (("fields", fields_seen), ("roles", {*roles})) if rows == 0 else ():
+                if (
+                    absent := set(getattr(settings, f"keep_{what}")) - seen
+                ):  # refused at the end, which may be hours away
+                    log.warning("--keep-%s: none of the first %d documents has %s", what, len(starts), min(absent))
             token_ids_BT = np.stack([row.token_ids_T for row in block])
             roles_BT = np.stack([row.roles_T for row in block])
             kept += int(kept_positions(token_ids_BT, roles_ST=roles_BT, roles=tuple(roles), **keeps).sum())

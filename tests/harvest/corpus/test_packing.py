@@ -115,7 +115,7 @@ def test_ids_that_are_none_are_refused_in_one_line_with_their_place(
 
 
 def test_only_tokens_of_the_roles_asked_for_count_as_kept(
-    write: Callable[..., Written], tokenizer: Any, tmp_path: Path
+    write: Callable[..., Written], tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     talks = [
         [{"role": "user", "content": one}, {"role": "assistant", "content": other}]
@@ -130,6 +130,9 @@ def test_only_tokens_of_the_roles_asked_for_count_as_kept(
     assert fields["kept_tokens"] == int((said.reshape(tokens.shape)[:, 1:]).sum())
     with pytest.raises(WrongInput, match=r"--keep-roles tool: no token is of such a role; .* has user, assistant"):
         write(data=path, keep_roles="tool")
+    assert re.search(
+        r"--keep-roles: none of the first \d+ documents has tool", caplog.text
+    )  # the refusal may take hours
     with pytest.raises(WrongInput, match=r"--keep-roles usr: no token is of such a role; .* has user, assistant"):
         write(data=path, keep_roles="assistant,usr")
     with pytest.raises(WrongInput, match="has no conversations"):
