@@ -174,8 +174,8 @@ class Changed:
     def is_due(self, adam: Adam) -> bool:
         """Whether the optimiser steps now, on the mean gradient of as many batches as this part of the run joins."""
         self.batches += 1
-        part = (self.batches - 1) * len(self.run["grow"]) // self.run["steps"]
-        joined = self.run["grow"][part]
+        parts = self.run["grow"]  # the steps that there are may be a few more: an epoch's last batch is smaller
+        joined = parts[min((self.batches - 1) * len(parts) // self.run["steps"], len(parts) - 1)]
         grads = [parameter.grad for parameter in adam.parameters]
         self.joined = [old + new for old, new in zip(self.joined, grads, strict=True)] if self.waiting else grads
         self.waiting = (self.waiting + 1) % joined
