@@ -113,8 +113,12 @@ def compare(a: str | Path | SAE, b: str | Path | SAE, **settings: Any) -> Compar
 
 def _plain(value: Any) -> Any:
     """A setting's value as one would type it: an SAE's folder, a cache's place, the numbers of NumPy or torch."""
-    if isinstance(value, SAE | Cache):
-        return str(value.folder if isinstance(value, SAE) else value.path)
+    if isinstance(value, SAE):
+        if value.folder is None:
+            raise WrongInput("an SAE that was never saved has no folder to name; train or load one")
+        return str(value.folder)
+    if isinstance(value, Cache):
+        return str(value.path)
     if isinstance(value, list | tuple | range):
         return [_plain(one) for one in value]
     return value.tolist() if hasattr(value, "tolist") else value

@@ -14,7 +14,7 @@ import click
 from routesae import __version__
 from routesae.console.commands import BLOCKS, CONFIG, DRY_RUN, JSON, PIPELINE, WATCH, Commands, command, watching
 from routesae.console.terminal import columns, echo, side_by_side, table
-from routesae.reporting import FailedRun, human_bytes, shortened, visible
+from routesae.reporting import FailedRun, amount, human_bytes, shortened, visible
 
 TOKENS_OF = {"held-out": "held-out tokens", "all": "tokens of all rows"}
 
@@ -40,10 +40,6 @@ def main(ctx: click.Context, quiet: bool, log_json: bool) -> None:
     ctx.obj = {"quiet": quiet, "log_json": log_json}
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' * (number != 1)}"
-
-
 def directions() -> tuple[dict[str, int], dict[str, str]]:
     """Which way each column of the scores is better, and its unit."""
     from routesae.analyze.scores.metrics import METRICS
@@ -63,8 +59,8 @@ def harvest(settings: Any, cache: Any) -> None:
     """
     manifest = cache.manifest
     echo(
-        f"{cache.path}: {manifest.kept_tokens:,} tokens x {_count(len(manifest.layers), 'layer')} x {manifest.width} "
-        f"in {_count(manifest.shard_count, 'shard')}"
+        f"{cache.path}: {manifest.kept_tokens:,} tokens x {amount(len(manifest.layers), 'layer')} x {manifest.width} "
+        f"in {amount(manifest.shard_count, 'shard')}"
     )
 
 
@@ -217,7 +213,7 @@ def report(settings: Any, page: Any) -> None:
 
     Example: routesae report --scores scores.json
     """
-    echo(f"{page.path}: {_count(page.saes, 'SAE')}, {page.latents:,} latents to look at, {human_bytes(page.bytes)}")
+    echo(f"{page.path}: {amount(page.saes, 'SAE')}, {page.latents:,} latents to look at, {human_bytes(page.bytes)}")
     if page.server is not None:
         echo("http://{}:{}/ until Ctrl-C".format(*page.server.server_address))
         with page.server:
@@ -303,7 +299,7 @@ def verify(path: str, digest: bool = False) -> None:
         echo(f"sha256:{result.digest}")
     if result.problems:
         raise FailedRun(
-            f"{path}: {_count(len(result.problems), 'problem')}; `routesae cache repair {path}` removes bad shards, "
+            f"{path}: {amount(len(result.problems), 'problem')}; `routesae cache repair {path}` removes bad shards, "
             "and the same routesae harvest then writes what is missing"
         )
     if not digest:
@@ -324,7 +320,7 @@ def repair(path: str) -> None:
     for name in result.removed:
         echo(f"removed {name}")
     if result.missing:
-        echo(f"{path}: {_count(result.missing, 'shard')} missing, which the same routesae harvest writes")
+        echo(f"{path}: {amount(result.missing, 'shard')} missing, which the same routesae harvest writes")
     else:
         echo(f"{path}: every shard is whole")
 
@@ -361,9 +357,9 @@ def _copy(sources: tuple[str, ...], target: str, *, link: bool = False) -> None:
 
     with watching() as report:
         result = run(sources, target, link=link, report=report)
-    echo(f"{target}: {_count(result.copied, 'shard')} copied")
+    echo(f"{target}: {amount(result.copied, 'shard')} copied")
     if result.missing:
         echo(
-            f"{target}: {_count(result.missing, 'shard')} missing in {', '.join(sources)}; add further parts with "
+            f"{target}: {amount(result.missing, 'shard')} missing in {', '.join(sources)}; add further parts with "
             "routesae cache merge, or harvest them"
         )

@@ -92,6 +92,11 @@ def silent(progress: Progress) -> None:
     """A Report that shows nothing."""
 
 
+def amount(number: int, noun: str) -> str:
+    """1 shard, 1,650 shards."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def human_bytes(n: float) -> str:
     """1.2 GB and the like, in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB", "TB"):

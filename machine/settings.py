@@ -294,7 +294,8 @@ def require_writable(flag: str, file: str | None) -> None:
     place = Path(file).absolute()
     if not place.parent.is_dir():
         raise WrongInput(f"{flag} {file}: there is no folder {Path(file).parent} to write it to")
-    if place.parent == Path("/dev") or (place.exists() and not place.is_file()):
+    of_system = any(place.parent.resolve().is_relative_to(folder) for folder in ("/dev", "/proc"))
+    if (of_system and not place.is_relative_to("/dev/shm")) or (place.exists() and not place.is_file()):
         raise WrongInput(f"{flag} {file} is a folder or a device; give the name of a file")
     if not os.access(place.parent, os.W_OK):
         raise WrongInput(f"{flag} {file}: {place.parent} is read-only; give another folder")

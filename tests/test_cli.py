@@ -167,6 +167,7 @@ def test_help_groups_what_belongs_together() -> None:
         ("analyze --status no/x.json", "--status no/x.json: there is no folder no to write it to"),
         ("analyze --json /dev/stdout", "--json /dev/stdout is a folder or a device; give the name of a file"),
         ("train --status /dev/null", "--status /dev/null is a folder or a device"),
+        ("train --status /dev/fd/1", "--status /dev/fd/1 is a folder or a device"),
         ("report --html /", "--html / is a folder or a device"),
         ("convert", "missing argument 'FILE'; `routesae convert --help` lists what there is"),
         ("run", "--config is missing"),
@@ -669,13 +670,13 @@ def cpu_seconds(*command: str, cwd: Path) -> float:
 
 
 def test_help_takes_less_time_than_importing_pydantic_and_click(tmp_path: Path) -> None:
-    """Of five pairs of runs one at least: on a busy machine a process may take half as long again."""
+    """The least of up to five runs of either: on a busy machine one may take half as long again."""
     for words in ("", "harvest", "train", "ablation", "interpret"):
-        assert any(
-            cpu_seconds("-m", "routesae", *words.split(), "--help", cwd=tmp_path)
-            < cpu_seconds("-c", "import pydantic.main, click", cwd=tmp_path)
-            for _ in range(5)
-        ), words
+        imports, helps = list[float](), list[float]()
+        while not helps or min(helps) >= min(imports):
+            assert len(helps) < 5, (words, imports, helps)
+            imports.append(cpu_seconds("-c", "import pydantic.main, click", cwd=tmp_path))
+            helps.append(cpu_seconds("-m", "routesae", *words.split(), "--help", cwd=tmp_path))
 
 
 def test_no_help_imports_what_it_does_not_show(tmp_path: Path) -> None:

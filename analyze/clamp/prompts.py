@@ -71,8 +71,14 @@ def _file_prompts(path: Path, text_field: str, hh: str) -> Iterator[Prompt]:
         raise WrongInput(f"{path} {'is not a regular file' if path.exists() else 'does not exist'}; {give}")
     if name.endswith(".txt"):
         with reading(path, give):
-            lines = read_bytes(path, LARGEST_BYTES).decode().split("\n")
-        yield from (_plain(line.rstrip("\r"), f"{path}:{at}") for at, line in enumerate(lines, 1) if line.strip())
+            lines = read_bytes(path, LARGEST_BYTES).split(b"\n")
+        for number, line in enumerate(lines, 1):
+            try:
+                text = line.decode().rstrip("\r")
+            except UnicodeDecodeError as error:
+                raise WrongInput(f"{path}:{number}: not UTF-8 at byte {error.start}; write it so") from None
+            if text.strip():
+                yield _plain(text, f"{path}:{number}")
         return
     with read_to_its_end(path):
         for origin, entry in json_lines(path):

@@ -43,7 +43,7 @@ KINDS = (CHOSEN, TOP, *SAMPLES)
 BINS_PER_OCTAVE = 4
 HISTOGRAM = range(-8 * BINS_PER_OCTAVE, 16 * BINS_PER_OCTAVE)  # bins: activations from 2^-8 to 2^16
 OPENING, CLOSING = "<ACTIVATED>", "</ACTIVATED>"  # the published code's marks
-MOST_VALUES = 1 << 26  # of a column in a row group, of which one is held in memory at a time
+MOST_VALUES = 1 << 26  # of a column in a row group, of which few are held in memory at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,11 +203,12 @@ class ContextsFile:
         import pyarrow.compute as pc
         import pyarrow.dataset as ds
 
-        how = ds.ParquetFileFormat(
-            default_fragment_scan_options=ds.ParquetFragmentScanOptions(page_checksum_verification=True)
-        )
+        # Without these bounds Arrow reads most of the file ahead.
+        options = ds.ParquetFragmentScanOptions(page_checksum_verification=True, pre_buffer=False)
+        how = ds.ParquetFileFormat(default_fragment_scan_options=options)
+        ahead: dict[str, Any] = {"batch_size": 4096, "batch_readahead": 1, "fragment_readahead": 1}
         wanted = None if selected is None else pc.field("latent").isin(sorted(set(selected)))
-        for batch in ds.dataset(self.place / CONTEXTS, format=how).to_batches(filter=wanted, batch_size=4096):
+        for batch in ds.dataset(self.place / CONTEXTS, format=how).to_batches(filter=wanted, **ahead):
             for name in batch.schema.names:
                 if name not in ("layer", "document", "role", "place", "fields") and batch[name].null_count:
                     raise ValueError(f"{name} is missing in a row")

@@ -7,6 +7,7 @@ Dimension letters: F latents, M contexts, W tokens a window.
 """
 
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -34,7 +35,6 @@ from routesae.analyze.inputs.lm import lm_of_cache, load_tokenizer_of
 from routesae.analyze.inputs.saes import OpenSAE, open_saes, sae_identity
 from routesae.harvest.cache.reader import Cache
 from routesae.machine.device import pick_device
-from routesae.machine.settings import require_writable
 from routesae.reporting import Report, Table, WrongInput, silent
 
 log = logging.getLogger(__name__)
@@ -59,8 +59,9 @@ def contexts(settings: ContextSettings, report: Report = silent) -> Table:
         settings = settings.replace(rows="held-out")
     opened = open_saes(settings.saes, Path(settings.out), cache, pick_device(settings.device))
     for one in opened.values():
-        if one.beside.is_dir():  # before the cache is read
-            require_writable("--sae", f"{one.beside}/contexts.json")
+        nearest = next(place for place in (one.beside, *one.beside.absolute().parents) if place.is_dir())
+        if not os.access(nearest, os.W_OK):  # said before the cache is read
+            raise WrongInput(f"{nearest} is read-only, and contexts go there; change that, or copy the SAE elsewhere")
     made_from = {name: _facts(settings, name, sae, cache) for name, sae in opened.items()}
     if not settings.overwrite:
         for name, one in opened.items():

@@ -123,7 +123,7 @@ class LM:
         if not ids:
             raise WrongInput(f"a text without a token for {self.name!r}; give a longer text")
         if room is not None and len(ids) + new_tokens > room:
-            more = f" and --max-new-tokens {new_tokens}" if new_tokens else ""
+            more = f" and {new_tokens} new ones" if new_tokens else ""
             raise WrongInput(
                 f"{len(ids)} tokens{more} are more than the {room} positions of {self.name!r}; shorten it"
             )

@@ -39,8 +39,9 @@ def sae_folders(references: Sequence[str], out: Path) -> dict[str, tuple[Path, P
     inside = [folder.parent.resolve().is_relative_to(out.resolve()) for folder in fetched]
     of_hub = [folder != Path(named) for folder, named in fetched.items()]  # files about these go to `out`
     if fetched and str(out) != OUT.default and not any(inside + of_hub):
-        looked = f"--out {out} is where SAEs are looked for, and --sae {folders[0]} is elsewhere"
-        raise WrongInput(f"{looked}; leave --out out: results go into the SAE's own folder")
+        raise WrongInput(
+            f"--out {out} is where SAEs are looked for, and --sae {folders[0]} is not in it; give one of them"
+        )
     places = {}
     for folder in folders:
         reference = fetched.get(folder, str(folder))

@@ -174,15 +174,20 @@ class Subject:
 def _contexts(settings: InterpretSettings) -> list[ContextsFile]:
     """The contexts of the SAEs that are named, or of all that have any; of the corpus of --cache if it is given."""
     tokens_hash = None if settings.cache is None else Cache(settings.cache).manifest.tokens_hash
-    places = sae_folders(settings.saes, Path(settings.out)).values()
-    found = {beside: read_contexts(beside, tokens_hash) for _, beside in places}
-    without = [folder for folder, contexts in found.items() if contexts is None]
-    if without and (settings.saes or len(without) == len(found)):
+    found, without = list[ContextsFile](), list[str]()
+    for name, (folder, beside) in sae_folders(settings.saes, Path(settings.out)).items():
+        if folder == beside and not folder.is_dir():
+            raise WrongInput(f"--sae {folder} is not a folder; give that of an SAE")
+        if (contexts := read_contexts(beside, tokens_hash)) is not None:
+            found.append(contexts)
+        else:
+            without.append(str(folder) if folder == beside else name)
+    if without and (settings.saes or not found):
         which = "" if tokens_hash is None else " of that corpus"
         raise WrongInput(f"{without[0]} has no contexts{which}; make them with routesae contexts --sae {without[0]}")
     if without:
-        log.warning("left out because they have no contexts: %s", ", ".join(folder.name for folder in without))
-    return [contexts for contexts in found.values() if contexts is not None]
+        log.warning("left out because they have no contexts: %s", ", ".join(without))
+    return found
 
 
 def pick(contexts: ContextsFile, settings: InterpretSettings) -> list[int]:

@@ -81,7 +81,8 @@ class Cache:
     ) -> Batches:
         """Shuffled batches of some layers or all, see Batches. held_out: of the rows that training never reads."""
         manifest = self.stored.manifest
-        several = self.layers if layers is None else tuple(np.atleast_1d(layers).tolist())
+        asked = self.layers if layers is None else layers
+        several = (int(asked),) if isinstance(asked, int | np.integer) else tuple(asked)
         if not several:
             raise WrongInput(f"layers {layers!r} are none; {self.path} holds {', '.join(map(str, self.layers))}")
         rows = (manifest.train_rows, manifest.rows) if held_out else (0, manifest.train_rows)

@@ -174,5 +174,6 @@ class AblationSettings(Settings):
             training["sae"] = own.get("sae", VARIANTS)
         made = settings_of({**training, "out": str(Path(str(own["out"])) / "saes")}, config, table)
         if made.overwrite:
-            raise WrongInput(f"{config}: overwrite is not for ablation; leave it out, and delete what to train again")
+            where = "" if config is None else f"{config}: "
+            raise WrongInput(f"{where}overwrite is not for ablation; leave it out, and delete what to train again")
         return cls(**own, training=made.replace(resume=True))

@@ -61,7 +61,7 @@ class AnalyzeSettings(LMSettings):
 
     def check(self) -> None:
         if self.label is not None and "Probe" not in self.metrics:
-            raise WrongInput(f"--label {self.label} is what Probe tells; add --metric Probe or leave it out")
+            raise WrongInput(f"--label {self.label} is for Probe; add --metric Probe or leave it out")
         if self.all_positions and not set(LM_METRICS) & set(self.metrics):
             which = ", ".join(LM_METRICS)
             raise WrongInput(f"--all-positions is for {which}; add one of them as --metric or leave it out")

@@ -63,11 +63,9 @@ def write_tokens(folder: Path, settings: HarvestSettings, tokenizer: Any, report
                     "that is read of a cache; keep fewer or shorter fields, or give fewer --tokens"
                 )
             fields_seen |= {name for place in places for name, value in place.items() if value is not None}
-            for what, seen in (("fields", fields_seen), ("roles", {*roles})) if rows == 0 else ():
-                if (
-                    absent := set(getattr(settings, f"keep_{what}")) - seen
-                ):  # refused at the end, which may be hours away
-                    log.warning("--keep-%s: none of the first %d documents has %s", what, len(starts), min(absent))
+            if rows == 0:  # what no document has is refused at the end, which may be hours away
+                _remark_on_slips("--keep-fields", set(settings.keep_fields) - fields_seen, len(starts))
+                _remark_on_slips("--keep-roles", set(settings.keep_roles) - set(roles), len(starts))
             token_ids_BT = np.stack([row.token_ids_T for row in block])
             roles_BT = np.stack([row.roles_T for row in block])
             kept += int(kept_positions(token_ids_BT, roles_ST=roles_BT, roles=tuple(roles), **keeps).sum())
@@ -96,6 +94,11 @@ def write_tokens(folder: Path, settings: HarvestSettings, tokenizer: Any, report
         "documents_short": sum(count.short for count in counts.values()),
         "documents_malformed": sum(len(count.malformed) for count in counts.values()),
     }
+
+
+def _remark_on_slips(flag: str, absent: set[str], documents: int) -> None:
+    for name in sorted(absent):
+        log.warning("%s %s: none of the first %d documents has it; if it is a slip, stop now", flag, name, documents)
 
 
 def _require_use(

@@ -425,7 +425,7 @@ def _dataset_entries(data: str, saved: Path | None, settings: HarvestSettings) -
                 if split not in rows:
                     raise WrongInput(f"{data} has no split {split!r}; --split is one of {', '.join(rows)}")
                 rows = rows[split]
-            elif split != "train":
+            elif split != "train" and len(settings.data) == 1:  # another --data may have it
                 raise WrongInput(f"{data} was saved without splits; leave out --split {split}")
             rows = rows.select_columns(_columns(rows.column_names, settings, f"{data} has no column"))
             rows = rows.with_format(None)  # it may have been saved with torch's or pandas's

@@ -28,7 +28,7 @@ from routesae.harvest.settings import HarvestSettings, Share, share_of
 from routesae.machine.device import keep_freed_memory
 from routesae.machine.lock import Lock
 from routesae.machine.stop import stop_code, stop_requests
-from routesae.reporting import FailedRun, Progress, Report, Stopped, human_bytes, is_out_of_memory
+from routesae.reporting import FailedRun, Progress, Report, Stopped, amount, human_bytes, is_out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def harvest_shards(
     attention = getattr(model.model.config, "_attn_implementation", None) or "its own"
     log.info(
         f"harvest on {on}, LM in {cache.manifest.lm_dtype}, {attention} attention, "
-        f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}, {batching.sequences} rows a batch"
+        f"{amount(torch.get_num_threads(), 'thread')}, {batching.sequences} rows a batch"
     )
     keep_freed_memory()
     work = Work(cache, claims, share_of(settings), report, ring)

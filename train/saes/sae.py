@@ -204,7 +204,8 @@ class SAE(nn.Module, ABC):
         Raises WrongInput for soft routing.
         """
         if not isinstance(latents, Latents):
-            raise WrongInput(f"decode takes the Latents of encode, not a {type(latents).__name__}; change values_P")
+            given = type(latents).__name__
+            raise WrongInput(f"decode takes the Latents of encode, not a {given}; to change latents there is steer")
         if latents.frame is None:
             raise WrongInput("soft routing mixes all layers, which cannot be undone; train with --routing hard")
         return latents.shaped(latents.frame.undo(self.dictionary.decode_rows(latents)))

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from routesae.machine.device import has_bfloat16_units
 from routesae.machine.settings import Settings
+from routesae.reporting import amount
 
 SPARSE_BELOW = {"cpu": 1 / 12, "bfloat16": 1 / 590, "tf32": 1 / 295, "float32": 1 / 40}  # the latter three: CUDA's
 # At fewer rows the encoder is fetched from memory too often, at more their product leaves the cores' caches
@@ -91,8 +92,7 @@ class Arithmetic(Settings):
     def __str__(self) -> str:
         pairs = f"sums over active pairs below 1/{1 / self.sparse_below:.0f} of all"
         memory = "" if self.max_memory is None else f", {self.max_memory:,} bytes for encoding"
-        threads = f"{self.threads} thread{'s' * (self.threads > 1)}"
-        return f"{self.precision}, proposals {self.proposal}, {pairs}, {threads}{memory}"
+        return f"{self.precision}, proposals {self.proposal}, {pairs}, {amount(self.threads, 'thread')}{memory}"
 
 
 def chosen(kind: str, *, bfloat16_units: bool, precision: str = "float32", **flags: Any) -> Arithmetic:

@@ -660,7 +660,7 @@ def test_an_sae_that_cannot_be_written_to_is_refused_before_the_cache_is_read(
     folder = copied("topk")
     monkeypatch.setattr("routesae.analyze.contexts.run.collect", None)
     monkeypatch.setattr("routesae.machine.settings.os.access", lambda path, mode: Path(path) != folder)
-    with pytest.raises(WrongInput, match=r"--sae .*topk/contexts.json: .*topk is read-only; give another folder"):
+    with pytest.raises(WrongInput, match=r"topk is read-only, and contexts go there; change that, or copy the SAE"):
         contexts(ContextSettings(cache=str(hostile_cache.path), saes=(str(folder),), device="cpu"))
 
 

@@ -18,7 +18,7 @@ def test_out_is_refused_beside_saes_that_lie_elsewhere(tmp_path: Path, monkeypat
     for out in ("saes", tmp_path, tmp_path / "saes", tmp_path / "x" / ".." / "saes"):
         assert [str(folder) for folder, _ in sae_folders(named, Path(out)).values()] == named
     with pytest.raises(
-        WrongInput, match=r"--out \S+results is where SAEs are looked for, and --sae \S+/a is elsewhere"
+        WrongInput, match=r"--out \S+results is where SAEs are looked for, and --sae \S+/a is not in it"
     ):
         sae_folders(named, tmp_path / "results")
     assert len(sae_folders([*named, str(tmp_path / "b")], tmp_path / "saes")) == 3  # two of them are there

@@ -477,7 +477,7 @@ def test_a_cache_without_its_shards_is_refused_for_every_metric(
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
-        ({"label": "topic"}, "--label topic is what Probe tells; add --metric Probe or leave it out"),
+        ({"label": "topic"}, "--label topic is for Probe; add --metric Probe or leave it out"),
         ({"all_positions": True, "metrics": ("L0",)}, "--all-positions is for KLDiv, DeltaCE, Recovered; add one"),
     ],
 )

@@ -131,7 +131,7 @@ def test_only_tokens_of_the_roles_asked_for_count_as_kept(
     with pytest.raises(WrongInput, match=r"--keep-roles tool: no token is of such a role; .* has user, assistant"):
         write(data=path, keep_roles="tool")
     assert re.search(
-        r"--keep-roles: none of the first \d+ documents has tool", caplog.text
+        r"--keep-roles tool: none of the first \d+ documents has it", caplog.text
     )  # the refusal may take hours
     with pytest.raises(WrongInput, match=r"--keep-roles usr: no token is of such a role; .* has user, assistant"):
         write(data=path, keep_roles="assistant,usr")
