@@ -53,6 +53,7 @@ _STYLE: dict[Any, Any] = {
 _SIZE_INCHES = (5.0, 3.2)  # 360 × 230 points: text is as large as the page's on a phone, and no smaller on a desk
 _BINS = 40
 _LABEL_POINTS = 11  # from the baseline of one name to the next
+_LETTER_POINTS = 5.5  # wide, of most letters
 
 
 class Plot(NamedTuple):
@@ -127,13 +128,17 @@ def _pareto(runs: Sequence[Run], metric: str) -> Plot | None:
 def _name_points(axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
     """Write each point's name beside it, on the side with more room, none over another."""
     low, high = axes.get_xlim()
-    taken = {"left": math.inf, "right": math.inf}  # the lowest baseline so far, in points
+    placed: list[tuple[float, float, float]] = []  # where names begin and end, and their baselines, in points
     for name, (x, y) in sorted(points.items(), key=lambda item: -item[1][1]):
         side = "right" if x > (low + high) / 2 else "left"  # of the text, that is at the point
-        at = float(axes.transData.transform((x, y))[1]) * 72 / axes.figure.dpi
-        base = min(at + 4, taken[side] - _LABEL_POINTS)
-        taken[side] = base
+        across, at = (float(pixels) * 72 / axes.figure.dpi for pixels in axes.transData.transform((x, y)))
         shown = name if len(name) <= 34 else f"{name[:33]}…"
+        width, base = _LETTER_POINTS * len(shown), at + 4
+        begins = across - 9 - width if side == "right" else across + 9
+        for first, last, other in sorted(placed, key=lambda one: -one[2]):
+            if begins < last and first < begins + width and abs(base - other) < _LABEL_POINTS:
+                base = other - _LABEL_POINTS
+        placed.append((begins, begins + width, base))
         shift = (-9 if side == "right" else 9, base - at)
         axes.annotate(shown, (x, y), shift, textcoords="offset points", ha=side, fontsize=8.5, color=_INK)
 

@@ -164,7 +164,7 @@ def test_a_line_that_is_not_json_is_refused_naming_it(tmp_path: Path, line: byte
 
 def test_a_line_of_text_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_bytes(b"fine\nno\xff")
-    with pytest.raises(WrongInput, match="p.txt:2: not UTF-8 at byte 2"):
+    with pytest.raises(WrongInput, match=r"p\.txt:2: not UTF-8 at byte 2"):
         read(tmp_path / "p.txt")
 
 

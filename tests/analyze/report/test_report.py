@@ -14,7 +14,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from http.client import HTTPConnection
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from routesae.analyze.contexts.settings import ContextSettings
 from routesae.analyze.contexts.windows import Vocabulary
 from routesae.analyze.inputs.lm import lm_of_sae, load_lm_of
 from routesae.analyze.latents.text import latents
+from routesae.analyze.report import plots
 from routesae.analyze.report.latents import PIECE, WORDS_LISTED, latent_pairs, packed
 from routesae.analyze.report.lens import NEAREST, TOKENS, LogitLens, nearest
 from routesae.analyze.report.plots import draw_plots
@@ -268,6 +269,24 @@ def test_plots_are_of_the_pages_colours_and_leave_out_what_is_flat(saes: Path, t
         assert all((name in svg) == (plot.section == "runs") for name in SAES)  # elsewhere the legend has them
         assert re.findall(r"#0[0-9a-f]{5}\b", svg) == []  # a stand-in colour that stayed
         assert any(run.name in plot.alternative for run in runs)
+
+
+def test_no_name_of_a_point_lies_over_another() -> None:
+    random = np.random.default_rng(0)
+    demo = [(64.6, 0.9755), (64.0, 0.9752), (64.0, 0.9741)]
+    for points in (demo, *(random.uniform(0, 1, (9, 2)).tolist() for _ in range(5))):
+        figure, axes = plots._figure("L0")
+        axes.plot(*zip(*points, strict=True), "o")
+        figure.draw_without_rendering()
+        names = (
+            "batchtopk_layer15_4608_k64",
+            "routesae_hard_4608_k64",
+            *(f"topk_layer{n}_4608_k64" for n in range(7)),
+        )
+        plots._name_points(axes, dict(zip(names, map(tuple, points), strict=False)))
+        figure.draw_without_rendering()
+        boxes = [text.get_tightbbox() for text in axes.texts]
+        assert not [one for one, other in combinations(boxes, 2) if one.overlaps(other)]
 
 
 def test_ticks_are_round_numbers(saes: Path, tmp_path: Path) -> None:
