@@ -238,6 +238,11 @@ def test_generate_returns_every_continuation_that_was_asked_for(lm: routesae.LM)
     options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": True, "num_return_sequences": 2}
     assert len(lm.generate("the router", **options)) == 2
     assert isinstance(lm.generate("the router", max_new_tokens=3), str)
+    assert lm.positions == 64
+    long = "the router " * 20
+    left = 64 - len(lm.ids(long))
+    assert 0 < left < 64
+    assert lm.generate(long) == lm.generate(long, max_new_tokens=left)
     with pytest.raises(routesae.WrongInput, match=r"are more than the \d+ positions of"):
         lm.generate("the router", max_new_tokens=10**6)
 

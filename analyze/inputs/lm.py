@@ -119,7 +119,7 @@ class LM:
         `new_tokens` more.
         """
         ids, _ = self.ids_and_roles(text, reply=reply)
-        room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        room = self.positions
         if not ids:
             raise WrongInput(f"a text without a token for {self.name!r}; give a longer text")
         if room is not None and len(ids) + new_tokens > room:
@@ -142,16 +142,25 @@ class LM:
         except BadConversation as bad:
             raise WrongInput(str(bad)) from None
 
-    def generate(self, texts: Text | Sequence[Text], *, max_new_tokens: int = 64, **options: Any) -> Any:
+    @property
+    def positions(self) -> int | None:
+        """The longest text that the LM takes, in tokens; None if it names none."""
+        positions: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return positions
+
+    def generate(self, texts: Text | Sequence[Text], *, max_new_tokens: int | None = None, **options: Any) -> Any:
         """Continue a text or conversation, or several at once, by the likeliest tokens; return a str, or a list.
 
-        options: further ones of transformers' `generate`, such as do_sample=True, temperature=0.7.
+        max_new_tokens: None for 64, or as many as the LM has positions for; more than those are refused. options:
+        further ones of transformers' `generate`, such as do_sample=True, temperature=0.7.
         """
         alone = isinstance(texts, str) or (len(texts) > 0 and isinstance(texts[0], Mapping))
         rows: Any = [texts] if alone or not texts else texts
         ids_BT, mask_BT = left_padded(
-            [self.ids(text, reply=True, new_tokens=max_new_tokens) for text in rows], self.lm.device
+            [self.ids(text, reply=True, new_tokens=max_new_tokens or 1) for text in rows], self.lm.device
         )
+        if max_new_tokens is None:
+            max_new_tokens = min(64, (self.positions or ids_BT.shape[1] + 64) - ids_BT.shape[1])
         stops = set(self.stop_ids)
         options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": sorted(stops) or None, **options}
         out_BT = self.model.generate(
