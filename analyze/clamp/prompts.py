@@ -76,7 +76,7 @@ def _file_prompts(path: Path, text_field: str, hh: str) -> Iterator[Prompt]:
             try:
                 text = line.decode().rstrip("\r")
             except UnicodeDecodeError as error:
-                raise WrongInput(f"{path}:{number}: not UTF-8 at byte {error.start}; write it so") from None
+                raise WrongInput(f"{path}:{number}: not UTF-8 at byte {error.start}; save as UTF-8") from None
             if text.strip():
                 yield _plain(text, f"{path}:{number}")
         return

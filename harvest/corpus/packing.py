@@ -96,9 +96,10 @@ def write_tokens(folder: Path, settings: HarvestSettings, tokenizer: Any, report
     }
 
 
-def _remark_on_slips(flag: str, absent: set[str], documents: int) -> None:
+def _remark_on_slips(flag: str, absent: set[str], seen: int) -> None:
+    """Warn of names that none of the documents seen so far has."""
     for name in sorted(absent):
-        log.warning("%s %s: none of the first %d documents has it; if it is a slip, stop now", flag, name, documents)
+        log.warning("%s %s: none of the first %d documents has it; if it is misspelt, stop now", flag, name, seen)
 
 
 def _require_use(
